@@ -1,0 +1,37 @@
+"""The residual sum and its LayerNorm, both returned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.reference import wide
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual: (..., C) -> x + residual (empty without a residual), its LayerNorm, and per row mean and 1 / std
+    (float32). The norm is taken of the sum as it is stored. Results have the dtype of the residual, else of x."""
+    total = x if residual is None else (residual + x).to(residual.dtype)
+    tw, w, b = wide(total, weight, bias)
+    variance, mean = torch.var_mean(tw, dim=-1, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    normed = ((tw - mean) * rstd * w + b).to(total.dtype)
+    stored = x.new_empty(0) if residual is None else total
+    return stored, normed, mean.squeeze(-1).float(), rstd.squeeze(-1).float()
+
+
+def backward(
+    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum (so of x and residual alike), weight and bias."""
+    tw, g, w, mean, rstd = wide(total, grad_normed, weight, mean, rstd)
+    normed = (tw - mean[..., None]) * rstd[..., None]
+    rows = tuple(range(g.dim() - 1))
+    dn = g * w
+    averages = dn.mean(-1, keepdim=True) + normed * (dn * normed).mean(-1, keepdim=True)
+    dx = rstd[..., None] * (dn - averages)
+    if grad_total is not None:
+        dx = dx + grad_total
+    return dx.to(total.dtype), (g * normed).sum(rows).to(weight.dtype), g.sum(rows).to(weight.dtype)

@@ -1,0 +1,41 @@
+"""x2 resampling of every plane of a packed buffer: nearest upwards, 2 x 2 mean downwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.layout import TriplaneLayout
+
+
+def _double(plane: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, 2h, 2w, C), each token repeated."""
+    return plane.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+
+
+def _halve(plane: Tensor) -> Tensor:
+    """(B, 2h, 2w, C) -> (B, h, w, C), the mean of each 2 x 2 square."""
+    return plane.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean(dim=(2, 4))
+
+
+def resample_planes(x: Tensor, layout: TriplaneLayout, resample: int) -> Tensor:
+    """x: (B, N, C) of `layout` -> (B, N', C): resample +1 doubles each plane's sides, -1 halves them, 0 changes nothing.
+
+    Raises:
+        ValueError: halving a layout with an odd size.
+    """
+    if resample == 0:
+        return x
+    if resample < 0:
+        layout.downsample(2)
+    change = _double if resample > 0 else _halve
+    return torch.cat([change(plane).flatten(1, 2) for plane in layout.split(x)], dim=1)
+
+
+def resample_planes_transposed(grad: Tensor, layout: TriplaneLayout, resample: int) -> Tensor:
+    """The gradient of `resample_planes`'s input, of `layout`, from that of its output: the other direction, scaled."""
+    if resample == 0:
+        return grad
+    if resample > 0:
+        return 4 * resample_planes(grad, layout.upsample(2), -1)
+    return resample_planes(grad, layout.downsample(2), 1) / 4
