@@ -1,0 +1,21 @@
+"""Clips of video to train on: folders of videos or frames, UCF-101, SkyTimelapse, and scenes rendered on the fly."""
+
+from __future__ import annotations
+
+from pvdm_fast.data.clips import Batch, ClipDataset, Item, collate, open_dataset
+from pvdm_fast.data.errors import DataError
+from pvdm_fast.data.loader import ClipLoader, make_loader
+from pvdm_fast.data.video_writer import video_grid, write_video
+
+__all__ = [
+    "Batch",
+    "ClipDataset",
+    "ClipLoader",
+    "DataError",
+    "Item",
+    "collate",
+    "make_loader",
+    "open_dataset",
+    "video_grid",
+    "write_video",
+]

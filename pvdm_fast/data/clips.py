@@ -1,0 +1,208 @@
+"""Datasets of clips: ``dataset[draw]`` is a function of the draw number alone, for any draw >= 0."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+from pvdm_fast.data.draws import View, Window, draw_window, epoch_order, generator
+from pvdm_fast.data.errors import DataError, UnreadableVideo
+from pvdm_fast.data.frame_folders import list_frames, read_picture
+from pvdm_fast.data.layouts import Found, Video, find_videos
+from pvdm_fast.data.shapes import draw_scene
+from pvdm_fast.data.transforms import fit, to_video
+from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, counted_index, packet_index, read_frames
+
+SYNTHETIC = "synthetic:shapes"
+SYNTHETIC_LENGTH = {"train": 4096, "test": 256}
+NAMED_FAILURES = 5
+
+Skipped = list[tuple[str, str]]
+
+
+class Item(TypedDict):
+    """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; files skipped, with reasons."""
+
+    video: torch.Tensor
+    name: str
+    skipped: Skipped
+
+
+class Batch(TypedDict):
+    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1]."""
+
+    video: torch.Tensor
+    names: list[str]
+    skipped: Skipped
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """The size of clips, the step between their frames, and how they are drawn."""
+
+    frames: int
+    height: int
+    width: int
+    stride: int = 1
+    split: str = "train"
+    seed: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width", "stride"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.split not in SYNTHETIC_LENGTH:
+            raise DataError(f'no split "{self.split}": choose "train" or "test"')
+
+
+class ClipDataset(torch.utils.data.Dataset[Item], ABC):
+    """Clips by draw number. ``len`` is the number of videos, an epoch; draws beyond it go on with the next epoch.
+
+    ``description`` says what was found: the layout, how many videos, the split.
+    """
+
+    spec: ClipSpec
+    description: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, draw: int) -> Item: ...
+
+
+class FolderClips(ClipDataset):
+    """Clips from videos on disk.
+
+    The video is picked by a permutation seeded by (seed, epoch); window, crop and mirroring by (seed, draw). A video
+    that cannot give a clip is recorded in the item, and the next one of the permutation takes its place.
+    """
+
+    def __init__(self, root: Path, found: Found, spec: ClipSpec) -> None:
+        self.root, self.videos, self.description, self.spec = root, found.videos, found.description, spec
+        self._indices = IndexCache()
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, draw: int) -> Item:
+        if draw < 0:
+            raise IndexError(f"draw numbers begin at 0, got {draw}")
+        epoch, position = divmod(draw, len(self))
+        order = epoch_order(len(self), self.spec.seed, epoch)
+        skipped: Skipped = []
+        for turn in range(len(self)):
+            video = self.videos[order[(position + turn) % len(self)]]
+            try:
+                window, frames = self._clip(video, draw)
+            except UnreadableVideo as reason:
+                skipped.append((str(video.path), str(reason)))
+                continue
+            return {"video": to_video(frames), "name": f"{video.name}@{window.start}", "skipped": skipped}
+        raise DataError(_none_usable(self.root, self.description, skipped))
+
+    def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray]]:
+        spec = self.spec
+        rng = generator("clip", spec.seed, draw)
+        train = spec.split == "train"
+        view = View.draw(rng, flip=spec.flip) if train else View()
+        place = rng.bit_generator.state
+
+        def choose(total: int) -> Window:
+            rng.bit_generator.state = place  # the same choice however often the length has to be found
+            return draw_window(total, spec.frames, spec.stride, rng)
+
+        def each(frame: np.ndarray) -> np.ndarray:
+            return fit(frame, spec.height, spec.width, view)
+
+        if video.is_folder:
+            pictures = list_frames(video.path)
+            window = choose(len(pictures))
+            return window, [each(read_picture(pictures[number])) for number in window.indices]
+        return self._file_clip(video.path, choose, each)
+
+    def _file_clip(
+        self, path: Path, choose: Callable[[int], Window], each: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[Window, list[np.ndarray]]:
+        """A clip by the time stamps of the packets, or by counting decoded frames where those mislead."""
+        for build in (packet_index, counted_index):
+            index = self._indices.get(path, build)
+            window = choose(index.frames)
+            try:
+                return window, read_frames(path, index, window.indices, each)
+            except IndexMismatch:
+                continue
+        raise UnreadableVideo("delivers other frames each time it is decoded")
+
+
+class SyntheticClips(ClipDataset):
+    """Moving shapes rendered on the fly: a new scene for every training draw, 256 fixed ones for the test split."""
+
+    def __init__(self, spec: ClipSpec) -> None:
+        self.spec = spec
+        self.description = f"{SYNTHETIC}: {len(self)} rendered clips an epoch in the {spec.split} split"
+
+    def __len__(self) -> int:
+        return SYNTHETIC_LENGTH[self.spec.split]
+
+    def __getitem__(self, draw: int) -> Item:
+        if draw < 0:
+            raise IndexError(f"draw numbers begin at 0, got {draw}")
+        spec = self.spec
+        number = draw if spec.split == "train" else draw % len(self)
+        rng = generator(SYNTHETIC, spec.split, spec.seed, number)
+        scene = draw_scene(rng, spec.width / spec.height)
+        mirrored = spec.flip and spec.split == "train" and bool(rng.random() < 0.5)
+        frames = scene.render(spec.frames, spec.height, spec.width, spec.stride)
+        video = to_video(frames[:, :, ::-1] if mirrored else frames)
+        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "skipped": []}
+
+
+def open_dataset(
+    source: str | Path,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    stride: int = 1,
+    split: str = "train",
+    seed: int = 0,
+    flip: bool = False,
+) -> ClipDataset:
+    """Clips from ``"synthetic:shapes"``, a folder (layout detected, see :mod:`pvdm_fast.data.layouts`) or one file.
+
+    ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
+    holds other videos, cropped at the centre and never mirrored. Raises :class:`DataError` when no video can be used;
+    one clip is read to find out.
+    """
+    spec = ClipSpec(frames, height, width, stride, split, seed, flip)
+    if str(source).startswith("synthetic:"):
+        if str(source) != SYNTHETIC:
+            raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
+        return SyntheticClips(spec)
+    root = Path(source)
+    dataset = FolderClips(root, find_videos(root, split), spec)
+    dataset[0]
+    return dataset
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Items of one size as a batch."""
+    return {
+        "video": torch.stack([item["video"] for item in items]),
+        "names": [item["name"] for item in items],
+        "skipped": [entry for item in items for entry in item["skipped"]],
+    }
+
+
+def _none_usable(root: Path, description: str, skipped: Skipped) -> str:
+    named = "; ".join(f"{path}: {reason}" for path, reason in skipped[:NAMED_FAILURES])
+    more = len(skipped) - NAMED_FAILURES
+    return f"no usable video in {root} ({description}). Tried: {named}" + (f"; and {more} more" if more > 0 else "")

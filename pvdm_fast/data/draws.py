@@ -1,0 +1,107 @@
+"""Everything random about a clip, as pure functions of numbers: seeds, order of videos, windows, crops, splits.
+
+Nothing here depends on the process, the worker count or Python's salted ``hash``: the same arguments give the same
+clip on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pvdm_fast.data.errors import UnreadableVideo
+
+TEST_FRACTION = 0.1
+
+
+def stable_hash(*parts: Hashable) -> int:
+    """A 128-bit number that depends on the parts alone (strings, ints, None), equal in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest(), "little")
+
+
+def generator(*parts: Hashable) -> np.random.Generator:
+    """A random generator seeded by :func:`stable_hash` of the parts."""
+    return np.random.Generator(np.random.PCG64(stable_hash(*parts)))
+
+
+@lru_cache(maxsize=4)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which ``count`` videos are visited in an epoch: an int64 permutation, read-only."""
+    order = generator("order", seed, epoch).permutation(count)
+    order.flags.writeable = False
+    return order
+
+
+@dataclass(frozen=True)
+class Window:
+    """``frames`` frames of a video: ``start``, ``start + stride``, and so on."""
+
+    start: int
+    stride: int
+    frames: int
+
+    @property
+    def indices(self) -> range:
+        return range(self.start, self.start + self.stride * (self.frames - 1) + 1, self.stride)
+
+
+def draw_window(total: int, frames: int, stride: int, rng: np.random.Generator) -> Window:
+    """A window drawn uniformly among those that fit a video of ``total`` frames.
+
+    A video too short for the stride is read with the largest stride that fits. Raises :class:`UnreadableVideo` when
+    it has fewer frames than the window even at stride 1.
+    """
+    if total < frames:
+        raise UnreadableVideo(f"too short: {total} frame{'s' * (total != 1)}, a clip needs {frames}")
+    if frames > 1:
+        stride = min(stride, (total - 1) // (frames - 1))
+    span = (frames - 1) * stride + 1
+    return Window(int(rng.integers(total - span + 1)), stride, frames)
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a crop lies among those possible (0 to 1 on each axis; 0.5 is the centre), and whether it is mirrored."""
+
+    down: float = 0.5
+    right: float = 0.5
+    mirrored: bool = False
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, *, flip: bool) -> View:
+        down, right, mirror = rng.random(3)
+        return cls(float(down), float(right), flip and bool(mirror < 0.5))
+
+
+def crop_box(
+    source: tuple[int, int], target: tuple[int, int], down: float, right: float
+) -> tuple[float, float, float, float]:
+    """The part of a frame that, resized to ``target``, is the crop: (left, top, right, bottom) in source pixels.
+
+    The frame is thought of as resized, aspect kept, until it just covers ``target`` (height, width), then cropped:
+    the box has the target's aspect, lies inside the frame and touches two opposite sides of it.
+    """
+    (height, width), (rows, columns) = source, target
+    scale = min(height / rows, width / columns)  # source pixels per target pixel
+    box_height, box_width = min(rows * scale, height), min(columns * scale, width)
+    top, left = down * (height - box_height), right * (width - box_width)
+    return left, top, min(left + box_width, float(width)), min(top + box_height, float(height))
+
+
+def is_held_out(keys: Sequence[str]) -> list[bool]:
+    """Which of the videos belong to the test split, by a hash of their keys: about a tenth.
+
+    Videos with equal keys stay together. With two or more different keys both splits get at least one; with a single
+    key nothing is held out.
+    """
+    rank = {key: stable_hash("split", key) for key in keys}
+    if len(rank) < 2:
+        return [False] * len(keys)
+    test = {key for key, value in rank.items() if value < TEST_FRACTION * 2**128}
+    test.add(min(rank, key=rank.__getitem__))
+    test.discard(max(rank, key=rank.__getitem__))
+    return [key in test for key in keys]

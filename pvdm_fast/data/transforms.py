@@ -1,0 +1,26 @@
+"""From decoded frames to model input: crop, antialiased resize, mirror, scale to [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pvdm_fast.data.draws import View, crop_box
+
+
+def fit(frame: np.ndarray, height: int, width: int, view: View) -> np.ndarray:
+    """Crop and resize a uint8 (h, w, 3) frame to (height, width, 3), aspect kept, antialiased; small ones enlarge."""
+    from PIL import Image
+
+    box = crop_box(frame.shape[:2], (height, width), view.down, view.right)
+    resized = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    array = np.asarray(resized)
+    return array[:, ::-1] if view.mirrored else array
+
+
+def to_video(frames: Sequence[np.ndarray] | np.ndarray) -> torch.Tensor:
+    """uint8 frames (T, H, W, 3) to a float32 contiguous video (3, T, H, W) in [-1, 1]."""
+    stacked = torch.from_numpy(np.ascontiguousarray(np.stack(list(frames))))
+    return stacked.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
