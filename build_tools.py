@@ -1,0 +1,224 @@
+"""Finds compilers, chooses targets and drives ninja for setup.py. Needs neither torch nor setuptools."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+CUDA_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+CUDA_MINIMUM = (12, 8)  # the first toolkit that knows 10.0 and 12.0
+ARCH_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0+PTX"}
+
+# One object of every csrc/cpu/*.cpp for each of these; the choice between them is made at run time.
+X86_ISAS = {
+    "plain": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    # GCC 12 warns of its own intrinsics' headers.
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 "
+    "-Wno-maybe-uninitialized",
+}
+CXX_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
+
+
+class Unbuildable(Exception):
+    """An extension that can't be built here; the message is the one line shown and kept in the build facts."""
+
+
+@dataclass
+class Extension:
+    """What ninja builds: objects (name -> source, rule, flags), then one shared library."""
+
+    name: str
+    output: Path
+    link: str
+    objects: dict[str, tuple[Path, str, str]] = field(default_factory=dict)
+
+
+def isa_flags() -> dict[str, str]:
+    """Instruction sets to build for on this machine's architecture, with their compiler flags."""
+    return X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"plain": ""}
+
+
+def compiler() -> str:
+    """The C++ compiler: CXX, else g++, else c++ or clang++.
+
+    Raises:
+        Unbuildable: there is none.
+    """
+    asked = os.environ.get("CXX")
+    candidates = (asked,) if asked else ("g++", "c++", "clang++")
+    for name in candidates:
+        if shutil.which(shlex.split(name)[0]):
+            return name
+    raise Unbuildable(
+        f"no C++ compiler found (looked for {', '.join(candidates)}): install g++, or set CXX, and install again"
+    )
+
+
+def first_line(command: list[str], pattern: str = ".*") -> str:
+    """The first match of `pattern` in what a command prints; "" where there is none."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    match = re.search(pattern, result.stdout)
+    return match.group(0) if match else ""
+
+
+def parse_arch_list(text: str) -> tuple[list[str], list[str]]:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX", separators ";", "," or blanks) -> compute targets, PTX targets.
+
+    Raises:
+        Unbuildable: an entry is no architecture that these kernels can be built for.
+    """
+    for name, value in ARCH_NAMES.items():
+        text = re.sub(rf"\b{name}\b", value, text)
+    targets: list[str] = []
+    ptx: list[str] = []
+    for entry in filter(None, re.split(r"[;,\s]+", text)):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match or int(match[1]) < 8:
+            raise Unbuildable(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}: expected compute capabilities from 8.0 on, such as '8.0;9.0+PTX'"
+            )
+        target = match[1] + match[2] + match[3]
+        if target not in targets:
+            targets.append(target)
+        if match[4] and target not in ptx:
+            ptx.append(target)
+    if not targets:
+        raise Unbuildable("TORCH_CUDA_ARCH_LIST is set, but names no architecture: unset it, or write '8.0;9.0+PTX'")
+    return targets, ptx
+
+
+def arch_flags(targets: list[str], ptx: list[str]) -> str:
+    flags = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    flags += [f"-gencode=arch=compute_{t},code=compute_{t}" for t in ptx]
+    return " ".join(flags)
+
+
+@dataclass
+class Toolkit:
+    """A CUDA toolkit: its compiler, root folder and version."""
+
+    nvcc: str
+    root: Path
+    version: tuple[int, int]
+
+
+def find_toolkit() -> Toolkit:
+    """The CUDA toolkit: CUDA_HOME, else the one that nvcc on PATH belongs to (found in /usr/local/cuda, else by asking
+    nvcc itself, which may be a wrapper elsewhere), else /usr/local/cuda.
+
+    Raises:
+        Unbuildable: no nvcc, or one too old, or one that doesn't run.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    usual = Path("/usr/local/cuda")
+    if home:
+        root, nvcc = Path(home), str(Path(home) / "bin" / "nvcc")
+        if not Path(nvcc).exists():
+            raise Unbuildable(f"CUDA_HOME is {home}, but {nvcc} does not exist: correct or unset it")
+    else:
+        nvcc = shutil.which("nvcc") or str(usual / "bin" / "nvcc")
+        if not Path(nvcc).exists():
+            raise Unbuildable(
+                "no nvcc found (CUDA_HOME, PATH, /usr/local/cuda): install the CUDA toolkit and install again"
+            )
+        root = usual if (usual / "include" / "cuda_runtime.h").exists() else _root_from_dryrun(nvcc)
+    found = re.search(r"release (\d+)\.(\d+)", first_line([nvcc, "--version"], r"release \d+\.\d+"))
+    if not found:
+        raise Unbuildable(f"{nvcc} --version does not run or names no release: repair the CUDA toolkit")
+    version = (int(found[1]), int(found[2]))
+    if version < CUDA_MINIMUM:
+        raise Unbuildable(
+            f"nvcc {version[0]}.{version[1]} is too old: CUDA {CUDA_MINIMUM[0]}.{CUDA_MINIMUM[1]} or newer is needed"
+        )
+    return Toolkit(nvcc, root, version)
+
+
+def _root_from_dryrun(nvcc: str) -> Path:
+    """The toolkit's root as nvcc itself states it (`#$ TOP=...` of its dry run)."""
+    result = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    match = re.search(r"^#\$ TOP=(.+)$", result.stderr, re.MULTILINE)
+    if not match:
+        raise Unbuildable(f"{nvcc} --dryrun does not name its toolkit: set CUDA_HOME")
+    return Path(match[1].strip()).resolve()
+
+
+def cpu_extension(output: Path, python_flags: str) -> Extension:
+    """pvdm_fast._cpu: the border and run time once, each operation once for every instruction set."""
+    link = f"{compiler()} -shared -fopenmp -Wl,--gc-sections"
+    ext = Extension("_cpu", output, link)
+    defines = " ".join(f"-DPVDM_HAVE_{isa.upper()}" for isa in isa_flags())
+    source = ROOT / "csrc"
+    ext.objects["bindings_cpu"] = (source / "bindings_cpu.cpp", "cxx", f"{defines} {python_flags}")
+    for path in sorted((source / "cpu" / "runtime").glob("*.cpp")):
+        ext.objects[f"runtime_{path.stem}"] = (path, "cxx", f"{defines} -fopenmp")
+    for path in sorted((source / "cpu").glob("*.cpp")):
+        for isa, flags in isa_flags().items():
+            ext.objects[f"{path.stem}_{isa}"] = (path, "cxx", f"-DPVDM_ISA={isa} -DPVDM_ISA_{isa.upper()} {flags}")
+    return ext
+
+
+def cuda_extension(output: Path, python_flags: str, toolkit: Toolkit, architectures: str) -> Extension:
+    """pvdm_fast._cuda: every csrc/cuda/*.cu for all targets; the CUDA run time is linked statically."""
+    compiler()
+    link = f"{shlex.quote(toolkit.nvcc)} -shared -cudart static {architectures}"
+    ext = Extension("_cuda", output, link)
+    source = ROOT / "csrc"
+    include = f"-I{shlex.quote(str(toolkit.root / 'include'))}"
+    ext.objects["bindings_cuda"] = (source / "bindings_cuda.cpp", "cxx", f"{include} {python_flags}")
+    for path in sorted((source / "cuda").glob("*.cu")):
+        ext.objects[f"cuda_{path.stem}"] = (path, "nvcc", architectures)
+    return ext
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+
+def ninja_file(ext: Extension, nvcc: str = "nvcc") -> str:
+    """The build.ninja of an extension. Headers are tracked by the compilers' own dependency files."""
+    include = f"-I{shlex.quote(str(ROOT / 'csrc'))}"
+    nvcc_flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo --expt-relaxed-constexpr"
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule cxx",
+        f"  command = {compiler()} {CXX_FLAGS} {include} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvcc",
+        f"  command = {shlex.quote(nvcc)} {nvcc_flags} {include} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {ext.link} $in -o $out",
+    ]
+    for name, (source, rule, flags) in ext.objects.items():
+        lines += [f"build {name}.o: {rule} {_escape(source)}", f"  flags = {flags}"]
+    lines += [f"build {_escape(ext.output)}: link {' '.join(f'{name}.o' for name in ext.objects)}"]
+    return "\n".join(lines) + "\n"
+
+
+def run_ninja(ext: Extension, folder: Path, nvcc: str = "nvcc") -> None:
+    """Build an extension; objects stay in `folder`, so that the next build only does what changed.
+
+    Raises:
+        Unbuildable: a compiler failed; its output is printed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ext.output.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_file(ext, nvcc))
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    result = subprocess.run(
+        [sys.executable, "-m", "ninja", *jobs], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode:
+        print(result.stdout, file=sys.stderr)
+        raise Unbuildable(f"compiling {ext.name} failed (the compiler's messages are in the build's output)")

@@ -1,0 +1,164 @@
+// A vector of floats in the widest registers of the instruction set this file is compiled for, and its conversions from
+// and to the storage types. Everything is in that set's namespace and inlined: no symbol of one set can stand in for
+// another's.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "../tensor_view.h"
+#if defined(PVDM_ISA_AVX2) || defined(PVDM_ISA_AVX512)
+#include <immintrin.h>
+#endif
+
+#define PVDM_INLINE static inline __attribute__((always_inline))
+
+namespace pvdm::PVDM_ISA {
+
+#if defined(PVDM_ISA_AVX512)
+constexpr int lanes = 16;
+#elif defined(PVDM_ISA_AVX2)
+constexpr int lanes = 8;
+#else
+constexpr int lanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(lanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(lanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(lanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(lanes * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+PVDM_INLINE Vec splat(float x) { return Vec{} + x; }
+
+template <class To, class From>
+PVDM_INLINE To cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class To>
+PVDM_INLINE To fetch(const void* p) {
+  To to;
+  memcpy(&to, p, sizeof to);
+  return to;
+}
+
+// float16 by bits, for sets without a conversion instruction: halves below 2^-14 are found by a float subtraction.
+PVDM_INLINE Vec widen(Halves h) {
+  const Words w = __builtin_convertvector(h, Words), sign = (w & 0x8000u) << 16, body = w & 0x7fffu;
+  const Words normal = (body << 13) + 0x38000000u, special = (body << 13) | 0x7f800000u;
+  const Vec tiny = cast<Vec>((body << 13) + 0x38800000u) - cast<Vec>(Words{} + 0x38800000u);
+  Words out = body < 0x400u ? cast<Words>(tiny) : normal;
+  out = body >= 0x7c00u ? special : out;
+  return cast<Vec>(out | sign);
+}
+
+PVDM_INLINE Halves narrow(Vec x) {
+  const Words u = cast<Words>(x), sign = (u >> 16) & 0x8000u, body = u & 0x7fffffffu;
+  const Words rounded = (body - 0x38000000u + 0xfffu + ((body >> 13) & 1u)) >> 13;
+  const Vec half = cast<Vec>(Words{} + 0x3f000000u);  // 0.5: its last bit is worth 2^-24, float16's smallest number
+  const Words tiny = cast<Words>(cast<Vec>(body) + half) - 0x3f000000u;
+  Words out = body < 0x38800000u ? tiny : rounded;
+  out = body >= 0x477ff000u ? Words{} + 0x7c00u : out;  // rounds to infinity
+  out = body > 0x7f800000u ? Words{} + 0x7e00u : out;   // NaN
+  return __builtin_convertvector(out | sign, Halves);
+}
+
+PVDM_INLINE Vec load(const float* p) { return fetch<Vec>(p); }
+PVDM_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
+
+PVDM_INLINE Vec load(const bf16* p) { return cast<Vec>(__builtin_convertvector(fetch<Halves>(p), Words) << 16); }
+PVDM_INLINE void store(bf16* p, Vec x) {
+  const Words u = cast<Words>(x), nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const Halves h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : nearest, Halves);
+  memcpy(p, &h, sizeof h);
+}
+
+#if defined(PVDM_ISA_AVX512)
+PVDM_INLINE Vec load(const f16* p) { return cast<Vec>(_mm512_cvtph_ps(fetch<__m256i>(p))); }
+PVDM_INLINE void store(f16* p, Vec x) {
+  const __m256i h = _mm512_cvtps_ph(cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  memcpy(p, &h, sizeof h);
+}
+#elif defined(PVDM_ISA_AVX2)
+PVDM_INLINE Vec load(const f16* p) { return cast<Vec>(_mm256_cvtph_ps(fetch<__m128i>(p))); }
+PVDM_INLINE void store(f16* p, Vec x) {
+  const __m128i h = _mm256_cvtps_ph(cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+  memcpy(p, &h, sizeof h);
+}
+#else
+PVDM_INLINE Vec load(const f16* p) { return widen(fetch<Halves>(p)); }
+PVDM_INLINE void store(f16* p, Vec x) {
+  const Halves h = narrow(x);
+  memcpy(p, &h, sizeof h);
+}
+#endif
+
+// The first `count` lanes only; the others read as zero and are not touched in memory.
+template <class T>
+PVDM_INLINE Vec load(const T* p, int count) {
+  if (count >= lanes) return load(p);
+  T part[lanes] = {};
+  for (int i = 0; i < count; i++) part[i] = p[i];
+  return load(part);
+}
+template <class T>
+PVDM_INLINE void store(T* p, Vec x, int count) {
+  if (count >= lanes) return store(p, x);
+  T part[lanes];
+  store(part, x);
+  for (int i = 0; i < count; i++) p[i] = part[i];
+}
+
+// exp, within 2 ulp on [-87, 88], clamped outside; NaN stays NaN. exp(x) = 2^n p(r), r in [-ln 2 / 2, ln 2 / 2].
+PVDM_INLINE Vec exp(Vec x) {
+  x = x > 88.0f ? splat(88.0f) : x;
+  x = x < -87.0f ? splat(-87.0f) : x;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Vec shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * cast<Vec>((cast<Ints>(shifted) - 0x4b400000 + 127) << 23);
+}
+PVDM_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+PVDM_INLINE int64_t padded(int64_t channels) { return (channels + lanes - 1) / lanes * lanes; }
+PVDM_INLINE int count_at(int64_t c, int64_t channels) {
+  return channels - c < lanes ? static_cast<int>(channels - c) : lanes;
+}
+
+// Calls body(T{}) with the storage type of a dtype.
+#define PVDM_WITH_TYPE(dtype, T, ...)   \
+  switch (dtype) {                      \
+    case Dtype::f32: {                  \
+      using T = float;                  \
+      __VA_ARGS__;                      \
+      break;                            \
+    }                                   \
+    case Dtype::bf16: {                 \
+      using T = bf16;                   \
+      __VA_ARGS__;                      \
+      break;                            \
+    }                                   \
+    default: {                          \
+      using T = f16;                    \
+      __VA_ARGS__;                      \
+      break;                            \
+    }                                   \
+  }
+
+}  // namespace pvdm::PVDM_ISA

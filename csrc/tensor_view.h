@@ -1,0 +1,35 @@
+// What crosses the border from Python: a pointer, a dtype, sizes and strides. No torch headers.
+#pragma once
+#include <cstdint>
+
+namespace pvdm {
+
+enum class Dtype : int { f32, bf16, f16, f64 };
+
+// A strided array that somebody else owns. Strides count elements. `data` is null for None.
+struct TensorView {
+  static constexpr int max_dims = 6;
+  void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  int dims = 0;
+  int64_t size[max_dims] = {};
+  int64_t stride[max_dims] = {};
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+// Sizes of a video lattice and the token offsets of its packed triplane (xy, yt, xt).
+struct Layout {
+  int64_t time, height, width;
+  int64_t rows(int plane) const { return plane == 0 ? height : time; }
+  int64_t columns(int plane) const { return plane == 2 ? height : width; }
+  int64_t offset(int plane) const {
+    return plane == 0 ? 0 : height * width + (plane == 1 ? 0 : time * width) + (plane == 3 ? time * height : 0);
+  }
+  int64_t tokens() const { return offset(3); }
+};
+
+}  // namespace pvdm

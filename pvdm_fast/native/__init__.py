@@ -1,0 +1,64 @@
+"""The compiled extensions: loaded on first use, and asked why not where they can't be.
+
+`pvdm_fast._cpu` and `pvdm_fast._cuda` are built by setup.py, which leaves its facts in `_build_info.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ABI = 1  # raised with every change of a binding's arguments; the extensions carry the number they were built with
+REINSTALL = "install pvdm_fast again (pip install -e . in its source folder)"
+
+
+class ExtensionError(ImportError):
+    """An extension is absent, outdated or doesn't load; the message says why and what to do."""
+
+
+@cache
+def build_info() -> dict[str, Any]:
+    """What was built, for which targets, by which compiler, and why not the rest; {} where nothing was ever built."""
+    path = Path(__file__).resolve().parent.parent / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@cache
+def extension(name: str) -> ModuleType:
+    """The extension "_cpu" or "_cuda". torch is imported first: the extension then shares its OpenMP run time.
+
+    Raises:
+        ExtensionError: it was left out of the build, doesn't load, or belongs to another version of these sources.
+    """
+    facts = build_info().get(name)
+    if facts is not None and not facts["built"]:
+        raise ExtensionError(f"pvdm_fast.{name} was left out when pvdm_fast was installed: {facts['reason']}.")
+    try:
+        module = import_module(f"pvdm_fast.{name}")
+    except ImportError as error:
+        if facts is None:
+            raise ExtensionError(f"pvdm_fast.{name} has not been built: {REINSTALL}.") from error
+        raise ExtensionError(f"pvdm_fast.{name} does not load ({error}): {REINSTALL}.") from error
+    if module.abi != ABI:
+        raise ExtensionError(f"pvdm_fast.{name} was built from other sources than these: {REINSTALL}.")
+    return module
+
+
+@cache
+def availability(name: str) -> str | None:
+    """None where "cpu" or "cuda" kernels can run on this machine, else one sentence: the reason and the remedy."""
+    try:
+        module = extension(f"_{name}")
+        if name == "cpu":
+            module.isa()  # raises where PVDM_FAST_CPU_ISA asks for what this CPU has not
+    except (ExtensionError, ValueError) as error:
+        return str(error)
+    if name == "cuda" and not torch.cuda.is_available():
+        return "no GPU is available to PyTorch: run on a machine with one, with a CUDA build of PyTorch."
+    return None

@@ -1,0 +1,23 @@
+"""The matrix products of `triplane_expand`'s backward, for every device: small, so they are the vendor library's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.layout import TriplaneLayout
+
+
+def products(sums: Tensor, planes: Tensor, weight: Tensor, layout: TriplaneLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """sums: (B, N, C) float32, the gradient summed over each plane's missing axis -> gradients of planes, weight, bias."""
+    (_, channels, depth), batch = weight.shape, planes.shape[0]
+    dplanes = torch.empty(batch, layout.num_tokens, depth, dtype=planes.dtype, device=planes.device)
+    dweight, dbias = torch.empty_like(weight), torch.empty(3, channels, dtype=weight.dtype, device=weight.device)
+    bounds = layout.offsets
+    for plane, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        part = sums[:, start:stop].flatten(0, 1)
+        latent = planes[:, start:stop].float().flatten(0, 1)
+        dplanes[:, start:stop] = (part @ weight[plane].float()).unflatten(0, (batch, stop - start))
+        dweight[plane] = part.mT @ latent
+        dbias[plane] = part.sum(0)
+    return dplanes, dweight, dbias
