@@ -1,7 +1,8 @@
-"""The one place that knows how three planes lie in one packed buffer."""
+"""The one place that knows how planes lie in one packed buffer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,44 +11,105 @@ PLANE_NAMES = ("xy", "yt", "xt")
 
 
 @dataclass(frozen=True)
-class TriplaneLayout:
-    """Sizes of a latent lattice, and where its three planes lie in a packed token axis.
+class PlaneLayout:
+    """Planes of any sizes, one after another in a packed token axis, each row-major.
+
+    Args:
+        planes: (rows, columns) of each plane.
+
+    Raises:
+        ValueError: no plane, or a size below 1; from `downsample`, a size that the factor doesn't divide.
+    """
+
+    planes: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.planes or any(size < 1 for plane in self.planes for size in plane):
+            raise ValueError(f"A layout needs planes whose sizes are at least 1, but got {self.planes}.")
+
+    @classmethod
+    def from_sizes(cls, sizes: Sequence[int]) -> PlaneLayout:
+        """From (rows, columns, rows, columns, ...), the form in which operations take a layout."""
+        return cls(tuple(zip(sizes[::2], sizes[1::2], strict=True)))
+
+    @property
+    def sizes(self) -> list[int]:
+        """(rows, columns, rows, columns, ...)."""
+        return [size for plane in self.planes for size in plane]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Start of each plane in the packed axis, and its end."""
+        offsets = [0]
+        for rows, columns in self.planes:
+            offsets.append(offsets[-1] + rows * columns)
+        return tuple(offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the tokens of all planes."""
+        return self.offsets[-1]
+
+    def upsample(self, factor: int = 2) -> PlaneLayout:
+        return PlaneLayout(tuple((rows * factor, columns * factor) for rows, columns in self.planes))
+
+    def downsample(self, factor: int = 2) -> PlaneLayout:
+        for size in self.sizes:
+            if size % factor:
+                raise ValueError(
+                    f"{self} can't be made {factor} times smaller: {size} is not divisible by {factor}. "
+                    f"Choose sizes that are divisible at every level of the network."
+                )
+        return PlaneLayout(tuple((rows // factor, columns // factor) for rows, columns in self.planes))
+
+    def split(self, packed: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
+        """Views of the planes of a packed tensor, the token axis `dim` unflattened to (rows, columns).
+
+        Raises:
+            ValueError: the axis does not hold N tokens.
+        """
+        self.check(packed, dim)
+        return tuple(
+            packed.narrow(dim, start, rows * columns).unflatten(dim, (rows, columns))
+            for start, (rows, columns) in zip(self.offsets[:-1], self.planes, strict=True)
+        )
+
+    def check(self, packed: Tensor, dim: int = 1) -> None:
+        """Raise ValueError unless axis `dim` of `packed` holds this layout's N tokens."""
+        if packed.shape[dim] != self.num_tokens:
+            raise ValueError(
+                f"Got {packed.shape[dim]} tokens on axis {dim} of a tensor of shape {tuple(packed.shape)}, but "
+                f"{self} has {self.num_tokens}: pass the layout that the tensor was packed with."
+            )
+
+
+@dataclass(frozen=True, init=False)
+class TriplaneLayout(PlaneLayout):
+    """The three planes of a latent lattice, N = HW + TW + TH tokens.
 
     A plane is named after the axes it keeps, in the release's names (PVDM, Yu et al. 2023, section 3.1): `xy` keeps
-    (height, width) and comes first, `yt` keeps (time, width), `xt` keeps (time, height). Each is row-major.
+    (height, width) and comes first, `yt` keeps (time, width), `xt` keeps (time, height).
 
     Args:
         time, height, width: latent sizes (pixels / patch for height and width), each at least 1, all free.
 
     Raises:
-        ValueError: a size below 1, or (from `downsample`) a size that the factor doesn't divide.
+        ValueError: a size below 1, or (from `downsample`) one that the factor doesn't divide.
     """
 
     time: int
     height: int
     width: int
 
-    def __post_init__(self) -> None:
-        for name in ("time", "height", "width"):
-            size = getattr(self, name)
+    def __init__(self, time: int, height: int, width: int) -> None:
+        for name, size in (("time", time), ("height", height), ("width", width)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"TriplaneLayout: {name} is {size!r}, but must be a whole number of at least 1.")
+            object.__setattr__(self, name, size)
+        object.__setattr__(self, "planes", ((height, width), (time, width), (time, height)))
 
-    @property
-    def planes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """(rows, columns) of each plane in packed order."""
-        return (self.height, self.width), (self.time, self.width), (self.time, self.height)
-
-    @property
-    def offsets(self) -> tuple[int, int, int, int]:
-        """Start of each plane in the packed axis, and its end: (0, HW, HW + TW, N)."""
-        xy, yt, xt = (rows * columns for rows, columns in self.planes)
-        return 0, xy, xy + yt, xy + yt + xt
-
-    @property
-    def num_tokens(self) -> int:
-        """N = HW + TW + TH."""
-        return self.offsets[-1]
+    def __repr__(self) -> str:
+        return f"TriplaneLayout(time={self.time}, height={self.height}, width={self.width})"
 
     @property
     def num_lattice_tokens(self) -> int:
@@ -58,32 +120,5 @@ class TriplaneLayout:
         return TriplaneLayout(self.time * factor, self.height * factor, self.width * factor)
 
     def downsample(self, factor: int = 2) -> TriplaneLayout:
-        for name in ("time", "height", "width"):
-            if getattr(self, name) % factor:
-                raise ValueError(
-                    f"{self} can't be made {factor} times smaller: {name} {getattr(self, name)} is not divisible by "
-                    f"{factor}. Choose sizes that are divisible at every level of the network."
-                )
-        return TriplaneLayout(self.time // factor, self.height // factor, self.width // factor)
-
-    def split(self, packed: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
-        """Views of the three planes of a packed tensor, the token axis `dim` unflattened to (rows, columns).
-
-        Raises:
-            ValueError: the axis does not hold N tokens.
-        """
-        self.check(packed, dim)
-        starts = self.offsets
-        return tuple(
-            packed.narrow(dim, starts[i], rows * columns).unflatten(dim, (rows, columns))
-            for i, (rows, columns) in enumerate(self.planes)
-        )
-
-    def check(self, packed: Tensor, dim: int = 1) -> None:
-        """Raise ValueError unless axis `dim` of `packed` holds this layout's N tokens."""
-        if packed.shape[dim] != self.num_tokens:
-            raise ValueError(
-                f"Got {packed.shape[dim]} tokens on axis {dim} of a tensor of shape {tuple(packed.shape)}, but "
-                f"{self} has {self.num_tokens} (height x width + time x width + time x height): pass the layout "
-                f"that the tensor was packed with."
-            )
+        smaller = super().downsample(factor).planes
+        return TriplaneLayout(smaller[1][0], *smaller[0])

@@ -13,7 +13,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual: (..., C) -> x + residual (empty without a residual), its LayerNorm, and per row mean and 1 / std
     (float32). The norm is taken of the sum as it is stored. Results have the dtype of the residual, else of x."""
-    total = x if residual is None else (residual + x).to(residual.dtype)
+    total = (x if residual is None else (residual + x).to(residual.dtype)).contiguous()
     tw, w, b = wide(total, weight, bias)
     variance, mean = torch.var_mean(tw, dim=-1, correction=0, keepdim=True)
     rstd = (variance + eps).rsqrt()
@@ -23,7 +23,7 @@ def forward(
 
 
 def backward(
-    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum (so of x and residual alike), weight and bias."""
     tw, g, w, mean, rstd = wide(total, grad_normed, weight, mean, rstd)
@@ -34,4 +34,4 @@ def backward(
     dx = rstd[..., None] * (dn - averages)
     if grad_total is not None:
         dx = dx + grad_total
-    return dx.to(total.dtype), (g * normed).sum(rows).to(weight.dtype), g.sum(rows).to(weight.dtype)
+    return dx.to(total.dtype).contiguous(), (g * normed).sum(rows).to(weight.dtype), g.sum(rows).to(weight.dtype)

@@ -14,7 +14,7 @@ from pvdm_fast.reference import wide
 def forward(x: Tensor) -> Tensor:
     """x: (..., 2M), halves (value | gate) -> (..., M)."""
     value, gate = wide(x)[0].chunk(2, dim=-1)
-    return (value * F.gelu(gate)).to(x.dtype)
+    return (value * F.gelu(gate)).to(x.dtype).contiguous()
 
 
 def backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -23,4 +23,4 @@ def backward(grad: Tensor, x: Tensor) -> Tensor:
     value, gate = xw.chunk(2, dim=-1)
     cdf = 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
     pdf = torch.exp(-0.5 * gate.square()) / math.sqrt(2 * math.pi)
-    return torch.cat((g * gate * cdf, g * value * (cdf + gate * pdf)), dim=-1).to(x.dtype)
+    return torch.cat((g * gate * cdf, g * value * (cdf + gate * pdf)), dim=-1).to(x.dtype).contiguous()

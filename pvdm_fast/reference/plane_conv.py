@@ -1,4 +1,4 @@
-"""The shared 3 x 3 convolution of the three planes, with zero borders at each plane's own edge."""
+"""The 3 x 3 convolution that packed planes share, with zero borders at each plane's own edge."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.layout import PlaneLayout
 
 
-def _images(x: Tensor, layout: TriplaneLayout) -> list[Tensor]:
+def _images(x: Tensor, layout: PlaneLayout) -> list[Tensor]:
     """The planes as (B, C, h, w) views, channels last in memory."""
     return [plane.permute(0, 3, 1, 2) for plane in layout.split(x)]
 
@@ -20,17 +20,17 @@ def _pack(images: Sequence[Tensor]) -> Tensor:
     return torch.cat([image.permute(0, 2, 3, 1).flatten(1, 2) for image in images], dim=1)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, time: int, height: int, width: int) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
     """x: (B, N, C), weight: (C', C, 3, 3), bias: (C') -> (B, N, C')."""
-    layout = TriplaneLayout(time, height, width)
+    layout = PlaneLayout.from_sizes(planes)
     return _pack([F.conv2d(image, weight, bias, padding=1) for image in _images(x, layout)])
 
 
 def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, time: int, height: int, width: int, needs: Sequence[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; the first two only where `needs` says so, else empty."""
-    layout = TriplaneLayout(time, height, width)
+    layout = PlaneLayout.from_sizes(planes)
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     pairs = list(zip(_images(x, layout), _images(grad, layout), strict=True))
     if needs[0]:

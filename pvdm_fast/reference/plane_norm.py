@@ -1,25 +1,21 @@
-"""GroupNorm per plane or over all planes, then scale and shift, SiLU, and x2 resampling."""
+"""GroupNorm of each plane on its own, then scale and shift, SiLU, and x2 resampling."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.reference import wide
 from pvdm_fast.reference.plane_resample import resample_planes, resample_planes_transposed
 
 
-def _spans(layout: TriplaneLayout, joint: bool) -> list[slice]:
-    """The token ranges that share statistics: the three planes, or all of them."""
-    bounds = (0, layout.num_tokens) if joint else layout.offsets
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
-
-
-def _per_token(statistic: Tensor, layout: TriplaneLayout, joint: bool, channels: int) -> Tensor:
-    """(B, spans, groups) -> (B, N, C)."""
-    lengths = torch.tensor([s.stop - s.start for s in _spans(layout, joint)], device=statistic.device)
+def _per_token(statistic: Tensor, layout: PlaneLayout, channels: int) -> Tensor:
+    """(B, planes, groups) -> (B, N, C)."""
+    lengths = torch.tensor([rows * columns for rows, columns in layout.planes], device=statistic.device)
     per_channel = statistic.repeat_interleave(channels // statistic.shape[-1], dim=-1)
     return per_channel.repeat_interleave(lengths, dim=1, output_size=layout.num_tokens)
 
@@ -37,29 +33,24 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     scale_shift: Tensor | None,
-    time: int,
-    height: int,
-    width: int,
+    planes: Sequence[int],
     groups: int,
     eps: float,
-    joint: bool,
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, 3, or 1 if joint, groups) float32."""
-    layout = TriplaneLayout(time, height, width)
+    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, planes, groups) float32."""
+    layout = PlaneLayout.from_sizes(planes)
     xw, weight, bias = wide(x, weight, bias)
     grouped = xw.unflatten(-1, (groups, -1))
-    statistics = [
-        torch.var_mean(grouped[:, span], dim=(1, 3), correction=0) for span in _spans(layout, joint)
-    ]
+    statistics = [torch.var_mean(p, dim=(1, 2, 4), correction=0) for p in layout.split(grouped)]
     mean = torch.stack([m for _, m in statistics], dim=1)
     rstd = torch.stack([(v + eps).rsqrt() for v, _ in statistics], dim=1)
-    normed = (xw - _per_token(mean, layout, joint, x.shape[-1])) * _per_token(rstd, layout, joint, x.shape[-1])
+    normed = (xw - _per_token(mean, layout, x.shape[-1])) * _per_token(rstd, layout, x.shape[-1])
     y = _affine(normed, weight, bias, None if scale_shift is None else scale_shift.to(xw.dtype))
     if activation:
         y = F.silu(y)
-    return resample_planes(y, layout, resample).to(x.dtype), mean.float(), rstd.float()
+    return resample_planes(y, layout, resample).to(x.dtype).contiguous(), mean.float(), rstd.float()
 
 
 def backward(
@@ -70,11 +61,8 @@ def backward(
     scale_shift: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    time: int,
-    height: int,
-    width: int,
+    planes: Sequence[int],
     groups: int,
-    joint: bool,
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,11 +70,11 @@ def backward(
 
     With n = (x - mean) rstd and dn the gradient of n: dx = rstd (dn - avg(dn) - n avg(dn n)), averages over a group.
     """
-    layout = TriplaneLayout(time, height, width)
+    layout = PlaneLayout.from_sizes(planes)
     xw, g, w, b, mean, rstd = wide(x, grad, weight, bias, mean, rstd)
     film = None if scale_shift is None else scale_shift.to(xw.dtype)
-    rstd_token = _per_token(rstd, layout, joint, x.shape[-1])
-    normed = (xw - _per_token(mean, layout, joint, x.shape[-1])) * rstd_token
+    rstd_token = _per_token(rstd, layout, x.shape[-1])
+    normed = (xw - _per_token(mean, layout, x.shape[-1])) * rstd_token
     dz = resample_planes_transposed(g, layout, resample)
     if activation:
         z = _affine(normed, w, b, film)
@@ -101,9 +89,8 @@ def backward(
     dn = dz * w
 
     def group_average(t: Tensor) -> Tensor:
-        grouped = t.unflatten(-1, (groups, -1))
-        spans = _spans(layout, joint)
-        return _per_token(torch.stack([grouped[:, s].mean((1, 3)) for s in spans], 1), layout, joint, x.shape[-1])
+        averages = [p.mean((1, 2, 4)) for p in layout.split(t.unflatten(-1, (groups, -1)))]
+        return _per_token(torch.stack(averages, dim=1), layout, x.shape[-1])
 
     dx = rstd_token * (dn - group_average(dn) - normed * group_average(dn * normed))
-    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype), dfilm
+    return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype), dfilm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.layout import PlaneLayout
 
 
 def _double(plane: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def _halve(plane: Tensor) -> Tensor:
     return plane.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean(dim=(2, 4))
 
 
-def resample_planes(x: Tensor, layout: TriplaneLayout, resample: int) -> Tensor:
+def resample_planes(x: Tensor, layout: PlaneLayout, resample: int) -> Tensor:
     """x: (B, N, C) of `layout` -> (B, N', C): resample +1 doubles each plane's sides, -1 halves them, 0 changes nothing.
 
     Raises:
@@ -32,7 +32,7 @@ def resample_planes(x: Tensor, layout: TriplaneLayout, resample: int) -> Tensor:
     return torch.cat([change(plane).flatten(1, 2) for plane in layout.split(x)], dim=1)
 
 
-def resample_planes_transposed(grad: Tensor, layout: TriplaneLayout, resample: int) -> Tensor:
+def resample_planes_transposed(grad: Tensor, layout: PlaneLayout, resample: int) -> Tensor:
     """The gradient of `resample_planes`'s input, of `layout`, from that of its output: the other direction, scaled."""
     if resample == 0:
         return grad

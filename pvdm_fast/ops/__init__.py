@@ -1,0 +1,21 @@
+"""The operations, differentiable and registered as `torch.ops.pvdm_fast.<op>`; backends plug in behind them."""
+
+from pvdm_fast.ops.add_layer_norm import add_layer_norm
+from pvdm_fast.ops.axial_attention import axial_attention
+from pvdm_fast.ops.geglu import geglu
+from pvdm_fast.ops.plane_conv import plane_conv
+from pvdm_fast.ops.plane_norm import plane_norm
+from pvdm_fast.ops.segment_attention import segment_attention
+from pvdm_fast.ops.triplane_expand import triplane_expand
+from pvdm_fast.ops.triplane_slice import triplane_slice
+
+__all__ = [
+    "add_layer_norm",
+    "axial_attention",
+    "geglu",
+    "plane_conv",
+    "plane_norm",
+    "segment_attention",
+    "triplane_expand",
+    "triplane_slice",
+]

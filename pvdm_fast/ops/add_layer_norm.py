@@ -1,0 +1,84 @@
+"""Residual sum and LayerNorm in one operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvdm_fast import backends
+from pvdm_fast.ops.registry import expect, register
+
+
+def _fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = x if residual is None else residual
+    total = x.new_empty(0) if residual is None else like.new_empty(x.shape)
+    statistic = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return total, like.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+def _backward_fake(
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, _, _, ctx.backend = inputs
+    total, _, mean, rstd = output
+    ctx.x_dtype = x.dtype
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(total if ctx.has_residual else x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    total, weight, mean, rstd = ctx.saved_tensors
+    if grad_normed is None:
+        grad_normed = torch.zeros_like(total)
+    if not ctx.has_residual:
+        grad_total = None
+    dtotal, dweight, dbias = torch.ops.pvdm_fast.add_layer_norm_backward(
+        grad_normed, grad_total, total, weight, mean, rstd, ctx.backend
+    )
+    return dtotal.to(ctx.x_dtype), dtotal if ctx.has_residual else None, dweight, dbias, None, None
+
+
+register(
+    "add_layer_norm",
+    schema="(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    backward_schema="(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, Tensor mean, Tensor rstd,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The residual sum x + residual, and its LayerNorm over the last axis.
+
+    Args:
+        x: (..., C). Differentiable, as are the next three.
+        residual: (..., C), or None: x alone is normed.
+        weight, bias: (C).
+
+    Returns:
+        The sum (x itself without a residual) and its norm, both (..., C), in the dtype of the residual, else of x.
+
+    Raises:
+        ValueError: shapes that don't fit.
+    """
+    expect(
+        x.numel() > 0 and weight.shape == bias.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape),
+        f"add_layer_norm: x is {tuple(x.shape)}, so a residual must have that shape, and weight and bias its last.",
+    )
+    total, normed, _, _ = torch.ops.pvdm_fast.add_layer_norm(x, residual, weight, bias, eps, backends.requested())
+    return (x if residual is None else total), normed

@@ -1,0 +1,115 @@
+"""GroupNorm of packed planes with everything that follows it in the denoiser: FiLM, SiLU, x2 resampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvdm_fast import backends
+from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.ops.registry import expect, register
+
+_RESAMPLE = {None: 0, "up": 1, "down": -1}
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_shift: Tensor | None,
+    planes: Sequence[int],
+    groups: int,
+    eps: float,
+    activation: bool,
+    resample: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, channels = x.shape
+    tokens = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
+    statistic = x.new_empty(batch, len(planes) // 2, groups, dtype=torch.float32)
+    return x.new_empty(batch, tokens, channels), statistic, torch.empty_like(statistic)
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale_shift: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dfilm = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dfilm
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, scale_shift, ctx.planes, ctx.groups, _, ctx.activation, ctx.resample, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, bias, scale_shift, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    dx, dweight, dbias, dfilm = torch.ops.pvdm_fast.plane_norm_backward(
+        grad, *ctx.saved_tensors, ctx.planes, ctx.groups, ctx.activation, ctx.resample, ctx.backend
+    )
+    return dx, dweight, dbias, dfilm if ctx.needs_input_grad[3] else None, *[None] * 6
+
+
+register(
+    "plane_norm",
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor? scale_shift, int[] planes, int groups,"
+    " float eps, bool activation, int resample, str backend) -> (Tensor, Tensor, Tensor)",
+    backward_schema="(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale_shift, Tensor mean,"
+    " Tensor rstd, int[] planes, int groups, bool activation, int resample,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def plane_norm(
+    x: Tensor,
+    layout: PlaneLayout,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    scale_shift: Tensor | None = None,
+    groups: int = 32,
+    eps: float = 1e-5,
+    activation: bool = False,
+    resample: str | None = None,
+) -> Tensor:
+    """GroupNorm, then scale and shift, then SiLU, then resampling of packed planes, in one operation.
+
+    Args:
+        x: (B, N, C) packed tokens of `layout`. float32, bfloat16, float16; statistics are in float32. Differentiable.
+        layout: of x: planes of any number and sizes, each with statistics of its own. PlaneLayout(((N, 1),)) norms all
+            tokens jointly.
+        weight, bias: (C), in any of these dtypes. Differentiable.
+        scale_shift: (B, 2C), the halves (scale | shift): n (1 + scale) + shift. Differentiable.
+        groups: of channels; divides C.
+        activation: apply SiLU.
+        resample: None, "up" (nearest, sides x2) or "down" (2 x 2 mean; every size of the layout must be even).
+
+    Returns:
+        (B, N', C) contiguous, in the dtype of x.
+
+    Raises:
+        ValueError: shapes that don't fit, groups that don't divide C, odd sizes to halve.
+    """
+    expect(x.dim() == 3 and x.numel() > 0, f"plane_norm: x must be (B, N, C), not empty; got {tuple(x.shape)}.")
+    layout.check(x)
+    channels = x.shape[-1]
+    expect(
+        channels % groups == 0 and weight.shape == bias.shape == (channels,),
+        f"plane_norm: x has {channels} channels, which {groups} groups must divide, and weight and bias must have "
+        f"that length; they have shapes {tuple(weight.shape)} and {tuple(bias.shape)}.",
+    )
+    expect(
+        scale_shift is None or scale_shift.shape == (x.shape[0], 2 * channels),
+        f"plane_norm: scale_shift must be ({x.shape[0]}, {2 * channels}).",
+    )
+    expect(resample in _RESAMPLE, f"plane_norm: resample must be None, 'up' or 'down', not {resample!r}.")
+    if resample == "down":
+        layout.downsample(2)
+    arguments = (layout.sizes, groups, eps, activation, _RESAMPLE[resample], backends.requested())
+    return torch.ops.pvdm_fast.plane_norm(x, weight, bias, scale_shift, *arguments)[0]

@@ -1,0 +1,19 @@
+"""Comparing tensors so that nothing hides: shapes, then finiteness, then the relative 2-norm of the difference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| in the 2-norm, computed in float64."""
+    a, e = actual.detach().double(), expected.detach().double()
+    return float((a - e).norm() / e.norm().clamp_min(1e-300)) if e.norm() > 0 else float(a.norm())
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "result") -> None:
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert torch.isfinite(actual).all(), f"{what}: {int((~torch.isfinite(actual)).sum())} values are not finite"
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} exceeds {tolerance:.0e}"

@@ -1,0 +1,172 @@
+"""Every operation: its gradient formula, its registration, torch.compile, and each backend that runs here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_close
+from ops.cases import CASES, Case
+from tolerances import CONV_SUM, OPERATION
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pvdm_fast import backends, use_backend
+from pvdm_fast.backends import KERNEL_DTYPES, OPERATIONS, SERVED
+
+everywhere = pytest.mark.parametrize("name", CASES)
+
+
+def test_every_operation_has_a_case() -> None:
+    assert {case.op for case in CASES.values()} == set(OPERATIONS)
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+
+
+def run_with_gradients(case: Case, inputs: dict[str, Tensor], rounded_to: torch.dtype) -> dict[str, Tensor]:
+    """Results and gradients by name; the incoming gradients are random, the same for every backend."""
+    inputs = leaves(inputs)
+    results = as_tuple(case.run(**inputs))
+    generator = torch.Generator().manual_seed(7)
+    draws = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(rounded_to) for r in results]
+    incoming = [draw.to(r) for draw, r in zip(draws, results, strict=True)]
+    gradients = torch.autograd.grad(results, list(inputs.values()), incoming)
+    found = {f"output {i}": r.detach() for i, r in enumerate(results)}
+    return found | {f"gradient of {n}": g for n, g in zip(inputs, gradients, strict=True)}
+
+
+@everywhere
+def test_gradient_formula(name: str) -> None:
+    """Finite differences in float64."""
+    case = CASES[name]
+    inputs = leaves(case.inputs(torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda *tensors: case.run(**dict(zip(inputs, tensors, strict=True))), tuple(inputs.values()), fast_mode=True
+    )
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the calls of this package's operations with their arguments, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "pvdm_fast":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The same values with the memory of the first two axes swapped."""
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() > 1 else tensor
+
+
+def sliced(tensor: Tensor) -> Tensor:
+    """The same values as a slice of a larger buffer, every second element of the last axis."""
+    buffer = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"))
+    buffer[..., ::2] = tensor
+    return buffer[..., ::2]
+
+
+@everywhere
+@pytest.mark.parametrize("form", ["contiguous", "transposed", "sliced"])
+def test_registration(name: str, form: str) -> None:
+    """opcheck of the operation and its backward, as the public function calls them: schema, fake strides, autograd."""
+    case = CASES[name]
+    change = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}[form]
+    inputs = leaves({n: change(t) for n, t in case.inputs(torch.float32).items()})
+    with Recorder() as recorder:
+        results = as_tuple(case.run(**inputs))
+        torch.autograd.grad(results, list(inputs.values()), [change(torch.randn_like(r)) for r in results])
+    assert {call[0]._name for call in recorder.calls} == {f"pvdm_fast::{case.op}", f"pvdm_fast::{case.op}_backward"}
+    for function, arguments in recorder.calls:
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        torch.library.opcheck(function, detached)
+    forward, arguments = recorder.calls[0]
+    differentiable = tuple(
+        a.detach().requires_grad_() if isinstance(a, Tensor) and a.requires_grad else a for a in arguments
+    )
+    torch.library.opcheck(forward, differentiable)
+
+
+@everywhere
+def test_compiles_to_one_graph(name: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.float32)
+    expected = run_with_gradients(case, inputs, torch.float32)
+    torch._dynamo.reset()
+    compiled = Case(case.op, case.shapes, torch.compile(case.run, fullgraph=True, backend="aot_eager"))
+    for what, tensor in run_with_gradients(compiled, inputs, torch.float32).items():
+        assert_close(tensor, expected[what], OPERATION[torch.float32], what)
+
+
+def servers() -> list[Any]:
+    """(case, backend, dtype) for every backend but the reference that has kernels for the case's operation."""
+    return [
+        pytest.param(name, backend, dtype, id=f"{name}-{backend}-{str(dtype).removeprefix('torch.')}")
+        for name, case in CASES.items()
+        for backend in backends.BACKENDS
+        if case.op in SERVED[backend]
+        for dtype in KERNEL_DTYPES
+    ]
+
+
+def tolerance_of(op: str, what: str, dtype: torch.dtype) -> float:
+    return (CONV_SUM if op == "plane_conv" and "gradient" in what else OPERATION)[dtype]
+
+
+@pytest.mark.parametrize(("name", "backend", "dtype"), servers())
+@pytest.mark.parametrize("form", ["contiguous", "transposed", "sliced"])
+def test_backend_equals_reference(name: str, backend: str, dtype: torch.dtype, form: str) -> None:
+    """Every backend, forward and every gradient, against the float64 reference on the same rounded inputs."""
+    if reason := backends.unavailable(backend):
+        pytest.skip(reason)
+    case = CASES[name]
+    change = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}[form]
+    inputs = {n: change(t) for n, t in case.inputs(dtype).items()}
+    with use_backend("reference"):
+        expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
+    device = "cuda" if backend in ("triton", "cuda") else "cpu"
+    with use_backend(backend):
+        actual = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype)
+        again = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype)
+    for what, tensor in actual.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, again[what]), f"{what} differs on a second run"
+        assert_close(tensor.cpu(), expected[what], tolerance_of(case.op, what, dtype), what)
+
+
+@everywhere
+def test_summed_gradient(name: str) -> None:
+    """`.sum().backward()` delivers gradients of stride 0; they must be read by their strides and left alone."""
+    case = CASES[name]
+    inputs = leaves(case.inputs(torch.float32))
+    sum(r.sum() for r in as_tuple(case.run(**inputs))).backward()
+    doubled = leaves(case.inputs(torch.float64))
+    with use_backend("reference"):
+        torch.autograd.backward(
+            as_tuple(case.run(**doubled)), [torch.ones_like(r) for r in as_tuple(case.run(**doubled))]
+        )
+    for what, tensor in inputs.items():
+        gradient, expected = tensor.grad, doubled[what].grad
+        assert gradient is not None and expected is not None
+        scale = expected.norm() + expected.numel() ** 0.5  # some of these gradients are zero but for rounding
+        assert torch.isfinite(gradient).all() and (gradient - expected).norm() < 1e-5 * scale, what
+
+
+@everywhere
+def test_inputs_are_left_alone(name: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.float32)
+    before = {n: t.clone() for n, t in inputs.items()}
+    run_with_gradients(case, inputs, torch.float32)
+    assert all(torch.equal(inputs[n], before[n]) for n in inputs)

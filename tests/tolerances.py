@@ -1,0 +1,18 @@
+"""Every tolerance of the test-suite, with its reason. Errors are relative, in the 2-norm, unless said otherwise."""
+
+from __future__ import annotations
+
+import torch
+
+# Golden values of the authors' release, float32 on a CPU: the design's own figures. Blocks differ by the order of
+# sums only; whole networks pile that up over some hundred layers.
+GOLDEN_BLOCK = 1e-5
+GOLDEN_NETWORK = 1e-4
+
+# One operation against the float64 reference on the same (rounded) inputs. Results and gradients are rounded once to
+# their dtype: half a unit in the last place is 6e-8, 3.9e-3 and 4.9e-4 relative; sums are in float32, so what is left
+# is that rounding, and for float32 the sums of some thousand terms (measured here: up to 2e-6).
+OPERATION = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+# Gradients that the reference rounds twice in 16 bits (conv: the sum of three planes' parts, each rounded).
+CONV_SUM = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
