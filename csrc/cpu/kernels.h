@@ -9,3 +9,25 @@ PVDM_CPU_KERNEL(triplane_expand_forward, (const TensorView& planes, const Tensor
 // grad (B, T H W, C) -> sums (B, N, C) f32: over time for xy, height for yt, width for xt, in one pass.
 PVDM_CPU_KERNEL(triplane_expand_sums,
                 (const TensorView& grad, const TensorView& sums, const Layout& layout, int threads))
+
+namespace pvdm {
+struct NormOptions {
+  Layout layout;
+  int64_t groups;
+  double eps;
+  bool joint, activation;
+  int resample;  // +1: x2 nearest, -1: 2 x 2 mean, 0: none
+  int threads;
+};
+}  // namespace pvdm
+
+// x (B, N, C), weight and bias (C), film (B, 2C) or null, all but x f32 -> y (B, N', C) as x; mean, rstd (B, spans, groups).
+PVDM_CPU_KERNEL(plane_norm_forward,
+                (const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& film,
+                 const TensorView& y, const TensorView& mean, const TensorView& rstd, const NormOptions& options))
+// grad (B, N', C) and x of one dtype -> dx (B, N, C) of it; dweight, dbias (C), dfilm (B, 2C) f32 (null without film).
+PVDM_CPU_KERNEL(plane_norm_backward,
+                (const TensorView& grad, const TensorView& x, const TensorView& weight, const TensorView& bias,
+                 const TensorView& film, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
+                 const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
+                 const NormOptions& options))

@@ -1,0 +1,174 @@
+// plane_norm, forward: one pass over x for the statistics, one to write. Formula: pvdm_fast/reference/plane_norm.py.
+#include "plane_norm.h"
+
+namespace pvdm::PVDM_ISA {
+namespace {
+
+// sum += x - shift, square += (x - shift)^2 for `tokens` tokens, channel by channel.
+template <class T, int tokens>
+void accumulate(const T* x, int64_t stride, const float* shift, float* sum, float* square, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const int count = count_at(c, channels);
+    Vec s = load(sum + c), q = load(square + c);
+    const Vec origin = load(shift + c);
+    for (int i = 0; i < tokens; i++) {
+      const Vec d = load(x + i * stride + c, count) - origin;
+      s += d;
+      q += d * d;
+    }
+    store(sum + c, s);
+    store(square + c, q);
+  }
+}
+
+// Mean and sum of squared deviations of each channel over a chunk. Values are taken relative to the chunk's first token,
+// so that a mean far above the deviation costs no digits. work: 3 padded rows; result: 2 padded rows.
+template <class T>
+void chunk_moments(const T* x, int64_t stride, int64_t tokens, int64_t channels, float* work, double* result) {
+  const int64_t padding = padded(channels);
+  float *shift = work, *sum = work + padding, *square = sum + padding;
+  for (int64_t c = 0; c < padding; c += lanes)
+    store(shift + c, c < channels ? load(x + c, count_at(c, channels)) : Vec{});
+  for (int64_t i = 0; i < 2 * padding; i++) sum[i] = 0, result[i] = 0;
+  for (int64_t n = 0; n < tokens;) {
+    const int64_t stop = n + exact_tokens < tokens ? n + exact_tokens : tokens;
+    for (; n + at_once <= stop; n += at_once)
+      accumulate<T, at_once>(x + n * stride, stride, shift, sum, square, channels);
+    for (; n < stop; n++) accumulate<T, 1>(x + n * stride, stride, shift, sum, square, channels);
+    flush(sum, result, 2 * padding);
+  }
+  for (int64_t c = 0; c < padding; c++) {
+    const double offset = result[c] / static_cast<double>(tokens);
+    result[padding + c] -= offset * result[c];
+    result[c] = offset + shift[c];
+  }
+}
+
+// Joins the moments of chunks and channels into a group's mean and variance. moments: of one batch element.
+void group_moments(const double* moments, const Chunks& chunks, const Span& span, int64_t padding, int64_t first,
+                   int64_t width, double* mean, double* variance) {
+  const double count = static_cast<double>(span.tokens * width);
+  double total = 0, squares = 0;
+  for (int64_t k = span.first; k < span.last; k++)
+    for (int64_t c = first; c < first + width; c++)
+      total += moments[k * 2 * padding + c] * static_cast<double>(chunks.at(k).count);
+  *mean = total / count;
+  for (int64_t k = span.first; k < span.last; k++)
+    for (int64_t c = first; c < first + width; c++) {
+      const double off = moments[k * 2 * padding + c] - *mean;
+      squares += moments[(k * 2 + 1) * padding + c] + off * off * static_cast<double>(chunks.at(k).count);
+    }
+  *variance = squares > 0 || squares != squares ? squares / count : 0;
+}
+
+// z = (x - origin) * slope + rest; origin is the rounded mean, whose rounding error goes into rest.
+struct Affine {
+  const float *origin, *slope, *rest;
+  template <class T, bool activation>
+  inline __attribute__((always_inline)) Vec at(const T* x, int64_t c, int count) const {
+    return activated<activation>((load(x + c, count) - load(origin + c)) * load(slope + c) + load(rest + c));
+  }
+};
+
+// Writes the tokens of one chunk. With resample -1 the chunk counts output tokens, else input tokens.
+template <class T, bool activation>
+void write_chunk(const T* x, int64_t stride, const Affine& affine, T* y, int64_t channels, const Chunk& chunk,
+                 int64_t columns, int resample) {
+  for (int64_t n = chunk.first; n < chunk.first + chunk.count; n++) {
+    const int64_t i = n / columns, j = n % columns;
+    for (int64_t c = 0; c < channels; c += lanes) {
+      const int count = count_at(c, channels);
+      if (resample == 0) {
+        store(y + n * channels + c, affine.template at<T, activation>(x + n * stride, c, count), count);
+      } else if (resample > 0) {
+        const Vec value = affine.template at<T, activation>(x + n * stride, c, count);
+        for (int64_t k = 0; k < 4; k++)
+          store(y + ((2 * i + k / 2) * 2 * columns + 2 * j + k % 2) * channels + c, value, count);
+      } else {
+        Vec sum = {};
+        for (int64_t k = 0; k < 4; k++)
+          sum += affine.template at<T, activation>(x + ((2 * i + k / 2) * 2 * columns + 2 * j + k % 2) * stride, c, count);
+        store(y + n * channels + c, sum * 0.25f, count);
+      }
+    }
+  }
+}
+
+template <class T>
+void all_moments(const TensorView& x, const Chunks& chunks, const NormOptions& o, double* moments) {
+  const int64_t channels = x.size[2], padding = padded(channels), units = x.size[0] * chunks.total();
+  const int threads = threads_for(o.threads, units);
+  const Buffer work(threads * 3 * padding * 4);
+  parallel_for(threads, units, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const Chunk chunk = chunks.at(unit % chunks.total());
+      const int64_t token = o.layout.offset(chunk.plane) + chunk.first;
+      const T* from = x.as<T>() + unit / chunks.total() * x.stride[0] + token * x.stride[1];
+      chunk_moments(from, x.stride[1], chunk.count, channels, work.floats() + thread * 3 * padding,
+                    moments + unit * 2 * padding);
+    }
+  });
+}
+
+// Statistics of one batch element, and the three rows of parameters of each of its spans.
+void prepare(const double* moments, const Chunks& chunks, int64_t b, const TensorView& weight, const TensorView& bias,
+             const TensorView& film, const TensorView& mean, const TensorView& rstd, const NormOptions& o,
+             float* parameters) {
+  const int64_t channels = weight.size[0], padding = padded(channels), width = channels / o.groups;
+  for (int span = 0; span < (o.joint ? 1 : 3); span++)
+    for (int64_t g = 0; g < o.groups; g++) {
+      double m, variance;
+      group_moments(moments, chunks, span_of(chunks, span, o.joint), padding, g * width, width, &m, &variance);
+      const double r = 1.0 / __builtin_sqrt(variance + o.eps);
+      const float rounded = static_cast<float>(m);
+      mean.as<float>()[b * mean.stride[0] + span * mean.stride[1] + g] = rounded;
+      rstd.as<float>()[b * rstd.stride[0] + span * rstd.stride[1] + g] = static_cast<float>(r);
+      float* rows = parameters + span * 3 * padding;
+      for (int64_t c = g * width; c < (g + 1) * width; c++) {
+        const double scale = 1.0 + film_at(film, b, c), slope = r * element(weight, c) * scale;
+        rows[c] = rounded;
+        rows[padding + c] = static_cast<float>(slope);
+        rows[2 * padding + c] = static_cast<float>((rounded - m) * slope + element(bias, c) * scale +
+                                                   film_at(film, b, channels + c));
+      }
+    }
+}
+
+template <class T, bool activation>
+void write_all(const TensorView& x, const TensorView& y, const float* parameters, const NormOptions& o) {
+  const Chunks chunks(o.layout, o.resample < 0);
+  const int64_t channels = x.size[2], padding = padded(channels), units = x.size[0] * chunks.total();
+  const int64_t spans = o.joint ? 1 : 3;
+  parallel_for(threads_for(o.threads, units), units, [&](int64_t begin, int64_t end, int) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t b = unit / chunks.total(), p = chunks.at(unit % chunks.total()).plane;
+      const int64_t token = o.layout.offset(static_cast<int>(p));
+      const int64_t written = o.resample > 0 ? token * 4 : o.resample < 0 ? token / 4 : token;
+      const float* rows = parameters + (b * spans + (o.joint ? 0 : p)) * 3 * padding;
+      write_chunk<T, activation>(x.as<T>() + b * x.stride[0] + token * x.stride[1], x.stride[1],
+                                 Affine{rows, rows + padding, rows + 2 * padding},
+                                 y.as<T>() + b * y.stride[0] + written * channels, channels,
+                                 chunks.at(unit % chunks.total()), chunks.columns[p], o.resample);
+    }
+  });
+}
+
+}  // namespace
+
+void plane_norm_forward(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& film,
+                        const TensorView& y, const TensorView& mean, const TensorView& rstd, const NormOptions& o) {
+  const Chunks chunks(o.layout, false);
+  const int64_t batch = x.size[0], padding = padded(x.size[2]), spans = o.joint ? 1 : 3;
+  const Buffer moments(batch * chunks.total() * 2 * padding * 8), parameters(batch * spans * 3 * padding * 4);
+  memset(parameters.floats(), 0, batch * spans * 3 * padding * 4);
+  PVDM_WITH_TYPE(x.dtype, T, all_moments<T>(x, chunks, o, moments.doubles()))
+  parallel_for(threads_for(o.threads, batch), batch, [&](int64_t begin, int64_t end, int) {
+    for (int64_t b = begin; b < end; b++)
+      prepare(moments.doubles() + b * chunks.total() * 2 * padding, chunks, b, weight, bias, film, mean, rstd, o,
+              parameters.floats() + b * spans * 3 * padding);
+  });
+  PVDM_WITH_TYPE(x.dtype, T, o.activation ? write_all<T, true>(x, y, parameters.floats(), o)
+                                          : write_all<T, false>(x, y, parameters.floats(), o))
+}
+
+}  // namespace pvdm::PVDM_ISA

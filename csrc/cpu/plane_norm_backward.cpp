@@ -1,0 +1,215 @@
+// plane_norm, backward: one pass over x and grad for the sums, one to write dx; the normed values are computed again.
+//
+// With n = (x - mean) rstd, z = n slope + rest (weight, bias and FiLM folded), dz the gradient of z:
+// dx = rstd (slope dz - avg(slope dz) - n avg(slope dz n)), averages over a group's tokens and channels.
+#include "plane_norm.h"
+
+namespace pvdm::PVDM_ISA {
+namespace {
+
+enum Row { mean_row, rstd_row, slope_row, rest_row, gain_row, level_row, tilt_row, row_count };
+
+// The gradient of one plane, read as if at the resolution of x: the transpose of the resampling.
+template <class T>
+struct PlaneGrad {
+  const T* data;
+  int64_t stride, columns;  // columns of x's plane
+  int resample;
+
+  inline __attribute__((always_inline)) Vec at(int64_t n, int64_t c, int count) const {
+    if (resample == 0) return load(data + n * stride + c, count);
+    const int64_t i = n / columns, j = n % columns;
+    if (resample < 0) return load(data + (i / 2 * (columns / 2) + j / 2) * stride + c, count) * 0.25f;
+    const T* corner = data + (2 * i * 2 * columns + 2 * j) * stride + c;
+    return (load(corner, count) + load(corner + stride, count)) +
+           (load(corner + 2 * columns * stride, count) + load(corner + (2 * columns + 1) * stride, count));
+  }
+};
+
+// dz from the gradient of silu(z): g (s + z s (1 - s)), s = sigmoid(z).
+template <bool activation>
+PVDM_INLINE Vec through_activation(Vec g, Vec z) {
+  if (!activation) return g;
+  const Vec s = sigmoid(z);
+  return g * (s + z * s * (1.0f - s));
+}
+
+// first += dz, second += dz n for `tokens` tokens from n on.
+template <class T, bool activation, int tokens>
+void accumulate(const PlaneGrad<T>& grad, const T* x, int64_t stride, int64_t n, const float* rows, float* first,
+                float* second, int64_t channels) {
+  const int64_t padding = padded(channels);
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const int count = count_at(c, channels);
+    const Vec mean = load(rows + c), rstd = load(rows + rstd_row * padding + c);
+    const Vec slope = load(rows + slope_row * padding + c), rest = load(rows + rest_row * padding + c);
+    Vec a = load(first + c), b = load(second + c);
+    for (int64_t i = n; i < n + tokens; i++) {
+      const Vec normed = (load(x + i * stride + c, count) - mean) * rstd;
+      const Vec dz = through_activation<activation>(grad.at(i, c, count), normed * slope + rest);
+      a += dz;
+      b += dz * normed;
+    }
+    store(first + c, a);
+    store(second + c, b);
+  }
+}
+
+// Sums of dz and dz n of each channel over a chunk. work, result: 2 padded rows.
+template <class T, bool activation>
+void chunk_sums(const PlaneGrad<T>& grad, const T* x, int64_t stride, const Chunk& chunk, const float* rows,
+                int64_t channels, float* work, double* result) {
+  const int64_t padding = padded(channels), last = chunk.first + chunk.count;
+  for (int64_t i = 0; i < 2 * padding; i++) work[i] = 0, result[i] = 0;
+  for (int64_t n = chunk.first; n < last;) {
+    const int64_t stop = n + exact_tokens < last ? n + exact_tokens : last;
+    for (; n + at_once <= stop; n += at_once)
+      accumulate<T, activation, at_once>(grad, x, stride, n, rows, work, work + padding, channels);
+    for (; n < stop; n++)
+      accumulate<T, activation, 1>(grad, x, stride, n, rows, work, work + padding, channels);
+    flush(work, result, 2 * padding);
+  }
+}
+
+template <class T, bool activation>
+void write_chunk(const PlaneGrad<T>& grad, const T* x, int64_t stride, const Chunk& chunk, const float* rows, T* dx,
+                 int64_t channels) {
+  const int64_t padding = padded(channels);
+  for (int64_t n = chunk.first; n < chunk.first + chunk.count; n++)
+    for (int64_t c = 0; c < channels; c += lanes) {
+      const int count = count_at(c, channels);
+      const Vec normed = (load(x + n * stride + c, count) - load(rows + c)) * load(rows + rstd_row * padding + c);
+      const Vec z = normed * load(rows + slope_row * padding + c) + load(rows + rest_row * padding + c);
+      const Vec dz = through_activation<activation>(grad.at(n, c, count), z);
+      const Vec back = load(rows + level_row * padding + c) + normed * load(rows + tilt_row * padding + c);
+      store(dx + n * channels + c, dz * load(rows + gain_row * padding + c) - back, count);
+    }
+}
+
+// Rows of every (batch element, span), as far as they are known before the sums.
+void prepare(const TensorView& weight, const TensorView& bias, const TensorView& film, const TensorView& mean,
+             const TensorView& rstd, const NormOptions& o, float* parameters) {
+  const int64_t channels = weight.size[0], padding = padded(channels), spans = o.joint ? 1 : 3;
+  for (int64_t b = 0; b < mean.size[0]; b++)
+    for (int64_t s = 0; s < spans; s++)
+      for (int64_t c = 0; c < channels; c++) {
+        const int64_t group = c / (channels / o.groups);
+        float* row = parameters + (b * spans + s) * row_count * padding + c;
+        const float scale = 1.0f + film_at(film, b, c);
+        row[mean_row * padding] = mean.as<float>()[b * mean.stride[0] + s * mean.stride[1] + group];
+        row[rstd_row * padding] = rstd.as<float>()[b * rstd.stride[0] + s * rstd.stride[1] + group];
+        row[slope_row * padding] = element(weight, c) * scale;
+        row[rest_row * padding] = element(bias, c) * scale + film_at(film, b, channels + c);
+      }
+}
+
+// From the chunks' sums: the gradients of weight, bias and FiLM, and the remaining rows. Chunks are added in order.
+void combine(const double* sums, const Chunks& chunks, const TensorView& weight, const TensorView& bias,
+             const TensorView& film, const TensorView& dfilm, const NormOptions& o, int64_t batch, float* parameters,
+             double* dweight, double* dbias, double* totals) {
+  const int64_t channels = weight.size[0], padding = padded(channels), width = channels / o.groups;
+  const int64_t spans = o.joint ? 1 : 3;
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t s = 0; s < spans; s++) {
+      const Span span = span_of(chunks, static_cast<int>(s), o.joint);
+      float* rows = parameters + (b * spans + s) * row_count * padding;
+      for (int64_t i = 0; i < 2 * padding; i++) totals[i] = 0;
+      for (int64_t k = span.first; k < span.last; k++)
+        for (int64_t i = 0; i < 2 * padding; i++) totals[i] += sums[(b * chunks.total() + k) * 2 * padding + i];
+      for (int64_t c = 0; c < channels; c++) {
+        const double scale = 1.0 + film_at(film, b, c), level = totals[c], tilt = totals[padding + c];
+        dweight[c] += scale * tilt;
+        dbias[c] += scale * level;
+        if (!dfilm.data) continue;
+        float* to = dfilm.as<float>() + b * dfilm.stride[0] + c;
+        to[0] += static_cast<float>(tilt * element(weight, c) + level * element(bias, c));
+        to[channels] += static_cast<float>(level);
+      }
+      for (int64_t g = 0; g < o.groups; g++) {
+        double level = 0, tilt = 0;
+        for (int64_t c = g * width; c < (g + 1) * width; c++) {
+          level += rows[slope_row * padding + c] * totals[c];
+          tilt += rows[slope_row * padding + c] * totals[padding + c];
+        }
+        const double count = static_cast<double>(span.tokens * width);
+        for (int64_t c = g * width; c < (g + 1) * width; c++) {
+          const float rstd = rows[rstd_row * padding + c];
+          rows[gain_row * padding + c] = rstd * rows[slope_row * padding + c];
+          rows[level_row * padding + c] = static_cast<float>(rstd * level / count);
+          rows[tilt_row * padding + c] = static_cast<float>(rstd * tilt / count);
+        }
+      }
+    }
+}
+
+// Calls body(chunk, x of the plane, gradient of the plane, rows, unit, thread) for every chunk.
+template <class T, class F>
+void for_chunks(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
+                const NormOptions& o, int threads, const F& body) {
+  const int64_t padding = padded(x.size[2]), spans = o.joint ? 1 : 3, units = x.size[0] * chunks.total();
+  parallel_for(threads, units, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t b = unit / chunks.total();
+      const Chunk chunk = chunks.at(unit % chunks.total());
+      const int64_t token = o.layout.offset(chunk.plane);
+      const int64_t outside = o.resample > 0 ? token * 4 : o.resample < 0 ? token / 4 : token;
+      const PlaneGrad<T> g{grad.as<T>() + b * grad.stride[0] + outside * grad.stride[1], grad.stride[1],
+                           chunks.columns[chunk.plane], o.resample};
+      body(chunk, x.as<T>() + b * x.stride[0] + token * x.stride[1], g,
+           parameters + (b * spans + (o.joint ? 0 : chunk.plane)) * row_count * padding, unit, thread);
+    }
+  });
+}
+
+template <class T, bool activation>
+void all_sums(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
+              const NormOptions& o, double* sums) {
+  const int64_t channels = x.size[2], padding = padded(channels);
+  const int threads = threads_for(o.threads, x.size[0] * chunks.total());
+  const Buffer work(threads * 2 * padding * 4);
+  for_chunks<T>(grad, x, chunks, parameters, o, threads,
+                [&](const Chunk& chunk, const T* from, const PlaneGrad<T>& g, const float* rows, int64_t unit, int thread) {
+                  chunk_sums<T, activation>(g, from, x.stride[1], chunk, rows, channels,
+                                            work.floats() + thread * 2 * padding, sums + unit * 2 * padding);
+                });
+}
+
+template <class T, bool activation>
+void write_all(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
+               const NormOptions& o, const TensorView& dx) {
+  const int threads = threads_for(o.threads, x.size[0] * chunks.total());
+  for_chunks<T>(grad, x, chunks, parameters, o, threads,
+                [&](const Chunk& chunk, const T* from, const PlaneGrad<T>& g, const float* rows, int64_t unit, int) {
+                  T* to = dx.as<T>() + unit / chunks.total() * dx.stride[0] + o.layout.offset(chunk.plane) * x.size[2];
+                  write_chunk<T, activation>(g, from, x.stride[1], chunk, rows, to, x.size[2]);
+                });
+}
+
+}  // namespace
+
+void plane_norm_backward(const TensorView& grad, const TensorView& x, const TensorView& weight, const TensorView& bias,
+                         const TensorView& film, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
+                         const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
+                         const NormOptions& o) {
+  const Chunks chunks(o.layout, false);
+  const int64_t batch = x.size[0], channels = x.size[2], padding = padded(channels);
+  const int64_t rows = batch * (o.joint ? 1 : 3) * row_count * padding;
+  const Buffer parameters(rows * 4), sums(batch * chunks.total() * 2 * padding * 8), totals(4 * padding * 8);
+  memset(parameters.floats(), 0, rows * 4);
+  memset(totals.doubles(), 0, 4 * padding * 8);
+  if (dfilm.data) memset(dfilm.data, 0, batch * 2 * channels * 4);
+  prepare(weight, bias, film, mean, rstd, o, parameters.floats());
+  PVDM_WITH_TYPE(x.dtype, T,
+                 o.activation ? all_sums<T, true>(grad, x, chunks, parameters.floats(), o, sums.doubles())
+                              : all_sums<T, false>(grad, x, chunks, parameters.floats(), o, sums.doubles()))
+  double *dw = totals.doubles() + 2 * padding, *db = dw + padding;
+  combine(sums.doubles(), chunks, weight, bias, film, dfilm, o, batch, parameters.floats(), dw, db, totals.doubles());
+  for (int64_t c = 0; c < channels; c++) {
+    dweight.as<float>()[c] = static_cast<float>(dw[c]);
+    dbias.as<float>()[c] = static_cast<float>(db[c]);
+  }
+  PVDM_WITH_TYPE(x.dtype, T, o.activation ? write_all<T, true>(grad, x, chunks, parameters.floats(), o, dx)
+                                          : write_all<T, false>(grad, x, chunks, parameters.floats(), o, dx))
+}
+
+}  // namespace pvdm::PVDM_ISA

@@ -1,0 +1,83 @@
+"""`plane_norm` on the CPU: two passes over memory in each direction, all in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.native import extension
+from pvdm_fast.native.cpu import parameter, rows_dense
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_shift: Tensor | None,
+    time: int,
+    height: int,
+    width: int,
+    groups: int,
+    eps: float,
+    joint: bool,
+    activation: bool,
+    resample: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, 3, or 1 if joint, groups) float32."""
+    batch, tokens, channels = x.shape
+    tokens = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
+    y = x.new_empty(batch, tokens, channels)
+    mean = torch.empty(batch, 1 if joint else 3, groups, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    extension("_cpu").plane_norm_forward(
+        rows_dense(x),
+        parameter(weight),
+        parameter(bias),
+        None if scale_shift is None else parameter(scale_shift),
+        y,
+        mean,
+        rstd,
+        *(time, height, width, groups, eps, joint, activation, resample),
+        torch.get_num_threads(),
+    )
+    return y, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    time: int,
+    height: int,
+    width: int,
+    groups: int,
+    joint: bool,
+    activation: bool,
+    resample: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, and of scale_shift (empty where there is none)."""
+    dx = x.new_empty(x.shape)
+    dweight, dbias = torch.empty(2, x.shape[2], dtype=torch.float32).unbind()
+    dfilm = None if scale_shift is None else torch.empty(scale_shift.shape, dtype=torch.float32)
+    extension("_cpu").plane_norm_backward(
+        rows_dense(grad.to(x.dtype)),
+        rows_dense(x),
+        parameter(weight),
+        parameter(bias),
+        None if scale_shift is None else parameter(scale_shift),
+        mean,
+        rstd,
+        dx,
+        dweight,
+        dbias,
+        dfilm,
+        *(time, height, width, groups, joint, activation, resample),
+        torch.get_num_threads(),
+    )
+    if scale_shift is None or dfilm is None:
+        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), x.new_empty(0)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dfilm.to(scale_shift.dtype)
