@@ -1,0 +1,105 @@
+"""What the diffusion model learns: the noise schedule, the noising of latents, the loss and its training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TRAIN_STEPS = 1000
+BETA_START = 0.0015
+BETA_END = 0.0195
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The release's 1000 noise levels; ``betas`` and ``alphas_cumprod`` are float32 tensors of shape (1000,)."""
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+
+    @staticmethod
+    def create(device: torch.device | str = "cpu") -> NoiseSchedule:
+        """Betas are linspace(sqrt(0.0015), sqrt(0.0195), 1000) squared, computed in float64 and rounded once."""
+        betas = np.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS) ** 2
+        alphas_cumprod = np.cumprod(1 - betas)
+        return NoiseSchedule(
+            torch.tensor(betas, dtype=torch.float32, device=device),
+            torch.tensor(alphas_cumprod, dtype=torch.float32, device=device),
+        )
+
+    def q_sample(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """The latent (B, D, N) at noise level ``timestep`` (B,) int64: sqrt(a) latent + sqrt(1 - a) noise."""
+        level = self.alphas_cumprod[timestep].view(-1, 1, 1)
+        return level.sqrt() * latent + (1 - level).sqrt() * noise
+
+
+def diffusion_loss(
+    denoiser: Callable[..., object],
+    schedule: NoiseSchedule,
+    target: Tensor,
+    condition: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+) -> Tensor:
+    """Mean squared error of the predicted noise, a float32 scalar.
+
+    Args:
+        denoiser: called as ``denoiser(noisy, timestep, condition=condition).sample``.
+        target: clean latents (B, D, N).
+        condition: latents of the preceding clips (B, D, N); zeros where there is none.
+        noise: standard normal (B, D, N).
+        timestep: (B,) int64 in [0, 1000).
+    """
+    noisy = schedule.q_sample(target, noise, timestep)
+    predicted: Tensor = denoiser(noisy, timestep, condition=condition).sample  # type: ignore[attr-defined]
+    return F.mse_loss(predicted.float(), noise.float())
+
+
+def joint_batch(
+    video: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    conditional_probability: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Targets and conditions of the joint unconditional and conditional training.
+
+    Each clip of 2T frames is, with the given probability, split into condition (first T frames) and target (last T);
+    otherwise the target is a random window of T frames and the condition is zeros.
+
+    Args:
+        video: (B, 3, 2T, H, W) in [-1, 1].
+        encode: maps videos (b, 3, T, H, W) to latents (b, D, N).
+        conditional_probability: between 0 and 1.
+        generator: a CPU generator, the only source of randomness.
+
+    Returns:
+        target and condition, both (B, D, N).
+
+    Raises:
+        ValueError: if the number of frames is odd.
+    """
+    batch, _, frames = video.shape[:3]
+    if frames % 2:
+        raise ValueError(f"joint training needs clips of 2T frames, but these have {frames}")
+    half = frames // 2
+    conditional = torch.rand(batch, generator=generator) < conditional_probability
+    starts = torch.randint(0, half + 1, (batch,), generator=generator)
+    starts[conditional] = half
+    windows = [clip[:, start : start + half] for clip, start in zip(video, starts.tolist(), strict=True)]
+    preceding = [clip[:, :half] for clip, keep in zip(video, conditional.tolist(), strict=True) if keep]
+    latents = encode(torch.stack(windows + preceding))
+    target = latents[:batch]
+    condition = torch.zeros_like(target)
+    condition[conditional.to(condition.device)] = latents[batch:]
+    return target, condition
+
+
+def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each clip: both (B, ...) with values in [-1, 1] (peak 2); returns (B,)."""
+    error = (reconstruction.float() - video.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error)

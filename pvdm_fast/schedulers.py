@@ -1,0 +1,111 @@
+"""The samplers: diffusers' schedulers, set up for PVDM's noise schedule and its clamped, tanh-bounded latents."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from pvdm_fast.diffusion import BETA_END, BETA_START, TRAIN_STEPS, NoiseSchedule
+from pvdm_fast.errors import UserError
+
+SCHEDULER_NAMES = ("ddim", "ddpm", "dpm++")
+
+_BETAS: dict[str, Any] = {
+    "num_train_timesteps": TRAIN_STEPS,
+    "beta_start": BETA_START,
+    "beta_end": BETA_END,
+    "beta_schedule": "scaled_linear",
+}
+
+
+def release_times(steps: int) -> list[int]:
+    """The release's sampling times, largest first, ending with -1: linspace(-1, 999, steps + 1), truncated."""
+    if not 1 <= steps <= TRAIN_STEPS:
+        raise UserError(f"the number of sampling steps must be between 1 and {TRAIN_STEPS}, not {steps}")
+    return torch.linspace(-1, TRAIN_STEPS - 1, steps + 1).int().flip(0).tolist()
+
+
+class ReleaseDDIMScheduler(DDIMScheduler):
+    """DDIM on the release's times, also where the number of steps doesn't divide 1000.
+
+    Diffusers walks in equal strides; the release goes from each of its times to the next one. At time -1 the clean
+    prediction itself is returned.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Fix the times to visit; raises UserError when there are more steps than noise levels."""
+        times = release_times(num_inference_steps)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.tensor(times[:-1], device=device)
+        self._next_time = dict(itertools.pairwise(times))
+
+    def next_time(self, timestep: int) -> int:
+        """The time after ``timestep``; -1 at the end."""
+        return self._next_time[int(timestep)]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int,
+        sample: Tensor,
+        eta: float = 1.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step from ``timestep`` to the next time; arguments as in diffusers, but eta is 1 by default."""
+        next_time = self.next_time(timestep)
+        level = self.alphas_cumprod[int(timestep)].item()
+        clean = ((sample - (1 - level) ** 0.5 * model_output) / level**0.5).clamp(-1, 1)
+        if use_clipped_model_output:
+            model_output = (sample - level**0.5 * clean) / (1 - level) ** 0.5
+        previous = clean
+        if next_time >= 0:
+            next_level = self.alphas_cumprod[next_time].item()
+            sigma = eta * ((1 - level / next_level) * (1 - next_level) / (1 - level)) ** 0.5
+            previous = next_level**0.5 * clean + (1 - next_level - sigma**2) ** 0.5 * model_output
+            if eta > 0:
+                if variance_noise is None:
+                    variance_noise = randn_tensor(
+                        sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                    )
+                previous = previous + sigma * variance_noise
+        if not return_dict:
+            return previous, clean
+        return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=clean)
+
+
+class ReleaseDDPMScheduler(DDPMScheduler):
+    """Diffusers' DDPM on the release's times: for numbers of steps that divide 1000 this is its "trailing" spacing."""
+
+    def set_timesteps(  # type: ignore[override]
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """Fix the times to visit; raises UserError when there are more steps than noise levels."""
+        super().set_timesteps(timesteps=release_times(num_inference_steps)[:-1], device=device)
+        self.num_inference_steps = num_inference_steps
+
+
+def make_scheduler(name: str) -> ReleaseDDIMScheduler | ReleaseDDPMScheduler | DPMSolverMultistepScheduler:
+    """The scheduler called ``name``: "ddim", "ddpm" or "dpm++".
+
+    ddim and ddpm take the predicted noise. dpm++ takes the clean latent, which the sampling loop clamps first, because
+    diffusers' solver cannot clamp by a fixed range. Raises UserError for another name.
+    """
+    if name == "ddim":
+        scheduler = ReleaseDDIMScheduler(**_BETAS)
+        schedule = NoiseSchedule.create()
+        scheduler.betas, scheduler.alphas_cumprod = schedule.betas, schedule.alphas_cumprod
+        return scheduler
+    if name == "ddpm":
+        return ReleaseDDPMScheduler(**_BETAS, variance_type="fixed_small", clip_sample=True)
+    if name == "dpm++":
+        return DPMSolverMultistepScheduler(**_BETAS, algorithm_type="dpmsolver++", prediction_type="sample")
+    raise UserError(f"there is no scheduler called {name!r}: choose one of {', '.join(SCHEDULER_NAMES)}")

@@ -1,0 +1,26 @@
+"""``python -m pvdm_fast.train``: trains the autoencoder, then the diffusion model of its latents."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pvdm_fast.errors import run_command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, 2 (a user's error), 3 (a loss that is not finite), 130 or 143 (stopped)."""
+
+    def train() -> None:
+        from pvdm_fast.training.options import parse
+
+        request = parse(arguments)
+        from pvdm_fast.training.session import run_training
+
+        run_training(request)
+
+    return run_command(train)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

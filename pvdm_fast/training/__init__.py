@@ -1,0 +1,1 @@
+"""Training: configuration, the two stages, and the loop they share."""

@@ -1,0 +1,131 @@
+"""Checkpoints that are never half written: a folder with the state, and a note that says what it must hold."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pvdm_fast.errors import UserError
+from pvdm_fast.training.config import STAGES
+from pvdm_fast.training.files import whole_folder
+
+KEPT = 2
+STATE, NOTE = "state.pt", "checkpoint.json"
+
+
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """A place in a run: ``stage`` is an index into STAGES, so that later checkpoints compare greater."""
+
+    stage: int
+    step: int
+    path: Path
+
+    @property
+    def stage_name(self) -> str:
+        return STAGES[self.stage]
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def save(folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: int = KEPT) -> Path:
+    """Write ``state`` as ``folder/STAGE-step-NNNNNNN`` and remove all but the newest ``keep`` complete checkpoints.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; what was there before is still there.
+    """
+    path = folder / f"{stage}-step-{step:07d}"
+    try:
+        with whole_folder(path) as temporary:
+            torch.save(state, temporary / STATE)
+            note = {
+                "stage": stage,
+                "step": step,
+                "bytes": (temporary / STATE).stat().st_size,
+                "crc32": checksum(temporary / STATE),
+            }
+            (temporary / NOTE).write_text(json.dumps(note), encoding="utf-8")
+        for old in found(folder)[:-keep]:
+            shutil.rmtree(old.path, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_writer_failure(error):
+            raise
+        last = found(folder)
+        kept = f"the last good one is {last[-1].path}" if last else "there is none yet"
+        reason = getattr(error, "strerror", None) or "the file could not be written whole, the disk may be full"
+        raise UserError(f"cannot write the checkpoint {path}: {reason}; {kept}") from error
+    return path
+
+
+def _is_writer_failure(error: RuntimeError) -> bool:
+    """torch.save's zip writer reports a failed write as RuntimeError, for example "unexpected pos"."""
+    return any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos", "write"))
+
+
+def found(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints in a folder, oldest first; half-written ones have other names and don't count."""
+    result = []
+    for note in folder.glob(f"[!.]*/{NOTE}"):
+        stage, _, number = note.parent.name.rpartition("-step-")
+        if stage in STAGES and number.isdigit():
+            result.append(Checkpoint(STAGES.index(stage), int(number), note.parent))
+    return sorted(result)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where they are as written."""
+    try:
+        note = json.loads((path / NOTE).read_text(encoding="utf-8"))
+        if (path / STATE).stat().st_size != note["bytes"]:
+            return "its size is wrong"
+        return None if checksum(path / STATE) == note["crc32"] else "its checksum is wrong"
+    except (OSError, ValueError, KeyError) as error:
+        return f"it cannot be read ({error})"
+
+
+def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest undamaged checkpoint, and a sentence for each newer one that had to be passed over."""
+    passed_over = []
+    for candidate in reversed(found(folder)):
+        problem = damage(candidate.path)
+        if problem is None:
+            return candidate, passed_over
+        passed_over.append(f"{candidate.path} is passed over: {problem}")
+    return None, passed_over
+
+
+def load(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The state saved in a checkpoint, on the CPU; nothing but tensors and plain values is ever unpickled."""
+    return torch.load(checkpoint.path / STATE, map_location="cpu", weights_only=True)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of the random generators of torch (CPU and GPUs) and Python, as plain values."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put back what :func:`random_states` returned; GPU states only where there are as many GPUs."""
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, values, gauss_next = states["python"]
+    random.setstate((version, tuple(values), gauss_next))

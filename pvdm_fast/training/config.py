@@ -1,0 +1,281 @@
+"""Every hyper-parameter of a training run, with its help text; presets; reading and writing config files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pvdm_fast.errors import UserError
+
+STAGES = ("autoencoder", "diffusion")
+
+
+def option(
+    default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None, resumable: bool = False
+) -> Any:
+    """A dataclass field with its help text, its range, and whether it may change when a run is resumed."""
+    return field(
+        default=default,
+        metadata={"help": help, "minimum": minimum, "maximum": maximum, "resumable": resumable},
+    )
+
+
+@dataclass
+class VideoOptions:
+    """The clips."""
+
+    frames: int | None = option(None, "frames of a clip, T; the diffusion stage reads clips of 2T", minimum=1)
+    height: int | None = option(None, "height of a clip in pixels", minimum=1)
+    width: int | None = option(None, "width of a clip in pixels", minimum=1)
+    stride: int = option(1, "take every n-th frame of a video", minimum=1)
+    flip: bool = option(False, "mirror half of the training clips left to right")
+    fps: float = option(8.0, "frames a second of the videos written", minimum=0.1, resumable=True)
+    workers: int = option(2, "processes that read clips ahead; 0 reads in the main process", minimum=0, resumable=True)
+
+
+@dataclass
+class StageOptions:
+    """What both stages share."""
+
+    steps: int = option(10_000, "optimizer steps", minimum=1, resumable=True)
+    batch_size: int = option(8, "clips a forward pass", minimum=1)
+    accumulate: int = option(1, "forward passes whose gradients are averaged for one optimizer step", minimum=1)
+    learning_rate: float = option(1e-4, "highest learning rate", minimum=0)
+    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up; cosine ends near 0")
+    warmup: int = option(100, "steps of linear warm-up", minimum=0)
+    beta1: float = option(0.9, "AdamW: decay of the gradients' mean", minimum=0, maximum=1)
+    beta2: float = option(0.999, "AdamW: decay of the squared gradients' mean", minimum=0, maximum=1)
+    weight_decay: float = option(0.01, "AdamW: weight decay", minimum=0)
+    clip_norm: float = option(1.0, "largest norm of the gradients; larger ones are scaled down", minimum=1e-8)
+    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+
+
+@dataclass
+class AutoencoderOptions(StageOptions):
+    """The autoencoder and its training."""
+
+    patch_size: int | None = option(None, "side of a patch in pixels", minimum=1)
+    channels: int | None = option(None, "width of the transformers", minimum=1)
+    depth: int | None = option(None, "layers of the encoder and of the decoder", minimum=1)
+    num_heads: int | None = option(None, "attention heads", minimum=1)
+    head_dim: int | None = option(None, "channels of an attention head", minimum=1)
+    latent_channels: int | None = option(None, "channels of the latent planes", minimum=1)
+
+
+@dataclass
+class DiffusionOptions(StageOptions):
+    """The denoiser and its training."""
+
+    model_channels: int | None = option(None, "base width of the U-Net", minimum=1)
+    channel_mult: tuple[int, ...] | None = option(
+        None, "width of each level, as multiples of the base width", minimum=1
+    )
+    num_res_blocks: int | None = option(None, "residual blocks a level", minimum=1)
+    attention_resolutions: tuple[int, ...] | None = option(
+        None, "down-sampling factors at which each plane has attention of its own", minimum=1
+    )
+    num_heads: int | None = option(None, "attention heads", minimum=1)
+    conditional_probability: float = option(
+        0.2, "share of the clips trained with the clip before as condition", minimum=0, maximum=1
+    )
+    ema_decay: float = option(0.9999, "decay of the averaged weights that are saved for sampling", minimum=0, maximum=1)
+    sampling_steps: int = option(50, "DDIM steps of the sample videos", minimum=1, maximum=1000, resumable=True)
+
+
+@dataclass
+class TrainConfig:
+    """A whole training run."""
+
+    preset: Literal["tiny", "small", "base"] = option("tiny", "sizes of the models and matching hyper-parameters")
+    stage: Literal["autoencoder", "diffusion", "all"] = option("all", "what to train", resumable=True)
+    data: str = option(
+        "synthetic:shapes", "a folder of videos, of frame folders, UCF-101 or SkyTimelapse", resumable=True
+    )
+    autoencoder_from: str | None = option(
+        None, "with --stage diffusion: the run, or the model folder, whose autoencoder to use"
+    )
+    seed: int = option(0, "seed of weights, clips and noise", minimum=0)
+    device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "compute in 16 bits where that is safe")
+    save_every: int = option(1000, "steps between checkpoints", minimum=1, resumable=True)
+    preview_every: int = option(5000, "steps between sample videos and held-out scores", minimum=1, resumable=True)
+    held_out_clips: int = option(16, "held-out clips that are scored", minimum=1, resumable=True)
+    max_skipped: int = option(
+        10, "steps in a row whose loss is not finite that are skipped before training stops", minimum=0, resumable=True
+    )
+    tensorboard: bool = option(
+        False, "also write TensorBoard logs (pip install 'pvdm-fast[tensorboard]')", resumable=True
+    )
+    video: VideoOptions = field(default_factory=VideoOptions)
+    autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
+    diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
+
+
+# What differs from the defaults above. The models' own sizes are in pvdm_fast.models.presets.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "save_every": 200,
+        "preview_every": 1000,
+        "video": {"workers": 0},
+        "autoencoder": {"steps": 800, "learning_rate": 1e-3, "schedule": "cosine", "warmup": 50},
+        "diffusion": {"steps": 800, "batch_size": 16, "learning_rate": 1e-3, "schedule": "cosine", "warmup": 50},
+    },
+    "small": {
+        "autoencoder": {"steps": 40_000, "learning_rate": 3e-4, "schedule": "cosine", "warmup": 500},
+        "diffusion": {"steps": 60_000, "batch_size": 16, "learning_rate": 3e-4, "schedule": "cosine", "warmup": 500},
+    },
+    "base": {
+        "video": {"workers": 8},
+        "autoencoder": {"steps": 200_000, "beta1": 0.5, "beta2": 0.9, "warmup": 1000},
+        "diffusion": {"steps": 850_000, "batch_size": 64, "warmup": 1000},
+    },
+}
+
+GROUPS: dict[str, type[Any]] = {
+    "video": VideoOptions,
+    "autoencoder": AutoencoderOptions,
+    "diffusion": DiffusionOptions,
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: ``group`` is "" for those of the run itself; ``kind`` is its type, without None."""
+
+    group: str
+    name: str
+    kind: Any
+    optional: bool
+    metadata: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Its name in a config file, for example ``autoencoder.steps``."""
+        return f"{self.group}.{self.name}" if self.group else self.name
+
+    def convert(self, value: Any) -> Any:
+        """``value`` (a word of the command line, or what YAML made of it) as this option's type.
+
+        Raises:
+            UserError: it is of another type or out of range.
+        """
+        if value is None and self.optional:
+            return None
+        choices = get_args(self.kind) if get_origin(self.kind) is Literal else None
+        if choices:
+            if value not in choices:
+                raise UserError(f"{self.key} must be one of {', '.join(choices)}, not {value!r}")
+            return value
+        if get_origin(self.kind) is tuple:
+            if not isinstance(value, (list, tuple)) or not value:
+                raise UserError(f"{self.key} must be a list of whole numbers, not {value!r}")
+            return tuple(self._checked(self._scalar(int, item)) for item in value)
+        return self._checked(self._scalar(self.kind, value))
+
+    def _scalar(self, kind: type, value: Any) -> Any:
+        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        wrong = UserError(f"{self.key} must be {expected}, not {value!r}")
+        if isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict)) or value is None:
+            raise wrong
+        try:
+            converted = kind(value)
+        except ValueError:
+            raise wrong from None
+        if kind is int and isinstance(value, float) and converted != value:
+            raise wrong
+        return converted
+
+    def _checked(self, value: Any) -> Any:
+        low, high = self.metadata.get("minimum"), self.metadata.get("maximum")
+        if low is not None and not value >= low:
+            raise UserError(f"{self.key} must be at least {low}, not {value}")
+        if high is not None and not value <= high:
+            raise UserError(f"{self.key} must be at most {high}, not {value}")
+        return value
+
+
+def _options_of(group: str, owner: type) -> Iterator[Option]:
+    hints = get_type_hints(owner)
+    for item in dataclasses.fields(owner):
+        if item.name in GROUPS:
+            continue
+        kind, optional = hints[item.name], False
+        if get_origin(kind) in (Union, types.UnionType):
+            optional = True
+            kind = next(part for part in get_args(kind) if part is not type(None))
+        yield Option(group, item.name, kind, optional, item.metadata)
+
+
+OPTIONS: dict[str, Option] = {
+    item.key: item for group, owner in {"": TrainConfig, **GROUPS}.items() for item in _options_of(group, owner)
+}
+
+
+def get(config: TrainConfig, key: str) -> Any:
+    """The value of the option ``key``, for example ``autoencoder.steps``."""
+    group, _, name = key.rpartition(".")
+    return getattr(getattr(config, group) if group else config, name)
+
+
+def flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """``{"autoencoder": {"steps": 5}}`` as ``{"autoencoder.steps": 5}``; raises UserError for an unknown name."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if name in GROUPS:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: {name} must hold options, for example {name}: {{steps: 100}}")
+            flat.update({f"{name}.{inner}": item for inner, item in value.items()})
+        else:
+            flat[str(name)] = value
+    for key in flat:
+        if key not in OPTIONS:
+            raise UserError(f"{source}: there is no option {key!r}{did_you_mean(key, OPTIONS)}")
+    return flat
+
+
+def did_you_mean(word: str, known: Iterator[str] | Mapping[str, Any] | list[str]) -> str:
+    """A suggestion to end an error message with, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def make_config(changes: Mapping[str, Any]) -> TrainConfig:
+    """The preset's configuration with ``changes`` (option key to value) made to it.
+
+    Raises:
+        UserError: a value is of the wrong type or out of range.
+    """
+    config = TrainConfig()
+    preset = OPTIONS["preset"].convert(changes.get("preset", config.preset))
+    for key, value in {**flatten(PRESETS[preset], "preset"), **changes}.items():
+        group, _, name = key.rpartition(".")
+        setattr(getattr(config, group) if group else config, name, OPTIONS[key].convert(value))
+    return config
+
+
+def read_changes(path: Path) -> dict[str, Any]:
+    """The options in a YAML (or JSON) config file, by key; raises UserError where it cannot be read."""
+    try:
+        nested = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"cannot read the config file {path}: {reason}") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" at line {place.line + 1}" if place else ""
+        raise UserError(f"the config file {path} is not valid YAML{line}") from None
+    if not isinstance(nested, Mapping):
+        raise UserError(f"the config file {path} must hold options, for example 'preset: tiny'")
+    return flatten(nested, str(path))
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole configuration as YAML that :func:`read_changes` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

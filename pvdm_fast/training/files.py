@@ -1,0 +1,66 @@
+"""Files that are either whole or absent: written beside their place, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".writing-"
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, has reached the disk; raises OSError where it cannot."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary folder, which becomes ``path`` when the block ends; an older ``path`` stays until then.
+
+    Whatever goes wrong inside, ``path`` is untouched and the temporary folder is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{path.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for item in sorted(temporary.rglob("*")):
+            flush(item)
+        flush(temporary)
+        _replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    flush(path.parent)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = path.parent / f"{TEMPORARY}old-{path.name}"
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write to a temporary file, which becomes ``path`` when the block ends without an error."""
+    temporary = path.parent / f"{TEMPORARY}{path.name}"
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,118 @@
+"""The command line of ``python -m pvdm_fast.train``, made from the configuration's dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from pvdm_fast.errors import UserError
+from pvdm_fast.training.config import (
+    GROUPS,
+    OPTIONS,
+    PRESETS,
+    Option,
+    TrainConfig,
+    did_you_mean,
+    get,
+    make_config,
+    read_changes,
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for: options that were given, and where the run is."""
+
+    changes: dict[str, Any]
+    run: Path | None
+    resume: Path | None
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse, with errors as one UserError sentence and a suggestion for a misspelt option."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (.*)", message)
+        if unknown:
+            word = unknown[1].split()[0].split("=")[0]
+            suggestion = did_you_mean(word, [name for action in self._actions for name in action.option_strings])
+            message = f"there is no option {word}{suggestion or '; --help lists them all'}"
+        raise UserError(message)
+
+
+def flag(option: Option) -> str:
+    """``autoencoder.batch_size`` as ``--autoencoder-batch-size``; options of the video have no prefix."""
+    prefix = "" if option.group in ("", "video") else f"{option.group}-"
+    return f"--{prefix}{option.name.replace('_', '-')}"
+
+
+def _default_text(option: Option, presets: dict[str, TrainConfig]) -> str:
+    values = {name: get(config, option.key) for name, config in presets.items()}
+    if option.key == "preset":
+        return "default: tiny"
+    if all(value is None for value in values.values()):
+        return "default: none" if not option.group else "default: the preset's"
+    if len(set(map(str, values.values()))) == 1:
+        return f"default: {_word(next(iter(values.values())))}"
+    return ", ".join(f"{name}: {_word(value)}" for name, value in values.items())
+
+
+def _word(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
+
+
+def make_parser() -> Parser:
+    """The parser with one option for each hyper-parameter, in groups."""
+    parser = Parser(
+        prog="python -m pvdm_fast.train",
+        usage="%(prog)s [options]",
+        description="Trains PVDM: a video autoencoder, then a diffusion model of its latents. Without arguments it "
+        "trains tiny models on made-up clips, in some minutes on two CPU cores.",
+        epilog="Options on the command line go before those of the config file, and these before the preset's.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+    )
+    presets = {name: make_config({"preset": name}) for name in PRESETS}
+    run = parser.add_argument_group("the run")
+    run.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of options, such as a run's config.yaml")
+    run.add_argument("--run", type=Path, metavar="DIR", help="folder for the results (default: runs/DATE-TIME)")
+    run.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
+    groups = {"": run} | {
+        name: parser.add_argument_group(str(owner.__doc__).strip(".").lower()) for name, owner in GROUPS.items()
+    }
+    for option in OPTIONS.values():
+        text = f"{option.metadata['help']} ({_default_text(option, presets)})".replace("%", "%%")
+        arguments: dict[str, Any] = {"dest": option.key, "default": argparse.SUPPRESS, "help": text}
+        if option.kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif get_origin(option.kind) is Literal:
+            arguments["metavar"] = "{" + ",".join(get_args(option.kind)) + "}"
+        elif get_origin(option.kind) is tuple:
+            arguments.update(nargs="+", metavar="N")
+        else:
+            arguments["metavar"] = {int: "N", float: "X", str: "DIR"}[option.kind]
+        groups[option.group].add_argument(flag(option), **arguments)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> Request:
+    """Read the command line and the config file it names.
+
+    Raises:
+        UserError: an unknown option, a value of the wrong type or out of range, or an unreadable config file.
+    """
+    given = vars(make_parser().parse_args(arguments))
+    config, run, resume = given.pop("config"), given.pop("run"), given.pop("resume")
+    for key, value in given.items():
+        try:
+            given[key] = OPTIONS[key].convert(value)
+        except UserError as error:
+            raise UserError(str(error).replace(key, flag(OPTIONS[key]), 1)) from None
+    if resume is not None and (run is not None or config is not None):
+        raise UserError("--resume takes the folder and the configuration of the run: leave out --run and --config")
+    changes = {**(read_changes(config) if config else {}), **given}
+    return Request(changes, run, resume)

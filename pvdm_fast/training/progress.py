@@ -1,0 +1,54 @@
+"""Progress bars for people, and sparse lines where nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 30.0
+
+
+def make_bar(label: str, total: int, *, done: int = 0, unit: str = "step", keep: bool = True) -> tqdm[Any]:
+    """A bar on stderr; where that is no terminal, it is printed only every half minute."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=label,
+        unit=unit,
+        leave=keep,
+        dynamic_ncols=True,
+        mininterval=0.3 if sys.stderr.isatty() else QUIET_SECONDS,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
+    )
+
+
+class StepBar:
+    """The bar of a training stage: smoothed loss, clips a second, time left."""
+
+    def __init__(self, label: str, steps: int, done: int) -> None:
+        self.bar = make_bar(label, steps, done=done)
+        self.loss: float | None = None
+        self.speed: float | None = None
+
+    def advance(self, record: dict[str, Any], clips_per_second: float) -> None:
+        """One more step, from its record in metrics.jsonl."""
+        loss = record["loss"]
+        if loss is None:
+            self.bar.write(f"step {record['step']} left out: {record['skipped']}; clips: {', '.join(record['clips'])}")
+        else:
+            self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+        self.speed = clips_per_second if self.speed is None else 0.95 * self.speed + 0.05 * clips_per_second
+        loss_text = "none yet" if self.loss is None else f"{self.loss:.4f}"
+        self.bar.set_postfix_str(f"loss {loss_text}, {self.speed:.1f} clips/s", refresh=False)
+        self.bar.update(1)
+
+    def __enter__(self) -> StepBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()

@@ -1,0 +1,134 @@
+"""What a run prints: at the start what will be done, at the end what came out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pvdm_fast import backends
+from pvdm_fast.data import open_dataset
+from pvdm_fast.errors import UserError
+from pvdm_fast.training.building import make_denoiser
+from pvdm_fast.training.config import STAGES, TrainConfig
+from pvdm_fast.training.run_folder import RunFolder
+from pvdm_fast.training.stages import video_size
+
+if TYPE_CHECKING:
+    from pvdm_fast.models import Autoencoder
+
+NAMED_FILES = 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages to train, and lines of (label, text) for the reader."""
+
+    stages: tuple[str, ...]
+    lines: list[tuple[str, str]]
+
+    def text(self, run: Path) -> str:
+        return "\n".join(f"{label:<10} {text}" for label, text in [*self.lines, ("run folder", str(run))])
+
+
+def make_plan(config: TrainConfig, autoencoder: Autoencoder, device: torch.device) -> Plan:
+    """Describe a run before anything is written; finds out what doesn't fit (UserError, DataError)."""
+    stages = STAGES if config.stage == "all" else (config.stage,)
+    frames, height, width = video_size(autoencoder)
+    layout, channels = autoencoder.layout, autoencoder.config["latent_channels"]
+    models = f"autoencoder {_count(autoencoder)} parameters"
+    clip_frames = frames
+    if "diffusion" in stages:
+        clip_frames = 2 * frames
+        with torch.device("meta"):
+            models += f", denoiser {_count(make_denoiser(config, autoencoder))}"
+    data = open_dataset(
+        config.data, frames=clip_frames, height=height, width=width, stride=config.video.stride, seed=config.seed
+    )
+    work = ", then ".join(f"{name} {getattr(config, name).steps} steps" for name in stages)
+    lines = [
+        ("training", f"{work} (preset {config.preset})"),
+        ("machine", _machine(device, config)),
+        ("backends", _backends(device)),
+        ("models", models),
+        ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
+        ("data", data.description),
+    ]
+    return Plan(stages, lines)
+
+
+def _count(model: torch.nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M"
+
+
+def _machine(device: torch.device, config: TrainConfig) -> str:
+    where = f"{torch.get_num_threads()} threads of {os.cpu_count()} CPU cores"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    precision = {"no": "float32"}.get(config.mixed_precision, config.mixed_precision)
+    return f"{where}, PyTorch {torch.__version__}, {precision}"
+
+
+def _backends(device: torch.device) -> str:
+    """Operations by the backend that serves them, for example ``cpu: plane_norm; reference: the other 7``."""
+    if backends.requested() != "auto":
+        return f"{backends.requested()}, as asked for"
+    serving: dict[str, list[str]] = {}
+    for operation, row in backends.report(device.type).items():
+        serving.setdefault(str(row["auto"]), []).append(operation)
+    plain = serving.pop("reference", [])
+    parts = [f"{name}: {', '.join(operations)}" for name, operations in serving.items()]
+    return "; ".join([*parts, f"plain PyTorch: {len(plain)} more"])
+
+
+def summary(run: RunFolder) -> str:
+    """The table of results, the files written, how to sample, and the files that could not be read."""
+    results = run.results()
+    lines = ["", f"{'stage':<12} {'steps':>8} {'time':>9}   held-out score"]
+    for stage, result in results.items():
+        score = f"PSNR {result['psnr']:.2f} dB" if "psnr" in result else f"loss {result['held_out_loss']:.4f}"
+        lines.append(f"{stage:<12} {result['steps']:>8} {_duration(result['seconds']):>9}   {score}")
+    written = sorted(item.name for item in run.path.iterdir() if not item.name.startswith("."))
+    lines += ["", f"written to {run.path}: {', '.join(written)}"]
+    if "diffusion" in results:
+        lines.append(f"sample with: python -m pvdm_fast.sample {run.path} --out samples.mp4")
+    else:
+        lines.append(f"train the denoiser with: python -m pvdm_fast.train --resume {run.path} --stage diffusion")
+    return "\n".join(lines + _unreadable(results))
+
+
+def _unreadable(results: dict[str, Any]) -> list[str]:
+    """The files that were passed over, the first ones by name."""
+    files = {path: reason for result in results.values() for path, reason in result["unreadable_files"].items()}
+    if not files:
+        return []
+    lines = [f"{len(files)} file{'s' if len(files) > 1 else ''} could not be read and were passed over:"]
+    lines += [f"  {path}: {reason}" for path, reason in list(files.items())[:NAMED_FILES]]
+    if len(files) > NAMED_FILES:
+        lines.append(f"  and {len(files) - NAMED_FILES} more, all in results.json")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def tensorboard_listener(path: Path) -> Callable[[dict[str, Any]], None]:
+    """Passes each record on to TensorBoard logs in ``path``/tensorboard; raises UserError where it isn't installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("TensorBoard is not installed: pip install 'pvdm-fast[tensorboard]'") from error
+    writer = SummaryWriter(path / "tensorboard")
+
+    def listen(record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if isinstance(value, float):
+                writer.add_scalar(f"{record['stage']}/{key}", value, record["step"])
+
+    return listen

@@ -1,0 +1,114 @@
+"""The folder of a run: where everything is, and the records of its training."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pvdm_fast.errors import UserError
+from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
+from pvdm_fast.training.files import whole_file
+
+
+class RunFolder:
+    """Paths inside a run's folder; ``metrics.jsonl`` and ``results.json`` are read and written here only.
+
+    ``listeners`` are called with every record that is added to metrics.jsonl.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.autoencoder = path / "autoencoder"
+        self.denoiser = path / "denoiser"
+        self.metrics = path / "metrics.jsonl"
+        self.results_file = path / "results.json"
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+
+    @staticmethod
+    def create(path: Path | None, config: TrainConfig) -> RunFolder:
+        """A new folder with its config.yaml; without ``path`` it is runs/DATE-TIME.
+
+        Raises:
+            UserError: the folder already holds something, or cannot be written.
+        """
+        run = RunFolder(path or _unused(Path("runs") / time.strftime("%Y%m%d-%H%M%S")))
+        try:
+            if run.config.exists():
+                raise UserError(f"{run.path} already holds a run: continue it with --resume, or name another")
+            if run.path.is_dir() and any(run.path.iterdir()):
+                raise UserError(f"the folder {run.path} is not empty: give a new one with --run")
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.write_config(config)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {run.path}: {error.strerror}") from error
+        return run
+
+    @staticmethod
+    def existing(path: Path) -> RunFolder:
+        """The folder of an earlier run; raises UserError where there is none."""
+        run = RunFolder(path)
+        if not run.config.is_file():
+            raise UserError(f"{path} holds no run: there is no {run.config}")
+        return run
+
+    def read_config(self) -> TrainConfig:
+        return make_config(read_changes(self.config))
+
+    def write_config(self, config: TrainConfig) -> None:
+        with whole_file(self.config) as temporary:
+            temporary.write_text(to_yaml(config), encoding="utf-8")
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl; raises UserError when the disk is full."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics}: {error.strerror}") from error
+        for listener in self.listeners:
+            listener(record)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; a last line that was cut off in writing is left out."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drop records later than a checkpoint, so that the steps taken again are not recorded twice."""
+        place = (STAGES.index(stage), step)
+        kept = [item for item in self.read_metrics() if (STAGES.index(item["stage"]), item["step"]) <= place]
+        with whole_file(self.metrics) as temporary:
+            temporary.write_text("".join(json.dumps(item) + "\n" for item in kept), encoding="utf-8")
+
+    def results(self) -> dict[str, Any]:
+        """What the finished stages recorded, by stage."""
+        if not self.results_file.exists():
+            return {}
+        return json.loads(self.results_file.read_text(encoding="utf-8"))
+
+    def record_result(self, stage: str, result: dict[str, Any]) -> None:
+        """Mark a stage as finished, with its results."""
+        results = {**self.results(), stage: result}
+        with whole_file(self.results_file) as temporary:
+            temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or with -2, -3, ... appended where it exists."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

@@ -1,0 +1,150 @@
+"""The two things that are trained: the autoencoder, then the denoiser of its latents."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, psnr
+from pvdm_fast.pipeline import check_pair
+from pvdm_fast.training.config import StageOptions, TrainConfig
+
+if TYPE_CHECKING:
+    from pvdm_fast.models import Autoencoder, Denoiser
+
+L1_WEIGHT = 4.0
+
+
+class Stage(ABC):
+    """What the training loop needs to know of a stage."""
+
+    name: str
+    model: nn.Module
+    options: StageOptions
+    clip_frames: int
+    height: int
+    width: int
+
+    @abstractmethod
+    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
+        """The training loss of a batch (B, 3, clip_frames, H, W); ``model`` is the prepared form of ``self.model``."""
+
+    @abstractmethod
+    def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
+        """Held-out scores, from batches of clips."""
+
+    def to(self, device: torch.device) -> None:  # noqa: B027
+        """Move what is not trained; the model itself is moved by accelerate."""
+
+    def after_step(self) -> None:  # noqa: B027
+        """Called after each optimizer step."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond model and optimizer."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Put back what :meth:`state` returned."""
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Eval mode, with the weights that will be saved for use."""
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
+
+
+def video_size(autoencoder: Autoencoder) -> tuple[int, int, int]:
+    """Frames, height and width of the clips an autoencoder takes."""
+    config = autoencoder.config
+    return int(config["frames"]), int(config["height"]), int(config["width"])
+
+
+class AutoencoderStage(Stage):
+    """Reconstruction: 4 times the mean absolute error."""
+
+    name = "autoencoder"
+
+    def __init__(self, config: TrainConfig, autoencoder: Autoencoder) -> None:
+        self.model: Autoencoder = autoencoder
+        self.options = config.autoencoder
+        self.clip_frames, self.height, self.width = video_size(autoencoder)
+
+    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
+        return L1_WEIGHT * F.l1_loss(model(video).sample.float(), video)
+
+    def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
+        """``psnr``: of reconstructions, in dB, averaged over clips."""
+        values = [psnr(self.model(video).sample, video) for video in videos]
+        return {"psnr": torch.cat(values).mean().item()}
+
+
+class DiffusionStage(Stage):
+    """Noise prediction on latents, unconditional and conditional together, with averaged weights."""
+
+    name = "diffusion"
+
+    def __init__(self, config: TrainConfig, autoencoder: Autoencoder, denoiser: Denoiser) -> None:
+        from diffusers.training_utils import EMAModel
+
+        check_pair(autoencoder, denoiser)
+        self.model: Denoiser = denoiser
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.options = config.diffusion
+        frames, self.height, self.width = video_size(autoencoder)
+        self.clip_frames = 2 * frames
+        self.conditional_probability = config.diffusion.conditional_probability
+        self.ema = EMAModel(denoiser.parameters(), decay=config.diffusion.ema_decay)
+        self.schedule = NoiseSchedule.create()
+
+    def to(self, device: torch.device) -> None:
+        self.autoencoder.to(device)
+        self.ema.to(device)
+        self.schedule = NoiseSchedule.create(device)
+
+    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            target, condition = joint_batch(video, self._encode, self.conditional_probability, generator)
+        noise = torch.randn(target.shape, generator=generator).to(target.device)
+        timestep = torch.randint(TRAIN_STEPS, (len(target),), generator=generator).to(target.device)
+        return diffusion_loss(model, self.schedule, target, condition, noise, timestep)
+
+    def _encode(self, video: Tensor) -> Tensor:
+        return self.autoencoder.encode(video).latent.float()
+
+    def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
+        """``held_out_loss``: with the same noise every time, averaged over clips."""
+        generator = torch.Generator().manual_seed(0)
+        losses, clips = 0.0, 0
+        for video in videos:
+            losses += self.loss(self.model, video, generator).item() * len(video)
+            clips += len(video)
+        return {"held_out_loss": losses / clips}
+
+    def after_step(self) -> None:
+        self.ema.step(self.model.parameters())
+
+    def state(self) -> dict[str, Any]:
+        return {"ema": self.ema.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(next(self.model.parameters()).device)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        try:
+            with super().evaluation_weights():
+                yield
+        finally:
+            self.ema.restore(self.model.parameters())
