@@ -77,19 +77,19 @@ class View:
         return cls(float(down), float(right), flip and bool(mirror < 0.5))
 
 
-def crop_box(
-    source: tuple[int, int], target: tuple[int, int], down: float, right: float
-) -> tuple[float, float, float, float]:
-    """The part of a frame that, resized to ``target``, is the crop: (left, top, right, bottom) in source pixels.
+def crop_box(source: tuple[int, int], target: tuple[int, int], down: float, right: float) -> tuple[int, int, int, int]:
+    """The part of a frame that, resized to ``target``, is the crop: (top, left, height, width) in source pixels.
 
-    The frame is thought of as resized, aspect kept, until it just covers ``target`` (height, width), then cropped:
-    the box has the target's aspect, lies inside the frame and touches two opposite sides of it.
+    This is the crop one gets by resizing the frame, aspect kept, until it just covers ``target`` (height, width): the
+    box spans the frame on one axis and has the target's aspect, to the nearest pixel.
     """
     (height, width), (rows, columns) = source, target
     scale = min(height / rows, width / columns)  # source pixels per target pixel
-    box_height, box_width = min(rows * scale, height), min(columns * scale, width)
-    top, left = down * (height - box_height), right * (width - box_width)
-    return left, top, min(left + box_width, float(width)), min(top + box_height, float(height))
+    box_height = min(max(round(rows * scale), 1), height)
+    box_width = min(max(round(columns * scale), 1), width)
+    top = min(int(down * (height - box_height + 1)), height - box_height)
+    left = min(int(right * (width - box_width + 1)), width - box_width)
+    return top, left, box_height, box_width
 
 
 def is_held_out(keys: Sequence[str]) -> list[bool]:

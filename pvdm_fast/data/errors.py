@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pvdm_fast.errors import UserError
 
-class DataError(Exception):
+
+class DataError(UserError):
     """The data as a whole cannot be used; the message says what was looked for, where, and what to do."""
 
 

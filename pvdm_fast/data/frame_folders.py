@@ -35,7 +35,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """One picture as uint8 (height, width, 3) RGB.
+    """One picture as writable uint8 (height, width, 3) RGB.
 
     Grey and palette pictures become RGB; 16-bit ones keep their upper 8 bits; transparent ones are laid over black.
     """
@@ -43,7 +43,7 @@ def read_picture(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as picture:
-            return np.asarray(_as_rgb(picture))
+            return np.array(_as_rgb(picture))
     except UnreadableVideo:
         raise
     except Exception as error:  # whatever a damaged picture provokes, it is a reason to skip the video

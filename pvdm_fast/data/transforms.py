@@ -11,12 +11,14 @@ from pvdm_fast.data.draws import View, crop_box
 
 
 def fit(frame: np.ndarray, height: int, width: int, view: View) -> np.ndarray:
-    """Crop and resize a uint8 (h, w, 3) frame to (height, width, 3), aspect kept, antialiased; small ones enlarge."""
-    from PIL import Image
+    """Crop and resize a writable uint8 (h, w, 3) frame to (height, width, 3), antialiased; small ones are enlarged.
 
-    box = crop_box(frame.shape[:2], (height, width), view.down, view.right)
-    resized = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box)
-    array = np.asarray(resized)
+    torch's uint8 bicubic, since it takes a fifth of the time of Pillow's.
+    """
+    top, left, rows, columns = crop_box((frame.shape[0], frame.shape[1]), (height, width), view.down, view.right)
+    cropped = torch.from_numpy(frame).permute(2, 0, 1)[None, :, top : top + rows, left : left + columns]
+    resized = torch.nn.functional.interpolate(cropped, size=(height, width), mode="bicubic", antialias=True)
+    array: np.ndarray = resized[0].permute(1, 2, 0).numpy()
     return array[:, ::-1] if view.mirrored else array
 
 

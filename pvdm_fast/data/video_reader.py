@@ -8,11 +8,12 @@ the start of the file instead: slower, never wrong.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -38,7 +39,7 @@ class VideoIndex:
     """Which frames a video has.
 
     ``pts``: int64 (frames,), increasing presentation times in stream time base, or None where only counting helps.
-    ``keys``: int64, increasing, the times of key frames (where decoding can begin).
+    ``keys``: int64, increasing numbers of the key frames, where decoding can begin; the first is 0. None with ``pts``.
     """
 
     frames: int
@@ -78,22 +79,24 @@ def _reason(error: Exception) -> str:
 
 
 def packet_index(path: Path) -> VideoIndex:
-    """Frame times from the packets of a file, without decoding; by counting where packets have no usable times."""
+    """Frame times from the packets of a file, without decoding; by counting where packets have no usable times.
+
+    Frames before the first key frame cannot be decoded and are left out, like those that an edit list cuts away.
+    """
     pts: list[int | None] = []
-    keys: list[int | None] = []
+    keys: list[int] = []
     with _opened(path) as (container, stream):
         for packet in container.demux(stream):
-            if packet.size == 0 or packet.is_discard:  # the end marker; frames cut away by an edit list
+            if packet.size == 0 or packet.is_discard or packet.is_corrupt:
                 continue
             pts.append(packet.pts)
-            if packet.is_keyframe:
+            if packet.is_keyframe and packet.pts is not None:
                 keys.append(packet.pts)
-    times = [time for time in pts if time is not None]
-    if not pts:
-        raise UnreadableVideo("holds no frames")
-    if len(set(times)) != len(pts):
+    times = sorted({time for time in pts if time is not None})
+    if not keys or len(times) != len(pts):
         return counted_index(path)
-    return VideoIndex(len(times), np.sort(np.array(times, np.int64)), np.sort(np.array(keys, np.int64)))
+    decodable = np.array(times[bisect_left(times, min(keys)) :], np.int64)
+    return VideoIndex(len(decodable), decodable, np.searchsorted(decodable, np.unique(keys)))
 
 
 def counted_index(path: Path) -> VideoIndex:
@@ -113,55 +116,55 @@ def read_frames(path: Path, index: VideoIndex, wanted: Sequence[int], each: Call
     """
     if index.pts is None or index.keys is None:
         return _read_counting(path, wanted, each)
-    times = [int(index.pts[number]) for number in wanted]
-    with _opened(path) as (container, stream):
-        for key in _entry_points(index.keys, times[0]):
-            found = _read_from(container, stream, key, times, each)
-            if found is not None:
-                return found
+    for target in _seek_targets(index.keys, wanted[0]):
+        found = _read_from(path, index.pts, target, wanted, each)
+        if found is not None:
+            return found
     raise IndexMismatch
 
 
-def _entry_points(keys: np.ndarray, first: int) -> list[int | None]:
-    """Where to begin decoding: the last key frame not after ``first``, the one before it, the start (None)."""
-    position = bisect_right(keys, first)
-    return [int(keys[at]) for at in (position - 1, position - 2) if at > 0] + [None]
+def _seek_targets(keys: np.ndarray, first: int) -> list[int]:
+    """Frame numbers to seek to, best first: key frames ever farther before ``first``, then 0 for the start.
+
+    Some containers (MPEG-TS, MPEG-PS) land a little after the place sought, so the nearest key frame may be missed.
+    """
+    nearest = bisect_right(keys, first) - 1
+    return [int(keys[at]) for at in (nearest, nearest - 1, nearest - 3) if at > 0] + [0]
 
 
 def _read_from(
-    container: InputContainer, stream: VideoStream, key: int | None, times: list[int], each: Callable[[np.ndarray], T]
+    path: Path, pts: np.ndarray, target: int, wanted: Sequence[int], each: Callable[[np.ndarray], T]
 ) -> list[T] | None:
-    """Decode from a key frame until all times are met; None when this entry point does not lead to them."""
-    found: dict[int, T] = {}
-    wanted = set(times)
+    """Seek to frame ``target``, decode to the last wanted frame; None when this does not lead there.
+
+    Every frame on the way must have the time stamp the index gives it: otherwise the stamps are not to be trusted
+    (H.264 in AVI gives them in coding order, for example).
+    """
+    found: list[T] = []
+    numbers = set(wanted)
     try:
-        if key is not None:
-            container.seek(key, stream=stream, backward=True)
-        for frame in _decoded(container, stream, None if key is None else times[0]):
-            if frame.pts in wanted and frame.pts not in found:
-                found[frame.pts] = each(_rgb(frame))
-                if len(found) == len(times):
-                    return [found[time] for time in times]
-    except (OSError, ValueError):  # broken seek or a damaged stretch before the window: the next entry point decides
-        if key is None:
+        with _opened(path) as (container, stream):
+            if target:
+                container.seek(int(pts[target]), stream=stream, backward=True)
+            packets = container.demux(stream)
+            key = next((packet for packet in packets if packet.is_keyframe), None)
+            if key is None or key.pts is None or key.pts > pts[wanted[0]]:
+                return None
+            number = bisect_left(pts, key.pts)
+            for frame in (frame for packet in chain([key], packets) for frame in packet.decode()):
+                if frame.pts is not None and frame.pts < key.pts:
+                    continue  # shown before the key frame, and built on what came before it
+                if frame.pts != pts[number]:
+                    return None
+                if number in numbers:
+                    found.append(each(_rgb(frame)))
+                if number == wanted[-1]:
+                    return found
+                number += 1
+    except UnreadableVideo:  # a seek that misleads, or damage before the window: the start of the file decides
+        if target == 0:
             raise
-    if key is None:
-        return None
-    container.seek(0, stream=stream, backward=True)
     return None
-
-
-def _decoded(container: InputContainer, stream: VideoStream, entry_limit: int | None) -> Iterator[VideoFrame]:
-    """Frames from where the container stands; after a seek, none unless it stands at a key frame before the limit."""
-    entered = entry_limit is None
-    for packet in container.demux(stream):
-        if not entered:
-            if not packet.is_keyframe:
-                continue
-            if packet.pts is None or packet.pts > (entry_limit or 0):
-                return
-            entered = True
-        yield from packet.decode()
 
 
 def _read_counting(path: Path, wanted: Sequence[int], each: Callable[[np.ndarray], T]) -> list[T]:

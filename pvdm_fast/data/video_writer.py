@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# x264's macroblock tree reads memory it never wrote: with it the bytes change from one run to the next.
+X264_OPTIONS = {"crf": "18", "x264-params": "mbtree=0"}
+
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float = 8) -> None:
     """Write uint8 ``frames`` (T, H, W, 3) to ``path``, its format chosen by the suffix .mp4, .gif or .npy.
@@ -48,8 +51,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    has_x264 = "libx264" in av.codecs_available
-    codec, options = ("libx264", {"crf": "18"}) if has_x264 else ("mpeg4", {"qscale": "2"})
+    codec, options = ("libx264", X264_OPTIONS) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "2"})
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width = frames.shape[1:3]
