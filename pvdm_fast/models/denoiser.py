@@ -1,0 +1,204 @@
+"""The denoiser: one 2D U-Net shared by three planes, with attention across them (PVDM, section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from pvdm_fast import ops
+from pvdm_fast.layout import PlaneLayout, TriplaneLayout
+from pvdm_fast.models.presets import DENOISER, preset
+from pvdm_fast.nn import PlaneAttention, ResidualBlock, TriplaneAttention
+
+
+@dataclass
+class DenoiserOutput(BaseOutput):
+    """sample: (B, D, N), the predicted noise."""
+
+    sample: Tensor
+
+
+def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
+    """timestep: (B,) -> (B, width) float32: all cosines, then all sines, frequencies exp(-ln 10000 i / half)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device).float() / half)
+    angles = timestep[:, None].float() * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class Denoiser(ModelMixin, ConfigMixin):
+    """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
+
+    Args:
+        time, height, width: the layout of the latent; each divisible by 2 ** (levels - 1).
+        latent_channels: D. The input has 2 D: the noisy latent and the condition.
+        model_channels: of the first level, a multiple of 32. channel_mult: factor of each level.
+        num_res_blocks: residual blocks a level. attention_resolutions: downsampling factors (1, 2, 4, ...) at which
+            planes attend to themselves too. num_heads: of every attention.
+
+    Raises:
+        ValueError: sizes that don't divide.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        time: int = 16,
+        height: int = 32,
+        width: int = 32,
+        latent_channels: int = 4,
+        model_channels: int = 256,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (4, 2, 1),
+        num_heads: int = 8,
+    ) -> None:
+        super().__init__()
+        self.layout = TriplaneLayout(time, height, width)
+        self.layout.downsample(2 ** (len(channel_mult) - 1))
+        self.gradient_checkpointing = False
+        embedding = 4 * model_channels
+        self.register_buffer("zeros", torch.zeros(1, latent_channels, self.layout.num_tokens))
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self._build_input(embedding)
+        self._build_middle(embedding)
+        self._build_output(embedding)
+        last = nn.Conv2d(model_channels, latent_channels, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.out = nn.ModuleDict({"0": nn.GroupNorm(32, model_channels), "2": last})
+
+    def _build_input(self, embedding: int) -> None:
+        config = self.config
+        channels = config.model_channels
+        self.input_blocks = nn.ModuleList(
+            [nn.ModuleList([nn.Conv2d(2 * config.latent_channels, channels, 3, padding=1)])]
+        )
+        self.input_attns = nn.ModuleList([nn.Identity()])
+        self._skip_channels = [channels]
+
+        def add(*modules: nn.Module) -> None:
+            self.input_blocks.append(nn.ModuleList(modules))
+            self.input_attns.append(TriplaneAttention(channels, config.num_heads))
+            self._skip_channels.append(channels)
+
+        for level, factor in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                block = ResidualBlock(channels, embedding, factor * config.model_channels)
+                channels = factor * config.model_channels
+                add(block, *self._plane_attention(level, channels))
+            if level < len(config.channel_mult) - 1:
+                add(ResidualBlock(channels, embedding, channels, resample="down"))
+
+    def _build_middle(self, embedding: int) -> None:
+        channels = self._skip_channels[-1]
+        heads = self.config.num_heads
+        self.middle_block = nn.ModuleList(
+            [
+                ResidualBlock(channels, embedding, channels),
+                PlaneAttention(channels, heads),
+                ResidualBlock(channels, embedding, channels),
+            ]
+        )
+        self.mid_attn = TriplaneAttention(channels, heads)
+
+    def _build_output(self, embedding: int) -> None:
+        config = self.config
+        skips = list(self._skip_channels)
+        channels = skips[-1]
+        self.output_blocks, self.output_attns = nn.ModuleList(), nn.ModuleList()
+        for level, factor in reversed(list(enumerate(config.channel_mult))):
+            for index in range(config.num_res_blocks + 1):
+                modules: list[nn.Module] = [
+                    ResidualBlock(channels + skips.pop(), embedding, factor * config.model_channels)
+                ]
+                channels = factor * config.model_channels
+                modules += self._plane_attention(level, channels)
+                if level > 0 and index == config.num_res_blocks:
+                    modules.append(ResidualBlock(channels, embedding, channels, resample="up"))
+                self.output_blocks.append(nn.ModuleList(modules))
+                self.output_attns.append(TriplaneAttention(channels, config.num_heads))
+
+    def _plane_attention(self, level: int, channels: int) -> list[nn.Module]:
+        attends = 2**level in self.config.attention_resolutions
+        return [PlaneAttention(channels, self.config.num_heads)] if attends else []
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Denoiser:
+        """A new model of a named size: "tiny", "small" or "base" (528.3 M parameters), with `overrides` on top."""
+        return cls(**preset(DENOISER, name, overrides))
+
+    def forward(self, latent: Tensor, timestep: Tensor | int, condition: Tensor | None = None) -> DenoiserOutput:
+        """Predict the noise in a latent.
+
+        Args:
+            latent: (B, D, N) packed noisy planes. Differentiable.
+            timestep: (B,), or one number for all.
+            condition: (B, D, N), the latent of the clip before; None: unconditional (zeros). Differentiable.
+
+        Returns:
+            `.sample`: (B, D, N).
+
+        Raises:
+            ValueError: shapes that don't fit the model's layout.
+        """
+        shape = (self.config.latent_channels, self.layout.num_tokens)
+        for name, tensor in (("latent", latent), ("condition", condition)):
+            if tensor is not None and (tensor.dim() != 3 or tensor.shape[1:] != shape or len(tensor) != len(latent)):
+                raise ValueError(
+                    f"{name} must be (B, {shape[0]}, {shape[1]}) for {self.layout}, but is {tuple(tensor.shape)}."
+                )
+        if condition is None:
+            condition = self.zeros.expand(len(latent), -1, -1)  # type: ignore[operator]
+        timestep = torch.as_tensor(timestep, device=latent.device).expand(len(latent))
+        embedding = timestep_embedding(timestep, self.config.model_channels)
+        embedding = self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
+        tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)
+        return DenoiserOutput(sample=self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype))
+
+    def _unet(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x: (B, N, 2 D) -> (B, N, D)."""
+        layout: PlaneLayout = self.layout
+        first = self.input_blocks[0][0]
+        x = ops.plane_conv(x, layout, first.weight, first.bias)
+        skips = [x]
+        for block, attention in zip(self.input_blocks[1:], self.input_attns[1:], strict=True):
+            x, layout = self._run_block(block, attention, x, embedding, layout)
+            skips.append(x)
+        x, layout = self._run_block(self.middle_block, self.mid_attn, x, embedding, layout)
+        for block, attention in zip(self.output_blocks, self.output_attns, strict=True):
+            x = torch.cat((x, skips.pop()), dim=-1)
+            x, layout = self._run_block(block, attention, x, embedding, layout)
+        norm, conv = self.out["0"], self.out["2"]
+        x = ops.plane_norm(x, layout, norm.weight, norm.bias, activation=True)
+        return ops.plane_conv(x, layout, conv.weight, conv.bias)
+
+    def _run_block(
+        self, block: nn.ModuleList, attention: TriplaneAttention, x: Tensor, embedding: Tensor, layout: PlaneLayout
+    ) -> tuple[Tensor, PlaneLayout]:
+        """A block's modules, then the attention across planes; recomputed in the backward pass where asked for."""
+        for module in block:
+            if isinstance(module, ResidualBlock):
+                x = self._run(module, x, embedding, layout)
+                layout = module.output_layout(layout)
+            else:
+                x = self._run(module.forward_planes, x, layout)
+        return self._run(attention.forward_tokens, x), layout
+
+    def _run(self, function: Any, *arguments: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)

@@ -1,0 +1,162 @@
+"""The TimeSformer layers of PVDM's autoencoder: time attention, space attention, feed-forward, on lattice tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.utils.checkpoint
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pvdm_fast import ops
+from pvdm_fast.layout import TriplaneLayout
+
+Tables = tuple[Tensor, Tensor]
+
+
+def time_frequencies(width: int) -> Tensor:
+    """(width / 2): 10000^(-2 j / width)."""
+    return 1.0 / 10000 ** (torch.arange(0, width, 2).float() / width)
+
+
+def space_scales(width: int) -> Tensor:
+    """(width / 4): log-spaced, base 2, from 1 to 5."""
+    return torch.logspace(0.0, math.log(10 / 2) / math.log(2), width // 4, base=2)
+
+
+def time_rotation(length: int, width: int) -> Tables:
+    """(sin, cos), each (length, width), for positions 0 ... length - 1.
+
+    The frequencies stand twice side by side, while the rotation works on neighbours: the two members of a pair turn
+    by different angles. That is the release's; its checkpoints depend on it.
+    """
+    angles = torch.outer(torch.arange(length).float(), time_frequencies(width))
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.sin(), angles.cos()
+
+
+def space_rotation(height: int, width: int, head_width: int) -> Tables:
+    """(sin, cos), each (height * width, head_width): row angles, then column angles, each for both of its pair."""
+    scales = space_scales(head_width)
+    rows = torch.linspace(-1, 1, height)[:, None] * scales * math.pi
+    columns = torch.linspace(-1, 1, width)[:, None] * scales * math.pi
+    rows = rows[:, None].expand(-1, width, -1)
+    columns = columns[None].expand(height, -1, -1)
+    angles = torch.cat((rows, columns), dim=-1).flatten(0, 1).repeat_interleave(2, dim=-1)
+    return angles.sin(), angles.cos()
+
+
+class PreNorm(nn.Module):
+    """A residual step's norm and function; `forward` takes the stream and what the step before adds to it.
+
+    The sum is thereby taken together with the norm, in one operation.
+    """
+
+    def __init__(self, channels: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.fn = fn
+
+    def forward(self, stream: Tensor, branch: Tensor | None, *arguments: object) -> tuple[Tensor, Tensor]:
+        """stream, branch: (..., C) -> the stream with `branch` added, and fn of its norm."""
+        if branch is None:
+            stream, normed = ops.add_layer_norm(stream, None, self.norm.weight, self.norm.bias)
+        else:
+            stream, normed = ops.add_layer_norm(branch, stream, self.norm.weight, self.norm.bias)
+        return stream, self.fn(normed, *arguments)
+
+
+class AxialAttention(nn.Module):
+    """Multi-head attention along time, or inside frames."""
+
+    def __init__(self, channels: int, num_heads: int, head_width: int, axis: str) -> None:
+        super().__init__()
+        self.num_heads, self.head_width, self.axis = num_heads, head_width, axis
+        inner = num_heads * head_width
+        self.to_qkv = nn.Linear(channels, 3 * inner, bias=False)
+        self.to_out = nn.ModuleDict({"0": nn.Linear(inner, channels)})
+
+    def forward(self, x: Tensor, layout: TriplaneLayout, rotation: Tables) -> Tensor:
+        """x: (B, T H W, C) -> (B, T H W, C)."""
+        lattice = (layout.time, layout.height, layout.width)
+        qkv = self.to_qkv(x).view(x.shape[0], *lattice, 3, self.num_heads, self.head_width)
+        attended = ops.axial_attention(qkv, self.axis, rotation)
+        return self.to_out["0"](attended.flatten(-2).flatten(1, 3))
+
+
+class GatedFeedForward(nn.Module):
+    """Linear C -> 8C, value times GELU of the gate, linear 4C -> C."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"0": nn.Linear(channels, 8 * channels), "3": nn.Linear(4 * channels, channels)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net["3"](ops.geglu(self.net["0"](x)))
+
+
+class ReleaseTable(nn.Module):
+    """A constant that the release's state dicts hold under this name: kept as loaded, and written again.
+
+    Computing doesn't read it: the rotation tables are made in float32 whatever dtype the model is moved to.
+    """
+
+    def __init__(self, name: str, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer(name, values)
+
+
+class AxialTransformer(nn.Module):
+    """A stack of layers of time attention, space attention and feed-forward; no norm at the end.
+
+    Args:
+        channels: C. depth: layers. num_heads, head_width: of the attentions; head_width a multiple of 4.
+    """
+
+    def __init__(self, channels: int, depth: int, num_heads: int, head_width: int) -> None:
+        super().__init__()
+        if head_width % 4:
+            raise ValueError(f"The width of a head must be a multiple of 4 for the rotation tables, not {head_width}.")
+        self.head_width = head_width
+        self.gradient_checkpointing = False
+        self.frame_rot_emb = ReleaseTable("inv_freqs", time_frequencies(head_width))
+        self.image_rot_emb = ReleaseTable("scales", space_scales(head_width))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PreNorm(channels, AxialAttention(channels, num_heads, head_width, "time")),
+                    PreNorm(channels, AxialAttention(channels, num_heads, head_width, "space")),
+                    PreNorm(channels, GatedFeedForward(channels)),
+                ]
+            )
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor, layout: TriplaneLayout) -> Tensor:
+        """x: (B, T H W, C) lattice tokens of `layout` -> (B, T H W, C)."""
+        time_tables = tuple(t.to(x.device) for t in time_rotation(layout.time, self.head_width))
+        space_tables = tuple(t.to(x.device) for t in space_rotation(layout.height, layout.width, self.head_width))
+        branch: Tensor | None = None
+        for layer in self.layers:
+            arguments = (layer, x, branch, layout, time_tables, space_tables)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, branch = torch.utils.checkpoint.checkpoint(_run_layer, *arguments, use_reentrant=False)
+            else:
+                x, branch = _run_layer(*arguments)
+        return x if branch is None else x + branch
+
+
+def _run_layer(
+    layer: nn.ModuleList,
+    x: Tensor,
+    branch: Tensor | None,
+    layout: TriplaneLayout,
+    time_tables: Tables,
+    space_tables: Tables,
+) -> tuple[Tensor, Tensor]:
+    """One layer; returns the stream and what is still to be added to it."""
+    time_attention, space_attention, feed_forward = layer
+    x, branch = time_attention(x, branch, layout, time_tables)
+    x, branch = space_attention(x, branch, layout, space_tables)
+    return feed_forward(x, branch)

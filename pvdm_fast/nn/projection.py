@@ -1,0 +1,75 @@
+"""The transformer that collapses one axis of the lattice, leaving a plane."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pvdm_fast import ops
+from pvdm_fast.nn.axial_transformer import PreNorm
+
+HEADS = 4
+HIDDEN = 512
+
+
+class SequenceAttention(nn.Module):
+    """Multi-head attention inside each sequence: 4 heads of C / 8."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.head_width = channels // 8
+        self.inner = HEADS * self.head_width
+        self.to_qkv = nn.Linear(channels, 3 * self.inner, bias=False)
+        self.to_out = nn.ModuleDict({"0": nn.Linear(self.inner, channels)})
+
+    def forward(self, x: Tensor, first_only: bool) -> Tensor:
+        """x: (S, L, C) -> (S, L, C), or (S, 1, C) with `first_only`: the query of element 0 alone."""
+        sequences, length, _ = x.shape
+        weight = self.to_qkv.weight
+        parts, query = 3, None
+        if first_only:
+            parts = 2
+            query = F.linear(x[:, :1], weight[: self.inner]).view(sequences, 1, 1, 1, HEADS, self.head_width)
+            weight = weight[self.inner :]
+        qkv = F.linear(x, weight).view(sequences, length, 1, 1, parts, HEADS, self.head_width)
+        return self.to_out["0"](ops.axial_attention(qkv, "time", query=query).flatten(1).view(sequences, -1, self.inner))
+
+
+class FeedForward(nn.Module):
+    """Linear C -> 512, GELU, linear 512 -> C."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"0": nn.Linear(channels, HIDDEN), "3": nn.Linear(HIDDEN, channels)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net["3"](F.gelu(self.net["0"](x)))
+
+
+class PlaneProjection(nn.Module):
+    """4 pre-norm transformer layers over sequences, of which element 0 is kept (the release's `Transformer`).
+
+    Only element 0 of the last layer is read, so its query, output projection and feed-forward run for that alone.
+    """
+
+    def __init__(self, channels: int, depth: int = 4) -> None:
+        super().__init__()
+        if channels % 8:
+            raise ValueError(f"The projection's heads are channels / 8 wide: {channels} channels must be a multiple of 8.")
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PreNorm(channels, SequenceAttention(channels)), PreNorm(channels, FeedForward(channels))])
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, places, L, C) -> (B, places, C)."""
+        batch, places = x.shape[:2]
+        x = x.flatten(0, 1)
+        branch: Tensor | None = None
+        for index, (attention, feed_forward) in enumerate(self.layers):
+            last = index == len(self.layers) - 1
+            x, branch = attention(x, branch, last)
+            if last:
+                x = x[:, :1]
+            x, branch = feed_forward(x, branch)
+        return (x if branch is None else x + branch)[:, 0].unflatten(0, (batch, places))
