@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "tensor_caster.h"
@@ -69,11 +70,17 @@ void expand_sums(TensorView grad, TensorView sums, int64_t time, int64_t height,
   pvdm::choose_triplane_expand_sums()(grad, sums, layout, threads);
 }
 
-pvdm::NormOptions norm_options(int64_t time, int64_t height, int64_t width, int64_t groups, double eps, bool joint,
-                               bool activation, int resample, int threads) {
+using Sizes = std::vector<int64_t>;
+
+pvdm::NormOptions norm_options(const Sizes& planes, int64_t groups, double eps, bool activation, int resample,
+                               int threads) {
   require(resample >= -1 && resample <= 1, "resample must be -1, 0 or 1.");
-  require(resample >= 0 || (time % 2 == 0 && height % 2 == 0 && width % 2 == 0), "Halving needs even sizes.");
-  return {{time, height, width}, groups, eps, joint, activation, resample, threads};
+  require(planes.size() % 2 == 0, "planes must be (rows, columns, rows, columns, ...).");
+  for (int64_t size : planes) {
+    require(size > 0, "The planes' sizes must be positive.");
+    require(resample >= 0 || size % 2 == 0, "Halving needs even sizes.");
+  }
+  return {{planes.data(), static_cast<int64_t>(planes.size() / 2)}, groups, eps, activation, resample, threads};
 }
 
 int64_t resampled(int64_t tokens, int resample) { return resample > 0 ? tokens * 4 : resample < 0 ? tokens / 4 : tokens; }
@@ -81,24 +88,23 @@ int64_t resampled(int64_t tokens, int resample) { return resample > 0 ? tokens *
 // What both directions read.
 void check_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& film,
                 const TensorView& mean, const TensorView& rstd, const pvdm::NormOptions& o) {
-  const int64_t batch = x.size[0], channels = x.size[2], spans = o.joint ? 1 : 3;
-  check("x", x, {batch, o.layout.tokens(), channels});
+  const int64_t batch = x.size[0], channels = x.size[2], count = o.planes.count;
+  check("x", x, {batch, o.planes.offset(count), channels});
   require(o.groups > 0 && channels % o.groups == 0, "The channels must be a multiple of the groups.");
   require(x.dtype != Dtype::f64, "x must be float32, bfloat16 or float16.");
   check("weight", weight, {channels});
   check("bias", bias, {channels});
-  check("mean", mean, {batch, spans, o.groups});
-  check("rstd", rstd, {batch, spans, o.groups});
+  check("mean", mean, {batch, count, o.groups});
+  check("rstd", rstd, {batch, count, o.groups});
   for (const auto* t : {&weight, &bias, &film, &mean, &rstd}) check_float("A parameter or statistic", *t);
   if (film.data) check("scale_shift", film, {batch, 2 * channels});
 }
 
 void norm_forward(TensorView x, TensorView weight, TensorView bias, TensorView film, TensorView y, TensorView mean,
-                  TensorView rstd, int64_t time, int64_t height, int64_t width, int64_t groups, double eps, bool joint,
-                  bool activation, int resample, int threads) {
-  const auto o = norm_options(time, height, width, groups, eps, joint, activation, resample, threads);
+                  TensorView rstd, const Sizes& planes, int64_t groups, double eps, bool activation, int resample, int threads) {
+  const auto o = norm_options(planes, groups, eps, activation, resample, threads);
   check_norm(x, weight, bias, film, mean, rstd, o);
-  check("y", y, {x.size[0], resampled(o.layout.tokens(), resample), x.size[2]});
+  check("y", y, {x.size[0], resampled(o.planes.offset(o.planes.count), resample), x.size[2]});
   check_dense("y", y);
   require(y.dtype == x.dtype, "x and y must share a dtype.");
   py::gil_scoped_release release;
@@ -106,13 +112,13 @@ void norm_forward(TensorView x, TensorView weight, TensorView bias, TensorView f
 }
 
 void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView bias, TensorView film, TensorView mean,
-                   TensorView rstd, TensorView dx, TensorView dweight, TensorView dbias, TensorView dfilm, int64_t time,
-                   int64_t height, int64_t width, int64_t groups, bool joint, bool activation, int resample,
+                   TensorView rstd, TensorView dx, TensorView dweight, TensorView dbias, TensorView dfilm, const Sizes& planes,
+                   int64_t groups, bool activation, int resample,
                    int threads) {
-  const auto o = norm_options(time, height, width, groups, 0, joint, activation, resample, threads);
+  const auto o = norm_options(planes, groups, 0, activation, resample, threads);
   check_norm(x, weight, bias, film, mean, rstd, o);
-  check("grad", grad, {x.size[0], resampled(o.layout.tokens(), resample), x.size[2]});
-  check("dx", dx, {x.size[0], o.layout.tokens(), x.size[2]});
+  check("grad", grad, {x.size[0], resampled(o.planes.offset(o.planes.count), resample), x.size[2]});
+  check("dx", dx, {x.size[0], o.planes.offset(o.planes.count), x.size[2]});
   check_dense("dx", dx);
   check("dweight", dweight, {x.size[2]});
   check("dbias", dbias, {x.size[2]});

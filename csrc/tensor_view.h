@@ -32,4 +32,18 @@ struct Layout {
   int64_t tokens() const { return offset(3); }
 };
 
+// Planes of any number and sizes in one packed token axis: (rows, columns) of each. Does not own the sizes.
+struct Planes {
+  const int64_t* sizes;
+  int64_t count;
+  int64_t rows(int64_t plane) const { return sizes[2 * plane]; }
+  int64_t columns(int64_t plane) const { return sizes[2 * plane + 1]; }
+  int64_t tokens(int64_t plane) const { return rows(plane) * columns(plane); }
+  int64_t offset(int64_t plane) const {
+    int64_t sum = 0;
+    for (int64_t p = 0; p < plane; p++) sum += tokens(p);
+    return sum;
+  }
+};
+
 }  // namespace pvdm

@@ -12,16 +12,16 @@ PVDM_CPU_KERNEL(triplane_expand_sums,
 
 namespace pvdm {
 struct NormOptions {
-  Layout layout;
+  Planes planes;
   int64_t groups;
   double eps;
-  bool joint, activation;
+  bool activation;
   int resample;  // +1: x2 nearest, -1: 2 x 2 mean, 0: none
   int threads;
 };
 }  // namespace pvdm
 
-// x (B, N, C), weight and bias (C), film (B, 2C) or null, all but x f32 -> y (B, N', C) as x; mean, rstd (B, spans, groups).
+// x (B, N, C), weight and bias (C), film (B, 2C) or null, all but x f32 -> y (B, N', C) as x; mean, rstd (B, planes, groups).
 PVDM_CPU_KERNEL(plane_norm_forward,
                 (const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& film,
                  const TensorView& y, const TensorView& mean, const TensorView& rstd, const NormOptions& options))

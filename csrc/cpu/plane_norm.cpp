@@ -44,20 +44,23 @@ void chunk_moments(const T* x, int64_t stride, int64_t tokens, int64_t channels,
   }
 }
 
-// Joins the moments of chunks and channels into a group's mean and variance. moments: of one batch element.
-void group_moments(const double* moments, const Chunks& chunks, const Span& span, int64_t padding, int64_t first,
-                   int64_t width, double* mean, double* variance) {
-  const double count = static_cast<double>(span.tokens * width);
+// Joins the moments of a plane's chunks and a group's channels into mean and variance. moments: of the first chunk.
+void group_moments(const double* moments, int64_t tokens, int64_t padding, int64_t first, int64_t width, double* mean,
+                   double* variance) {
+  const double count = static_cast<double>(tokens * width);
   double total = 0, squares = 0;
-  for (int64_t k = span.first; k < span.last; k++)
-    for (int64_t c = first; c < first + width; c++)
-      total += moments[k * 2 * padding + c] * static_cast<double>(chunks.at(k).count);
+  for (int64_t n = 0; n < tokens; n += chunk_tokens) {
+    const double weight = static_cast<double>(tokens - n < chunk_tokens ? tokens - n : chunk_tokens);
+    const double* row = moments + n / chunk_tokens * 2 * padding;
+    for (int64_t c = first; c < first + width; c++) total += row[c] * weight;
+  }
   *mean = total / count;
-  for (int64_t k = span.first; k < span.last; k++)
-    for (int64_t c = first; c < first + width; c++) {
-      const double off = moments[k * 2 * padding + c] - *mean;
-      squares += moments[(k * 2 + 1) * padding + c] + off * off * static_cast<double>(chunks.at(k).count);
-    }
+  for (int64_t n = 0; n < tokens; n += chunk_tokens) {
+    const double weight = static_cast<double>(tokens - n < chunk_tokens ? tokens - n : chunk_tokens);
+    const double* row = moments + n / chunk_tokens * 2 * padding;
+    for (int64_t c = first; c < first + width; c++)
+      squares += row[padding + c] + (row[c] - *mean) * (row[c] - *mean) * weight;
+  }
   *variance = squares > 0 || squares != squares ? squares / count : 0;
 }
 
@@ -96,34 +99,34 @@ void write_chunk(const T* x, int64_t stride, const Affine& affine, T* y, int64_t
 
 template <class T>
 void all_moments(const TensorView& x, const Chunks& chunks, const NormOptions& o, double* moments) {
-  const int64_t channels = x.size[2], padding = padded(channels), units = x.size[0] * chunks.total();
+  const int64_t channels = x.size[2], padding = padded(channels), units = x.size[0] * chunks.total;
   const int threads = threads_for(o.threads, units);
   const Buffer work(threads * 3 * padding * 4);
   parallel_for(threads, units, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t unit = begin; unit < end; unit++) {
-      const Chunk chunk = chunks.at(unit % chunks.total());
-      const int64_t token = o.layout.offset(chunk.plane) + chunk.first;
-      const T* from = x.as<T>() + unit / chunks.total() * x.stride[0] + token * x.stride[1];
+      const Chunk chunk = chunks.at(unit % chunks.total);
+      const int64_t token = o.planes.offset(chunk.plane) + chunk.first;
+      const T* from = x.as<T>() + unit / chunks.total * x.stride[0] + token * x.stride[1];
       chunk_moments(from, x.stride[1], chunk.count, channels, work.floats() + thread * 3 * padding,
                     moments + unit * 2 * padding);
     }
   });
 }
 
-// Statistics of one batch element, and the three rows of parameters of each of its spans.
+// Statistics of one batch element, and the three rows of parameters of each of its planes.
 void prepare(const double* moments, const Chunks& chunks, int64_t b, const TensorView& weight, const TensorView& bias,
              const TensorView& film, const TensorView& mean, const TensorView& rstd, const NormOptions& o,
              float* parameters) {
   const int64_t channels = weight.size[0], padding = padded(channels), width = channels / o.groups;
-  for (int span = 0; span < (o.joint ? 1 : 3); span++)
+  for (int64_t p = 0; p < o.planes.count; p++)
     for (int64_t g = 0; g < o.groups; g++) {
       double m, variance;
-      group_moments(moments, chunks, span_of(chunks, span, o.joint), padding, g * width, width, &m, &variance);
+      group_moments(moments + chunks.start(p) * 2 * padding, chunks.tokens(p), padding, g * width, width, &m, &variance);
       const double r = 1.0 / __builtin_sqrt(variance + o.eps);
       const float rounded = static_cast<float>(m);
-      mean.as<float>()[b * mean.stride[0] + span * mean.stride[1] + g] = rounded;
-      rstd.as<float>()[b * rstd.stride[0] + span * rstd.stride[1] + g] = static_cast<float>(r);
-      float* rows = parameters + span * 3 * padding;
+      mean.as<float>()[b * mean.stride[0] + p * mean.stride[1] + g] = rounded;
+      rstd.as<float>()[b * rstd.stride[0] + p * rstd.stride[1] + g] = static_cast<float>(r);
+      float* rows = parameters + p * 3 * padding;
       for (int64_t c = g * width; c < (g + 1) * width; c++) {
         const double scale = 1.0 + film_at(film, b, c), slope = r * element(weight, c) * scale;
         rows[c] = rounded;
@@ -136,19 +139,19 @@ void prepare(const double* moments, const Chunks& chunks, int64_t b, const Tenso
 
 template <class T, bool activation>
 void write_all(const TensorView& x, const TensorView& y, const float* parameters, const NormOptions& o) {
-  const Chunks chunks(o.layout, o.resample < 0);
-  const int64_t channels = x.size[2], padding = padded(channels), units = x.size[0] * chunks.total();
-  const int64_t spans = o.joint ? 1 : 3;
+  const Chunks chunks(o.planes, o.resample < 0);
+  const int64_t channels = x.size[2], padding = padded(channels), units = x.size[0] * chunks.total;
   parallel_for(threads_for(o.threads, units), units, [&](int64_t begin, int64_t end, int) {
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t b = unit / chunks.total(), p = chunks.at(unit % chunks.total()).plane;
-      const int64_t token = o.layout.offset(static_cast<int>(p));
+      const int64_t b = unit / chunks.total;
+      const Chunk chunk = chunks.at(unit % chunks.total);
+      const int64_t token = o.planes.offset(chunk.plane);
       const int64_t written = o.resample > 0 ? token * 4 : o.resample < 0 ? token / 4 : token;
-      const float* rows = parameters + (b * spans + (o.joint ? 0 : p)) * 3 * padding;
+      const float* rows = parameters + (b * o.planes.count + chunk.plane) * 3 * padding;
       write_chunk<T, activation>(x.as<T>() + b * x.stride[0] + token * x.stride[1], x.stride[1],
                                  Affine{rows, rows + padding, rows + 2 * padding},
-                                 y.as<T>() + b * y.stride[0] + written * channels, channels,
-                                 chunks.at(unit % chunks.total()), chunks.columns[p], o.resample);
+                                 y.as<T>() + b * y.stride[0] + written * channels, channels, chunk,
+                                 chunks.columns(chunk.plane), o.resample);
     }
   });
 }
@@ -157,15 +160,15 @@ void write_all(const TensorView& x, const TensorView& y, const float* parameters
 
 void plane_norm_forward(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& film,
                         const TensorView& y, const TensorView& mean, const TensorView& rstd, const NormOptions& o) {
-  const Chunks chunks(o.layout, false);
-  const int64_t batch = x.size[0], padding = padded(x.size[2]), spans = o.joint ? 1 : 3;
-  const Buffer moments(batch * chunks.total() * 2 * padding * 8), parameters(batch * spans * 3 * padding * 4);
-  memset(parameters.floats(), 0, batch * spans * 3 * padding * 4);
+  const Chunks chunks(o.planes, false);
+  const int64_t batch = x.size[0], padding = padded(x.size[2]), count = o.planes.count;
+  const Buffer moments(batch * chunks.total * 2 * padding * 8), parameters(batch * count * 3 * padding * 4);
+  memset(parameters.floats(), 0, batch * count * 3 * padding * 4);
   PVDM_WITH_TYPE(x.dtype, T, all_moments<T>(x, chunks, o, moments.doubles()))
   parallel_for(threads_for(o.threads, batch), batch, [&](int64_t begin, int64_t end, int) {
     for (int64_t b = begin; b < end; b++)
-      prepare(moments.doubles() + b * chunks.total() * 2 * padding, chunks, b, weight, bias, film, mean, rstd, o,
-              parameters.floats() + b * spans * 3 * padding);
+      prepare(moments.doubles() + b * chunks.total * 2 * padding, chunks, b, weight, bias, film, mean, rstd, o,
+              parameters.floats() + b * count * 3 * padding);
   });
   PVDM_WITH_TYPE(x.dtype, T, o.activation ? write_all<T, true>(x, y, parameters.floats(), o)
                                           : write_all<T, false>(x, y, parameters.floats(), o))

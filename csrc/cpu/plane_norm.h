@@ -1,4 +1,4 @@
-// What plane_norm's two directions share: the cut of the tokens into chunks, and per-channel parameters.
+// What plane_norm's two directions share: the cut of the tokens into chunks, and the parameters.
 #pragma once
 #include "kernels.h"
 #include "runtime/parallel.h"
@@ -12,41 +12,34 @@ constexpr int64_t exact_tokens = 32;   // summed in float before they are added 
 constexpr int at_once = 4;             // tokens per sweep over the channels: sums are loaded and stored once for four
 
 struct Chunk {
-  int plane;
-  int64_t first, count;  // tokens of that plane
+  int64_t plane, first, count;  // tokens counted within the plane
 };
 
-// Cuts the three planes, of `rows x columns` tokens each, into chunks; none holds tokens of two planes.
-struct Chunks {
-  int64_t rows[3], columns[3], start[4];
+PVDM_INLINE int64_t chunks_of(int64_t tokens) { return (tokens + chunk_tokens - 1) / chunk_tokens; }
 
-  // halved: of the planes at half their size.
-  Chunks(const Layout& layout, bool halved) {
-    start[0] = 0;
-    for (int p = 0; p < 3; p++) {
-      rows[p] = halved ? layout.rows(p) / 2 : layout.rows(p);
-      columns[p] = halved ? layout.columns(p) / 2 : layout.columns(p);
-      start[p + 1] = start[p] + (rows[p] * columns[p] + chunk_tokens - 1) / chunk_tokens;
-    }
+// Cuts planes into chunks; none holds tokens of two planes. halved: planes at half their size.
+struct Chunks {
+  Planes planes;
+  bool halved;
+  int64_t total = 0;
+
+  Chunks(const Planes& all, bool half) : planes(all), halved(half) {
+    for (int64_t p = 0; p < planes.count; p++) total += chunks_of(tokens(p));
   }
-  int64_t total() const { return start[3]; }
+  int64_t columns(int64_t plane) const { return halved ? planes.columns(plane) / 2 : planes.columns(plane); }
+  int64_t tokens(int64_t plane) const { return halved ? planes.tokens(plane) / 4 : planes.tokens(plane); }
+  int64_t start(int64_t plane) const {
+    int64_t sum = 0;
+    for (int64_t p = 0; p < plane; p++) sum += chunks_of(tokens(p));
+    return sum;
+  }
   Chunk at(int64_t index) const {
-    const int plane = index >= start[2] ? 2 : index >= start[1] ? 1 : 0;
-    const int64_t first = (index - start[plane]) * chunk_tokens, left = rows[plane] * columns[plane] - first;
+    int64_t plane = 0;
+    for (; index >= chunks_of(tokens(plane)); plane++) index -= chunks_of(tokens(plane));
+    const int64_t first = index * chunk_tokens, left = tokens(plane) - first;
     return {plane, first, left < chunk_tokens ? left : chunk_tokens};
   }
 };
-
-// The chunks whose tokens share statistics.
-struct Span {
-  int64_t first, last, tokens;
-};
-PVDM_INLINE Span span_of(const Chunks& chunks, int span, bool joint) {
-  const int from = joint ? 0 : span, to = joint ? 3 : span + 1;
-  int64_t tokens = 0;
-  for (int p = from; p < to; p++) tokens += chunks.rows[p] * chunks.columns[p];
-  return {chunks.start[from], chunks.start[to], tokens};
-}
 
 PVDM_INLINE float element(const TensorView& t, int64_t i) { return t.as<float>()[i * t.stride[t.dims - 1]]; }
 PVDM_INLINE float film_at(const TensorView& film, int64_t b, int64_t i) {

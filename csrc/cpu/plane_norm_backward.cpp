@@ -86,18 +86,18 @@ void write_chunk(const PlaneGrad<T>& grad, const T* x, int64_t stride, const Chu
     }
 }
 
-// Rows of every (batch element, span), as far as they are known before the sums.
+// Rows of every (batch element, plane), as far as they are known before the sums.
 void prepare(const TensorView& weight, const TensorView& bias, const TensorView& film, const TensorView& mean,
              const TensorView& rstd, const NormOptions& o, float* parameters) {
-  const int64_t channels = weight.size[0], padding = padded(channels), spans = o.joint ? 1 : 3;
+  const int64_t channels = weight.size[0], padding = padded(channels), planes = o.planes.count;
   for (int64_t b = 0; b < mean.size[0]; b++)
-    for (int64_t s = 0; s < spans; s++)
+    for (int64_t p = 0; p < planes; p++)
       for (int64_t c = 0; c < channels; c++) {
         const int64_t group = c / (channels / o.groups);
-        float* row = parameters + (b * spans + s) * row_count * padding + c;
+        float* row = parameters + (b * planes + p) * row_count * padding + c;
         const float scale = 1.0f + film_at(film, b, c);
-        row[mean_row * padding] = mean.as<float>()[b * mean.stride[0] + s * mean.stride[1] + group];
-        row[rstd_row * padding] = rstd.as<float>()[b * rstd.stride[0] + s * rstd.stride[1] + group];
+        row[mean_row * padding] = mean.as<float>()[b * mean.stride[0] + p * mean.stride[1] + group];
+        row[rstd_row * padding] = rstd.as<float>()[b * rstd.stride[0] + p * rstd.stride[1] + group];
         row[slope_row * padding] = element(weight, c) * scale;
         row[rest_row * padding] = element(bias, c) * scale + film_at(film, b, channels + c);
       }
@@ -108,14 +108,13 @@ void combine(const double* sums, const Chunks& chunks, const TensorView& weight,
              const TensorView& film, const TensorView& dfilm, const NormOptions& o, int64_t batch, float* parameters,
              double* dweight, double* dbias, double* totals) {
   const int64_t channels = weight.size[0], padding = padded(channels), width = channels / o.groups;
-  const int64_t spans = o.joint ? 1 : 3;
+  const int64_t planes = o.planes.count;
   for (int64_t b = 0; b < batch; b++)
-    for (int64_t s = 0; s < spans; s++) {
-      const Span span = span_of(chunks, static_cast<int>(s), o.joint);
-      float* rows = parameters + (b * spans + s) * row_count * padding;
+    for (int64_t p = 0; p < planes; p++) {
+      float* rows = parameters + (b * planes + p) * row_count * padding;
       for (int64_t i = 0; i < 2 * padding; i++) totals[i] = 0;
-      for (int64_t k = span.first; k < span.last; k++)
-        for (int64_t i = 0; i < 2 * padding; i++) totals[i] += sums[(b * chunks.total() + k) * 2 * padding + i];
+      for (int64_t k = chunks.start(p); k < chunks.start(p + 1); k++)
+        for (int64_t i = 0; i < 2 * padding; i++) totals[i] += sums[(b * chunks.total + k) * 2 * padding + i];
       for (int64_t c = 0; c < channels; c++) {
         const double scale = 1.0 + film_at(film, b, c), level = totals[c], tilt = totals[padding + c];
         dweight[c] += scale * tilt;
@@ -131,7 +130,7 @@ void combine(const double* sums, const Chunks& chunks, const TensorView& weight,
           level += rows[slope_row * padding + c] * totals[c];
           tilt += rows[slope_row * padding + c] * totals[padding + c];
         }
-        const double count = static_cast<double>(span.tokens * width);
+        const double count = static_cast<double>(chunks.tokens(p) * width);
         for (int64_t c = g * width; c < (g + 1) * width; c++) {
           const float rstd = rows[rstd_row * padding + c];
           rows[gain_row * padding + c] = rstd * rows[slope_row * padding + c];
@@ -146,17 +145,17 @@ void combine(const double* sums, const Chunks& chunks, const TensorView& weight,
 template <class T, class F>
 void for_chunks(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
                 const NormOptions& o, int threads, const F& body) {
-  const int64_t padding = padded(x.size[2]), spans = o.joint ? 1 : 3, units = x.size[0] * chunks.total();
+  const int64_t padding = padded(x.size[2]), units = x.size[0] * chunks.total;
   parallel_for(threads, units, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t b = unit / chunks.total();
-      const Chunk chunk = chunks.at(unit % chunks.total());
-      const int64_t token = o.layout.offset(chunk.plane);
+      const int64_t b = unit / chunks.total;
+      const Chunk chunk = chunks.at(unit % chunks.total);
+      const int64_t token = o.planes.offset(chunk.plane);
       const int64_t outside = o.resample > 0 ? token * 4 : o.resample < 0 ? token / 4 : token;
       const PlaneGrad<T> g{grad.as<T>() + b * grad.stride[0] + outside * grad.stride[1], grad.stride[1],
-                           chunks.columns[chunk.plane], o.resample};
+                           chunks.columns(chunk.plane), o.resample};
       body(chunk, x.as<T>() + b * x.stride[0] + token * x.stride[1], g,
-           parameters + (b * spans + (o.joint ? 0 : chunk.plane)) * row_count * padding, unit, thread);
+           parameters + (b * o.planes.count + chunk.plane) * row_count * padding, unit, thread);
     }
   });
 }
@@ -165,7 +164,7 @@ template <class T, bool activation>
 void all_sums(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
               const NormOptions& o, double* sums) {
   const int64_t channels = x.size[2], padding = padded(channels);
-  const int threads = threads_for(o.threads, x.size[0] * chunks.total());
+  const int threads = threads_for(o.threads, x.size[0] * chunks.total);
   const Buffer work(threads * 2 * padding * 4);
   for_chunks<T>(grad, x, chunks, parameters, o, threads,
                 [&](const Chunk& chunk, const T* from, const PlaneGrad<T>& g, const float* rows, int64_t unit, int thread) {
@@ -177,10 +176,10 @@ void all_sums(const TensorView& grad, const TensorView& x, const Chunks& chunks,
 template <class T, bool activation>
 void write_all(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
                const NormOptions& o, const TensorView& dx) {
-  const int threads = threads_for(o.threads, x.size[0] * chunks.total());
+  const int threads = threads_for(o.threads, x.size[0] * chunks.total);
   for_chunks<T>(grad, x, chunks, parameters, o, threads,
                 [&](const Chunk& chunk, const T* from, const PlaneGrad<T>& g, const float* rows, int64_t unit, int) {
-                  T* to = dx.as<T>() + unit / chunks.total() * dx.stride[0] + o.layout.offset(chunk.plane) * x.size[2];
+                  T* to = dx.as<T>() + unit / chunks.total * dx.stride[0] + o.planes.offset(chunk.plane) * x.size[2];
                   write_chunk<T, activation>(g, from, x.stride[1], chunk, rows, to, x.size[2]);
                 });
 }
@@ -191,10 +190,10 @@ void plane_norm_backward(const TensorView& grad, const TensorView& x, const Tens
                          const TensorView& film, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
                          const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
                          const NormOptions& o) {
-  const Chunks chunks(o.layout, false);
+  const Chunks chunks(o.planes, false);
   const int64_t batch = x.size[0], channels = x.size[2], padding = padded(channels);
-  const int64_t rows = batch * (o.joint ? 1 : 3) * row_count * padding;
-  const Buffer parameters(rows * 4), sums(batch * chunks.total() * 2 * padding * 8), totals(4 * padding * 8);
+  const int64_t rows = batch * o.planes.count * row_count * padding;
+  const Buffer parameters(rows * 4), sums(batch * chunks.total * 2 * padding * 8), totals(4 * padding * 8);
   memset(parameters.floats(), 0, rows * 4);
   memset(totals.doubles(), 0, 4 * padding * 8);
   if (dfilm.data) memset(dfilm.data, 0, batch * 2 * channels * 4);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,20 +16,17 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     scale_shift: Tensor | None,
-    time: int,
-    height: int,
-    width: int,
+    planes: Sequence[int],
     groups: int,
     eps: float,
-    joint: bool,
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, 3, or 1 if joint, groups) float32."""
+    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, planes, groups) float32."""
     batch, tokens, channels = x.shape
     tokens = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
     y = x.new_empty(batch, tokens, channels)
-    mean = torch.empty(batch, 1 if joint else 3, groups, dtype=torch.float32)
+    mean = torch.empty(batch, len(planes) // 2, groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     extension("_cpu").plane_norm_forward(
         rows_dense(x),
@@ -37,7 +36,7 @@ def forward(
         y,
         mean,
         rstd,
-        *(time, height, width, groups, eps, joint, activation, resample),
+        *(list(planes), groups, eps, activation, resample),
         torch.get_num_threads(),
     )
     return y, mean, rstd
@@ -51,11 +50,8 @@ def backward(
     scale_shift: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    time: int,
-    height: int,
-    width: int,
+    planes: Sequence[int],
     groups: int,
-    joint: bool,
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,7 +71,7 @@ def backward(
         dweight,
         dbias,
         dfilm,
-        *(time, height, width, groups, joint, activation, resample),
+        *(list(planes), groups, activation, resample),
         torch.get_num_threads(),
     )
     if scale_shift is None or dfilm is None:
