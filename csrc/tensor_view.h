@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define PVDM_BOTH __host__ __device__
+#else
+#define PVDM_BOTH
+#endif
+
 namespace pvdm {
 
 enum class Dtype : int { f32, bf16, f16, f64 };
@@ -24,12 +30,12 @@ struct TensorView {
 // Sizes of a video lattice and the token offsets of its packed triplane (xy, yt, xt).
 struct Layout {
   int64_t time, height, width;
-  int64_t rows(int plane) const { return plane == 0 ? height : time; }
-  int64_t columns(int plane) const { return plane == 2 ? height : width; }
-  int64_t offset(int plane) const {
+  PVDM_BOTH int64_t rows(int plane) const { return plane == 0 ? height : time; }
+  PVDM_BOTH int64_t columns(int plane) const { return plane == 2 ? height : width; }
+  PVDM_BOTH int64_t offset(int plane) const {
     return plane == 0 ? 0 : height * width + (plane == 1 ? 0 : time * width) + (plane == 3 ? time * height : 0);
   }
-  int64_t tokens() const { return offset(3); }
+  PVDM_BOTH int64_t tokens() const { return offset(3); }
 };
 
 // Planes of any number and sizes in one packed token axis: (rows, columns) of each. Does not own the sizes.

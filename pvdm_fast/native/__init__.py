@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ABI = 1  # raised with every change of a binding's arguments; the extensions carry the number they were built with
 REINSTALL = "install pvdm_fast again (pip install -e . in its source folder)"
@@ -62,3 +63,8 @@ def availability(name: str) -> str | None:
     if name == "cuda" and not torch.cuda.is_available():
         return "no GPU is available to PyTorch: run on a machine with one, with a CUDA build of PyTorch."
     return None
+
+
+def rows_dense(x: Tensor) -> Tensor:
+    """`x` itself if its last axis is dense, else a contiguous copy. Other strides, zero included, are the kernels' work."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

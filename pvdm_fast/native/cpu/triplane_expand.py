@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.native import extension
-from pvdm_fast.native.cpu import parameter, rows_dense
+from pvdm_fast.native import extension, rows_dense
+from pvdm_fast.native.cpu import parameter
 from pvdm_fast.native.expand_products import products
 
 

@@ -1,0 +1,37 @@
+// Checks of what comes from Python; a failed one raises ValueError.
+#pragma once
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "tensor_view.h"
+
+namespace pvdm {
+
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// Kernels read and write through these: the shape must be exactly this, the last axis dense.
+inline void check(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes) {
+  require(t.data || t.size[0] == 0 || t.dims == 0, std::string(name) + " has no memory.");
+  bool same = t.dims == static_cast<int>(sizes.size());
+  int axis = 0;
+  for (int64_t size : sizes) same = same && t.size[axis++] == size;
+  require(same, std::string(name) + " has not the shape that the layout and the other tensors ask for.");
+  require(t.size[t.dims - 1] <= 1 || t.stride[t.dims - 1] == 1, std::string(name) + ": the last axis must be dense.");
+}
+
+inline void check_float(const char* name, const TensorView& t) {
+  require(t.dtype == Dtype::f32, std::string(name) + " must be float32.");
+}
+
+inline void check_dense(const char* name, const TensorView& t) {
+  int64_t dense = 1;
+  for (int i = t.dims - 1; i >= 0; i--) {
+    require(t.size[i] <= 1 || t.stride[i] == dense, std::string(name) + " must be contiguous.");
+    dense *= t.size[i];
+  }
+}
+
+}  // namespace pvdm

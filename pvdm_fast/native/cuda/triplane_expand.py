@@ -1,0 +1,40 @@
+"""`triplane_expand` on a GPU: the broadcast sums in CUDA C++, the small products of the backward by torch's BLAS."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.native import extension, rows_dense
+from pvdm_fast.native.cuda import place
+from pvdm_fast.native.expand_products import products
+
+
+def _workspace(like: Tensor, channels: int, time: int, height: int, width: int) -> Tensor:
+    size = extension("_cuda").triplane_expand_workspace(like.shape[0], channels, time, height, width)
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int, width: int) -> Tensor:
+    """planes: (B, N, D), weight: (3, C, D) and bias: (3, C) in packed order -> (B, T H W, C)."""
+    channels = weight.shape[1]
+    out = planes.new_empty(planes.shape[0], time * height * width, channels)
+    workspace = _workspace(planes, channels, time, height, width)
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    extension("_cuda").triplane_expand_forward(
+        rows_dense(planes), weight, bias, out, workspace, time, height, width, *place(planes)
+    )
+    return out
+
+
+def backward(
+    grad: Tensor, planes: Tensor, weight: Tensor, time: int, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of planes, weight and bias from grad: (B, T H W, C), which is read once."""
+    layout = TriplaneLayout(time, height, width)
+    batch, _, channels = grad.shape
+    sums = torch.empty(batch, layout.num_tokens, channels, dtype=torch.float32, device=grad.device)
+    workspace = _workspace(grad, channels, time, height, width)
+    extension("_cuda").triplane_expand_sums(rows_dense(grad), sums, workspace, time, height, width, *place(grad))
+    return products(sums, planes, weight, layout)
