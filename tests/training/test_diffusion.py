@@ -1,0 +1,101 @@
+"""Noise schedule, loss and training batches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comparison import assert_close
+from golden_tools import GoldenCase, load_case
+from torch import Tensor
+
+from pvdm_fast.checkpoints import load_release_denoiser
+from pvdm_fast.diffusion import NoiseSchedule, diffusion_loss, joint_batch, psnr
+from pvdm_fast.models import Denoiser
+from tolerances import GOLDEN_NETWORK
+
+
+@pytest.fixture(scope="module")
+def case() -> GoldenCase:
+    return load_case("diffusion_small")
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    unet = load_case("unet_small")
+    return load_release_denoiser(unet.parameters(), num_heads=unet.meta["config"]["num_heads"]).eval()
+
+
+def test_the_schedule_is_the_release_s_to_the_bit(case: GoldenCase) -> None:
+    schedule = NoiseSchedule.create()
+    assert torch.equal(schedule.betas, case.tensors["betas"])
+    assert torch.equal(schedule.alphas_cumprod, case.tensors["alphas_cumprod"])
+
+
+def test_loss_and_noising_equal_the_release(case: GoldenCase, denoiser: Denoiser) -> None:
+    schedule, shape = NoiseSchedule.create(), (2, 4, 2048)
+    target, noise = case.draw("input.x0", shape).tanh(), case.draw("input.noise", shape)
+    timestep = torch.tensor(case.meta["t"])
+    assert_close(schedule.q_sample(target, noise, timestep), case.tensors["output.x_noisy"], 1e-6)
+    condition = load_case("unet_small").draw("input.cond", shape).tanh()
+    with torch.no_grad():
+        loss = diffusion_loss(denoiser, schedule, target, condition, noise, timestep)
+    assert_close(loss, case.tensors["output.loss_l2"], GOLDEN_NETWORK)
+
+
+def test_the_loss_is_zero_for_a_denoiser_that_knows_the_noise() -> None:
+    noise = torch.randn(2, 4, 12)
+    loss = diffusion_loss(
+        lambda *args, **kwargs: SimpleNamespace(sample=noise),
+        NoiseSchedule.create(),
+        torch.zeros(2, 4, 12),
+        torch.zeros(2, 4, 12),
+        noise,
+        torch.tensor([3, 990]),
+    )
+    assert loss == 0
+
+
+def frame_numbers(video: Tensor) -> Tensor:
+    """A stand-in encoder whose latents (b, 1, T) are the numbers of the frames."""
+    return video[:, :1, :, 0, 0]
+
+
+def numbered_clips(batch: int, frames: int) -> Tensor:
+    """Each frame holds its own number plus 100 times its clip's."""
+    numbers = torch.arange(1.0, frames + 1) + 100 * torch.arange(1, batch + 1)[:, None]
+    return numbers[:, None, :, None, None].expand(batch, 3, frames, 2, 2)
+
+
+def test_joint_batches_have_the_right_frames_and_share_of_conditions() -> None:
+    batch, half = 400, 4
+    video = numbered_clips(batch, 2 * half)
+    target, condition = joint_batch(video, frame_numbers, 0.3, torch.Generator().manual_seed(0))
+    first = 100.0 * torch.arange(1, batch + 1) + 1
+    conditional = condition[:, 0].any(dim=1)
+    assert 0.25 < conditional.float().mean() < 0.35
+    steps = torch.arange(half)
+    assert torch.equal(condition[conditional, 0], first[conditional, None] + steps)
+    assert torch.equal(target[conditional, 0], first[conditional, None] + half + steps)
+    assert not condition[~conditional].any()
+    starts = target[~conditional, 0, 0] - first[~conditional]
+    assert torch.equal(target[~conditional, 0], first[~conditional, None] + starts[:, None] + steps)
+    assert set(starts.tolist()) == set(range(half + 1)), "every window of the clip should be drawn"
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_joint_batches_at_the_ends_of_the_range(probability: float) -> None:
+    _, condition = joint_batch(numbered_clips(3, 4), frame_numbers, probability, torch.Generator())
+    assert bool(condition.any()) is bool(probability)
+
+
+def test_joint_batches_need_an_even_number_of_frames() -> None:
+    with pytest.raises(ValueError, match="2T frames"):
+        joint_batch(torch.zeros(1, 3, 5, 2, 2), frame_numbers, 0.5, torch.Generator())
+
+
+def test_psnr_of_a_known_error() -> None:
+    video = torch.zeros(2, 3, 2, 4, 4)
+    # An error of 0.02 in a range of 2 is 1/100 of the peak: 40 dB.
+    assert torch.allclose(psnr(video + 0.02, video), torch.tensor([40.0, 40.0]), atol=1e-3)
