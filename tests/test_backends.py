@@ -1,0 +1,125 @@
+"""Choosing a backend: by name, by environment, automatically; and the refusals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pvdm_fast import TriplaneLayout, backends, ops, use_backend
+from pvdm_fast.backends import BACKENDS, OPERATIONS, SERVED, BackendError
+
+LAYOUT = TriplaneLayout(2, 3, 4)
+
+
+def expand(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    planes = torch.randn(1, LAYOUT.num_tokens, 2, dtype=dtype)
+    return ops.triplane_expand(planes, LAYOUT, torch.randn(3, 4, 2, dtype=dtype), torch.randn(3, 4, dtype=dtype))
+
+
+def test_context_manager_and_function_restore() -> None:
+    assert backends.requested() == "auto"
+    with use_backend("reference"):
+        assert backends.requested() == "reference"
+        with use_backend("auto"):
+            assert backends.requested() == "auto"
+        assert backends.requested() == "reference"
+    assert backends.requested() == "auto"
+    use_backend("reference")
+    assert backends.requested() == "reference"
+    use_backend("auto")
+
+
+def test_restored_after_an_error() -> None:
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert backends.requested() == "auto"
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="Unknown backend 'gpu': choose one of reference, cpu, triton, cuda"):
+        use_backend("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backend_by_name_that_cannot_run_raises(name: str) -> None:
+    with pytest.raises(BackendError, match=f"Backend '{name}' cannot run here: .*"):
+        use_backend(name)
+    assert backends.requested() == "auto"
+
+
+def test_backend_by_name_does_not_fall_back() -> None:
+    """No kernel for this dtype: a clear refusal, not the reference's result."""
+    if backends.unavailable("cpu"):
+        pytest.skip("the CPU extension was not built")
+    with use_backend("cpu"):
+        expand()
+        with pytest.raises(BackendError, match="cannot serve triplane_expand: .*float64"):
+            expand(torch.float64)
+
+
+def test_backward_asks_for_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    choose = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda op, name, t: (chosen.append((op, name)), choose(op, name, t))[1])
+    x = torch.randn(2, 6, requires_grad=True)
+    with use_backend("reference"):
+        y = ops.geglu(x)
+    y.sum().backward()
+    assert chosen == [("geglu", "reference"), ("geglu", "reference")]
+
+
+def test_compiled_code_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    choose = backends.choose
+    monkeypatch.setattr(backends, "choose", lambda op, name, t: (chosen.append(name), choose(op, name, t))[1])
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.geglu, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 6)
+    compiled(x)
+    with use_backend("reference"):
+        compiled(x)
+    compiled(x)
+    assert chosen == ["auto", "reference", "auto"]
+
+
+def test_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    backends.automatic.cache_clear()
+    with caplog.at_level(logging.INFO, logger="pvdm_fast"):
+        expand()
+        expand()
+    assert [r.message for r in caplog.records if "triplane_expand" in r.message] == [
+        f"triplane_expand on cpu, float32: backend {backends.automatic('triplane_expand', 'cpu', torch.float32)}"
+    ]
+
+
+def test_environment_variable() -> None:
+    code = "from pvdm_fast import backends; print(backends.requested())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PVDM_FAST_BACKEND": "reference"}, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "reference"
+    wrong = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PVDM_FAST_BACKEND": "fast"}, capture_output=True, text=True
+    )
+    assert "Unknown backend 'fast'" in wrong.stderr
+
+
+def test_report_covers_everything() -> None:
+    report = backends.report("cpu")
+    assert set(report) == set(OPERATIONS)
+    for op, row in report.items():
+        assert set(row) == {"auto", *BACKENDS}
+        assert row["reference"] is None
+        for backend in BACKENDS:
+            if op not in SERVED[backend]:
+                assert "no kernel" in str(row[backend])
+
+
+def test_served_operations_exist() -> None:
+    assert all(op in OPERATIONS for served in SERVED.values() for op in served)
