@@ -1,0 +1,33 @@
+"""Builds the CUDA kernels for the host, against csrc/emulation, as a module that stands in for `pvdm_fast._cuda`."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
+    """Compile bindings_cuda.cpp and every .cu with g++; returns the extension's path."""
+    sources = [ROOT / "csrc" / "bindings_cuda.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    output = folder / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = ["g++", "-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-DPVDM_EMULATE", *flags]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    command += ["-Wno-unknown-pragmas", "-x", "c++", *map(str, sources), "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,43 @@
+"""Run by test_cpu_build.py under AddressSanitizer and UBSan: every CPU kernel, each instruction set and dtype."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import torch
+
+from pvdm_fast.native.cpu import plane_norm, triplane_expand
+
+spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
+assert spec is not None and spec.loader is not None
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+triplane_expand.extension = plane_norm.extension = lambda name: module
+
+
+def expand(dtype: torch.dtype) -> None:
+    for sizes, channels in (((3, 5, 7), 21), ((2, 3, 4), 64)):
+        time, height, width = sizes
+        planes = torch.randn(2, height * width + time * (width + height), 3).to(dtype)
+        weight = torch.randn(3, channels, 3)
+        out = triplane_expand.forward(planes, weight, torch.randn(3, channels), *sizes)
+        triplane_expand.backward(out, planes, weight, *sizes)
+
+
+def norm(dtype: torch.dtype) -> None:
+    sizes = [10, 14, 4, 14, 4, 10]
+    x, film = torch.randn(2, 236, 20).to(dtype), torch.randn(2, 40)
+    weight, bias = torch.randn(20), torch.randn(20)
+    for resample in (-1, 0, 1):
+        y, mean, rstd = plane_norm.forward(x, weight, bias, film, sizes, 4, 1e-5, True, resample)
+        plane_norm.backward(y, x, weight, bias, film, mean, rstd, sizes, 4, True, resample)
+
+
+torch.set_num_threads(2)
+for isa in module.isas():
+    module.set_isa(isa)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expand(dtype)
+        norm(dtype)
+print("clean")

@@ -1,0 +1,52 @@
+"""How the CPU kernels are compiled: each instruction set apart, and clean under the sanitizers."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import pytest
+from native.sanitizers import FLAGS, run_sanitized
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import build_tools  # noqa: E402
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only")
+def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
+    """A symbol that two objects define is taken from either: AVX-512 code would then run where it can't.
+
+    So an object compiled for an instruction set may only define symbols of its own namespace.
+    """
+    extension = build_tools.cpu_extension(tmp_path / "unused.so", "")
+    for name, (source, _, flags) in extension.objects.items():
+        if not name.endswith("_avx512"):
+            continue
+        target = tmp_path / f"{name}.o"
+        common = [*build_tools.CXX_FLAGS.replace("-O3", "-O1").split(), f"-I{ROOT / 'csrc'}"]
+        subprocess.run(["g++", *common, *flags.split(), "-c", str(source), "-o", str(target)], check=True)
+        listing = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True)
+        shared = re.findall(r"^[0-9a-f]+ ([TWVuBD]) (.*)$", listing.stdout, re.MULTILINE)
+        assert shared, "nm lists nothing"
+        assert not [symbol for _, symbol in shared if "pvdm::avx512" not in symbol and "avx512::" not in symbol]
+
+
+@pytest.mark.slow
+def test_sanitizers(tmp_path: Path) -> None:
+    """Every kernel, instruction set and dtype under AddressSanitizer and UBSan."""
+    include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+    extension = build_tools.cpu_extension(tmp_path / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
+    extension.link += " " + " ".join(FLAGS)
+    for name, (source, rule, flags) in extension.objects.items():
+        extension.objects[name] = (source, rule, f"{flags} -O1 -g {' '.join(FLAGS)}")
+    build_tools.run_ninja(extension, tmp_path / "objects")
+    run_sanitized(Path(__file__).with_name("sanitized_cpu.py"), extension.output)
