@@ -1,0 +1,157 @@
+"""What is installed, what was built, and which backend serves each operation here: `python -m pvdm_fast.info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pvdm_fast
+from pvdm_fast import backends, native
+
+PACKAGES = ("torch", "triton", "numpy", "diffusers", "accelerate", "safetensors", "av", "nvidia-ml-py", "tensorboard")
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16")
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution without importing it, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_facts() -> dict[str, Any]:
+    """The processor's name, those of its features that kernels may use, and the instruction set that is in use."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    served = native.availability("cpu") is None
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "instruction_set": native.extension("_cpu").isa() if served else None,
+        "instruction_sets": native.extension("_cpu").isas() if served else [],
+    }
+
+
+def gpu_facts() -> dict[str, Any]:
+    """The driver's GPUs, or why none can be listed."""
+    try:
+        import pynvml
+    except ImportError:
+        return {"devices": [], "reason": "nvidia-ml-py is not installed: pip install nvidia-ml-py."}
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return {"devices": [], "reason": f"the NVIDIA driver lists none ({error})."}
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        devices = [
+            {
+                "name": _text(pynvml.nvmlDeviceGetName(handle)),
+                "memory_gib": round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1),
+                "compute_capability": "{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+            }
+            for handle in handles
+        ]
+        return {"devices": devices, "driver": _text(pynvml.nvmlSystemGetDriverVersion())}
+    except pynvml.NVMLError as error:
+        return {"devices": [], "reason": f"the NVIDIA driver does not answer ({error})."}
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def collect() -> dict[str, Any]:
+    """Everything this module shows, as plain values."""
+    return {
+        "versions": {
+            "pvdm_fast": pvdm_fast.__version__,
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in PACKAGES},
+            "torch_cuda": torch.version.cuda,
+        },
+        "cpu": cpu_facts(),
+        "gpu": gpu_facts() | {"usable_by_torch": torch.cuda.is_available()},
+        "build": native.build_info(),
+        "backends": {name: backends.unavailable(name) for name in backends.BACKENDS},
+        "operations": backends.report(),
+    }
+
+
+def _build_lines(build: dict[str, Any]) -> list[str]:
+    if not build:
+        return [f"  nothing was built: {native.REINSTALL}"]
+    lines = []
+    for name in ("_cpu", "_cuda"):
+        facts = build.get(name, {"built": False, "reason": "it was not asked for"})
+        if facts["built"]:
+            lines.append(f"  {name:<6} built by {facts['compiler']} for {', '.join(facts['targets'])}")
+        else:
+            lines.append(f"  {name:<6} left out: {facts['reason']}")
+    return lines
+
+
+def _table(operations: dict[str, dict[str, str | None]]) -> list[str]:
+    """One row an operation: "*" the automatic choice, "serves", or the number of a note below the table."""
+    notes: list[str] = []
+    rows = [f"  {'operation':<18}" + "".join(f"{name:<13}" for name in backends.BACKENDS)]
+    for op, facts in operations.items():
+        cells = []
+        for name in backends.BACKENDS:
+            reason = facts[name]
+            if reason is None:
+                cells.append("serves *" if facts["auto"] == name else "serves")
+                continue
+            reason = reason.replace(op, "this operation")
+            if reason not in notes:
+                notes.append(reason)
+            cells.append(f"no [{notes.index(reason) + 1}]")
+        rows.append(f"  {op:<18}" + "".join(f"{cell:<13}" for cell in cells).rstrip())
+    rows.append("  * chosen automatically here")
+    return rows + [f"  [{i}] {note}" for i, note in enumerate(notes, start=1)]
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """`collect()`'s facts as text."""
+    cpu, gpu = facts["cpu"], facts["gpu"]
+    lines = ["Versions"]
+    versions = {name: value for name, value in facts["versions"].items() if name != "torch_cuda"}
+    lines += [f"  {name:<14} {value or 'not installed'}" for name, value in versions.items()]
+    lines += ["", "CPU", f"  {cpu['name']} ({cpu['architecture']}), {cpu['threads']} threads for PyTorch"]
+    lines += [f"  has {', '.join(cpu['flags']) or 'none of the features that kernels know'}"]
+    lines += [f"  kernels use {cpu['instruction_set'] or 'nothing: ' + str(facts['backends']['cpu'])}"]
+    lines += ["", "GPU"]
+    lines += [
+        f"  {d['name']}, {d['memory_gib']} GiB, compute capability {d['compute_capability']}" for d in gpu["devices"]
+    ] or [f"  none: {gpu.get('reason', 'the driver lists none.')}"]
+    if gpu["devices"] and not gpu["usable_by_torch"]:
+        lines.append("  PyTorch can't use it: install a CUDA build of PyTorch")
+    lines += ["", "Build", *_build_lines(facts["build"]), "", "Backends"]
+    lines += [f"  {name:<10} {reason or 'runs here'}" for name, reason in facts["backends"].items()]
+    lines += ["", "Operations", *_table(facts["operations"])]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pvdm_fast.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    facts = collect()
+    print(json.dumps(facts, indent=1) if parser.parse_args(arguments).json else describe(facts))
+
+
+if __name__ == "__main__":
+    main()

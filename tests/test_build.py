@@ -1,0 +1,185 @@
+"""Building and packaging: targets, toolkits and their messages, wheel and sdist contents, an installed package."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import build_tools  # noqa: E402
+from build_tools import Unbuildable  # noqa: E402
+
+
+def test_arch_list() -> None:
+    assert build_tools.parse_arch_list("8.0;9.0+PTX") == (["80", "90"], ["90"])
+    assert build_tools.parse_arch_list("9.0a, 10.0 12.0+PTX 9.0a") == (["90a", "100", "120"], ["120"])
+    assert build_tools.parse_arch_list("Ampere;Hopper") == (["80", "86", "90"], [])
+    targets, ptx = build_tools.parse_arch_list(";".join(build_tools.CUDA_TARGETS))
+    assert targets == ["80", "86", "89", "90", "100", "120"]
+    assert ptx == ["120"]
+    assert build_tools.arch_flags(["90"], ["90"]) == (
+        "-gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90"
+    )
+
+
+@pytest.mark.parametrize("text", ["sm_90", "7.5", "9", "8.0;hello", ";"])
+def test_bad_arch_list(text: str) -> None:
+    with pytest.raises(Unbuildable, match=r"TORCH_CUDA_ARCH_LIST .*8\.0"):
+        build_tools.parse_arch_list(text)
+
+
+def fake_nvcc(folder: Path, script: str) -> Path:
+    path = folder / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [("echo release 11.8, V11.8.1", "nvcc 11.8 is too old"), ("exit 3", "does not run or names no release")],
+)
+def test_unusable_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda", script)))
+    with pytest.raises(Unbuildable, match=message):
+        build_tools.find_toolkit()
+
+
+def test_missing_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(Unbuildable, match="correct or unset it"):
+        build_tools.find_toolkit()
+
+
+def test_toolkit_of_a_wrapper(tmp_path: Path) -> None:
+    """An nvcc that is a script elsewhere: the root is what its dry run says, not the folder above it."""
+    folder = fake_nvcc(tmp_path / "elsewhere", f'echo "#\\$ TOP={tmp_path}/real/bin/.." >&2')
+    assert build_tools._root_from_dryrun(str(folder / "bin" / "nvcc")) == tmp_path / "real"
+
+
+def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(Unbuildable, match=r"no C\+\+ compiler found \(looked for no-such-compiler\)"):
+        build_tools.compiler()
+
+
+def copy_of_sources(folder: Path) -> Path:
+    """What is tracked or new in the source tree, without what was built in it."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json", "*.egg-info")
+    folder.mkdir()
+    for name in ("csrc", "kernels", "pvdm_fast"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "build_tools.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def run_setup(folder: Path, *arguments: str, **variables: str) -> str:
+    """setup.py of a source tree; returns what it printed."""
+    result = subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout + result.stderr
+
+
+def test_nothing_can_be_built(tmp_path: Path) -> None:
+    """Neither compiler: installing goes on, one line each says what was left out and why, and the facts are stored."""
+    sources = copy_of_sources(tmp_path / "sources")
+    output = run_setup(sources, "build", CXX="no-such-compiler", PVDM_FAST_BUILD_CUDA="0")
+    assert "left out _cpu: no C++ compiler found" in output
+    assert "left out _cuda: PVDM_FAST_BUILD_CUDA=0 was set" in output
+    (stored,) = sources.glob("build/lib*/pvdm_fast/_build_info.json")
+    facts = json.loads(stored.read_text())
+    assert not facts["_cpu"]["built"]
+    assert not facts["_cuda"]["built"]
+
+
+def test_compiler_that_fails(tmp_path: Path) -> None:
+    compiler = tmp_path / "failing"
+    compiler.write_text("#!/bin/sh\necho 'error: out of luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    output = run_setup(
+        copy_of_sources(tmp_path / "sources"), "build", CXX=str(compiler), PVDM_FAST_BUILD_CUDA="0"
+    )
+    assert "left out _cpu: compiling _cpu failed" in output
+    assert "error: out of luck" in output
+
+
+def test_sdist(tmp_path: Path) -> None:
+    """The sdist has everything a build needs and nothing that was built."""
+    run_setup(copy_of_sources(tmp_path / "sources"), "-q", "sdist", "--dist-dir", str(tmp_path))
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert str(path.relative_to(ROOT)) in names
+    assert {"kernels/__init__.py", "build_tools.py", "LICENSE", "pvdm_fast/ops/plane_norm.py"} <= names
+    assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_wheel_installs_and_runs(tmp_path: Path) -> None:
+    """A wheel built from the sources, unpacked on its own: kernels, the _cpu extension and the facts are inside."""
+    sources = copy_of_sources(tmp_path / "sources")
+    run_setup(sources, "-q", "bdist_wheel", "--dist-dir", str(tmp_path), PVDM_FAST_BUILD_CUDA="0")
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    code = (
+        "import pvdm_fast, pvdm_fast.kernels, sys; from pvdm_fast import native;"
+        "assert native.availability('cpu') is None; assert 'triton' not in sys.modules;"
+        "print(pvdm_fast.__file__); print(pvdm_fast.kernels.__file__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [
+        str(installed / "pvdm_fast" / "__init__.py"),
+        str(installed / "pvdm_fast" / "kernels" / "__init__.py"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_kernels_do_not_spill(tmp_path: Path) -> None:
+    """ptxas reports no spills and no stack for any kernel, on the oldest and the newest target."""
+    toolkit = build_tools.find_toolkit()
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        command = [toolkit.nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
+        for target in ("80", "120"):
+            result = subprocess.run(
+                [*command, f"-arch=sm_{target}", str(source), "-o", str(tmp_path / "x.cubin")],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert result.returncode == 0, result.stderr
+            lines = [line for line in result.stderr.splitlines() if "spill stores" in line]
+            assert lines, "ptxas reported nothing"
+            for line in lines:
+                assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line

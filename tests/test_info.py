@@ -1,0 +1,44 @@
+"""`python -m pvdm_fast.info`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pvdm_fast import backends, info, native
+
+
+def test_json_has_every_operation_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main(["--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["operations"]) == set(backends.OPERATIONS)
+    for row in facts["operations"].values():
+        assert set(row) == {"auto", *backends.BACKENDS}
+        assert row["reference"] is None
+        assert row[row["auto"]] is None, "the automatic choice must be one that serves"
+    assert facts["versions"]["torch"]
+    assert facts["cpu"]["threads"] >= 1
+
+
+def test_text_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main([])
+    text = capsys.readouterr().out
+    for op in backends.OPERATIONS:
+        assert op in text
+    for backend in backends.BACKENDS:
+        reason = backends.unavailable(backend)
+        assert reason is None or reason in text
+    assert "chosen automatically" in text
+
+
+def test_build_facts() -> None:
+    """What was left out is named with its reason, and a source tree where nothing was built says what to do."""
+    lines = info._build_lines({"_cpu": {"built": False, "reason": "no C++ compiler found"}})
+    assert lines[0].endswith("left out: no C++ compiler found")
+    assert native.REINSTALL in info._build_lines({})[0]
+
+
+def test_gpus_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    assert "nvidia-ml-py is not installed" in info.gpu_facts()["reason"]
