@@ -85,9 +85,7 @@ class ReleaseDDIMScheduler(DDIMScheduler):
 class ReleaseDDPMScheduler(DDPMScheduler):
     """Diffusers' DDPM on the release's times: for numbers of steps that divide 1000 this is its "trailing" spacing."""
 
-    def set_timesteps(  # type: ignore[override]
-        self, num_inference_steps: int, device: str | torch.device | None = None
-    ) -> None:
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Fix the times to visit; raises UserError when there are more steps than noise levels."""
         super().set_timesteps(timesteps=release_times(num_inference_steps)[:-1], device=device)
         self.num_inference_steps = num_inference_steps

@@ -99,7 +99,7 @@ def damage(path: Path) -> str | None:
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest undamaged checkpoint, and a sentence for each newer one that had to be passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in reversed(found(folder)):
         problem = damage(candidate.path)
         if problem is None:

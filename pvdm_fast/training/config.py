@@ -213,9 +213,8 @@ def _options_of(group: str, owner: type) -> Iterator[Option]:
         yield Option(group, item.name, kind, optional, item.metadata)
 
 
-OPTIONS: dict[str, Option] = {
-    item.key: item for group, owner in {"": TrainConfig, **GROUPS}.items() for item in _options_of(group, owner)
-}
+_OWNERS: dict[str, type[Any]] = {"": TrainConfig, **GROUPS}
+OPTIONS: dict[str, Option] = {item.key: item for group, owner in _OWNERS.items() for item in _options_of(group, owner)}
 
 
 def get(config: TrainConfig, key: str) -> Any:

@@ -37,7 +37,8 @@ class StepBar:
         """One more step, from its record in metrics.jsonl."""
         loss = record["loss"]
         if loss is None:
-            self.bar.write(f"step {record['step']} left out: {record['skipped']}; clips: {', '.join(record['clips'])}")
+            clips = ", ".join(record["clips"])
+            self.bar.write(f"step {record['step']} left out: {record['skipped']}; clips: {clips}", file=sys.stderr)
         else:
             self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         self.speed = clips_per_second if self.speed is None else 0.95 * self.speed + 0.05 * clips_per_second

@@ -71,7 +71,7 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
 
-    def fit(self, preview: Callable[[], None]) -> None:
+    def fit(self, preview: Callable[[], object]) -> None:
         """Take the steps that are left; ``preview`` is called between steps every ``preview_every`` of them.
 
         Raises:
@@ -131,9 +131,9 @@ class Trainer:
             step = self.progress.step
             path = checkpoint.save(self.run.path / "failed", self.stage.name, step, self.state(), keep=1)
             raise NonFiniteLossError(
-                f"step {step} of the {self.stage.name} stage had {reason}, and the {self.config.max_skipped} steps before it "
-                f"were not finite either; its clips were {', '.join(names)}; the state is saved in {path}, while "
-                f"--resume {self.run.path} goes back to the last good checkpoint"
+                f"step {step} of the {self.stage.name} stage had {reason}, and the {self.config.max_skipped} steps "
+                f"before it were not finite either; its clips were {', '.join(names)}; the state is saved in {path}, "
+                f"while --resume {self.run.path} goes back to the last good checkpoint"
             )
         return {"loss": None, "skipped": reason, "clips": names}
 

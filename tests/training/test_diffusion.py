@@ -8,12 +8,12 @@ import pytest
 import torch
 from comparison import assert_close
 from golden_tools import GoldenCase, load_case
+from tolerances import GOLDEN_NETWORK
 from torch import Tensor
 
 from pvdm_fast.checkpoints import load_release_denoiser
 from pvdm_fast.diffusion import NoiseSchedule, diffusion_loss, joint_batch, psnr
 from pvdm_fast.models import Denoiser
-from tolerances import GOLDEN_NETWORK
 
 
 @pytest.fixture(scope="module")

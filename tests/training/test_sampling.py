@@ -10,6 +10,7 @@ import torch
 from comparison import assert_close
 from diffusers import DDPMScheduler
 from golden_tools import GoldenCase, load_case
+from tolerances import GOLDEN_NETWORK
 from torch import Tensor, nn
 
 from pvdm_fast.checkpoints import load_release_denoiser
@@ -18,7 +19,6 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.pipeline import NoiseSource, predict_noise, sample_latents, sample_video
 from pvdm_fast.schedulers import SCHEDULER_NAMES, make_scheduler, release_times
-from tolerances import GOLDEN_NETWORK
 
 SHAPE = (2, 4, 2048)
 

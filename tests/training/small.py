@@ -1,0 +1,100 @@
+"""Runs small enough for tests: shared command lines and helpers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SMALL = [
+    "--frames",
+    "4",
+    "--height",
+    "16",
+    "--width",
+    "16",
+    "--autoencoder-patch-size",
+    "8",
+    "--autoencoder-channels",
+    "16",
+    "--autoencoder-depth",
+    "1",
+    "--autoencoder-num-heads",
+    "1",
+    "--autoencoder-head-dim",
+    "8",
+    "--autoencoder-batch-size",
+    "2",
+    "--autoencoder-warmup",
+    "2",
+    "--diffusion-model-channels",
+    "32",
+    "--diffusion-channel-mult",
+    "1",
+    "--diffusion-num-res-blocks",
+    "1",
+    "--diffusion-num-heads",
+    "2",
+    "--diffusion-attention-resolutions",
+    "1",
+    "--diffusion-batch-size",
+    "2",
+    "--diffusion-warmup",
+    "2",
+    "--diffusion-sampling-steps",
+    "2",
+    "--held-out-clips",
+    "2",
+    "--workers",
+    "0",
+    "--save-every",
+    "100",
+    "--preview-every",
+    "100",
+    "--device",
+    "cpu",
+]
+
+
+def steps(number: int) -> list[str]:
+    """Both stages, this many steps each."""
+    return ["--autoencoder-steps", str(number), "--diffusion-steps", str(number)]
+
+
+def losses(run: Path, stage: str) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of every recorded step of a stage."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"], r["gradient_norm"]) for r in records if r["stage"] == stage and "loss" in r]
+
+
+def weights(run: Path, model: str) -> dict[str, torch.Tensor]:
+    """The tensors of a saved model."""
+    from safetensors.torch import load_file
+
+    (file,) = (run / model).glob("*.safetensors")
+    return load_file(file)
+
+
+def same_weights(first: Path, second: Path, model: str) -> bool:
+    """Bit for bit."""
+    a, b = weights(first, model), weights(second, model)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    """``python -m pvdm_fast.train`` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pvdm_fast.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    return sorted(item.name for item in (run / "checkpoints").iterdir())

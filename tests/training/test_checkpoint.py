@@ -1,0 +1,125 @@
+"""Checkpoints: whole or absent, the newest good ones kept, damage found."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from pvdm_fast.errors import UserError
+from pvdm_fast.training import checkpoint
+from pvdm_fast.training.files import whole_file, whole_folder
+
+
+def save(folder: Path, step: int, stage: str = "autoencoder") -> Path:
+    return checkpoint.save(folder, stage, step, {"step": step, "values": torch.arange(step)})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def test_the_newest_two_are_kept_across_stages(tmp_path: Path) -> None:
+    for step in (1, 2, 30):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["autoencoder-step-0000002", "autoencoder-step-0000030"]
+    save(tmp_path, 5, "diffusion")
+    assert names(tmp_path) == ["autoencoder-step-0000030", "diffusion-step-0000005"]
+    newest, passed_over = checkpoint.newest_good(tmp_path)
+    assert newest is not None
+    assert (newest.stage_name, newest.step, passed_over) == ("diffusion", 5, [])
+    assert torch.equal(checkpoint.load(newest)["values"], torch.arange(5))
+
+
+@pytest.mark.parametrize("harm", ["shorter", "changed", "gone", "note"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    state = path / checkpoint.STATE
+    data = bytearray(state.read_bytes())
+    if harm == "shorter":
+        state.write_bytes(data[:-10])
+    elif harm == "changed":
+        data[len(data) // 2] ^= 1
+        state.write_bytes(data)
+    elif harm == "gone":
+        state.unlink()
+    else:
+        (path / checkpoint.NOTE).write_text("{")
+    newest, passed_over = checkpoint.newest_good(tmp_path)
+    assert newest is not None
+    assert newest.step == 1
+    assert len(passed_over) == 1
+    assert str(path) in passed_over[0]
+
+
+def test_an_unfinished_checkpoint_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "autoencoder-step-0000009").mkdir()
+    (tmp_path / ".writing-autoencoder-step-0000010").mkdir()
+    (tmp_path / ".writing-autoencoder-step-0000010" / checkpoint.NOTE).write_text("{}")
+    assert checkpoint.found(tmp_path) == []
+    assert checkpoint.newest_good(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64")])
+def test_a_failed_write_leaves_the_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*the last good one is .*0000002"):
+        save(tmp_path, 3)
+    assert names(tmp_path) == ["autoencoder-step-0000001", "autoencoder-step-0000002"]
+    assert checkpoint.newest_good(tmp_path)[0] is not None
+
+
+def test_a_bug_in_the_state_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a tensor that cannot be saved")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="a tensor"):
+        save(tmp_path, 1)
+    assert names(tmp_path) == []
+
+
+def test_random_states_return() -> None:
+    import random
+
+    states = checkpoint.random_states()
+    first = torch.rand(3), random.random()
+    checkpoint.restore_random_states(states)
+    assert torch.equal(first[0], torch.rand(3))
+    assert first[1] == random.random()
+
+
+def test_whole_folder_replaces_only_at_the_end(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    for text in ("old", "new"):
+        with whole_folder(place) as temporary:
+            (temporary / "file").write_text(text)
+            if text == "new":
+                assert (place / "file").read_text() == "old"
+    assert (place / "file").read_text() == "new"
+    with pytest.raises(ValueError, match="stop"), whole_folder(place) as temporary:
+        (temporary / "file").write_text("half")
+        raise ValueError("stop")
+    assert (place / "file").read_text() == "new"
+    assert names(tmp_path) == ["model"]
+
+
+def test_whole_file_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    place.write_text("old")
+    with pytest.raises(ValueError, match="stop"), whole_file(place) as temporary:
+        temporary.write_text("half")
+        raise ValueError("stop")
+    assert names(tmp_path) == ["file"]
+    assert place.read_text() == "old"
