@@ -115,9 +115,7 @@ def test_compiler_that_fails(tmp_path: Path) -> None:
     compiler = tmp_path / "failing"
     compiler.write_text("#!/bin/sh\necho 'error: out of luck' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    output = run_setup(
-        copy_of_sources(tmp_path / "sources"), "build", CXX=str(compiler), PVDM_FAST_BUILD_CUDA="0"
-    )
+    output = run_setup(copy_of_sources(tmp_path / "sources"), "build", CXX=str(compiler), PVDM_FAST_BUILD_CUDA="0")
     assert "left out _cpu: compiling _cpu failed" in output
     assert "error: out of luck" in output
 

@@ -66,5 +66,5 @@ def availability(name: str) -> str | None:
 
 
 def rows_dense(x: Tensor) -> Tensor:
-    """`x` itself if its last axis is dense, else a contiguous copy. Other strides, zero included, are the kernels' work."""
+    """`x` itself if its last axis is dense, else a contiguous copy. Kernels take any other strides, zero included."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

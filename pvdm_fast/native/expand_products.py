@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,14 @@ from pvdm_fast.layout import TriplaneLayout
 
 
 def products(sums: Tensor, planes: Tensor, weight: Tensor, layout: TriplaneLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """sums: (B, N, C) float32, the gradient summed over each plane's missing axis -> gradients of planes, weight, bias."""
+    """sums: (B, N, C) float32, the gradient summed over each plane's missing axis.
+
+    Returns the gradients of planes, weight and bias in the dtypes of planes and weight.
+    """
     (_, channels, depth), batch = weight.shape, planes.shape[0]
     dplanes = torch.empty(batch, layout.num_tokens, depth, dtype=planes.dtype, device=planes.device)
     dweight, dbias = torch.empty_like(weight), torch.empty(3, channels, dtype=weight.dtype, device=weight.device)
-    bounds = layout.offsets
-    for plane, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for plane, (start, stop) in enumerate(pairwise(layout.offsets)):
         part = sums[:, start:stop].flatten(0, 1)
         latent = planes[:, start:stop].float().flatten(0, 1)
         dplanes[:, start:stop] = (part @ weight[plane].float()).unflatten(0, (batch, stop - start))

@@ -27,7 +27,8 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
 
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("_emulated", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -10,7 +10,8 @@ import torch
 from pvdm_fast.native.cpu import plane_norm, triplane_expand
 
 spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
-assert spec is not None and spec.loader is not None
+assert spec is not None
+assert spec.loader is not None
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 triplane_expand.extension = plane_norm.extension = lambda name: module

@@ -1,4 +1,4 @@
-"""Run by test_cuda_emulated.py under AddressSanitizer: the emulated kernels on exactly allocated, numpy-free tensors."""
+"""Run by test_cuda_emulated.py under AddressSanitizer and UBSan: the emulated kernels."""
 
 from __future__ import annotations
 

@@ -36,7 +36,9 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
         target = tmp_path / f"{name}.o"
         common = [*build_tools.CXX_FLAGS.replace("-O3", "-O1").split(), f"-I{ROOT / 'csrc'}"]
         subprocess.run(["g++", *common, *flags.split(), "-c", str(source), "-o", str(target)], check=True)
-        listing = subprocess.run(["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True)
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True
+        )
         shared = re.findall(r"^[0-9a-f]+ ([TWi]) (.*)$", listing.stdout, re.MULTILINE)
         assert shared, "nm lists nothing"
         assert not [symbol for _, symbol in shared if "pvdm::avx512" not in symbol and "avx512::" not in symbol]

@@ -123,9 +123,7 @@ def test_arguments_are_checked(device: ModuleType) -> None:
     with pytest.raises(ValueError, match="planes has not the shape"):
         kernels.forward(planes[:, 1:], weight, bias, 2, 3, 4)
     with pytest.raises(ValueError, match="workspace"):
-        device.triplane_expand_sums(
-            torch.zeros(1, 24, 8), torch.zeros(1, 26, 8), torch.zeros(5), *(2, 3, 4), *(0, 0)
-        )
+        device.triplane_expand_sums(torch.zeros(1, 24, 8), torch.zeros(1, 26, 8), torch.zeros(5), *(2, 3, 4), *(0, 0))
 
 
 @pytest.mark.slow
