@@ -188,7 +188,7 @@ def open_dataset(
             raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
         return SyntheticClips(spec)
     root = Path(source)
-    dataset = FolderClips(root, find_videos(root, split), spec)
+    dataset = FolderClips(root, find_videos(root, split, lambda video: _is_long_enough(video, frames)), spec)
     dataset[0]
     return dataset
 
@@ -200,6 +200,14 @@ def collate(items: Sequence[Item]) -> Batch:
         "names": [item["name"] for item in items],
         "skipped": [entry for item in items for entry in item["skipped"]],
     }
+
+
+def _is_long_enough(video: Video, frames: int) -> bool:
+    """Whether a video has ``frames`` frames, as far as can be told without decoding."""
+    try:
+        return (len(list_frames(video.path)) if video.is_folder else packet_index(video.path).frames) >= frames
+    except UnreadableVideo:
+        return False
 
 
 def _none_usable(root: Path, description: str, skipped: Skipped) -> str:

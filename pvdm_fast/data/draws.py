@@ -7,7 +7,7 @@ clip on every machine.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -92,16 +92,22 @@ def crop_box(source: tuple[int, int], target: tuple[int, int], down: float, righ
     return top, left, box_height, box_width
 
 
-def is_held_out(keys: Sequence[str]) -> list[bool]:
+def is_held_out(keys: Sequence[str], usable: Callable[[int], bool] = lambda number: True) -> list[bool]:
     """Which of the videos belong to the test split, by a hash of their keys: about a tenth.
 
     Videos with equal keys stay together. With two or more different keys both splits get at least one; with a single
-    key nothing is held out.
+    key nothing is held out. While none of the videos held out is ``usable`` (asked by its place in ``keys``, no more
+    often than needed), those with the next hashes are held out too, so that one bad file cannot spoil the split.
     """
-    rank = {key: stable_hash("split", key) for key in keys}
-    if len(rank) < 2:
-        return [False] * len(keys)
-    test = {key for key, value in rank.items() if value < TEST_FRACTION * 2**128}
-    test.add(min(rank, key=rank.__getitem__))
-    test.discard(max(rank, key=rank.__getitem__))
+    members: dict[str, list[int]] = {}
+    for number, key in enumerate(keys):
+        members.setdefault(key, []).append(number)
+    ranked = sorted((stable_hash("split", key), key) for key in members)
+    test: set[str] = set()
+    met_usable = False
+    for rank, key in ranked[:-1]:  # the last one trains in any case
+        if met_usable and rank >= TEST_FRACTION * 2**128:
+            break
+        test.add(key)
+        met_usable = met_usable or any(usable(number) for number in members[key])
     return [key in test for key in keys]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +50,11 @@ class Found:
     description: str
 
 
-def find_videos(root: Path, split: str) -> Found:
-    """The videos of a split ("train" or "test"). Raises :class:`DataError`, saying what was looked for, if none."""
+def find_videos(root: Path, split: str, usable: Callable[[Video], bool] = lambda video: True) -> Found:
+    """The videos of a split ("train" or "test"). Raises :class:`DataError`, saying what was looked for, if none.
+
+    ``usable`` tells whether a video can give clips; it is asked of a few only, so that a split by hash holds out one.
+    """
     if split not in SPLITS:
         raise DataError(f'no split "{split}": choose "train" or "test"')
     if not root.exists():
@@ -65,7 +68,11 @@ def find_videos(root: Path, split: str) -> Found:
             f"of frames ({_suffixes(IMAGE_SUFFIXES)}), laid out freely, as UCF-101 (<Class>/v_<Class>_g01_c01.avi), or "
             "as SkyTimelapse (sky_train/, sky_test/ or train/, test/)"
         )
-    return _split_ucf(root, videos, split) or _split_by_folder(videos, split) or _split_by_hash(videos, split)
+    return (
+        _split_ucf(root, videos, split, usable)
+        or _split_by_folder(videos, split)
+        or _split_by_hash(videos, [video.name for video in videos], "the names", split, usable)
+    )
 
 
 def list_videos(root: Path) -> list[Video]:
@@ -104,21 +111,29 @@ def _suffixes(suffixes: frozenset[str]) -> str:
 
 
 def _kind(videos: list[Video]) -> str:
-    return "folder of frame folders" if videos[0].is_folder else "folder of videos"
+    if videos[0].is_folder:
+        return "folder of frame folders"
+    return "UCF-101 layout" if all(_ucf_name(video) for video in videos) else "folder of videos"
+
+
+def _ucf_name(video: Video) -> re.Match[str] | None:
+    return UCF_NAME.match(Path(video.name).stem)
 
 
 def _count(number: int, what: str = "video") -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _split_by_hash(videos: list[Video], split: str) -> Found:
-    if len(videos) == 1:
-        return Found(videos, f"{_kind(videos)}: 1 video, in both splits")
-    held_out = is_held_out([video.name for video in videos])
+def _split_by_hash(
+    videos: list[Video], keys: list[str], of_what: str, split: str, usable: Callable[[Video], bool]
+) -> Found:
+    if len(set(keys)) == 1:
+        return Found(videos, f"{_kind(videos)}: {_count(len(videos))}, in both splits")
+    held_out = is_held_out(keys, lambda number: usable(videos[number]))
     chosen = [video for video, test in zip(videos, held_out, strict=True) if test == (split == "test")]
     return Found(
         chosen,
-        f"{_kind(videos)}: {_count(len(chosen))} of {len(videos)} in the {split} split (by a hash of the names)",
+        f"{_kind(videos)}: {_count(len(chosen))} of {len(videos)} in the {split} split (by a hash of {of_what})",
     )
 
 
@@ -136,19 +151,17 @@ def _split_by_folder(videos: list[Video], split: str) -> Found | None:
     return None
 
 
-def _split_ucf(root: Path, videos: list[Video], split: str) -> Found | None:
+def _split_ucf(root: Path, videos: list[Video], split: str, usable: Callable[[Video], bool]) -> Found | None:
     """The UCF-101 split, or None unless every file is named as in UCF-101."""
-    matches = [UCF_NAME.match(Path(video.name).stem) for video in videos]
+    matches = [_ucf_name(video) for video in videos]
     if videos[0].is_folder or not all(matches):
         return None
     lists = _find_ucf_lists(root)
     if lists is None:
         groups = [f"{match['label']}/{match['group']}" for match in matches if match]
-        if len(set(groups)) < 2:
-            return _split_by_hash(videos, split)
-        chosen = [video for video, test in zip(videos, is_held_out(groups), strict=True) if test == (split == "test")]
-        how = "by a hash of class and group; no trainlist01.txt, testlist01.txt found"
-        return Found(chosen, f"UCF-101 layout: {_count(len(chosen))} of {len(videos)} in the {split} split ({how})")
+        return _split_by_hash(
+            videos, groups, "class and group; no trainlist01.txt, testlist01.txt found", split, usable
+        )
     listed = _read_ucf_list(lists / f"{split}list01.txt")
     by_name = {Path(video.name).name: video for video in videos}
     chosen = [by_name[name] for name in listed if name in by_name]

@@ -44,8 +44,12 @@ class ClipLoader:
     def __iter__(self) -> Iterator[Batch]:
         try:
             yield from self._loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection. Errors
+            # raised inside a worker come with "Caught ..." and pass.
+            if self._loader.num_workers == 0 or str(error).startswith("Caught "):
+                raise
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
                 f"a data worker died ({error}). Often it was killed for lack of memory: use fewer workers, or 0 to "

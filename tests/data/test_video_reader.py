@@ -25,7 +25,10 @@ SEEKABLE = {
     "mpeg4 with b frames.mp4": ("mpeg4", {"bframes": 2}),
     "h264.mkv": ("libx264", {"bframes": 3}),
     "uneven times.mkv": ("libx264", {"bframes": 2, "times": UNEVEN}),
-    "vp8 with hidden frames.webm": ("libvpx", {"options": {"auto-alt-ref": "1", "lag-in-frames": "8", "cpu-used": "5"}}),
+    "vp8 with hidden frames.webm": (
+        "libvpx",
+        {"options": {"auto-alt-ref": "1", "lag-in-frames": "8", "cpu-used": "5"}},
+    ),
     "vp9.webm": ("libvpx-vp9", {"options": {"cpu-used": "8", "deadline": "realtime"}}),
     "xvid like ucf.avi": ("mpeg4", {}),
     "mpeg4 with b frames.avi": ("mpeg4", {"bframes": 2}),

@@ -1,0 +1,136 @@
+"""The rendered scenes: many objects in motion, reproducible, alike at every size."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pvdm_fast.data import DataError, open_dataset
+from pvdm_fast.data.draws import generator
+from pvdm_fast.data.shapes import KINDS, draw_scene
+
+SIZE = {"frames": 8, "height": 32, "width": 32}
+
+
+def test_length_and_description() -> None:
+    assert len(open_dataset("synthetic:shapes", **SIZE)) == 4096
+    test = open_dataset("synthetic:shapes", **SIZE, split="test")
+    assert len(test) == 256
+    assert "synthetic:shapes" in test.description
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width"), [(1, 32, 32), (8, 16, 16), (5, 33, 47), (32, 64, 40), (3, 8, 90)]
+)
+def test_any_size(frames: int, height: int, width: int) -> None:
+    item = open_dataset("synthetic:shapes", frames=frames, height=height, width=width)[3]
+    assert item["video"].shape == (3, frames, height, width)
+    assert item["video"].dtype == torch.float32
+    assert item["video"].abs().max() <= 1
+
+
+def test_a_draw_is_the_same_again_and_all_draws_differ() -> None:
+    left, right = (open_dataset("synthetic:shapes", **SIZE, flip=True) for _ in range(2))
+    clips = [left[draw]["video"] for draw in range(30)] + [left[4096 + draw]["video"] for draw in range(30)]
+    assert torch.equal(clips[7], right[7]["video"])
+    assert len({clip.numpy().tobytes() for clip in clips}) == 60
+
+
+def test_seeds_and_splits_differ_and_the_test_split_repeats() -> None:
+    test = open_dataset("synthetic:shapes", **SIZE, split="test", flip=True)
+    assert torch.equal(test[5]["video"], test[256 + 5]["video"])
+    others = [open_dataset("synthetic:shapes", **SIZE, seed=1), open_dataset("synthetic:shapes", **SIZE)]
+    assert all(not torch.equal(test[5]["video"], other[5]["video"]) for other in others)
+
+
+def test_flip_mirrors_some_training_clips() -> None:
+    plain, flipped = (open_dataset("synthetic:shapes", **SIZE, flip=flip) for flip in (False, True))
+    same = [torch.equal(plain[draw]["video"], flipped[draw]["video"]) for draw in range(40)]
+    mirrored = [torch.equal(plain[draw]["video"].flip(-1), flipped[draw]["video"]) for draw in range(40)]
+    assert all(a != b for a, b in zip(same, mirrored, strict=True))
+    assert 10 < sum(mirrored) < 30
+
+
+def test_a_longer_clip_continues_the_shorter_one() -> None:
+    short = open_dataset("synthetic:shapes", **SIZE)[9]["video"]
+    long = open_dataset("synthetic:shapes", **{**SIZE, "frames": 16})[9]["video"]
+    strided = open_dataset("synthetic:shapes", **SIZE, stride=2)[9]["video"]
+    assert torch.equal(long[:, :8], short)
+    assert torch.equal(long[:, ::2], strided)
+
+
+@pytest.mark.parametrize("aspect", [1.0, 2.0, 0.4])
+def test_motion_is_steady_and_each_object_has_its_own(aspect: float) -> None:
+    for seed in range(40):
+        scene = draw_scene(generator(seed), aspect)
+        assert 2 <= len(scene.kind) <= 4
+        assert len(np.unique(scene.velocity.round(6), axis=0)) == len(scene.kind)
+        places = scene.positions(np.arange(400))
+        steps = np.abs(np.diff(places, axis=0))
+        speed = np.abs(scene.velocity)
+        inside = (places >= scene.radius[:, None] - 1e-9) & (places <= scene.extent - scene.radius[:, None] + 1e-9)
+        assert inside[:, scene.bounces].all()
+        assert (steps <= speed + 1e-9)[:, scene.bounces].all()  # slower only in the step that turns at a wall
+        away = (places < -scene.radius[:, None] + speed) | (places > scene.extent + scene.radius[:, None] - speed)
+        jumps = steps > speed + 1e-9
+        assert (away[:-1] | ~jumps).all()  # who crosses the frame jumps only while out of sight
+        assert (np.abs(steps - speed) < 1e-9).mean() > 0.8
+
+
+def test_nearer_objects_hide_farther_ones() -> None:
+    scene = draw_scene(generator(0))
+    count = len(scene.kind)
+    together = dataclasses.replace(
+        scene, kind=np.zeros(count, int), start=np.full((count, 2), 0.5), radius=np.linspace(0.3, 0.1, count)
+    )
+    frame = together.render(1, 64, 64)[0]
+    assert np.abs(frame[32, 32] / 255 - scene.colours[-1]).max() < 0.01
+
+
+@pytest.mark.parametrize("kind", range(KINDS))
+def test_shapes_look_alike_at_every_size_and_have_smooth_edges(kind: int) -> None:
+    scene = draw_scene(generator(1))
+    one = dataclasses.replace(
+        scene,
+        kind=np.array([kind]),
+        radius=np.array([0.3]),
+        start=np.array([[0.5, 0.5]]),
+        velocity=np.zeros((1, 2)),
+        bounces=np.array([True]),
+        colours=np.ones((1, 3)),
+        backdrop=np.zeros((2, 3)),
+    )
+    small, large = (one.render(1, side, side)[0, ..., 0].astype(float) for side in (32, 128))
+    averaged = large.reshape(32, 4, 32, 4).mean((1, 3))
+    assert np.abs(averaged - small).mean() < 3
+    assert np.abs(averaged - small).max() < 80
+    assert ((small > 20) & (small < 235)).sum() >= 8
+    assert abs((small > 127).mean() - (large > 127).mean()) < 0.02
+
+
+def test_frames_change_and_the_backdrop_is_smooth() -> None:
+    dataset = open_dataset("synthetic:shapes", **SIZE)
+    for draw in range(20):
+        video = dataset[draw]["video"]
+        assert (video.diff(dim=1).abs().amax((0, 2, 3)) > 0.1).all()
+        assert video.diff(dim=-1).abs().median() < 0.03
+
+
+def test_unknown_synthetic_data_is_refused() -> None:
+    with pytest.raises(DataError, match='there is "synthetic:shapes"'):
+        open_dataset("synthetic:worms", **SIZE)
+
+
+def test_rendering_is_quick() -> None:
+    dataset = open_dataset("synthetic:shapes", frames=16, height=32, width=32)
+    rates = []
+    for attempt in range(3):
+        start = time.perf_counter()
+        for draw in range(30):
+            dataset[30 * attempt + draw]
+        rates.append(30 / (time.perf_counter() - start))
+    assert max(rates) > 150  # over 2,000 on an idle core
