@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from pvdm_fast.layout import TriplaneLayout
@@ -16,8 +15,8 @@ def products(sums: Tensor, planes: Tensor, weight: Tensor, layout: TriplaneLayou
     Returns the gradients of planes, weight and bias in the dtypes of planes and weight.
     """
     (_, channels, depth), batch = weight.shape, planes.shape[0]
-    dplanes = torch.empty(batch, layout.num_tokens, depth, dtype=planes.dtype, device=planes.device)
-    dweight, dbias = torch.empty_like(weight), torch.empty(3, channels, dtype=weight.dtype, device=weight.device)
+    dplanes = planes.new_empty(batch, layout.num_tokens, depth)
+    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(3, channels)
     for plane, (start, stop) in enumerate(pairwise(layout.offsets)):
         part = sums[:, start:stop].flatten(0, 1)
         latent = planes[:, start:stop].float().flatten(0, 1)

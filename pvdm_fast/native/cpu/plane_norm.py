@@ -57,7 +57,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, and of scale_shift (empty where there is none)."""
     dx = x.new_empty(x.shape)
-    dweight, dbias = torch.empty(2, x.shape[2], dtype=torch.float32).unbind()
+    dweight, dbias = (torch.empty(x.shape[2], dtype=torch.float32) for _ in range(2))
     dfilm = None if scale_shift is None else torch.empty(scale_shift.shape, dtype=torch.float32)
     extension("_cpu").plane_norm_backward(
         rows_dense(grad.to(x.dtype)),
