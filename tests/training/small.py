@@ -4,60 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-SMALL = [
-    "--frames",
-    "4",
-    "--height",
-    "16",
-    "--width",
-    "16",
-    "--autoencoder-patch-size",
-    "8",
-    "--autoencoder-channels",
-    "16",
-    "--autoencoder-depth",
-    "1",
-    "--autoencoder-num-heads",
-    "1",
-    "--autoencoder-head-dim",
-    "8",
-    "--autoencoder-batch-size",
-    "2",
-    "--autoencoder-warmup",
-    "2",
-    "--diffusion-model-channels",
-    "32",
-    "--diffusion-channel-mult",
-    "1",
-    "--diffusion-num-res-blocks",
-    "1",
-    "--diffusion-num-heads",
-    "2",
-    "--diffusion-attention-resolutions",
-    "1",
-    "--diffusion-batch-size",
-    "2",
-    "--diffusion-warmup",
-    "2",
-    "--diffusion-sampling-steps",
-    "2",
-    "--held-out-clips",
-    "2",
-    "--workers",
-    "0",
-    "--save-every",
-    "100",
-    "--preview-every",
-    "100",
-    "--device",
-    "cpu",
-]
+SMALL = shlex.split("""
+    --frames 4 --height 16 --width 16 --autoencoder-patch-size 8 --autoencoder-channels 16 --autoencoder-depth 1
+    --autoencoder-num-heads 1 --autoencoder-head-dim 8 --autoencoder-batch-size 2 --autoencoder-warmup 2
+    --diffusion-model-channels 32 --diffusion-channel-mult 1 --diffusion-num-res-blocks 1 --diffusion-num-heads 2
+    --diffusion-attention-resolutions 1 --diffusion-batch-size 2 --diffusion-warmup 2 --diffusion-sampling-steps 2
+    --held-out-clips 2 --workers 0 --save-every 100 --preview-every 100 --device cpu
+""")
 
 
 def steps(number: int) -> list[str]:

@@ -100,6 +100,11 @@ def test_random_states_return() -> None:
     assert first[1] == random.random()
 
 
+def fail_half_way(file: Path) -> None:
+    file.write_text("half")
+    raise FileNotFoundError
+
+
 def test_whole_folder_replaces_only_at_the_end(tmp_path: Path) -> None:
     place = tmp_path / "model"
     for text in ("old", "new"):
@@ -108,9 +113,8 @@ def test_whole_folder_replaces_only_at_the_end(tmp_path: Path) -> None:
             if text == "new":
                 assert (place / "file").read_text() == "old"
     assert (place / "file").read_text() == "new"
-    with pytest.raises(ValueError, match="stop"), whole_folder(place) as temporary:
-        (temporary / "file").write_text("half")
-        raise ValueError("stop")
+    with pytest.raises(FileNotFoundError), whole_folder(place) as temporary:
+        fail_half_way(temporary / "file")
     assert (place / "file").read_text() == "new"
     assert names(tmp_path) == ["model"]
 
@@ -118,8 +122,7 @@ def test_whole_folder_replaces_only_at_the_end(tmp_path: Path) -> None:
 def test_whole_file_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
     place = tmp_path / "file"
     place.write_text("old")
-    with pytest.raises(ValueError, match="stop"), whole_file(place) as temporary:
-        temporary.write_text("half")
-        raise ValueError("stop")
+    with pytest.raises(FileNotFoundError), whole_file(place) as temporary:
+        fail_half_way(temporary)
     assert names(tmp_path) == ["file"]
     assert place.read_text() == "old"

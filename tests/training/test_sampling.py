@@ -150,7 +150,7 @@ def test_guidance_is_one_pass_over_both_and_follows_the_formula() -> None:
 
 
 def test_an_unknown_scheduler_is_named_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match="'euler'.*ddim, ddpm, dpm"):
+    with pytest.raises(UserError, match=r"'euler'.*ddim, ddpm, dpm"):
         make_scheduler("euler")
 
 
