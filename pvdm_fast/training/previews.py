@@ -32,9 +32,10 @@ def write_picture(path: Path, rows: list[tuple[str, Tensor]]) -> None:
     from matplotlib.figure import Figure
 
     strips = [(label, _strip(video)) for label, video in rows]
-    height = sum(strip.shape[0] / strip.shape[1] for _, strip in strips)
-    figure = Figure(figsize=(10, 10 * height + 0.3 * len(rows)), layout="constrained")
-    for axes, (label, strip) in zip(np.atleast_1d(figure.subplots(len(rows))), strips, strict=True):
+    heights = [strip.shape[0] / strip.shape[1] for _, strip in strips]
+    figure = Figure(figsize=(10, 10 * sum(heights) + 0.3 * len(rows)), layout="constrained")
+    every_axes = np.atleast_1d(figure.subplots(len(rows), height_ratios=heights))
+    for axes, (label, strip) in zip(every_axes, strips, strict=True):
         axes.imshow(strip, interpolation="nearest")
         axes.set_title(label, fontsize=8, loc="left", pad=2)
         axes.axis("off")

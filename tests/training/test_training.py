@@ -15,6 +15,9 @@ import pytest
 import torch
 from small import SMALL, checkpoint_names, losses, same_weights, start, steps, weights
 
+from pvdm_fast.data import write_video
+from pvdm_fast.data.shapes import draw_scene
+from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.train import main
 from pvdm_fast.training import checkpoint, trainer
@@ -206,21 +209,21 @@ def test_diffusion_can_take_another_run_s_autoencoder(finished: Path, tmp_path: 
     assert same_weights(run, finished, "denoiser")
 
 
-def test_unreadable_files_are_named_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from pvdm_fast.data.clips import SyntheticClips
-
-    original = SyntheticClips.__getitem__
-
-    def with_a_broken_file(self: SyntheticClips, draw: int) -> dict:
-        return {**original(self, draw), "skipped": [("films/broken.mp4", "is a text file")]}
-
-    monkeypatch.setattr(SyntheticClips, "__getitem__", with_a_broken_file)
-    assert train(tmp_path / "run", *steps(2), "--stage", "autoencoder") == 0
+def test_real_files_and_a_broken_one_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    films, run = tmp_path / "films", tmp_path / "run"
+    films.mkdir()
+    for number in range(6):
+        scene = draw_scene(np.random.default_rng(number), 1.5)
+        write_video(films / f"film{number}.mp4", scene.render(24, 32, 48), fps=12)
+    (films / "broken.mp4").write_text("not a video")
+    assert (
+        train(run, *steps(8), "--data", str(films), "--width", "24", "--stride", "2", "--flip", "--workers", "1") == 0
+    )
     output = capsys.readouterr().out
     assert "1 file could not be read" in output
-    assert "films/broken.mp4: is a text file" in output
+    assert f"  {films / 'broken.mp4'}: " in output
+    assert Autoencoder.from_pretrained(run / "autoencoder").layout == TriplaneLayout(4, 2, 3)
+    assert len(losses(run, "diffusion")) == 8
 
 
 class FullDisk:
