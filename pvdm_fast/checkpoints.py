@@ -114,9 +114,8 @@ class _ReleaseState:
             ),
         ]
         if any(problems):
-            raise CheckpointError(
-                f"The state dict doesn't fit a {type(model).__name__} of these sizes: {'; '.join(filter(None, problems))}."
-            )
+            listed = "; ".join(filter(None, problems))
+            raise CheckpointError(f"The state dict doesn't fit a {type(model).__name__} of these sizes: {listed}.")
         model.load_state_dict(self.tensors, strict=False, assign=False)
         model.release_names = self.original_names  # type: ignore[assignment]
 
@@ -186,7 +185,9 @@ def load_release_denoiser(
     outputs = state.count("output_blocks.{}.")
     # The first output block that ends in a second residual block is the last of its level: its index is the number
     # of residual blocks a level. Without one there is a single level.
-    ups = [i for i in range(outputs) if any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state.tensors for j in (1, 2))]
+    ups = [
+        i for i in range(outputs) if any(f"output_blocks.{i}.{j}.in_layers.0.weight" in state.tensors for j in (1, 2))
+    ]
     blocks = ups[0] if ups else max(outputs - 1, 1)
     levels = max(outputs // (blocks + 1), 1)
     firsts = [1 + level * (blocks + 1) for level in range(levels)]

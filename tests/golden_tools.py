@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 def draw(seed: int, case: str, name: str, shape: tuple[int, ...]) -> Tensor:
     """The recipe's standard normal numbers for a tensor of a case."""
-    state = np.random.RandomState(zlib.crc32(f"{seed}:{case}:{name}".encode()))  # noqa: NPY002 (the frozen recipe)
+    state = np.random.RandomState(zlib.crc32(f"{seed}:{case}:{name}".encode()))
     return torch.from_numpy(state.standard_normal(shape).astype(np.float32))
 
 

@@ -41,14 +41,14 @@ def test_restored_after_an_error() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="Unknown backend 'gpu': choose one of reference, cpu, triton, cuda"):
+    with pytest.raises(ValueError, match=r"Unknown backend 'gpu': choose one of reference, cpu, triton, cuda"):
         use_backend("gpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_backend_by_name_that_cannot_run_raises(name: str) -> None:
-    with pytest.raises(BackendError, match=f"Backend '{name}' cannot run here: .*"):
+    with pytest.raises(BackendError, match=rf"Backend '{name}' cannot run here: .*"):
         use_backend(name)
     assert backends.requested() == "auto"
 
@@ -59,7 +59,7 @@ def test_backend_by_name_does_not_fall_back() -> None:
         pytest.skip("the CPU extension was not built")
     with use_backend("cpu"):
         expand()
-        with pytest.raises(BackendError, match="cannot serve triplane_expand: .*float64"):
+        with pytest.raises(BackendError, match=r"cannot serve triplane_expand: .*float64"):
             expand(torch.float64)
 
 
@@ -101,7 +101,10 @@ def test_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
 def test_environment_variable() -> None:
     code = "from pvdm_fast import backends; print(backends.requested())"
     found = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PVDM_FAST_BACKEND": "reference"}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=os.environ | {"PVDM_FAST_BACKEND": "reference"},
+        capture_output=True,
+        text=True,
     )
     assert found.stdout.strip() == "reference"
     wrong = subprocess.run(

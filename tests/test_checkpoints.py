@@ -92,26 +92,28 @@ def test_missing_key(kind: str) -> None:
     state = make()
     name = next(n for n in state if n.endswith("norm.bias"))
     del state[name]
-    with pytest.raises(CheckpointError, match=f"missing: {re.escape(name)}"):
+    with pytest.raises(CheckpointError, match=rf"missing: {re.escape(name)}"):
         load(state)
 
 
 @both
 def test_unknown_key(kind: str) -> None:
     make, load = KINDS[kind]
-    with pytest.raises(CheckpointError, match="not known here: surplus.weight"):
+    with pytest.raises(CheckpointError, match=r"not known here: surplus.weight"):
         load(make() | {"surplus.weight": torch.zeros(3)})
 
 
 def test_other_sizes_are_named() -> None:
-    with pytest.raises(CheckpointError, match=r"of another shape: .*xt_pos_embedding \(file \(1, 7, 64\), model \(1, 33"):
+    with pytest.raises(
+        CheckpointError, match=r"of another shape: .*xt_pos_embedding \(file \(1, 7, 64\), model \(1, 33"
+    ):
         load_autoencoder(autoencoder_state(), resolution=256)
     with pytest.raises(CheckpointError, match=r"zeros \(file \(1, 4, 2048\), model"):
         load_denoiser(denoiser_state(), layout=TriplaneLayout(8, 32, 32))
 
 
 def test_the_other_kind() -> None:
-    with pytest.raises(CheckpointError, match="lacks encoder.to_patch_embedding.weight.*begins with time_embed"):
+    with pytest.raises(CheckpointError, match=r"lacks encoder.to_patch_embedding.weight.*begins with time_embed"):
         load_autoencoder(denoiser_state())
     with pytest.raises(CheckpointError, match=r"lacks input_blocks\.0\.0\.weight"):
         load_denoiser(autoencoder_state())
@@ -131,7 +133,7 @@ def test_a_pickle_that_runs_code_is_refused(kind: str, tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     for name, save in (("torch.pth", torch.save), ("plain.pth", lambda o, p: p.write_bytes(pickle.dumps(o)))):
         save({"weight": Attack(proof)}, tmp_path / name)
-        with pytest.raises(CheckpointError, match="was refused|can't be read"):
+        with pytest.raises(CheckpointError, match=r"was refused|can't be read"):
             load(tmp_path / name)
     assert not proof.exists()
 
@@ -145,10 +147,10 @@ def test_damaged_files(content: bytes, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_wrong_content(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match=r"is not a file"):
         load_denoiser(tmp_path / "nowhere.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(CheckpointError, match="doesn't hold a state dict"):
+    with pytest.raises(CheckpointError, match=r"doesn't hold a state dict"):
         load_denoiser(tmp_path / "list.pth")
 
 

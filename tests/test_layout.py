@@ -40,20 +40,20 @@ def test_release_layout() -> None:
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True, "3"])
 def test_sizes_must_be_positive_whole_numbers(bad: object) -> None:
-    with pytest.raises(ValueError, match="height is .* must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match=r"height is .* must be a whole number of at least 1"):
         TriplaneLayout(1, bad, 1)  # type: ignore[arg-type]
 
 
 def test_odd_sizes_are_not_halved() -> None:
-    with pytest.raises(ValueError, match="5 is not divisible by 2"):
+    with pytest.raises(ValueError, match=r"5 is not divisible by 2"):
         TriplaneLayout(4, 5, 6).downsample(2)
 
 
 def test_wrong_number_of_tokens() -> None:
-    with pytest.raises(ValueError, match="Got 10 tokens .* has 11"):
+    with pytest.raises(ValueError, match=r"Got 10 tokens .* has 11"):
         TriplaneLayout(1, 2, 3).split(torch.zeros(1, 10, 4))
 
 
 def test_no_planes() -> None:
-    with pytest.raises(ValueError, match="needs planes"):
+    with pytest.raises(ValueError, match=r"needs planes"):
         PlaneLayout(())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -97,11 +97,14 @@ class Autoencoder(ModelMixin, ConfigMixin):
         """
         sizes = (3, self.config.frames, self.config.height, self.config.width)
         if video.dim() != 5 or video.shape[1:] != sizes or video.shape[0] == 0:
-            raise ValueError(f"video must be (B, {', '.join(map(str, sizes))}) with B > 0, but is {tuple(video.shape)}.")
+            raise ValueError(
+                f"video must be (B, {', '.join(map(str, sizes))}) with B > 0, but is {tuple(video.shape)}."
+            )
         p, layout = self.config.patch_size, self.layout
         patches = video.unflatten(4, (layout.width, p)).unflatten(3, (layout.height, p))  # (B, 3, T, h, p, w, p)
         patches = patches.permute(0, 2, 3, 5, 4, 6, 1).reshape(video.shape[0], layout.num_lattice_tokens, -1)
-        lattice = self.encoder(self.encoder.to_patch_embedding(patches), layout)
+        to_tokens = cast(nn.Linear, self.encoder.to_patch_embedding)
+        lattice = self.encoder(to_tokens(patches), layout)
         planes = []
         for name in PLANE_NAMES:
             token, positions = getattr(self, f"{name}_token"), getattr(self, f"{name}_pos_embedding")
@@ -134,10 +137,10 @@ class Autoencoder(ModelMixin, ConfigMixin):
         bias = torch.stack([post.bias for post in posts])
         lattice = ops.triplane_expand(latent.transpose(1, 2), layout, weight, bias)
         lattice = self.decoder(lattice, layout)
-        to_pixel = self.to_pixel["1"]
+        to_pixel = cast(nn.ConvTranspose2d, self.to_pixel["1"])
         pixels = lattice @ to_pixel.weight.flatten(1).to(lattice.dtype)  # (B, T h w, 3 p p)
         pixels = pixels.view(latent.shape[0], layout.time, layout.height, layout.width, 3, p, p)
-        pixels = pixels + to_pixel.bias[:, None, None].to(pixels.dtype)
+        pixels = pixels + cast(Tensor, to_pixel.bias)[:, None, None].to(pixels.dtype)
         pixels = pixels.permute(0, 4, 1, 2, 5, 3, 6).reshape(
             latent.shape[0], 3, self.config.frames, self.config.height, self.config.width
         )

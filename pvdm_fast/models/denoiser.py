@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -14,10 +14,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from pvdm_fast import ops
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.models.presets import DENOISER, preset
-from pvdm_fast.nn import PlaneAttention, ResidualBlock, TriplaneAttention
+from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention
 
 
 @dataclass
@@ -69,6 +68,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.layout.downsample(2 ** (len(channel_mult) - 1))
         self.gradient_checkpointing = False
         embedding = 4 * model_channels
+        self.zeros: Tensor
         self.register_buffer("zeros", torch.zeros(1, latent_channels, self.layout.num_tokens))
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
@@ -76,17 +76,14 @@ class Denoiser(ModelMixin, ConfigMixin):
         self._build_input(embedding)
         self._build_middle(embedding)
         self._build_output(embedding)
-        last = nn.Conv2d(model_channels, latent_channels, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-        self.out = nn.ModuleDict({"0": nn.GroupNorm(32, model_channels), "2": last})
+        self.out = nn.ModuleDict(
+            {"0": PlaneNorm(model_channels), "2": PlaneConv(model_channels, latent_channels, zero=True)}
+        )
 
     def _build_input(self, embedding: int) -> None:
         config = self.config
         channels = config.model_channels
-        self.input_blocks = nn.ModuleList(
-            [nn.ModuleList([nn.Conv2d(2 * config.latent_channels, channels, 3, padding=1)])]
-        )
+        self.input_blocks = nn.ModuleList([nn.ModuleList([PlaneConv(2 * config.latent_channels, channels)])])
         self.input_attns = nn.ModuleList([nn.Identity()])
         self._skip_channels = [channels]
 
@@ -162,18 +159,17 @@ class Denoiser(ModelMixin, ConfigMixin):
                     f"{name} must be (B, {shape[0]}, {shape[1]}) for {self.layout}, but is {tuple(tensor.shape)}."
                 )
         if condition is None:
-            condition = self.zeros.expand(len(latent), -1, -1)  # type: ignore[operator]
+            condition = self.zeros.expand(len(latent), -1, -1)
         timestep = torch.as_tensor(timestep, device=latent.device).expand(len(latent))
         embedding = timestep_embedding(timestep, self.config.model_channels)
-        embedding = self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
+        embedding = self.time_embed(embedding.to(self.zeros.dtype))
         tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)
         return DenoiserOutput(sample=self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype))
 
     def _unet(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, N, 2 D) -> (B, N, D)."""
         layout: PlaneLayout = self.layout
-        first = self.input_blocks[0][0]
-        x = ops.plane_conv(x, layout, first.weight, first.bias)
+        x = cast(nn.ModuleList, self.input_blocks[0])[0](x, layout)
         skips = [x]
         for block, attention in zip(self.input_blocks[1:], self.input_attns[1:], strict=True):
             x, layout = self._run_block(block, attention, x, embedding, layout)
@@ -182,21 +178,19 @@ class Denoiser(ModelMixin, ConfigMixin):
         for block, attention in zip(self.output_blocks, self.output_attns, strict=True):
             x = torch.cat((x, skips.pop()), dim=-1)
             x, layout = self._run_block(block, attention, x, embedding, layout)
-        norm, conv = self.out["0"], self.out["2"]
-        x = ops.plane_norm(x, layout, norm.weight, norm.bias, activation=True)
-        return ops.plane_conv(x, layout, conv.weight, conv.bias)
+        return self.out["2"](self.out["0"](x, layout, activation=True), layout)
 
     def _run_block(
-        self, block: nn.ModuleList, attention: TriplaneAttention, x: Tensor, embedding: Tensor, layout: PlaneLayout
+        self, block: nn.Module, attention: nn.Module, x: Tensor, embedding: Tensor, layout: PlaneLayout
     ) -> tuple[Tensor, PlaneLayout]:
         """A block's modules, then the attention across planes; recomputed in the backward pass where asked for."""
-        for module in block:
+        for module in cast(nn.ModuleList, block):
             if isinstance(module, ResidualBlock):
                 x = self._run(module, x, embedding, layout)
                 layout = module.output_layout(layout)
             else:
-                x = self._run(module.forward_planes, x, layout)
-        return self._run(attention.forward_tokens, x), layout
+                x = self._run(cast(PlaneAttention, module).forward_planes, x, layout)
+        return self._run(cast(TriplaneAttention, attention).forward_tokens, x), layout
 
     def _run(self, function: Any, *arguments: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pvdm_fast import ops
 from pvdm_fast.layout import PlaneLayout
-
-NORM_GROUPS = 32
+from pvdm_fast.nn.planes import NORM_GROUPS, PlaneNorm
 
 
 class TriplaneAttention(nn.Module):
@@ -44,7 +43,7 @@ class TriplaneAttention(nn.Module):
             )
         self.channels = channels
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.norm = PlaneNorm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
         nn.init.zeros_(self.proj_out.weight)
@@ -86,8 +85,7 @@ class TriplaneAttention(nn.Module):
     def _attend(self, x: Tensor, segments: PlaneLayout) -> Tensor:
         """Attention inside each plane of `segments`, whose tokens also share the statistics of the norm."""
         batch, tokens, channels = x.shape
-        normed = ops.plane_norm(x, segments, self.norm.weight, self.norm.bias, groups=NORM_GROUPS)
-        qkv = F.linear(normed, self.qkv.weight.squeeze(-1), self.qkv.bias)
+        qkv = F.linear(self.norm(x, segments), self.qkv.weight.squeeze(-1), self.qkv.bias)
         # Channels are ordered head by head, each its q, k, v; the operation wants (B, N, 3, heads, d).
         qkv = qkv.view(batch, tokens, self.num_heads, 3, channels // self.num_heads).transpose(2, 3)
         attended = ops.segment_attention(qkv, segments.offsets).flatten(2)

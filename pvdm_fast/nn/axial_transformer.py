@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvdm_fast import ops
@@ -135,11 +135,13 @@ class AxialTransformer(nn.Module):
 
     def forward(self, x: Tensor, layout: TriplaneLayout) -> Tensor:
         """x: (B, T H W, C) lattice tokens of `layout` -> (B, T H W, C)."""
-        time_tables = tuple(t.to(x.device) for t in time_rotation(layout.time, self.head_width))
-        space_tables = tuple(t.to(x.device) for t in space_rotation(layout.height, layout.width, self.head_width))
+        time_sin, time_cos = time_rotation(layout.time, self.head_width)
+        space_sin, space_cos = space_rotation(layout.height, layout.width, self.head_width)
+        time_tables = time_sin.to(x.device), time_cos.to(x.device)
+        space_tables = space_sin.to(x.device), space_cos.to(x.device)
         branch: Tensor | None = None
         for layer in self.layers:
-            arguments = (layer, x, branch, layout, time_tables, space_tables)
+            arguments: tuple[Any, ...] = (layer, x, branch, layout, time_tables, space_tables)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, branch = torch.utils.checkpoint.checkpoint(_run_layer, *arguments, use_reentrant=False)
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,7 +34,9 @@ class SequenceAttention(nn.Module):
             query = F.linear(x[:, :1], weight[: self.inner]).view(sequences, 1, 1, 1, HEADS, self.head_width)
             weight = weight[self.inner :]
         qkv = F.linear(x, weight).view(sequences, length, 1, 1, parts, HEADS, self.head_width)
-        return self.to_out["0"](ops.axial_attention(qkv, "time", query=query).flatten(1).view(sequences, -1, self.inner))
+        return self.to_out["0"](
+            ops.axial_attention(qkv, "time", query=query).flatten(1).view(sequences, -1, self.inner)
+        )
 
 
 class FeedForward(nn.Module):
@@ -55,7 +59,9 @@ class PlaneProjection(nn.Module):
     def __init__(self, channels: int, depth: int = 4) -> None:
         super().__init__()
         if channels % 8:
-            raise ValueError(f"The projection's heads are channels / 8 wide: {channels} channels must be a multiple of 8.")
+            raise ValueError(
+                f"The projection's heads are channels / 8 wide: {channels} channels must be a multiple of 8."
+            )
         self.layers = nn.ModuleList(
             nn.ModuleList([PreNorm(channels, SequenceAttention(channels)), PreNorm(channels, FeedForward(channels))])
             for _ in range(depth)
@@ -66,7 +72,8 @@ class PlaneProjection(nn.Module):
         batch, places = x.shape[:2]
         x = x.flatten(0, 1)
         branch: Tensor | None = None
-        for index, (attention, feed_forward) in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
+            attention, feed_forward = cast(nn.ModuleList, layer)
             last = index == len(self.layers) - 1
             x, branch = attention(x, branch, last)
             if last:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvdm_fast import ops
 from pvdm_fast.layout import PlaneLayout
-from pvdm_fast.nn.attention import NORM_GROUPS
+from pvdm_fast.nn.planes import PlaneConv, PlaneNorm
 from pvdm_fast.reference.plane_resample import resample_planes
 
 
@@ -23,19 +22,14 @@ class ResidualBlock(nn.Module):
         resample: None, "up" or "down": sides of every plane x2 or / 2, on the skip path too.
     """
 
-    def __init__(
-        self, channels: int, embedding_channels: int, out_channels: int, resample: str | None = None
-    ) -> None:
+    def __init__(self, channels: int, embedding_channels: int, out_channels: int, resample: str | None = None) -> None:
         super().__init__()
         self.resample = resample
-        self.in_layers = nn.ModuleDict(
-            {"0": nn.GroupNorm(NORM_GROUPS, channels), "2": nn.Conv2d(channels, out_channels, 3, padding=1)}
-        )
+        self.in_layers = nn.ModuleDict({"0": PlaneNorm(channels), "2": PlaneConv(channels, out_channels)})
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, 2 * out_channels))
-        last = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-        self.out_layers = nn.ModuleDict({"0": nn.GroupNorm(NORM_GROUPS, out_channels), "3": last})
+        self.out_layers = nn.ModuleDict(
+            {"0": PlaneNorm(out_channels), "3": PlaneConv(out_channels, out_channels, zero=True)}
+        )
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
     def output_layout(self, layout: PlaneLayout) -> PlaneLayout:
@@ -45,14 +39,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, layout: PlaneLayout) -> Tensor:
         """x: (B, N, C) packed tokens of `layout`, embedding: (B, E) -> (B, N', C') of `output_layout(layout)`."""
-        norm, conv = self.in_layers["0"], self.in_layers["2"]
-        out_norm, out_conv = self.out_layers["0"], self.out_layers["3"]
         after = self.output_layout(layout)
-        scale_shift = self.emb_layers(embedding)
-        h = ops.plane_norm(x, layout, norm.weight, norm.bias, activation=True, resample=self.resample)
-        h = ops.plane_conv(h, after, conv.weight, conv.bias)
-        h = ops.plane_norm(h, after, out_norm.weight, out_norm.bias, scale_shift=scale_shift, activation=True)
-        h = ops.plane_conv(h, after, out_conv.weight, out_conv.bias)
+        h = self.in_layers["0"](x, layout, activation=True, resample=self.resample)
+        h = self.in_layers["2"](h, after)
+        h = self.out_layers["0"](h, after, scale_shift=self.emb_layers(embedding), activation=True)
+        h = self.out_layers["3"](h, after)
         if self.resample is not None:
             x = resample_planes(x, layout, 1 if self.resample == "up" else -1)
         if isinstance(self.skip_connection, nn.Conv2d):

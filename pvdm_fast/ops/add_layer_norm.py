@@ -77,7 +77,9 @@ def add_layer_norm(
         ValueError: shapes that don't fit.
     """
     expect(
-        x.numel() > 0 and weight.shape == bias.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape),
+        x.numel() > 0
+        and weight.shape == bias.shape == x.shape[-1:]
+        and (residual is None or residual.shape == x.shape),
         f"add_layer_norm: x is {tuple(x.shape)}, so a residual must have that shape, and weight and bias its last.",
     )
     total, normed, _, _ = torch.ops.pvdm_fast.add_layer_norm(x, residual, weight, bias, eps, backends.requested())

@@ -72,6 +72,4 @@ def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor) -> 
         f"not {tuple(weight.shape)} and {tuple(bias.shape)}.",
     )
     expect(x.dtype == weight.dtype == bias.dtype, f"plane_conv: x is {x.dtype}, but weight {weight.dtype}.")
-    return torch.ops.pvdm_fast.plane_conv(
-        x, weight, bias, layout.sizes, backends.requested()
-    )
+    return torch.ops.pvdm_fast.plane_conv(x, weight, bias, layout.sizes, backends.requested())

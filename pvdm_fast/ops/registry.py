@@ -50,9 +50,7 @@ def register(
     ):
         _library.define(f"{name}{signature}")
         _library.impl(name, _dispatch(op, direction), "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"pvdm_fast::{name}", lambda *a, _fake=shape_of: _fake(*a[:-1]), lib=_library
-        )
+        torch.library.register_fake(f"pvdm_fast::{name}", lambda *a, _fake=shape_of: _fake(*a[:-1]), lib=_library)
 
     def formula(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         if all(g is None for g in gradients):  # nothing flows back: autograd was asked not to make zeros for it

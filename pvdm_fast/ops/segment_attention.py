@@ -17,9 +17,7 @@ def _fake(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Te
     return qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-def _backward_fake(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float
-) -> Tensor:
+def _backward_fake(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> Tensor:
     return torch.empty_like(qkv)
 
 
@@ -30,9 +28,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    dqkv = torch.ops.pvdm_fast.segment_attention_backward(
-        grad, *ctx.saved_tensors, ctx.offsets, ctx.scale, ctx.backend
-    )
+    dqkv = torch.ops.pvdm_fast.segment_attention_backward(grad, *ctx.saved_tensors, ctx.offsets, ctx.scale, ctx.backend)
     return dqkv, None, None, None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from pvdm_fast.layout import PlaneLayout
 
@@ -34,8 +35,8 @@ def backward(
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     pairs = list(zip(_images(x, layout), _images(grad, layout), strict=True))
     if needs[0]:
-        dx = _pack([torch.nn.grad.conv2d_input(image.shape, weight, g, padding=1) for image, g in pairs])
+        dx = _pack([conv2d_input(image.shape, weight, g, padding=1) for image, g in pairs])
     if needs[1]:
-        parts = [torch.nn.grad.conv2d_weight(image, weight.shape, g, padding=1) for image, g in pairs]
+        parts = [conv2d_weight(image, weight.shape, g, padding=1) for image, g in pairs]
         dweight = torch.stack(parts).sum(0)
     return dx, dweight, grad.sum((0, 1))

@@ -19,7 +19,7 @@ def _halve(plane: Tensor) -> Tensor:
 
 
 def resample_planes(x: Tensor, layout: PlaneLayout, resample: int) -> Tensor:
-    """x: (B, N, C) of `layout` -> (B, N', C): resample +1 doubles each plane's sides, -1 halves them, 0 changes nothing.
+    """x: (B, N, C) of `layout` -> (B, N', C): +1 doubles each plane's sides, -1 halves them, 0 does nothing.
 
     Raises:
         ValueError: halving a layout with an odd size.

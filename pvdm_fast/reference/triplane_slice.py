@@ -13,9 +13,7 @@ def _axis(plane: str) -> int:
     return COLLAPSED_AXIS[plane]
 
 
-def forward(
-    x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int
-) -> Tensor:
+def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:
     """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, places, L + 1, C), L the collapsed axis's length."""
     lattice = x.unflatten(1, (time, height, width)).movedim(_axis(plane), 3)  # (B, p, q, L, C)
     sequences = lattice.flatten(1, 2)

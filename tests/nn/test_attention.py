@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from comparison import assert_close
 from tolerances import OPERATION
 from torch import Tensor
@@ -24,7 +25,8 @@ def block() -> TriplaneAttention:
 def plain(block: TriplaneAttention, x: Tensor) -> Tensor:
     """The formula with PyTorch's own modules; x: (B, C, N)."""
     batch, channels, tokens = x.shape
-    qkv = block.qkv(block.norm(x)).reshape(batch * block.num_heads, -1, tokens)
+    normed = F.group_norm(x, 32, block.norm.weight, block.norm.bias)
+    qkv = block.qkv(normed).reshape(batch * block.num_heads, -1, tokens)
     q, k, v = qkv.chunk(3, dim=1)
     weights = (q.mT @ k / (channels // block.num_heads) ** 0.5).softmax(-1)
     return x + block.proj_out((v @ weights.mT).reshape(batch, channels, tokens))
