@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -43,7 +45,7 @@ class ClipLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from self._loader
+            yield from self._batches()
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
             # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection. Errors
             # raised inside a worker come with "Caught ..." and pass.
@@ -55,6 +57,18 @@ class ClipLoader:
                 f"a data worker died ({error}). Often it was killed for lack of memory: use fewer workers, or 0 to "
                 "load the data in the training process"
             ) from error
+
+    def _batches(self) -> Iterator[Batch]:
+        """The loader's batches, without the SIGCHLD handler that torch installs.
+
+        That one raises wherever the process happens to be, in the middle of a training step for example. Without it,
+        a death shows here within five seconds of asking for the next batch.
+        """
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = iter(self._loader)
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        yield from batches
 
 
 def make_loader(
@@ -90,5 +104,10 @@ def make_loader(
 def _prepare_worker(worker: int) -> None:
     """One thread a worker; a Ctrl-C or SIGTERM sent to the whole group is the training process's to answer."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _survive_once)
+
+
+def _survive_once(number: int, frame: FrameType | None) -> None:
+    """Let the next such signal end the process, so that a stuck worker can still be stopped."""
+    signal.signal(number, signal.SIG_DFL)

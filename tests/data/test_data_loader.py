@@ -91,13 +91,23 @@ class Probe(ClipDataset):
             raise RuntimeError("a mistake")
         if self.deed == "signals":
             os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGTERM)
+            if draw < 4:  # the first draw of either worker
+                os.kill(os.getpid(), signal.SIGTERM if draw % 2 == 0 else signal.SIGINT)
         return {"video": torch.zeros(3, 1, 1, 1), "name": str(torch.get_num_threads()), "skipped": [("f", str(draw))]}
 
 
 def test_a_dead_worker_is_a_clear_error() -> None:
     with pytest.raises(DataError, match=r"worker died.*fewer workers"):
         take(make_loader(Probe("die"), batch_size=2, workers=1), 9)
+
+
+def test_a_death_interrupts_nothing_but_the_wait_for_a_batch() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(make_loader(Probe("die"), batch_size=2, workers=1))
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    with pytest.raises(DataError, match="worker died"):
+        list(itertools.islice(batches, 9))
 
 
 def test_a_mistake_in_a_worker_is_not_taken_for_its_death() -> None:
