@@ -24,5 +24,8 @@ def fit(frame: np.ndarray, height: int, width: int, view: View) -> np.ndarray:
 
 def to_video(frames: Sequence[np.ndarray] | np.ndarray) -> torch.Tensor:
     """uint8 frames (T, H, W, 3) to a float32 contiguous video (3, T, H, W) in [-1, 1]."""
-    stacked = torch.from_numpy(np.ascontiguousarray(np.stack(list(frames))))
-    return stacked.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+    channels_first = np.stack(list(frames)).transpose(3, 0, 1, 2)
+    # numpy, whose one thread costs less here than waking torch's
+    video = np.divide(channels_first, np.float32(127.5), dtype=np.float32, order="C")
+    video -= 1
+    return torch.from_numpy(video)

@@ -129,8 +129,8 @@ def test_rendering_is_quick() -> None:
     dataset = open_dataset("synthetic:shapes", frames=16, height=32, width=32)
     rates = []
     for attempt in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         for draw in range(30):
             dataset[30 * attempt + draw]
-        rates.append(30 / (time.perf_counter() - start))
-    assert max(rates) > 150  # over 2,000 on an idle core
+        rates.append(30 / (time.process_time() - start))
+    assert max(rates) > 150  # about 2,000 in processor time
