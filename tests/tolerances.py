@@ -10,7 +10,7 @@ GOLDEN_BLOCK = 1e-5
 GOLDEN_NETWORK = 1e-4
 
 # A bias in front of a norm with one channel a group has no gradient but rounding noise: the norm takes it out again.
-# Such gradients (in the golden network up to 4.4e-7 of the same layer's weight gradient) can't be compared, only be small.
+# Such gradients (in the golden network up to 4.4e-7 of the layer's weight gradient) can't be compared, only be small.
 NO_GRADIENT = 1e-6
 
 # One operation against the float64 reference on the same (rounded) inputs. Results and gradients are rounded once to
