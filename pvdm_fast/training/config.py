@@ -121,11 +121,17 @@ class TrainConfig:
 # What differs from the defaults above. The models' own sizes are in pvdm_fast.models.presets.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
-        "save_every": 200,
+        "save_every": 500,
         "preview_every": 1000,
         "video": {"workers": 0},
-        "autoencoder": {"steps": 800, "learning_rate": 1e-3, "schedule": "cosine", "warmup": 50},
-        "diffusion": {"steps": 800, "batch_size": 16, "learning_rate": 1e-3, "schedule": "cosine", "warmup": 50},
+        "autoencoder": {
+            "steps": 3000,
+            "batch_size": 4,
+            "learning_rate": 3e-3,
+            "schedule": "cosine",
+            "warmup": 50,
+        },
+        "diffusion": {"steps": 1500, "batch_size": 8, "learning_rate": 2e-3, "schedule": "cosine", "warmup": 50},
     },
     "small": {
         "autoencoder": {"steps": 40_000, "learning_rate": 3e-4, "schedule": "cosine", "warmup": 500},
