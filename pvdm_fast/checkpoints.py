@@ -133,7 +133,7 @@ def load_release_autoencoder(
 ) -> Autoencoder:
     """The release's `ViTAutoencoder` from its state dict, in float32.
 
-    Channels, depth, patch size and latent channels follow from the shapes of its tensors.
+    Channels, depths, patch size and latent channels follow from the shapes of its tensors.
 
     Args:
         source: the path of a checkpoint, or its state dict; a prefix `module.` is taken off.
@@ -157,6 +157,8 @@ def load_release_autoencoder(
         num_heads=num_heads,
         head_dim=inner // num_heads,
         latent_channels=state.shape("pre_xy.weight")[0],
+        projection_depth=state.count("xy_quant_attn.layers.{}."),
+        projection_hidden=state.shape("xy_quant_attn.layers.0.1.fn.net.0.weight")[0],
     )
     state.fill(model)
     return model

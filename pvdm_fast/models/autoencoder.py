@@ -39,6 +39,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         patch_size: side of a patch in pixels.
         channels: C, a multiple of 8. depth: layers of the encoder and of the decoder. num_heads, head_dim: of these.
         latent_channels: D.
+        projection_depth, projection_hidden: layers, and feed-forward width, of the projection to planes.
 
     Raises:
         ValueError: sizes that don't divide.
@@ -58,6 +59,8 @@ class Autoencoder(ModelMixin, ConfigMixin):
         num_heads: int = 8,
         head_dim: int = 64,
         latent_channels: int = 4,
+        projection_depth: int = 4,
+        projection_hidden: int = 512,
     ) -> None:
         super().__init__()
         for name, size in (("height", height), ("width", width)):
@@ -74,7 +77,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         for plane, length in zip(PLANE_NAMES, (layout.time, layout.height, layout.width), strict=True):
             self.register_parameter(f"{plane}_token", nn.Parameter(torch.randn(1, 1, channels)))
             self.register_parameter(f"{plane}_pos_embedding", nn.Parameter(torch.randn(1, length + 1, channels)))
-            self.add_module(f"{plane}_quant_attn", PlaneProjection(channels))
+            self.add_module(f"{plane}_quant_attn", PlaneProjection(channels, projection_depth, projection_hidden))
             self.add_module(f"pre_{plane}", nn.Conv2d(channels, latent_channels, 1))
             self.add_module(f"post_{plane}", nn.Conv2d(latent_channels, channels, 1))
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 AUTOENCODER: dict[str, dict[str, Any]] = {
-    "tiny": dict(frames=8, height=32, width=32, patch_size=4, channels=64, depth=2, num_heads=4, head_dim=16),
+    "tiny": dict(
+        frames=8, height=32, width=32, patch_size=4, channels=64, depth=1, num_heads=4, head_dim=16, latent_channels=8,
+        projection_depth=1, projection_hidden=128,
+    ),
     "small": dict(frames=16, height=64, width=64, patch_size=4, channels=192, depth=4, num_heads=6, head_dim=32),
     "base": dict(frames=16, height=256, width=256, patch_size=8, channels=384, depth=8, num_heads=8, head_dim=64),
-}
+}  # fmt: skip
 
 DENOISER: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        time=8, height=8, width=8, model_channels=64, channel_mult=[1, 2], num_res_blocks=1,
-        attention_resolutions=[2], num_heads=4,
+        time=8, height=8, width=8, latent_channels=8, model_channels=64, channel_mult=[1], num_res_blocks=1,
+        attention_resolutions=[], num_heads=4,
     ),
     "small": dict(
         time=16, height=16, width=16, model_channels=128, channel_mult=[1, 2, 3], num_res_blocks=2,

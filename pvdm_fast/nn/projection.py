@@ -11,7 +11,6 @@ from pvdm_fast import ops
 from pvdm_fast.nn.axial_transformer import PreNorm
 
 HEADS = 4
-HIDDEN = 512
 
 
 class SequenceAttention(nn.Module):
@@ -40,30 +39,32 @@ class SequenceAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear C -> 512, GELU, linear 512 -> C."""
+    """Linear C -> hidden, GELU, linear hidden -> C."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.net = nn.ModuleDict({"0": nn.Linear(channels, HIDDEN), "3": nn.Linear(HIDDEN, channels)})
+        self.net = nn.ModuleDict({"0": nn.Linear(channels, hidden), "3": nn.Linear(hidden, channels)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net["3"](F.gelu(self.net["0"](x)))
 
 
 class PlaneProjection(nn.Module):
-    """4 pre-norm transformer layers over sequences, of which element 0 is kept (the release's `Transformer`).
+    """Pre-norm transformer layers over sequences, of which element 0 is kept (the release: 4 layers, hidden 512).
 
     Only element 0 of the last layer is read, so its query, output projection and feed-forward run for that alone.
     """
 
-    def __init__(self, channels: int, depth: int = 4) -> None:
+    def __init__(self, channels: int, depth: int = 4, hidden: int = 512) -> None:
         super().__init__()
         if channels % 8:
             raise ValueError(
                 f"The projection's heads are channels / 8 wide: {channels} channels must be a multiple of 8."
             )
         self.layers = nn.ModuleList(
-            nn.ModuleList([PreNorm(channels, SequenceAttention(channels)), PreNorm(channels, FeedForward(channels))])
+            nn.ModuleList(
+                [PreNorm(channels, SequenceAttention(channels)), PreNorm(channels, FeedForward(channels, hidden))]
+            )
             for _ in range(depth)
         )
 
