@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     from pvdm_fast.models import Autoencoder, Denoiser
 
-AUTOENCODER_SIZES = ("patch_size", "channels", "depth", "num_heads", "head_dim", "latent_channels")
+AUTOENCODER_SIZES = (
+    "patch_size",
+    "channels",
+    "depth",
+    "num_heads",
+    "head_dim",
+    "latent_channels",
+    "projection_depth",
+    "projection_hidden",
+)
 DENOISER_SIZES = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads")
 
 

@@ -18,13 +18,17 @@ STAGES = ("autoencoder", "diffusion")
 
 
 def option(
-    default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None, resumable: bool = False
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    resumable: bool = False,
+    may_be_empty: bool = False,
 ) -> Any:
     """A dataclass field with its help text, its range, and whether it may change when a run is resumed."""
-    return field(
-        default=default,
-        metadata={"help": help, "minimum": minimum, "maximum": maximum, "resumable": resumable},
-    )
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata={**metadata, "resumable": resumable, "may_be_empty": may_be_empty})
 
 
 @dataclass
@@ -67,6 +71,8 @@ class AutoencoderOptions(StageOptions):
     num_heads: int | None = option(None, "attention heads", minimum=1)
     head_dim: int | None = option(None, "channels of an attention head", minimum=1)
     latent_channels: int | None = option(None, "channels of the latent planes", minimum=1)
+    projection_depth: int | None = option(None, "layers of the projection to planes", minimum=1)
+    projection_hidden: int | None = option(None, "feed-forward width of the projection to planes", minimum=1)
 
 
 @dataclass
@@ -79,7 +85,7 @@ class DiffusionOptions(StageOptions):
     )
     num_res_blocks: int | None = option(None, "residual blocks a level", minimum=1)
     attention_resolutions: tuple[int, ...] | None = option(
-        None, "down-sampling factors at which each plane has attention of its own", minimum=1
+        None, "down-sampling factors at which each plane has attention of its own", minimum=1, may_be_empty=True
     )
     num_heads: int | None = option(None, "attention heads", minimum=1)
     conditional_probability: float = option(
@@ -180,7 +186,7 @@ class Option:
                 raise UserError(f"{self.key} must be one of {', '.join(choices)}, not {value!r}")
             return value
         if get_origin(self.kind) is tuple:
-            if not isinstance(value, (list, tuple)) or not value:
+            if not isinstance(value, (list, tuple)) or (not value and not self.metadata["may_be_empty"]):
                 raise UserError(f"{self.key} must be a list of whole numbers, not {value!r}")
             return tuple(self._checked(self._scalar(int, item)) for item in value)
         return self._checked(self._scalar(self.kind, value))

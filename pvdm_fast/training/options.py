@@ -92,7 +92,7 @@ def make_parser() -> Parser:
         elif get_origin(option.kind) is Literal:
             arguments["metavar"] = "{" + ",".join(get_args(option.kind)) + "}"
         elif get_origin(option.kind) is tuple:
-            arguments.update(nargs="+", metavar="N")
+            arguments.update(nargs="*", metavar="N")
         else:
             arguments["metavar"] = {int: "N", float: "X", str: "DIR"}[option.kind]
         groups[option.group].add_argument(flag(option), **arguments)

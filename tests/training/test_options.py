@@ -48,6 +48,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(tm
         (["--autoencoder-steps", "x"], "--autoencoder-steps must be a whole number, not 'x'"),
         (["--autoencoder-steps", "0"], "--autoencoder-steps must be at least 1, not 0"),
         (["--diffusion-conditional-probability", "1.5"], "must be at most 1, not 1.5"),
+        (["--diffusion-channel-mult"], "--diffusion-channel-mult must be a list of whole numbers"),
         (["--diffusion-learning-rate", "nan"], "must be at least 0, not nan"),
         (["--mixed-precision", "fp8"], "--mixed-precision must be one of no, bf16, fp16, not 'fp8'"),
         (["--preset", "huge"], "--preset must be one of tiny, small, base"),
