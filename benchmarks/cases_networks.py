@@ -1,0 +1,260 @@
+"""Cases of blocks and of whole networks, every runner on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import eager, eager_autoencoder, floors
+from benchmarks.cases import (
+    Network,
+    Setting,
+    assemble_modules,
+    planes_to_tokens,
+    register,
+    tokens_to_planes,
+    with_variants,
+)
+from benchmarks.eager import Variant
+from benchmarks.measure import Pack, Prepared, only
+from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.nn import AxialTransformer, PlaneAttention, PlaneProjection, ResidualBlock, TriplaneAttention
+from pvdm_fast.pipeline import predict_noise
+from pvdm_fast.schedulers import make_scheduler
+
+Call = Callable[..., Tensor | Sequence[Tensor]]
+
+
+def _lazy(
+    make: Callable[[], nn.Module], call: Call, inputs: Sequence[Tensor], pack: Pack = only
+) -> Callable[[], Network]:
+    """A network whose module is made, without weights, when it is asked for. Inputs and results are packed alike."""
+
+    def build() -> Network:
+        with torch.device("meta"):
+            return Network(make(), call, inputs, pack, pack)
+
+    return build
+
+
+def _block(
+    setting: Setting, flops: float, ours: Callable[[], nn.Module], ours_call: Call,
+    rival: Callable[[Variant], nn.Module], rival_call: Call, *, sdpa: bool = True,
+) -> Prepared:  # fmt: skip
+    """A denoiser block: ours on packed tokens, rivals on three planes."""
+    layout, channels = setting.layout, setting.denoiser["model_channels"]
+    tokens = setting.draw(setting.clips, layout.num_tokens, channels)
+    planes = tokens_to_planes(tokens, layout)
+    make = with_variants(lambda variant: _lazy(lambda: rival(variant), rival_call, planes, planes_to_tokens))
+    if not sdpa:
+        del make["sdpa"]
+    shape = f"B{setting.clips} N{layout.num_tokens} C{channels}"
+    return assemble_modules(setting, shape, {"ours": _lazy(ours, ours_call, [tokens]), **make}, flops)
+
+
+@register("block/cross-plane attention", "block")
+def cross_plane_attention(setting: Setting) -> Prepared:
+    channels, heads = setting.denoiser["model_channels"], setting.denoiser["num_heads"]
+    tokens = setting.layout.num_tokens
+    return _block(
+        setting,
+        setting.clips * floors.attention_block(tokens, [tokens], channels),
+        lambda: TriplaneAttention(channels, heads),
+        lambda module, x: module.forward_tokens(x),
+        lambda variant: eager.CrossPlane(channels, heads, variant),
+        lambda module, *planes: module.planes(planes),
+    )
+
+
+@register("block/in-plane attention", "block")
+def in_plane_attention(setting: Setting) -> Prepared:
+    channels, heads = setting.denoiser["model_channels"], setting.denoiser["num_heads"]
+    layout = setting.layout
+    segments = [rows * columns for rows, columns in layout.planes]
+    return _block(
+        setting,
+        setting.clips * floors.attention_block(layout.num_tokens, segments, channels),
+        lambda: PlaneAttention(channels, heads),
+        lambda module, x: module.forward_planes(x, layout),
+        lambda variant: eager.Attention(channels, heads, variant),
+        lambda module, *planes: [module(plane) for plane in planes],
+    )
+
+
+@register("block/residual", "block")
+def residual(setting: Setting) -> Prepared:
+    channels, layout = setting.denoiser["model_channels"], setting.layout
+    width = 4 * channels
+    embedding = setting.draw(setting.clips, width, seed=9)
+    return _block(
+        setting,
+        setting.clips * floors.residual_block(layout.num_tokens, channels, width, channels),
+        lambda: ResidualBlock(channels, width, channels),
+        lambda module, x: module(x, embedding.to(x.dtype), layout),
+        lambda variant: eager.Residual(channels, width, channels),
+        lambda module, *planes: [module(plane, embedding.to(plane.dtype)) for plane in planes],
+        sdpa=False,
+    )
+
+
+@register("block/TimeSformer layer", "block")
+def timesformer_layer(setting: Setting) -> Prepared:
+    layout, config = setting.lattice, setting.autoencoder
+    sizes = (config["channels"], 1, config["num_heads"], config["head_dim"])
+    x = setting.draw(setting.clips, layout.num_lattice_tokens, config["channels"])
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        return module(x, layout)
+
+    make = with_variants(lambda variant: _lazy(lambda: eager_autoencoder.TimeSformer(*sizes, variant), call, [x]))
+    make["ours"] = _lazy(lambda: AxialTransformer(*sizes), call, [x])
+    flops = setting.clips * floors.timesformer_layer(layout, sizes[0], sizes[2] * sizes[3])
+    shape = f"B{setting.clips} {layout.time}x{layout.height}x{layout.width} C{sizes[0]}"
+    return assemble_modules(setting, shape, make, flops)
+
+
+@register("block/projection to xy", "block")
+def projection(setting: Setting) -> Prepared:
+    """Sequences to element 0 of the last layer."""
+    layout, channels = setting.lattice, setting.autoencoder["channels"]
+    places, length = layout.height * layout.width, layout.time + 1
+    x = setting.draw(setting.clips, places, length, channels)
+
+    def rival(module: nn.Module, x: Tensor) -> Tensor:
+        return module(x.flatten(0, 1))[:, 0].unflatten(0, x.shape[:2])
+
+    make = with_variants(lambda variant: _lazy(lambda: eager_autoencoder.Projection(channels, variant), rival, [x]))
+    make["ours"] = _lazy(lambda: PlaneProjection(channels), lambda module, x: module(x), [x])
+    flops = setting.clips * floors.projection(places, length, channels)
+    return assemble_modules(setting, f"B{setting.clips} {places} sequences of {length}, C{channels}", make, flops)
+
+
+def _denoisers(setting: Setting, call: Call, rival_call: Call, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    config = setting.denoiser
+    make = with_variants(
+        lambda variant: _lazy(lambda: eager.EagerDenoiser(**config, variant=variant), rival_call, inputs)
+    )
+    return {"ours": _lazy(lambda: Denoiser(**config), call, inputs), **make}
+
+
+def _clip_name(layout: TriplaneLayout, setting: Setting) -> str:
+    return f"B{setting.clips} {layout.time}x{layout.height}x{layout.width}"
+
+
+@register("denoiser", "network", ("forward", "both"))
+def denoiser(setting: Setting) -> Prepared:
+    """The predicted noise, conditional."""
+    config, layout = setting.denoiser, setting.layout
+    shape = (setting.clips, config["latent_channels"], layout.num_tokens)
+    latent, condition = setting.draw(*shape), setting.draw(*shape, seed=1)
+    timestep = torch.full((setting.clips,), 500, device=setting.device)
+    make = _denoisers(
+        setting,
+        lambda module, x, c: module(x, timestep, condition=c).sample,
+        lambda module, x, c: module(x, timestep, c),
+        [latent, condition],
+    )
+    pack = _stacked
+    make = {name: _packed(build, pack) for name, build in make.items()}
+    text = f"{_clip_name(layout, setting)} latent, C{config['model_channels']}"
+    return assemble_modules(setting, text, make, setting.clips * floors.denoiser(config))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors))
+
+
+def _packed(build: Callable[[], Network], pack: Pack) -> Callable[[], Network]:
+    """The network with its inputs' gradients packed by `pack`."""
+
+    def rebuilt() -> Network:
+        network = build()
+        return Network(network.module, network.call, network.inputs, pack, network.pack_results)
+
+    return rebuilt
+
+
+@register("sampler step", "network", ("forward",))
+def sampler_step(setting: Setting) -> Prepared:
+    """One guided DDIM step: ours in one batched pass, the release's way in two calls."""
+    config, layout = setting.denoiser, setting.layout
+    shape = (setting.clips, config["latent_channels"], layout.num_tokens)
+    latent, condition = setting.draw(*shape), setting.draw(*shape, seed=1).tanh()
+    noise = setting.draw(*shape, seed=2)
+    scheduler = make_scheduler("ddim")
+    scheduler.set_timesteps(50)
+    time = int(scheduler.timesteps[25])
+    guidance = 1.0
+    timestep = torch.full((setting.clips,), time, device=setting.device)
+
+    def advance(predicted: Tensor, x: Tensor) -> Tensor:
+        step: Any = scheduler.step(predicted.float(), time, x.float(), variance_noise=noise)
+        return step.prev_sample
+
+    def ours(module: Denoiser, x: Tensor) -> Tensor:
+        return advance(predict_noise(module, x, time, condition.to(x.dtype), guidance), x)
+
+    def rival(module: nn.Module, x: Tensor) -> Tensor:
+        with_condition, without = module(x, timestep, condition.to(x.dtype)), module(x, timestep)
+        return advance((1 + guidance) * with_condition - guidance * without, x)
+
+    text = f"{_clip_name(layout, setting)} latent, C{config['model_channels']}, guided"
+    make = _denoisers(setting, ours, rival, [latent])
+    return assemble_modules(setting, text, make, 2 * setting.clips * floors.denoiser(config))
+
+
+def _autoencoders(setting: Setting, call: Call, rival_call: Call, x: Tensor, flops: float) -> Prepared:
+    config = setting.autoencoder
+    make = with_variants(
+        lambda variant: _lazy(
+            lambda: eager_autoencoder.EagerAutoencoder(**config, variant=variant), rival_call, [x]
+        )
+    )
+    make["ours"] = _lazy(lambda: Autoencoder(**config), call, [x])
+    text = f"B{setting.clips} {config['frames']}x{config['height']}x{config['width']} video, C{config['channels']}"
+    return assemble_modules(setting, text, make, setting.clips * flops)
+
+
+def _video(setting: Setting) -> Tensor:
+    config = setting.autoencoder
+    return setting.draw(setting.clips, 3, config["frames"], config["height"], config["width"]).tanh()
+
+
+@register("autoencoder encode", "network", ("forward",))
+def encode(setting: Setting) -> Prepared:
+    return _autoencoders(
+        setting,
+        lambda module, video: module.encode(video).latent,
+        lambda module, video: module.encode(video),
+        _video(setting),
+        floors.encoder(setting.autoencoder),
+    )
+
+
+@register("autoencoder decode", "network", ("forward",))
+def decode(setting: Setting) -> Prepared:
+    latent = setting.draw(setting.clips, setting.autoencoder["latent_channels"], setting.lattice.num_tokens).tanh()
+    return _autoencoders(
+        setting,
+        lambda module, latent: module.decode(latent).sample,
+        lambda module, latent: module.decode(latent),
+        latent,
+        floors.decoder(setting.autoencoder),
+    )
+
+
+@register("autoencoder", "network", ("both",))
+def autoencoder(setting: Setting) -> Prepared:
+    """A training step's pass: encode, decode, and back."""
+    config = setting.autoencoder
+    return _autoencoders(
+        setting,
+        lambda module, video: module(video).sample,
+        lambda module, video: module(video),
+        _video(setting),
+        floors.encoder(config) + floors.decoder(config),
+    )

@@ -1,0 +1,263 @@
+"""The least time that a case can take: its arithmetic at the machine's peak, its bytes at the machine's bandwidth.
+
+A floor is max(FLOPs / peak GEMM rate, bytes / bandwidth), a lower bound that nothing here can beat:
+- FLOPs count products only (a multiply-add is 2): no exponentials, norms, activations. They are the least that give the
+  result: the last layer of a projection runs for the one position that is read, not for all.
+- A backward pass has two products for each of the forward's, so twice its FLOPs. (A fused attention multiplies the
+  scores again and so needs 2.5 times; the bound doesn't count that.)
+- Bytes: each input, weight and result once, as if all that lies between stayed in registers. Backward: the result's
+  gradient, the inputs and the weights read, the gradients of inputs and weights written.
+
+Peaks are measured, not looked up: the best of several square GEMMs in the case's dtype, and the best of copying and
+adding on buffers of the case's own size, so that a case that fits in a cache is held against that cache.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.layout import TriplaneLayout
+
+PROJECTION_HEADS, PROJECTION_HIDDEN, PROJECTION_DEPTH = 4, 512, 4
+
+
+def linear(tokens: int, inputs: int, outputs: int) -> int:
+    """FLOPs of tokens x (inputs -> outputs)."""
+    return 2 * tokens * inputs * outputs
+
+
+def conv(tokens: int, inputs: int, outputs: int, kernel: int = 3) -> int:
+    """FLOPs of a kernel x kernel convolution, the zeros outside the border included."""
+    return linear(tokens, inputs * kernel * kernel, outputs)
+
+
+def attention(sequences: int, queries: int, keys: int, channels: int) -> int:
+    """FLOPs of q k' and p v: 2 products of queries x keys x channels (all heads together)."""
+    return 4 * sequences * queries * keys * channels
+
+
+def attention_block(layout_tokens: int, segments: list[int], channels: int) -> int:
+    """qkv, attention inside each segment, output projection."""
+    inside = sum(attention(1, n, n, channels) for n in segments)
+    return linear(layout_tokens, channels, 4 * channels) + inside
+
+
+def residual_block(after: int, channels: int, embedding: int, outputs: int) -> int:
+    """Two 3 x 3 convolutions at the size after resampling, the embedding, and the skip where channels change."""
+    skip = linear(after, channels, outputs) if channels != outputs else 0
+    return conv(after, channels, outputs) + conv(after, outputs, outputs) + linear(1, embedding, 2 * outputs) + skip
+
+
+def denoiser(config: dict[str, Any]) -> int:
+    """FLOPs of one forward pass of a clip; `config` is that of `pvdm_fast.models.Denoiser`."""
+    layout = TriplaneLayout(config["time"], config["height"], config["width"])
+    width, mults = config["model_channels"], config["channel_mult"]
+    embedding, blocks = 4 * width, config["num_res_blocks"]
+    total = linear(1, width, embedding) + linear(1, embedding, embedding)
+    total += conv(layout.num_tokens, 2 * config["latent_channels"], width)
+    total += conv(layout.num_tokens, width, config["latent_channels"])
+
+    def across(at: Any, channels: int) -> int:
+        return attention_block(at.num_tokens, [at.num_tokens], channels)
+
+    def inside(at: Any, channels: int) -> int:
+        return attention_block(at.num_tokens, [h * w for h, w in at.planes], channels)
+
+    def residual(at: Any, channels: int, outputs: int) -> int:
+        return residual_block(at.num_tokens, channels, embedding, outputs)
+
+    channels, skips, levels = width, [width], [layout]
+    for level, factor in enumerate(mults):
+        attends = 2**level in config["attention_resolutions"]
+        at = levels[-1]
+        for _ in range(blocks):
+            total += residual(at, channels, factor * width)
+            channels = factor * width
+            total += across(at, channels) + (inside(at, channels) if attends else 0)
+            skips.append(channels)
+        if level < len(mults) - 1:
+            levels.append(at.downsample(2))
+            total += residual(levels[-1], channels, channels) + across(levels[-1], channels)
+            skips.append(channels)
+    at = levels[-1]
+    total += 2 * residual(at, channels, channels) + inside(at, channels) + across(at, channels)
+    for level, factor in reversed(list(enumerate(mults))):
+        attends = 2**level in config["attention_resolutions"]
+        for index in range(blocks + 1):
+            at = levels[level]
+            total += residual(at, channels + skips.pop(), factor * width)
+            channels = factor * width
+            total += inside(at, channels) if attends else 0
+            if level > 0 and index == blocks:
+                at = levels[level - 1]
+                total += residual(at, channels, channels)
+            total += across(at, channels)
+    return total
+
+
+def timesformer_layer(layout: TriplaneLayout, channels: int, inner: int) -> int:
+    """Time attention, space attention, gated feed-forward."""
+    tokens, places = layout.num_lattice_tokens, layout.height * layout.width
+    products = 2 * linear(tokens, channels, 4 * inner)
+    products += attention(places, layout.time, layout.time, inner) + attention(layout.time, places, places, inner)
+    return products + linear(tokens, channels, 8 * channels) + linear(tokens, 4 * channels, channels)
+
+
+def projection(places: int, length: int, channels: int, *, whole: bool = False) -> int:
+    """The four layers over `places` sequences of `length` (the appended token included).
+
+    Only one position of the last layer is needed; `whole` counts all of them, as the release computes it.
+    """
+    inner = PROJECTION_HEADS * (channels // 8)
+
+    def layer(queries: int) -> int:
+        keys = linear(places * length, channels, 2 * inner)
+        one = linear(1, channels, inner) + linear(1, inner, channels) + 2 * linear(1, channels, PROJECTION_HIDDEN)
+        return keys + places * queries * one + attention(places, queries, length, inner)
+
+    return (PROJECTION_DEPTH - 1) * layer(length) + layer(length if whole else 1)
+
+
+def _autoencoder_sizes(config: dict[str, Any]) -> tuple[TriplaneLayout, int, int, int]:
+    p = config["patch_size"]
+    layout = TriplaneLayout(config["frames"], config["height"] // p, config["width"] // p)
+    return layout, config["channels"], config["num_heads"] * config["head_dim"], 3 * p * p
+
+
+def encoder(config: dict[str, Any], *, whole: bool = False) -> int:
+    """FLOPs of encoding a clip; `config` is that of `pvdm_fast.models.Autoencoder`; `whole` as in `projection`."""
+    layout, channels, inner, patch = _autoencoder_sizes(config)
+    total = linear(layout.num_lattice_tokens, patch, channels)
+    total += config["depth"] * timesformer_layer(layout, channels, inner)
+    for (rows, columns), length in zip(layout.planes, (layout.time, layout.height, layout.width), strict=True):
+        total += projection(rows * columns, length + 1, channels, whole=whole)
+    return total + linear(layout.num_tokens, channels, config.get("latent_channels", 4))
+
+
+def decoder(config: dict[str, Any]) -> int:
+    """FLOPs of decoding a clip."""
+    layout, channels, inner, patch = _autoencoder_sizes(config)
+    total = linear(layout.num_tokens, config.get("latent_channels", 4), channels)
+    total += config["depth"] * timesformer_layer(layout, channels, inner)
+    return total + linear(layout.num_lattice_tokens, channels, patch)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a direction of a case needs at least."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds, what binds ("arithmetic" or "memory"), and the peaks it was computed with."""
+
+    seconds: float
+    bound: str
+    flops_per_second: float
+    bytes_per_second: float
+
+
+def work(direction: str, forward_flops: float, read: int, parameters: int, written: int) -> Work:
+    """Work of "forward", "backward" or "both"; read, parameters, written: bytes of inputs, weights and results."""
+    forward = Work(forward_flops, read + parameters + written)
+    backward = Work(2 * forward_flops, written + 2 * read + 2 * parameters)
+    if direction == "both":
+        return Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
+    return forward if direction == "forward" else backward
+
+
+def floor(needed: Work, dtype: torch.dtype, device: str) -> Floor:
+    """The floor of `needed` on this machine."""
+    peak, speed = gemm_peak(dtype, device), bandwidth(_bucket(needed.bytes), device)
+    arithmetic, memory = needed.flops / peak, needed.bytes / speed
+    return Floor(max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory", peak, speed)
+
+
+def _bucket(size: float) -> int:
+    """The power of two from 1 to 256 MiB that is nearest above `size`."""
+    bucket = 1 << 20
+    while bucket < size and bucket < 1 << 28:
+        bucket *= 2
+    return bucket
+
+
+def _best(run: Callable[[], Any], device: str, seconds: float = 0.25) -> float:
+    """The least seconds of a call, trying for so long: other programs can only make it longer."""
+    best, stop = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < stop:
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+_seen: dict[str, float] = {}  # the highest rate ever measured under a name: a busy machine only shows lower ones
+
+
+def load_peaks(path: Path) -> None:
+    """Take over the peaks that an earlier run on this machine stored, where they are higher."""
+    if path.exists():
+        for key, value in json.loads(path.read_text()).items():
+            _seen[key] = max(value, _seen.get(key, 0.0))
+
+
+def save_peaks(path: Path) -> None:
+    """Store every peak known now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(sorted(_seen.items())), indent=1) + "\n")
+
+
+def _highest(key: str, measured: float) -> float:
+    _seen[key] = max(measured, _seen.get(key, 0.0))
+    return _seen[key]
+
+
+@cache
+def gemm_peak(dtype: torch.dtype, device: str) -> float:
+    """The best FLOP/s of square GEMMs in `dtype`."""
+    sizes = (512, 1024, 2048) if device == "cpu" else (4096, 8192)
+    rates = []
+    for n in sizes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out: Tensor = a @ b
+        rates.append(linear(n, n, n) / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
+    return _highest(f"FLOP/s {device} {str(dtype).removeprefix('torch.')}", max(rates))
+
+
+@cache
+def bandwidth(working_set: int, device: str) -> float:
+    """The best bytes/s, reads and writes together, of copying and adding in `working_set` bytes."""
+    count = working_set // 4 // 3
+    a, b, out = (torch.ones(count, device=device) for _ in range(3))
+    source, target = (torch.ones(working_set // 4 // 2, device=device) for _ in range(2))
+    calls = max(1, (16 << 20) // working_set)  # long enough for the clock
+
+    def add() -> None:
+        for _ in range(calls):
+            torch.add(a, b, out=out)
+
+    def copy() -> None:
+        for _ in range(calls):
+            target.copy_(source)
+
+    rates = (12 * count * calls / _best(add, device), 8 * source.numel() * calls / _best(copy, device))
+    return _highest(f"bytes/s {device} {working_set >> 20} MiB", max(rates))

@@ -1,0 +1,87 @@
+"""What a measurement has to say about where it was made. Never the host's name."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pvdm_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+# The CPU features that decide which kernels run, here and in oneDNN.
+FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    lines = path.read_text().split("\n\n")[0].splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _commit() -> str:
+    """The commit, with "+" where the tree has changes; "unknown" outside a repository."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", "pvdm_fast", "csrc", "kernels"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+    except OSError:
+        return "unknown"
+    return (head.stdout.strip() or "unknown") + ("+" if status.stdout.strip() else "")
+
+
+@cache
+def facts() -> dict[str, Any]:
+    """CPU or GPU, features, threads, versions and commit."""
+    info = _cpuinfo()
+    cpu = info.get("model name") or platform.processor() or platform.machine()
+    features = set((info.get("flags") or info.get("Features") or "").split())
+    found: dict[str, Any] = {
+        "cpu": cpu,
+        "cpu_family": f"{info.get('cpu family', '?')}/{info.get('model', '?')}",
+        "flags": [flag for flag in FLAGS if flag in features],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "pvdm_fast": getattr(pvdm_fast, "__version__", "unknown"),
+        "isa": _isa(),
+        "commit": _commit(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _isa() -> str:
+    """The instruction set that this package's own CPU kernels run with."""
+    from pvdm_fast import native
+
+    if reason := native.availability("cpu"):
+        return f"none: {reason}"
+    return str(native.extension("_cpu").isa())
+
+
+def name(device: str) -> str:
+    """A file name for the machine, such as "amd-epyc-26-2-2-threads"."""
+    known = facts()
+    if device == "cuda":
+        parts = [known["gpu"]]
+    else:
+        parts = [known["cpu"], known["cpu_family"], f"{known['threads']} threads"]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
