@@ -25,14 +25,15 @@ VARIANTS = {"eager": RELEASE, "sdpa": SDPA}
 class Setting:
     """What a case is set up for.
 
-    size: "tiny", "small" or "base". device: "cpu", "cuda", or "meta" (shapes only). compiled: add torch.compile of the
-    eager computation as a rival. overrides: of the models' configs, for scaling.
+    size: "tiny", "small" or "base". device: "cpu" or "cuda". compiled: add torch.compile of the eager computation as a
+    rival. shapes_only: draw no numbers (for a FakeTensorMode). overrides: of the models' configs, for scaling.
     """
 
     size: str = "small"
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     compiled: bool = False
+    shapes_only: bool = False
     batch: int = 0
     denoiser_overrides: tuple[tuple[str, Any], ...] = ()
     autoencoder_overrides: tuple[tuple[str, Any], ...] = ()
@@ -71,9 +72,9 @@ class Setting:
         return TriplaneLayout(config["frames"], config["height"] // p, config["width"] // p)
 
     def draw(self, *shape: int, seed: int = 0) -> Tensor:
-        """Standard normal float32 numbers that are exact in the setting's dtype (no numbers on the meta device)."""
-        if self.device == "meta":
-            return torch.empty(shape, device="meta")
+        """Standard normal float32 numbers that are exact in the setting's dtype (none where shapes alone matter)."""
+        if self.shapes_only:
+            return torch.empty(shape, device=self.device)
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator).to(self.dtype).float().to(self.device)
 
@@ -171,6 +172,10 @@ def assemble_modules(
         runners["compiled"] = runner(make["eager"](), stored, compiled=True)
     if setting.dtype != torch.float32:
         runners["eager fp32"] = runner(make["eager"](), state)
+    if setting.shapes_only and hasattr(networks["ours"].module, "enable_gradient_checkpointing"):
+        recomputing = make["ours"]()
+        recomputing.module.enable_gradient_checkpointing()
+        runners["ours, recomputing"] = runner(recomputing, stored)
     return _prepared(setting, shape, runners, flops)
 
 
@@ -185,16 +190,9 @@ def _bound(
 
 
 def _prepared(setting: Setting, shape: str, runners: dict[str, Runner], flops: float) -> Prepared:
-    ours = runners["ours"]
-    with torch.no_grad():
-        results = [torch.empty_like(r, device="meta") for r in ours.run()]
-    sizes = (bytes_of(ours.inputs), bytes_of(list(ours.parameters.values())), bytes_of(results))
     truth = "eager" if setting.dtype == torch.float32 else "eager fp32"
-    return Prepared(shape, runners, (flops, *sizes), setting.dtype, setting.device, truth)
-
-
-def bytes_of(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    ours_first = {"ours": runners["ours"], **runners}
+    return Prepared(shape, ours_first, flops, setting.dtype, setting.device, truth)
 
 
 def random_state(module: nn.Module, setting: Setting) -> dict[str, Tensor]:

@@ -53,7 +53,8 @@ def attend(qkv: Tensor, heads: int, variant: Variant = RELEASE) -> Tensor:
     batch, channels, tokens = qkv.shape
     width = channels // (3 * heads)
     if variant.sdpa:
-        q, k, v = qkv.view(batch, heads, 3, width, tokens).transpose(3, 4).unbind(2)
+        # One copy to channels last, without which PyTorch falls back to its own two matmuls.
+        q, k, v = qkv.view(batch, heads, 3, width, tokens).permute(2, 0, 1, 4, 3).contiguous().unbind(0)
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(batch, heads * width, tokens)
     q, k, v = qkv.reshape(batch * heads, 3 * width, tokens).split(width, dim=1)
     scale = width**-0.25

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from benchmarks.floors import Work, work
 from pvdm_fast import backends
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -57,28 +55,46 @@ class Runner:
         """Gradients of inputs and parameters, from the gradient set by `seed_gradients`."""
         return torch.autograd.grad(results, self.leaves, self.gradients, allow_unused=True)
 
-    def seed_gradients(self, packed: Tensor) -> None:
-        """Lay out a gradient of the packed result as this runner's own results are (contiguous)."""
+    def seed_gradients(self, results: Sequence[Tensor], packed: Tensor) -> None:
+        """Take a gradient of the packed result as the one to differentiate with, laid out as this runner's results."""
         with torch.enable_grad():
-            results = [result.detach().requires_grad_() for result in self.infer()]
-            gradients = torch.autograd.grad(self.pack_results(results), results, packed.to(results[0].dtype))
+            detached = [result.detach().requires_grad_() for result in results]
+            gradients = torch.autograd.grad(self.pack_results(detached), detached, packed.to(detached[0].dtype))
         self.gradients = [gradient.contiguous() for gradient in gradients]
+
+    def step(self, direction: str) -> Callable[[], object]:
+        """What is timed of a direction; everything else that it needs is done here.
+
+        "forward": without a graph, as in inference. "backward": of a graph just made. "both": a training step's pass.
+        """
+        if direction == "forward":
+            return self.infer
+        if direction == "backward":
+            graph = self.run()
+            return lambda: self.differentiate(graph)
+        return lambda: self.differentiate(self.run())
 
 
 @dataclass
 class Prepared:
     """A case set up: runners by name, "ours" and "eager" among them, and what it needs at least.
 
-    shape: for people. work: (FLOPs of the forward pass, bytes of inputs, of parameters, of results).
-    truth: name of the runner that 16-bit runners are held against; its weights are theirs, in float32.
+    shape: for people. flops: of the forward pass, at least. written: bytes of the results, known once they were
+        computed. truth: name of the runner that 16-bit runners are held against; its weights are theirs, in float32.
     """
 
     shape: str
     runners: dict[str, Runner]
-    work: tuple[float, int, int, int]
+    flops: float
     dtype: torch.dtype
     device: str
     truth: str = "eager"
+    written: int = 0
+
+    def work(self, direction: str) -> Work:
+        ours = self.runners["ours"]
+        read, weights = (sum(t.nbytes for t in ts) for ts in (ours.inputs, ours.parameters.values()))
+        return work(direction, self.flops, read, weights, self.written)
 
 
 def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -95,21 +111,27 @@ def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
 Outcome = dict[str, list[Tensor]]
 
 
-def outcome(runner: Runner, differentiate: bool) -> Outcome:
-    """Results and gradients in the common form: "result", and the gradients "input" and "weights"."""
+def outcome(runner: Runner, differentiate: bool) -> tuple[Outcome, Sequence[Tensor]]:
+    """Results and gradients in the common form ("result"; the gradients "input" and "weights"), and the raw results.
+
+    The gradient of the packed result is random, the same for every runner of a case.
+    """
+    results = runner.run() if differentiate else runner.infer()
+    packed = runner.pack_results(results)
     if not differentiate:
-        return {"result": [runner.pack_results(runner.infer())]}
-    results = runner.run()
+        return {"result": [packed]}, results
+    gradient = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    runner.seed_gradients(results, gradient.to(packed.device))
     gradients = [
         torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(runner.leaves, runner.differentiate(results), strict=True)
     ]
-    found = {"result": [runner.pack_results(results).detach()]}
+    found = {"result": [packed.detach()]}
     if runner.inputs:
         found["input"] = [runner.pack_inputs(gradients[: len(runner.inputs)])]
     if runner.parameters:
         found["weights"] = gradients[len(runner.inputs) :]
-    return found
+    return found, results
 
 
 # Relative 2-norm in float32: as in the test-suite, blocks and operations 1e-5, whole networks 1e-4; the baseline's own
@@ -133,42 +155,31 @@ def check_agreement(prepared: Prepared, kind: str, *, differentiate: bool = True
         Disagreement: ours is further off than `AGREEMENT` or, in 16 bits, than twice the eager computation.
     """
     truth = prepared.runners[prepared.truth]
-    first = next(iter(prepared.runners.values()))
-    shape = first.pack_results(first.infer())
-    generator = torch.Generator().manual_seed(1)
-    gradient = torch.randn(shape.shape, generator=generator).to(prepared.dtype).float().to(shape.device)
-    for runner in prepared.runners.values():
-        runner.seed_gradients(gradient)
-    expected = outcome(truth, differentiate)
+    expected, _ = outcome(truth, differentiate)
     errors: dict[str, dict[str, float]] = {}
     for name, runner in prepared.runners.items():
         if runner is truth:
             continue
-        found = outcome(runner, differentiate)
+        found, results = outcome(runner, differentiate)
         errors[name] = {key: relative_error(found[key], value) for key, value in expected.items()}
+        if name == "ours":
+            prepared.written = sum(result.nbytes for result in results)
     for key, error in errors["ours"].items():
         allowed = AGREEMENT[kind]
         if prepared.dtype in ROUNDING:
-            allowed = 2 * max(errors["eager"][key], ROUNDING[prepared.dtype])
+            rival = "eager" if "eager" in errors else "sdpa"
+            allowed = 2 * max(errors.get(rival, {}).get(key, 0.0), ROUNDING[prepared.dtype])
         if not error <= allowed:
             raise Disagreement(f"{key}: ours differs by {error:.2e} from {prepared.truth}, allowed {allowed:.2e}")
     return errors
 
 
 def seconds(runner: Runner, direction: str, device: str) -> float:
-    """One timing of one direction; everything else it needs is done before the clock starts.
-
-    "forward": without a graph, as in inference. "backward": of a graph just made. "both": a training step's pass.
-    """
-    graph = runner.run() if direction == "backward" else None
+    """One timing of one direction (see `Runner.step`)."""
+    step = runner.step(direction)
     clock = _GpuClock() if device == "cuda" else _CpuClock()
     clock.start()
-    if direction == "forward":
-        runner.infer()
-    elif graph is not None:
-        runner.differentiate(graph)
-    else:
-        runner.differentiate(runner.run())
+    step()
     return clock.stop()
 
 
@@ -242,59 +253,6 @@ def alternate(
         for name in names[first:] + names[:first]:
             found[name].append(seconds(runners[name], direction, device))
     return Timings(found)
-
-
-def saved_bytes(run: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor]) -> int:
-    """Bytes of the distinct storages that the graph of `run()` keeps for its backward pass, parameters excluded.
-
-    What a checkpointed function keeps (its inputs) is seen by the same hooks. Works on the meta device too.
-    """
-    excluded = {parameter.untyped_storage()._cdata for parameter in parameters}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in excluded:
-            kept[storage._cdata] = storage  # held, so that no other storage can take its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make while it is on: `now`, and their highest sum, `peak`.
-
-    Scratch inside a kernel is not seen. On the meta device nothing is allocated, so sizes that would not fit in memory
-    can be weighed.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in before and storage._cdata not in self._alive:
-                    self._count(storage)
-        return result
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
 
 
 @contextmanager

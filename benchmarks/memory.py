@@ -1,0 +1,110 @@
+"""Weighing memory: what a graph saves for its backward pass, and what is alive at once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from benchmarks.cases import Case, Setting
+from benchmarks.measure import Runner
+
+SHARE_OF_MEMORY = 0.85  # of what is free; a run that would need more is left out
+
+
+def saved_bytes(run: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor]) -> int:
+    """Bytes of the distinct storages that the graph of `run()` keeps for its backward pass, parameters excluded.
+
+    What a checkpointed function keeps (its inputs) is seen by the same hooks. Works in a FakeTensorMode too.
+    """
+    excluded = {parameter.untyped_storage()._cdata for parameter in parameters}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in excluded:
+            kept[storage._cdata] = storage  # held, so that no other storage can take its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make while it is on: `now`, and their highest sum, `peak`.
+
+    Scratch inside a kernel is not seen. In a FakeTensorMode nothing is allocated, so sizes that would not fit can be weighed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in before and storage._cdata not in self._alive:
+                    self._count(storage)
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True)
+class Weight:
+    """saved: bytes kept for the backward pass, weights excluded. peak: bytes alive at once, weights included."""
+
+    saved: int
+    peak: int
+
+
+def weigh_runner(runner: Runner, direction: str) -> Weight:
+    saved = 0 if direction == "forward" else saved_bytes(runner.run, list(runner.parameters.values()))
+    standing = sum(leaf.nbytes for leaf in runner.leaves)
+    runner.gradients = [torch.empty_like(result) for result in runner.infer()]
+    with LiveMemory() as live:
+        step = runner.step(direction)
+        step()
+    return Weight(saved, standing + live.peak)
+
+
+def weigh(case: Case, setting: Setting, direction: str) -> dict[str, Weight]:
+    """The weight of every runner of a case by running shapes alone: nothing is allocated or computed.
+
+    Scratch inside kernels is not counted (a convolution's is small beside its results).
+    """
+    with FakeTensorMode():
+        prepared = case.prepare(replace(setting, shapes_only=True, compiled=False))
+        return {name: weigh_runner(runner, direction) for name, runner in prepared.runners.items()}
+
+
+def available(device: str) -> int:
+    """Bytes that a run may take: a share of the memory that is free now."""
+    if device == "cuda":
+        return int(SHARE_OF_MEMORY * torch.cuda.mem_get_info()[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(SHARE_OF_MEMORY * 1024 * int(line.split()[1]))
+    return 8 << 30

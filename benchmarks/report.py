@@ -1,0 +1,159 @@
+"""`python -m benchmarks.report`: alternating runs of ours and its rivals, stored as rows, shown as tables and plots."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import floors, machine, plots, rows
+from benchmarks.cases import SIZES, Case, Setting, all_cases
+from benchmarks.measure import Disagreement, alternate
+from benchmarks.session import DTYPES, DoesNotFit, devices, get_ready
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Measure every case against the eager baseline in alternating rounds; store and show the results.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--full", action="store_true", help="the full-size models instead of the small ones")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cases whose name contains or matches this")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="only this dtype")
+    parser.add_argument("--direction", choices=["forward", "backward", "both"], help="only this direction")
+    parser.add_argument("--rounds", type=int, help="alternating rounds; by default what --budget allows; 0: no runs")
+    parser.add_argument("--budget", type=float, default=3.0, help="seconds of rounds for one measurement, at least 3 rounds")
+    parser.add_argument("--compiled", action="store_true", help="add torch.compile of the baseline (minutes to compile)")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
+    parser.add_argument("--no-store", action="store_true", help="show only: write no rows, peaks or plots")
+    parser.add_argument("--write-docs", action="store_true", help=f"write the tables into {DOCUMENT.name}, from all rows")
+    return parser
+
+
+def matching(pattern: str) -> list[Case]:
+    """Cases whose name contains the pattern or matches it as a file name pattern."""
+    return [
+        case for name, case in all_cases().items() if pattern in name or fnmatch.fnmatch(name, pattern)
+    ]
+
+
+def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> list[rows.Row]:
+    """The rows of a case; a case that disagrees or doesn't fit says so and gives none."""
+    wanted = [d for d in case.directions if options.direction in (None, d)]
+    if not wanted:
+        return []
+    try:
+        ready = get_ready(case, setting)
+    except (Disagreement, DoesNotFit) as reason:
+        print(f"not measured: {case.name} {rows.SHORT[setting.dtype]}: {reason}", file=sys.stderr)
+        return []
+    found = []
+    for direction in wanted:
+        timings = alternate(
+            ready.prepared.runners, direction, setting.device, budget=options.budget, rounds=options.rounds
+        )
+        row = ready.row(direction, timings)
+        print("  ".join(rows.cells(row)), flush=True)
+        found.append(row)
+    return found
+
+
+def run(options: argparse.Namespace) -> list[rows.Row]:
+    """Measure what is asked for, storing each row as soon as it is there."""
+    size = "base" if options.full else "small"
+    dtypes = [dtype for dtype in DTYPES if options.dtype in (None, rows.SHORT[dtype])]
+    found = []
+    for device in devices():
+        if not options.no_store:
+            floors.load_peaks(rows.peaks_path(device))
+        for case in matching(options.only):
+            for dtype in dtypes:
+                for row in measure_case(case, Setting(size, dtype, device, options.compiled), options):
+                    found.append(row)
+                    if not options.no_store:
+                        rows.append(row, rows.path(device))
+                        floors.save_peaks(rows.peaks_path(device))
+    return found
+
+
+def draw(device: str) -> list[Path]:
+    """Every figure that this machine's stored rows allow."""
+    stored = rows.newest(rows.read(rows.path(device)))
+    drawn = []
+    for size in SIZES:
+        found = [row for row in stored if row["size"] == size]
+        if found:
+            suffix = f"{size}-{device}.png"
+            drawn.append(plots.ratio_bars(found, plots.IMAGES / f"ratios-{suffix}"))
+            drawn.append(plots.roofline(found, plots.IMAGES / f"roofline-{suffix}"))
+    return drawn
+
+
+def sections(stored: list[rows.Row]) -> dict[str, str]:
+    """Generated text by marker: a table for each size, and the machine."""
+    texts = {}
+    for size in SIZES:
+        if found := [row for row in stored if row["size"] == size]:
+            texts[size] = rows.markdown(found)
+    last = stored[-1]
+    known = last["machine"]
+    peaks = {row["dtype"]: row["floor"]["flops_per_second"] / 1e9 for row in stored}
+    texts["machine"] = "\n".join(
+        [
+            f"- {known.get('gpu') or known['cpu']} (family/model {known['cpu_family']}), {known['threads']} threads, "
+            f"features {', '.join(known['flags'])}; our kernels' instruction set: {known['isa']}",
+            f"- torch {known['torch']} ({known['torch_cpu_capability']}), Python {known['python']}, "
+            f"pvdm_fast {known['pvdm_fast']}, commit {known['commit']}, {last['time'][:10]}",
+            "- measured peaks: " + ", ".join(f"{dtype} GEMM {peak:.0f} GFLOP/s" for dtype, peak in peaks.items()),
+        ]
+    )
+    return texts
+
+
+def write_between(document: str, marker: str, text: str) -> str:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`.
+
+    Raises:
+        ValueError: the document lacks the markers.
+    """
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if start not in document or end not in document:
+        raise ValueError(f"{DOCUMENT.name} has no lines {start} and {end} to write between.")
+    before, _, rest = document.partition(start)
+    return f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.rounds != 0:
+        if not matching(options.only):
+            print(f"No case matches {options.only!r}. There are: {', '.join(all_cases())}", file=sys.stderr)
+            return 2
+        found = run(options)
+        print(f"\n{machine.facts()}\n\n{rows.aligned(found)}")
+        if not options.no_store:
+            for device in devices():
+                for figure in draw(device):
+                    print(f"drawn: {figure.name}")
+    if options.write_docs:
+        stored = [row for device in devices() for row in rows.newest(rows.read(rows.path(device)))]
+        if not stored:
+            print("There are no stored rows of this machine to write: run the report first.", file=sys.stderr)
+            return 2
+        text = DOCUMENT.read_text()
+        for marker, content in sections(stored).items():
+            text = write_between(text, marker, content)
+        DOCUMENT.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""A measurement as one JSON row, and rows as tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import floors, machine
+from benchmarks.cases import Case, Setting
+from benchmarks.measure import Prepared, Timings
+from benchmarks.memory import Weight
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def make_row(
+    case: Case,
+    setting: Setting,
+    prepared: Prepared,
+    direction: str,
+    timings: Timings,
+    *,
+    errors: Mapping[str, Mapping[str, float]],
+    served: Mapping[str, str],
+    weights: Mapping[str, Weight],
+    left_out: Sequence[str] = (),
+) -> Row:
+    """Everything known of one measurement; seconds are medians with quartiles, ratios are rival / ours by round.
+
+    Args:
+        errors: of each runner against the truth. served: the backend that really ran, by operation.
+        weights: memory by runner, for directions that save something. left_out: why runners are missing.
+    """
+    needed = prepared.work(direction)
+    floor = floors.floor(needed, setting.dtype, setting.device)
+    ours = timings.median("ours")
+    rivals = [name for name in timings.seconds if name != "ours"]
+    return {
+        "time": machine.now(),
+        "case": case.name,
+        "kind": case.kind,
+        "direction": direction,
+        "size": setting.size,
+        "shape": prepared.shape,
+        "dtype": SHORT[setting.dtype],
+        "device": setting.device,
+        "rounds": len(timings.seconds["ours"]),
+        "seconds": {name: [*_ordered(timings.spread(name), timings.median(name))] for name in timings.seconds},
+        "ratio": {name: list(timings.ratio(name)) for name in rivals},
+        "floor": {
+            "flops": needed.flops,
+            "bytes": needed.bytes,
+            "seconds": floor.seconds,
+            "bound": floor.bound,
+            "flops_per_second": floor.flops_per_second,
+            "bytes_per_second": floor.bytes_per_second,
+            "share": floor.seconds / ours,
+        },
+        "saved": {name: weight.saved for name, weight in weights.items()},
+        "peak": {name: weight.peak for name, weight in weights.items()},
+        "errors": {name: dict(found) for name, found in errors.items()},
+        "backends": dict(served),
+        "left_out": list(left_out),
+        "machine": machine.facts(),
+    }
+
+
+def _ordered(spread: tuple[float, float], median: float) -> tuple[float, float, float]:
+    return spread[0], median, spread[1]
+
+
+def path(device: str) -> Path:
+    """The file of this machine's rows."""
+    return RESULTS / f"{machine.name(device)}.jsonl"
+
+
+def peaks_path(device: str) -> Path:
+    return RESULTS / f"{machine.name(device)}.peaks.json"
+
+
+def append(row: Row, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with to.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(source: Path) -> list[Row]:
+    return [json.loads(line) for line in source.read_text().splitlines()] if source.exists() else []
+
+
+def key(row: Row) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("size", "case", "direction", "dtype", "device", "shape"))
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each measurement, in the order in which the measurements first came."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        found[key(row)] = row
+    return list(found.values())
+
+
+def milliseconds(seconds: float) -> str:
+    value = 1000 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def mebibytes(size: int) -> str:
+    value = size / 2**20
+    return f"{value / 1024:.2f} GiB" if value >= 1024 else f"{value:.0f} MiB" if value >= 10 else f"{value:.2f} MiB"
+
+
+COLUMNS = (
+    "case", "direction", "dtype", "shape", "ours ms", "eager ms", "ratio", "spread", "vs SDPA", "vs fp32 eager",
+    "floor", "bound by", "saved ours", "saved eager", "backend",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """One line of a table; "-" where there is no such thing, or where it did not fit in memory."""
+
+    def ratio(name: str) -> str:
+        return f"{row['ratio'][name][1]:.2f}x" if name in row["ratio"] else "-"
+
+    def saved(name: str) -> str:
+        return mebibytes(row["saved"][name]) if row["saved"].get(name) else "-"
+
+    seconds, eager = row["seconds"], row["ratio"].get("eager")
+    spread = f"{eager[0]:.2f}-{eager[2]:.2f}" if eager else "-"
+    served = sorted(set(row["backends"].values()))
+    return [
+        row["case"],
+        row["direction"],
+        row["dtype"],
+        row["shape"],
+        milliseconds(seconds["ours"][1]),
+        milliseconds(seconds["eager"][1]) if "eager" in seconds else "-",
+        ratio("eager"),
+        spread,
+        ratio("sdpa"),
+        ratio("eager fp32"),
+        f"{100 * row['floor']['share']:.0f} %",
+        row["floor"]["bound"],
+        saved("ours"),
+        saved("eager"),
+        "+".join(served),
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def aligned(rows: Sequence[Row]) -> str:
+    """The table for a terminal; cases that lost against eager are marked."""
+    lines = [["", *COLUMNS]]
+    for row in rows:
+        lost = row["ratio"].get("eager", [1, 1, 1])[1] < 1
+        lines.append(["slower" if lost else "", *cells(row)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

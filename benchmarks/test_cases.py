@@ -1,0 +1,74 @@
+"""Every case of the registry: agreement first, then rounds in which ours and its rivals are timed in turn.
+
+pytest-benchmark times ours; the set-up of each of its rounds times the rivals, so that all see the same weather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import rows
+from benchmarks.cases import Setting, all_cases
+from benchmarks.measure import Timings, rounds_for, seconds
+from benchmarks.session import DTYPES, DoesNotFit, Ready, devices, get_ready
+
+BUDGET = 0.8  # seconds of rounds for one measurement
+PARAMETERS = [
+    pytest.param(name, device, dtype, direction, id=f"{name}-{direction}-{rows.SHORT[dtype]}-{device}")
+    for device in devices()
+    for name, case in all_cases().items()
+    for dtype in DTYPES
+    for direction in case.directions
+]
+
+
+@lru_cache(maxsize=1)
+def ready(name: str, setting: Setting) -> Ready:
+    """The set-up that a case's directions share."""
+    return get_ready(all_cases()[name], setting)
+
+
+@pytest.mark.parametrize(("name", "device", "dtype", "direction"), PARAMETERS)
+def test_case(
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    direction: str,
+    benchmark: Any,
+    measured: list[rows.Row],
+    request: pytest.FixtureRequest,
+) -> None:
+    size = "base" if request.config.getoption("--full") else "small"
+    compiled = bool(request.config.getoption("--compiled"))
+    try:
+        found = ready(name, Setting(size, dtype, device, compiled))
+    except DoesNotFit as reason:
+        pytest.skip(str(reason))
+    runners = found.prepared.runners
+    taken: dict[str, list[float]] = {rival: [] for rival in runners}
+
+    def rivals_then_ours() -> tuple[tuple[Callable[[], object]], dict[str, Any]]:
+        for rival, runner in runners.items():
+            if rival != "ours":
+                taken[rival].append(seconds(runner, direction, device))
+        return (runners["ours"].step(direction),), {}
+
+    def run(step: Callable[[], object]) -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{found.case.kind}s, ours alone"
+    warm = sum(seconds(runner, direction, device) for runner in runners.values())
+    benchmark.pedantic(run, setup=rivals_then_ours, rounds=rounds_for(warm, BUDGET))
+    if benchmark.stats is None:  # --benchmark-disable: checked, not timed
+        return
+    taken["ours"] = list(benchmark.stats.stats.data)
+    row = found.row(direction, Timings(taken))
+    benchmark.extra_info.update(ratio=row["ratio"], floor=row["floor"], saved=row["saved"], backends=row["backends"])
+    measured.append(row)
