@@ -160,7 +160,7 @@ def assemble_modules(
         module = network.module
         module.load_state_dict(weights, assign=True)
         module.train()
-        parameters = dict(sorted(module.named_parameters()))
+        parameters: dict[str, Tensor] = dict(sorted(module.named_parameters()))
         dtype = next(iter(parameters.values())).dtype
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in network.inputs]
         call = torch.compile(network.call) if compiled else network.call
@@ -174,7 +174,8 @@ def assemble_modules(
         runners["eager fp32"] = runner(make["eager"](), state)
     if setting.shapes_only and hasattr(networks["ours"].module, "enable_gradient_checkpointing"):
         recomputing = make["ours"]()
-        recomputing.module.enable_gradient_checkpointing()
+        module: Any = recomputing.module
+        module.enable_gradient_checkpointing()
         runners["ours, recomputing"] = runner(recomputing, stored)
     return _prepared(setting, shape, runners, flops)
 

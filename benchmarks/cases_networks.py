@@ -185,15 +185,14 @@ def sampler_step(setting: Setting) -> Prepared:
     shape = (setting.clips, config["latent_channels"], layout.num_tokens)
     latent, condition = setting.draw(*shape), setting.draw(*shape, seed=1).tanh()
     noise = setting.draw(*shape, seed=2)
-    scheduler = make_scheduler("ddim")
+    scheduler: Any = make_scheduler("ddim")
     scheduler.set_timesteps(50)
     time = int(scheduler.timesteps[25])
     guidance = 1.0
     timestep = torch.full((setting.clips,), time, device=setting.device)
 
     def advance(predicted: Tensor, x: Tensor) -> Tensor:
-        step: Any = scheduler.step(predicted.float(), time, x.float(), variance_noise=noise)
-        return step.prev_sample
+        return scheduler.step(predicted.float(), time, x.float(), variance_noise=noise).prev_sample
 
     def ours(module: Denoiser, x: Tensor) -> Tensor:
         return advance(predict_noise(module, x, time, condition.to(x.dtype), guidance), x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ def _segment_attention(setting: Setting, across: bool) -> Prepared:
     width = channels // heads
     packed = setting.draw(setting.clips, layout.num_tokens, 3, heads, width)
     offsets = (0, layout.num_tokens) if across else layout.offsets
-    lengths = [stop - start for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    lengths = [stop - start for start, stop in pairwise(offsets)]
     channels_first = packed.permute(0, 3, 2, 4, 1).reshape(setting.clips, 3 * channels, -1)
 
     def unpack(parts: Sequence[Tensor]) -> Tensor:

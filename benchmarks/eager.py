@@ -219,7 +219,7 @@ class EagerDenoiser(nn.Module):
     def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         """latent, condition: (B, D, N), timestep: (B,) -> predicted noise (B, D, N)."""
         embedding = timestep_embedding(timestep, self.model_channels)
-        embedding = self.time_embed(embedding.to(self.time_embed[0].weight.dtype))
+        embedding = self.time_embed(embedding.to(latent.dtype))
         if condition is None:
             condition = self.zeros.expand(len(latent), -1, -1)  # type: ignore[operator]
         x = torch.cat((latent, condition.to(latent.dtype)), dim=1)

@@ -7,6 +7,7 @@ with a materialised matrix, and rearranged back; the projections run in full alt
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +153,9 @@ class TimeSformer(nn.Module):
     def forward(self, x: Tensor, layout: TriplaneLayout) -> Tensor:
         time_tables = self.frame_rot_emb(layout.time, x)
         space_tables = self.image_rot_emb(layout.height, layout.width, x)
-        for time_attention, space_attention, feed_forward in self.layers:
+        layer: Any
+        for layer in self.layers:
+            time_attention, space_attention, feed_forward = layer
             x = time_attention(x, layout.time, time_tables)
             x = space_attention(x, layout.time, space_tables)
             x = feed_forward(x)
@@ -198,7 +201,9 @@ class Projection(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:
+        layer: Any
+        for layer in self.layers:
+            attention, feed_forward = layer
             x = feed_forward(attention(x))
         return x
 
@@ -266,7 +271,8 @@ class EagerAutoencoder(nn.Module):
         layout, p = self.layout, self.patch
         patches = video.unflatten(4, (layout.width, p)).unflatten(3, (layout.height, p))
         patches = patches.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
-        lattice = self.encoder(self.encoder.to_patch_embedding(patches), layout)
+        encoder: Any = self.encoder
+        lattice = encoder(encoder.to_patch_embedding(patches), layout)
         latents = []
         for name, plane in zip(PLANE_NAMES, layout.planes, strict=True):
             token, positions = getattr(self, f"{name}_token"), getattr(self, f"{name}_pos_embedding")

@@ -235,12 +235,14 @@ def _highest(key: str, measured: float) -> float:
 def gemm_peak(dtype: torch.dtype, device: str) -> float:
     """The best FLOP/s of square GEMMs in `dtype`."""
     sizes = (512, 1024, 2048) if device == "cpu" else (4096, 8192)
-    rates = []
-    for n in sizes:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        out: Tensor = a @ b
-        rates.append(linear(n, n, n) / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))
-    return _highest(f"FLOP/s {device} {str(dtype).removeprefix('torch.')}", max(rates))
+    best = max(_gemm_rate(n, dtype, device) for n in sizes)
+    return _highest(f"FLOP/s {device} {str(dtype).removeprefix('torch.')}", best)
+
+
+def _gemm_rate(n: int, dtype: torch.dtype, device: str) -> float:
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out: Tensor = a @ b
+    return linear(n, n, n) / _best(lambda: torch.mm(a, b, out=out), device)
 
 
 @cache

@@ -42,7 +42,7 @@ def saved_bytes(run: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of all storages that operations make while it is on: `now`, and their highest sum, `peak`.
 
-    Scratch inside a kernel is not seen. In a FakeTensorMode nothing is allocated, so sizes that would not fit can be weighed.
+    Scratch inside a kernel is not seen. In a FakeTensorMode nothing is allocated, so what would not fit can be weighed.
     """
 
     def __init__(self) -> None:

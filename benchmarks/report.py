@@ -27,12 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="*", metavar="PATTERN", help="cases whose name contains or matches this")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="only this dtype")
     parser.add_argument("--direction", choices=["forward", "backward", "both"], help="only this direction")
-    parser.add_argument("--rounds", type=int, help="alternating rounds; by default what --budget allows; 0: no runs")
-    parser.add_argument("--budget", type=float, default=3.0, help="seconds of rounds for one measurement, at least 3 rounds")
-    parser.add_argument("--compiled", action="store_true", help="add torch.compile of the baseline (minutes to compile)")
+    parser.add_argument("--rounds", type=int, help="alternating rounds; by default what the budget allows; 0: no runs")
+    parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds of rounds a measurement")
+    parser.add_argument("--compiled", action="store_true", help="add torch.compile of the baseline (takes minutes)")
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     parser.add_argument("--no-store", action="store_true", help="show only: write no rows, peaks or plots")
-    parser.add_argument("--write-docs", action="store_true", help=f"write the tables into {DOCUMENT.name}, from all rows")
+    parser.add_argument("--write-docs", action="store_true", help=f"write tables of all stored rows to {DOCUMENT.name}")
     return parser
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.eager import RELEASE, SDPA, Attention, CrossPlane, EagerDenoiser, Residual, Variant
-from benchmarks.eager_autoencoder import EagerAutoencoder
 from comparison import assert_close, relative_error
 from golden_tools import GoldenCase, load_case
 from tolerances import GOLDEN_BLOCK, GOLDEN_NETWORK
 from torch import Tensor, nn
+
+from benchmarks.eager import RELEASE, SDPA, Attention, CrossPlane, EagerDenoiser, Residual, Variant
+from benchmarks.eager_autoencoder import EagerAutoencoder
 
 # A bias in front of a GroupNorm of one channel a group has no gradient but rounding: 1e-7 of the largest here.
 ZERO = 1e-6
@@ -76,7 +77,8 @@ def test_denoiser() -> None:
         **case.meta["layout"], latent_channels=4, **{name: config[name] for name in names}
     )
     missing, unexpected = model.load_state_dict(case.parameters(), strict=False)
-    assert set(missing) <= {"zeros"} and not unexpected
+    assert not unexpected
+    assert set(missing) <= {"zeros"}
     x = case.input("x").requires_grad_()
     t = torch.tensor(case.meta["t"])
     with torch.no_grad():
@@ -97,7 +99,8 @@ def test_autoencoder() -> None:
         depth=depth, num_heads=8, head_dim=64, latent_channels=case.meta["embed_dim"],
     )  # fmt: skip
     missing, unexpected = model.load_state_dict(case.parameters(), strict=False)
-    assert not unexpected and not [name for name in missing if name in dict(model.named_parameters())]
+    assert not unexpected
+    assert not [name for name in missing if name in dict(model.named_parameters())]
     video = case.draw("input.video", (1, 3, config["timesteps"], size, size)).tanh().requires_grad_()
     latent = model.encode(video)
     assert_close(latent, case.tensors["output.latent"], GOLDEN_NETWORK)

@@ -1,0 +1,243 @@
+"""Cases agree with the baseline, and what is reported of them is what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import floors, machine, plots, report, rows
+from benchmarks.cases import Form, Setting, all_cases, assemble
+from benchmarks.measure import Disagreement, Timings, alternate, check_agreement, rounds_for, seconds
+from benchmarks.memory import LiveMemory, saved_bytes, weigh, weigh_runner
+from benchmarks.session import DoesNotFit, get_ready
+
+TINY = Setting("tiny")
+BFLOAT = replace(TINY, dtype=torch.bfloat16)
+QUICK = [name for name, case in all_cases().items() if case.kind != "network"]
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring_of_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floors, "gemm_peak", lambda dtype, device: 100e9)
+    monkeypatch.setattr(floors, "bandwidth", lambda working_set, device: 10e9)
+
+
+@pytest.mark.parametrize("setting", [TINY, BFLOAT], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", QUICK)
+def test_agreement(name: str, setting: Setting) -> None:
+    case = all_cases()[name]
+    errors = check_agreement(case.prepare(setting), case.kind)
+    assert {"result", "input"} <= set(errors["ours"])
+
+
+@pytest.mark.parametrize("name", [name for name, case in all_cases().items() if case.kind == "network"])
+def test_networks_agree(name: str) -> None:
+    case = all_cases()[name]
+    check_agreement(case.prepare(TINY), case.kind, differentiate=case.directions != ("forward",))
+
+
+def test_every_operation_and_direction_is_covered() -> None:
+    from pvdm_fast.backends import OPERATIONS
+
+    names = {name.partition("/")[0] for name in all_cases()}
+    assert set(OPERATIONS) | {"block", "denoiser", "sampler step", "autoencoder"} <= names
+    assert {"autoencoder encode", "autoencoder decode"} <= names
+
+
+def wrong_by(amount: float, dtype: torch.dtype) -> None:
+    setting = replace(TINY, dtype=dtype)
+    x = setting.draw(64, 32)
+    forms = {"ours": Form(lambda t: t * t + amount, [x]), "eager": Form(lambda t: t * t, [x])}
+    check_agreement(assemble(setting, "64 x 32", forms, {}, 0), "operation")
+
+
+def test_a_wrong_result_is_not_timed() -> None:
+    wrong_by(0.0, torch.float32)
+    with pytest.raises(Disagreement, match="result: ours differs by"):
+        wrong_by(1e-3, torch.float32)
+    wrong_by(1e-3, torch.bfloat16)
+    with pytest.raises(Disagreement):
+        wrong_by(float("nan"), torch.bfloat16)
+
+
+def test_a_wrong_gradient_is_not_timed() -> None:
+    x = TINY.draw(64, 32)
+    forms = {"ours": Form(lambda t: t.detach() * t, [x]), "eager": Form(lambda t: t * t, [x])}
+    with pytest.raises(Disagreement, match="input: ours differs"):
+        check_agreement(assemble(TINY, "64 x 32", forms, {}, 0), "operation")
+
+
+def test_ratio_is_of_paired_rounds() -> None:
+    timings = Timings({"ours": [1.0, 2.0, 4.0], "eager": [2.0, 4.0, 8.0], "sdpa": [1.0, 1.0, 1.0]})
+    assert timings.ratio("eager") == (2.0, 2.0, 2.0)
+    assert timings.ratio("sdpa")[1] == 0.5
+    assert timings.spread("ours") == (1.5, 3.0)
+    assert timings.spread("eager") == (3.0, 6.0)
+
+
+def test_rounds() -> None:
+    assert rounds_for(0.1, 1.0) == 10
+    assert rounds_for(10.0, 1.0) == 3
+    assert rounds_for(1e-6, 1.0) == 50
+
+
+def test_forward_is_timed_without_a_graph_and_backward_without_the_forward() -> None:
+    calls: list[bool] = []
+
+    def function(t: Tensor) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return t * 2
+
+    prepared = assemble(TINY, "8", {"ours": Form(function, [torch.ones(8)])}, {}, 0)
+    runner = prepared.runners["ours"]
+    assert seconds(runner, "forward", "cpu") > 0
+    assert calls == [False]
+    runner.gradients = [torch.ones(8)]
+    step = runner.step("backward")
+    assert calls == [False, True]
+    assert [gradient.tolist() for gradient in step()] == [[2.0] * 8]  # type: ignore[attr-defined]
+    assert calls == [False, True]
+
+
+def test_runners_alternate() -> None:
+    order: list[str] = []
+
+    def form(name: str) -> Form:
+        def function(t: Tensor) -> Tensor:
+            order.append(name)
+            return t + 1
+
+        return Form(function, [torch.ones(2)])
+
+    runners = assemble(TINY, "2", {name: form(name) for name in ("ours", "eager")}, {}, 0).runners
+    timings = alternate(runners, "forward", "cpu", rounds=2)
+    assert order == ["ours", "eager", "ours", "eager", "eager", "ours"]
+    assert [len(found) for found in timings.seconds.values()] == [2, 2]
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameters() -> None:
+    weight, x = torch.ones(4, requires_grad=True), torch.ones(8, 4, requires_grad=True)
+
+    def run() -> Sequence[Tensor]:
+        y = x * weight  # saves x and the weight
+        return [y * y.view(-1).view(8, 4)]  # saves y, twice
+
+    assert saved_bytes(run, [weight]) == x.nbytes * 2
+    assert saved_bytes(run, []) == x.nbytes * 2 + weight.nbytes
+
+
+def test_live_memory() -> None:
+    with LiveMemory() as live:
+        a = torch.ones(256)
+        b = a + 1
+        c = b.view(16, 16)
+        del b
+        assert live.now == 2048
+        del a, c
+    assert (live.now, live.peak) == (0, 2048)
+
+
+@pytest.mark.parametrize("name", ["plane_conv/3x3", "block/cross-plane attention", "autoencoder"])
+def test_weighing_shapes_equals_weighing_a_run(name: str) -> None:
+    case = all_cases()[name]
+    weights = weigh(case, TINY, "both")
+    prepared = case.prepare(TINY)
+    for runner in ("ours", "eager"):
+        assert weights[runner] == weigh_runner(prepared.runners[runner], "both")
+    if case.kind == "network":
+        assert weights["ours, recomputing"].saved < weights["ours"].saved / 2
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = all_cases()["block/TimeSformer layer"]
+    weights = weigh(case, TINY, "both")
+    between = (weights["sdpa"].peak + weights["eager"].peak) // 2
+    monkeypatch.setattr("benchmarks.session.available", lambda device: between)
+    ready = get_ready(case, TINY)
+    assert set(ready.prepared.runners) == {"ours", "sdpa"}
+    assert len(ready.left_out) == 1
+    assert ready.left_out[0].startswith("eager needs")
+    monkeypatch.setattr("benchmarks.session.available", lambda device: 1024)
+    with pytest.raises(DoesNotFit, match="ours needs"):
+        get_ready(case, TINY)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> list[rows.Row]:
+    """Rows of two cases, made, written and read back."""
+    target = tmp_path_factory.mktemp("results") / "machine.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(floors, "gemm_peak", lambda dtype, device: 100e9)
+        patch.setattr(floors, "bandwidth", lambda working_set, device: 10e9)
+        for name in ("plane_conv/3x3", "plane_norm/joint"):
+            ready = get_ready(all_cases()[name], BFLOAT)
+            for direction in ("forward", "both"):
+                timings = alternate(ready.prepared.runners, direction, "cpu", rounds=3)
+                rows.append(ready.row(direction, timings), target)
+    return rows.read(target)
+
+
+def test_row_says_everything(stored: list[rows.Row]) -> None:
+    row = stored[1]
+    assert (row["case"], row["direction"], row["dtype"], row["size"], row["rounds"]) == (
+        "plane_conv/3x3", "both", "bf16", "tiny", 3,
+    )  # fmt: skip
+    assert set(row["ratio"]) == {"eager", "eager fp32"}
+    for low, median, high in [*row["seconds"].values(), *row["ratio"].values()]:
+        assert 0 < low <= median <= high
+    from pvdm_fast import backends
+
+    assert row["backends"] == {"plane_conv": backends.automatic("plane_conv", "cpu", torch.bfloat16)}
+    assert row["floor"]["share"] == pytest.approx(row["floor"]["seconds"] / row["seconds"]["ours"][1])
+    assert row["saved"]["ours"] > 0
+    assert set(row["errors"]["ours"]) == {"result", "input", "weights"}
+    assert {"cpu", "flags", "threads", "torch", "commit", "isa"} <= set(row["machine"])
+
+
+def test_newest_row_wins(stored: list[rows.Row]) -> None:
+    again = json.loads(json.dumps(stored[0]))
+    again["rounds"] = 99
+    assert [row["rounds"] for row in rows.newest([*stored, again])] == [99, 3, 3, 3]
+
+
+def test_tables(stored: list[rows.Row]) -> None:
+    slow = json.loads(json.dumps(stored[0]))
+    slow["ratio"]["eager"] = [0.4, 0.5, 0.6]
+    text = rows.aligned([slow])
+    assert "slower" in text
+    assert "0.50x" in text
+    lines = rows.markdown(stored).splitlines()
+    assert len(lines) == 2 + len(stored)
+    assert {line.count("|") for line in lines} == {len(rows.COLUMNS) + 1}
+
+
+def test_plots(stored: list[rows.Row], tmp_path: Path) -> None:
+    drawn = [plots.ratio_bars(stored, tmp_path / "a.png"), plots.roofline(stored, tmp_path / "b.png")]
+    assert all(figure.stat().st_size > 5000 for figure in drawn)
+
+
+def test_documents_are_written_between_markers(stored: list[rows.Row]) -> None:
+    text = "before\n<!-- tiny -->\nold\n<!-- /tiny -->\nafter\n"
+    written = report.write_between(text, "tiny", report.sections(stored)["tiny"])
+    assert written.startswith("before\n<!-- tiny -->\n| case |")
+    assert written.endswith("|\n<!-- /tiny -->\nafter\n")
+    with pytest.raises(ValueError, match="no lines <!-- small -->"):
+        report.write_between(text, "small", "")
+
+
+def test_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--only", "no such case", "--no-store"]) == 2
+    assert "plane_conv/3x3" in capsys.readouterr().err
+
+
+def test_machine_name_is_not_the_hosts() -> None:
+    import platform
+
+    assert machine.name("cpu")
+    assert platform.node().lower() not in machine.name("cpu")
