@@ -12,8 +12,10 @@ import torch
 from benchmarks import floors, machine, plots, rows
 from benchmarks.cases import SIZES, Case, Setting, all_cases
 from benchmarks.measure import Disagreement, alternate
+from benchmarks.memory import weigh
 from benchmarks.session import DTYPES, DoesNotFit, devices, get_ready
 
+BUSY = 0.2  # cores
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 
 
@@ -38,9 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def matching(pattern: str) -> list[Case]:
     """Cases whose name contains the pattern or matches it as a file name pattern."""
-    return [
-        case for name, case in all_cases().items() if pattern in name or fnmatch.fnmatch(name, pattern)
-    ]
+    return [case for name, case in all_cases().items() if pattern in name or fnmatch.fnmatch(name, pattern)]
 
 
 def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> list[rows.Row]:
@@ -111,9 +111,23 @@ def sections(stored: list[rows.Row]) -> dict[str, str]:
             f"- torch {known['torch']} ({known['torch_cpu_capability']}), Python {known['python']}, "
             f"pvdm_fast {known['pvdm_fast']}, commit {known['commit']}, {last['time'][:10]}",
             "- measured peaks: " + ", ".join(f"{dtype} GEMM {peak:.0f} GFLOP/s" for dtype, peak in peaks.items()),
+            f"- other programs kept {sorted(row['busy'] for row in stored)[len(stored) // 2]:.1f} cores busy (median)",
         ]
     )
     return texts
+
+
+def memory_table() -> str:
+    """Full-size training passes of one clip, weighed by running shapes alone."""
+    lines = [
+        "| network | computed by | saved for backward | alive at once, weights included |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in ("autoencoder", "denoiser"):
+        for runner, weight in weigh(all_cases()[name], Setting("base"), "both").items():
+            sizes = f"{rows.mebibytes(weight.saved)} | {rows.mebibytes(weight.peak)}"
+            lines.append(f"| {name} | {runner} | {sizes} |")
+    return "\n".join(lines)
 
 
 def write_between(document: str, marker: str, text: str) -> str:
@@ -139,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         found = run(options)
         print(f"\n{machine.facts()}\n\n{rows.aligned(found)}")
+        if found and (busy := sorted(row["busy"] for row in found)[len(found) // 2]) > BUSY:
+            print(f"Other programs kept {busy:.1f} cores busy meanwhile: measure again on an idle machine.")
         if not options.no_store:
             for device in devices():
                 for figure in draw(device):
@@ -149,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("There are no stored rows of this machine to write: run the report first.", file=sys.stderr)
             return 2
         text = DOCUMENT.read_text()
-        for marker, content in sections(stored).items():
+        for marker, content in {**sections(stored), "memory": memory_table()}.items():
             text = write_between(text, marker, content)
         DOCUMENT.write_text(text)
     return 0

@@ -33,6 +33,8 @@ def make_row(
 ) -> Row:
     """Everything known of one measurement; seconds are medians with quartiles, ratios are rival / ours by round.
 
+    "busy" tells how many cores other programs kept busy just after it.
+
     Args:
         errors: of each runner against the truth. served: the backend that really ran, by operation.
         weights: memory by runner, for directions that save something. left_out: why runners are missing.
@@ -67,6 +69,7 @@ def make_row(
         "errors": {name: dict(found) for name, found in errors.items()},
         "backends": dict(served),
         "left_out": list(left_out),
+        "busy": machine.others(),
         "machine": machine.facts(),
     }
 

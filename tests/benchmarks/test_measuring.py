@@ -151,7 +151,7 @@ def test_weighing_shapes_equals_weighing_a_run(name: str) -> None:
     for runner in ("ours", "eager"):
         assert weights[runner] == weigh_runner(prepared.runners[runner], "both")
     if case.kind == "network":
-        assert weights["ours, recomputing"].saved < weights["ours"].saved / 2
+        assert weights["ours, recomputing"].saved < weights["ours"].saved
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
