@@ -15,8 +15,15 @@ from benchmarks.measure import DIRECTIONS, Pack, Prepared, Runner, only
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, DENOISER
 
-# "tiny" is for tests: unequal sizes, two clips. "base" is the release's full size.
-_TINY = (4, 8, 6)
+# "tiny" is for tests: unequal sizes, two clips, a bit of everything. "base" is the release's full size.
+_TINY_DENOISER = dict(
+    time=4, height=8, width=6, model_channels=64, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2],
+    num_heads=4,
+)  # fmt: skip
+_TINY_AUTOENCODER = dict(
+    frames=4, height=32, width=24, patch_size=4, channels=64, depth=2, num_heads=4, head_dim=16, projection_depth=2,
+    projection_hidden=128,
+)  # fmt: skip
 SIZES = ("tiny", "small", "base")
 VARIANTS = {"eager": RELEASE, "sdpa": SDPA}
 
@@ -45,19 +52,14 @@ class Setting:
     @property
     def denoiser(self) -> dict[str, Any]:
         """Config of the denoiser."""
-        config = {"latent_channels": 4, **DENOISER[self.size]}
-        if self.size == "tiny":
-            config.update(zip(("time", "height", "width"), _TINY, strict=True))
-        return {**config, **dict(self.denoiser_overrides)}
+        config = _TINY_DENOISER if self.size == "tiny" else DENOISER[self.size]
+        return {"latent_channels": 4, **config, **dict(self.denoiser_overrides)}
 
     @property
     def autoencoder(self) -> dict[str, Any]:
         """Config of the autoencoder."""
-        config = {"latent_channels": 4, **AUTOENCODER[self.size]}
-        if self.size == "tiny":
-            p = config["patch_size"]
-            config.update(frames=_TINY[0], height=p * _TINY[1], width=p * _TINY[2])
-        return {**config, **dict(self.autoencoder_overrides)}
+        config = _TINY_AUTOENCODER if self.size == "tiny" else AUTOENCODER[self.size]
+        return {"latent_channels": 4, **config, **dict(self.autoencoder_overrides)}
 
     @property
     def layout(self) -> TriplaneLayout:

@@ -127,7 +127,9 @@ def projection(setting: Setting) -> Prepared:
     def rival(module: nn.Module, x: Tensor) -> Tensor:
         return module(x.flatten(0, 1))[:, 0].unflatten(0, x.shape[:2])
 
-    make = with_variants(lambda variant: _lazy(lambda: eager_autoencoder.Projection(channels, variant), rival, [x]))
+    make = with_variants(
+        lambda variant: _lazy(lambda: eager_autoencoder.Projection(channels, variant=variant), rival, [x])
+    )
     make["ours"] = _lazy(lambda: PlaneProjection(channels), lambda module, x: module(x), [x])
     flops = setting.clips * floors.projection(places, length, channels)
     return assemble_modules(setting, f"B{setting.clips} {places} sequences of {length}, C{channels}", make, flops)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.eager import RELEASE, Variant
 from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
 
-PROJECTION_HEADS, PROJECTION_HIDDEN, PROJECTION_DEPTH = 4, 512, 4
+PROJECTION_HEADS = 4
 Tables = tuple[Tensor, Tensor]
 
 
@@ -188,16 +188,16 @@ class SequenceAttention(nn.Module):
 class Projection(nn.Module):
     """Pre-norm transformer over (S, L, C), all positions; the caller keeps element 0."""
 
-    def __init__(self, channels: int, variant: Variant = RELEASE) -> None:
+    def __init__(self, channels: int, depth: int = 4, hidden: int = 512, variant: Variant = RELEASE) -> None:
         super().__init__()
 
         def feed_forward() -> nn.Module:
-            first, second = nn.Linear(channels, PROJECTION_HIDDEN), nn.Linear(PROJECTION_HIDDEN, channels)
+            first, second = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
             return _Net(nn.Sequential(first, nn.GELU(), nn.Identity(), second))
 
         self.layers = nn.ModuleList(
             nn.ModuleList([Step(channels, SequenceAttention(channels, variant)), Step(channels, feed_forward())])
-            for _ in range(PROJECTION_DEPTH)
+            for _ in range(depth)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,6 +249,8 @@ class EagerAutoencoder(nn.Module):
         num_heads: int,
         head_dim: int,
         latent_channels: int,
+        projection_depth: int = 4,
+        projection_hidden: int = 512,
         variant: Variant = RELEASE,
     ) -> None:
         super().__init__()
@@ -262,7 +264,7 @@ class EagerAutoencoder(nn.Module):
         for plane, length in zip(PLANE_NAMES, (layout.time, layout.height, layout.width), strict=True):
             self.register_parameter(f"{plane}_token", nn.Parameter(torch.zeros(1, 1, channels)))
             self.register_parameter(f"{plane}_pos_embedding", nn.Parameter(torch.zeros(1, length + 1, channels)))
-            self.add_module(f"{plane}_quant_attn", Projection(channels, variant))
+            self.add_module(f"{plane}_quant_attn", Projection(channels, projection_depth, projection_hidden, variant))
             self.add_module(f"pre_{plane}", nn.Conv2d(channels, latent_channels, 1))
             self.add_module(f"post_{plane}", nn.Conv2d(latent_channels, channels, 1))
 

@@ -8,9 +8,9 @@ A floor is max(FLOPs / peak GEMM rate, bytes / bandwidth), a lower bound that no
 - Bytes: each input, weight and result once, as if all that lies between stayed in registers. Backward: the result's
   gradient, the inputs and the weights read, the gradients of inputs and weights written.
 
-Peaks are measured, not looked up: the best of several square GEMMs and 1 x 1 convolutions in the
-case's dtype, and the best of copying and
-adding on buffers of the case's own size, so that a case that fits in a cache is held against that cache.
+Peaks are measured, not looked up: the best of several square GEMMs and 1 x 1 convolutions in the case's
+dtype, and the best of copying and adding on buffers of the case's own size, so that a case that fits in a cache is held
+against that cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pvdm_fast.layout import TriplaneLayout
 
-PROJECTION_HEADS, PROJECTION_HIDDEN, PROJECTION_DEPTH = 4, 512, 4
+PROJECTION_HEADS = 4
 
 
 def linear(tokens: int, inputs: int, outputs: int) -> int:
@@ -114,8 +114,10 @@ def timesformer_layer(layout: TriplaneLayout, channels: int, inner: int) -> int:
     return products + linear(tokens, channels, 8 * channels) + linear(tokens, 4 * channels, channels)
 
 
-def projection(places: int, length: int, channels: int, *, whole: bool = False) -> int:
-    """The four layers over `places` sequences of `length` (the appended token included).
+def projection(
+    places: int, length: int, channels: int, *, depth: int = 4, hidden: int = 512, whole: bool = False
+) -> int:
+    """The layers over `places` sequences of `length` (the appended token included).
 
     Only one position of the last layer is needed; `whole` counts all of them, as the release computes it.
     """
@@ -123,10 +125,10 @@ def projection(places: int, length: int, channels: int, *, whole: bool = False) 
 
     def layer(queries: int) -> int:
         keys = linear(places * length, channels, 2 * inner)
-        one = linear(1, channels, inner) + linear(1, inner, channels) + 2 * linear(1, channels, PROJECTION_HIDDEN)
+        one = linear(1, channels, inner) + linear(1, inner, channels) + 2 * linear(1, channels, hidden)
         return keys + places * queries * one + attention(places, queries, length, inner)
 
-    return (PROJECTION_DEPTH - 1) * layer(length) + layer(length if whole else 1)
+    return (depth - 1) * layer(length) + layer(length if whole else 1)
 
 
 def _autoencoder_sizes(config: dict[str, Any]) -> tuple[TriplaneLayout, int, int, int]:
@@ -141,7 +143,8 @@ def encoder(config: dict[str, Any], *, whole: bool = False) -> int:
     total = linear(layout.num_lattice_tokens, patch, channels)
     total += config["depth"] * timesformer_layer(layout, channels, inner)
     for (rows, columns), length in zip(layout.planes, (layout.time, layout.height, layout.width), strict=True):
-        total += projection(rows * columns, length + 1, channels, whole=whole)
+        depth, hidden = config.get("projection_depth", 4), config.get("projection_hidden", 512)
+        total += projection(rows * columns, length + 1, channels, depth=depth, hidden=hidden, whole=whole)
     return total + linear(layout.num_tokens, channels, config.get("latent_channels", 4))
 
 

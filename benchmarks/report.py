@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> l
     wanted = [d for d in case.directions if options.direction in (None, d)]
     if not wanted:
         return []
+    case = replace(case, directions=tuple(wanted))  # nothing else is checked, or weighed
     try:
         ready = get_ready(case, setting)
     except (Disagreement, DoesNotFit) as reason:
