@@ -81,23 +81,29 @@ class Weight:
 
 
 def weigh_runner(runner: Runner, direction: str) -> Weight:
-    saved = 0 if direction == "forward" else saved_bytes(runner.run, list(runner.parameters.values()))
+    def run() -> Sequence[Tensor]:
+        results = runner.run()
+        runner.gradients = [torch.empty_like(result) for result in results]
+        return results
+
+    saved = 0 if direction == "forward" else saved_bytes(run, list(runner.parameters.values()))
     standing = sum(leaf.nbytes for leaf in runner.leaves)
-    runner.gradients = [torch.empty_like(result) for result in runner.infer()]
     with LiveMemory() as live:
         step = runner.step(direction)
         step()
     return Weight(saved, standing + live.peak)
 
 
-def weigh(case: Case, setting: Setting, direction: str) -> dict[str, Weight]:
-    """The weight of every runner of a case by running shapes alone: nothing is allocated or computed.
+def weigh(case: Case, setting: Setting, direction: str, *, without: Sequence[str] = ()) -> dict[str, Weight]:
+    """The weight of every runner of a case, but those named in `without`, by running shapes alone: nothing is allocated or computed.
 
     Scratch inside kernels is not counted (a convolution's is small beside its results).
     """
     with FakeTensorMode():
         prepared = case.prepare(replace(setting, shapes_only=True, compiled=False))
-        return {name: weigh_runner(runner, direction) for name, runner in prepared.runners.items()}
+        return {
+            name: weigh_runner(runner, direction) for name, runner in prepared.runners.items() if name not in without
+        }
 
 
 def available(device: str) -> int:

@@ -63,7 +63,7 @@ def measure_point(
     Agreement is checked wherever ours and eager both run.
     """
     setting = point.setting()
-    weights = weigh(case, setting, "both")
+    weights = weigh(case, setting, "both", without=["sdpa"])
     seconds: dict[str, float] = {}
     served: dict[str, str] = {}
     names = [
