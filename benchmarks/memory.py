@@ -95,9 +95,10 @@ def weigh_runner(runner: Runner, direction: str) -> Weight:
 
 
 def weigh(case: Case, setting: Setting, direction: str, *, without: Sequence[str] = ()) -> dict[str, Weight]:
-    """The weight of every runner of a case, but those named in `without`, by running shapes alone: nothing is allocated or computed.
+    """The weight of every runner of a case, but those named in `without`.
 
-    Scratch inside kernels is not counted (a convolution's is small beside its results).
+    Shapes alone are run: nothing is allocated or computed. Scratch inside kernels is not counted (a
+    convolution's is small beside its results).
     """
     with FakeTensorMode():
         prepared = case.prepare(replace(setting, shapes_only=True, compiled=False))
