@@ -31,3 +31,24 @@ PVDM_CPU_KERNEL(plane_norm_backward,
                  const TensorView& film, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
                  const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
                  const NormOptions& options))
+
+namespace pvdm {
+struct AttentionOptions {
+  const int64_t* offsets;  // of the segments along L, and the end
+  int64_t segments;
+  double scale;
+  int threads;
+};
+}  // namespace pvdm
+
+// qkv (B, places, L, 3, heads, d), or keys and values (..., 2, heads, d) with query (B, places, 1, heads, d); sin, cos (L, d)
+// f32 or null -> out (B, places, L or 1, heads, d), of one dtype; lse (B, places, heads, L or 1) f32. Attention is inside
+// each segment of L. Last strides are 1.
+PVDM_CPU_KERNEL(attention_forward,
+                (const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
+                 const TensorView& out, const TensorView& lse, const AttentionOptions& options))
+// grad and out as out above -> dqkv as qkv, dquery as query (null without it).
+PVDM_CPU_KERNEL(attention_backward,
+                (const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& sin,
+                 const TensorView& cos, const TensorView& out, const TensorView& lse, const TensorView& dqkv,
+                 const TensorView& dquery, const AttentionOptions& options))

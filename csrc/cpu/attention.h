@@ -1,0 +1,146 @@
+// What both directions of attention share: the tensors' geometry and the cut of the work into units and among threads.
+//
+// A problem is one (batch, place, head, segment). Work is cut into blocks of one problem; threads get consecutive blocks of
+// equal cost, so that unequal segments, and fewer problems than threads, stay balanced. Each output has one writer.
+#pragma once
+#include "attention_softmax.h"
+#include "kernels.h"
+#include "runtime/parallel.h"
+
+namespace pvdm::PVDM_ISA {
+namespace {
+
+struct Problem {
+  int64_t batch, place, head, start, count;  // the segment's first token, its tokens
+};
+
+// A tensor (B, places, L, ..., d) at one head: its tokens.
+template <class T>
+PVDM_INLINE Tokens<T> tokens_of(const TensorView& t, const Problem& p, int part = 0) {
+  const int head = t.dims - 2;
+  int64_t offset = p.batch * t.stride[0] + p.place * t.stride[1] + p.start * t.stride[2] + p.head * t.stride[head];
+  if (t.dims == 6) offset += part * t.stride[3];
+  return {t.as<T>() + offset, t.stride[2]};
+}
+
+// Where a thread starts: a block of a segment of a (batch, place, head).
+struct Place {
+  int64_t row, segment, block;
+};
+
+class Plan {
+ public:
+  // single: one query a problem; else blocks are cut as `blocks_of` says, and cost their count of tokens.
+  Plan(const TensorView& qkv, const AttentionOptions& o, bool single, int64_t (*blocks_of)(int64_t))
+      : places_(qkv.size[1]), heads_(qkv.size[4]), rows_(qkv.size[0] * places_ * heads_), o_(o), single_(single),
+        blocks_of_(blocks_of) {
+    for (int64_t s = 0; s < o.segments; s++) row_cost_ += blocks(s) * cost(s);
+    // A thread is worth waking for about 20 us of work.
+    const double products = static_cast<double>(rows_) * static_cast<double>(row_cost_) * (single ? 1 : block_queries) *
+                            static_cast<double>(qkv.size[5]);
+    const int64_t worthwhile = 1 + static_cast<int64_t>(products / 5e5);
+    threads = threads_for(o.threads, worthwhile);
+  }
+
+  // Calls body(problem, first block, last block + 1, all blocks of the problem) for the share of a thread.
+  template <class F>
+  void run(int64_t thread, const F& body) const {
+    Place at = start(thread);
+    const Place end = start(thread + 1);
+    for (; at.row < end.row || (at.row == end.row && at.segment <= end.segment); advance(at)) {
+      const bool last = at.row == end.row && at.segment == end.segment;
+      const int64_t all = at.row < rows_ ? blocks(at.segment) : 0, stop = last ? end.block : all;
+      if (at.block < stop) body(problem(at), at.block, stop, all);
+    }
+  }
+  Problem problem(const Place& at) const {
+    const int64_t begin = o_.offsets[at.segment];
+    return {at.row / heads_ / places_, at.row / heads_ % places_, at.row % heads_, begin, tokens(at.segment)};
+  }
+  // The first block whose work comes after share `thread` of `threads` of all the work.
+  Place start(int64_t thread) const {
+    const int64_t target = static_cast<int64_t>(static_cast<__int128>(rows_) * row_cost_ * thread / threads);
+    Place at{target / row_cost_, 0, 0};
+    int64_t rest = target % row_cost_;
+    for (; rest > 0; at.segment++) {
+      const int64_t whole = blocks(at.segment) * cost(at.segment);
+      if (rest < whole) {
+        at.block = (rest + cost(at.segment) - 1) / cost(at.segment);
+        break;
+      }
+      rest -= whole;
+    }
+    if (at.segment == o_.segments) at = {at.row + 1, 0, 0};
+    if (at.block == blocks(at.segment)) at.block = 0, advance(at);
+    return at;
+  }
+  int64_t longest() const {
+    int64_t most = 0;
+    for (int64_t s = 0; s < o_.segments; s++) most = tokens(s) > most ? tokens(s) : most;
+    return most;
+  }
+
+  int threads;
+
+ private:
+  int64_t tokens(int64_t segment) const { return o_.offsets[segment + 1] - o_.offsets[segment]; }
+  int64_t blocks(int64_t segment) const { return single_ ? 1 : blocks_of_(tokens(segment)); }
+  int64_t cost(int64_t segment) const { return tokens(segment) + 32; }  // 32: packing
+  void advance(Place& at) const {
+    at.block = 0;
+    if (++at.segment == o_.segments) at = {at.row + 1, 0, 0};
+  }
+
+  int64_t places_, heads_, rows_, row_cost_ = 0;
+  const AttentionOptions& o_;
+  bool single_;
+  int64_t (*blocks_of_)(int64_t);
+};
+
+#if defined(PVDM_ISA_AVX512BF16)
+// Products of bf16 pairs, where storage is bf16 and problems are long enough that products decide. Short sequences are bound
+// by memory; in floats they keep some digits.
+PVDM_INLINE bool use_pairs(const TensorView& qkv, const TensorView& query, const AttentionOptions& o) {
+  return qkv.dtype == Dtype::bf16 && !query.data && o.offsets[o.segments] >= 64 * o.segments;
+}
+#endif
+
+// Rotation tables in floats, padded rows, the sine signed as Rotation wants it.
+class Tables {
+ public:
+  Tables(const TensorView& sin, const TensorView& cos)
+      : width_(sin.data ? sin.size[1] : 0), rows_(sin.data ? sin.size[0] : 0), padding_(padded(width_)),
+        memory_(2 * rows_ * padding_ * 4) {
+    float *c = memory_.floats(), *s = c + rows_ * padding_;
+    for (int64_t n = 0; n < rows_; n++)
+      for (int64_t i = 0; i < padding_; i++) {
+        const int64_t at = n * padding_ + i;
+        c[at] = i < width_ ? cos.as<float>()[n * cos.stride[0] + i] : 0;
+        s[at] = i < width_ ? sin.as<float>()[n * sin.stride[0] + i] * (i % 2 ? 1.0f : -1.0f) : 0;
+      }
+  }
+  Rotation rotation() const {
+    if (!rows_) return {};
+    return {memory_.floats(), memory_.floats() + rows_ * padding_, padding_};
+  }
+
+ private:
+  int64_t width_, rows_, padding_;
+  Buffer memory_;
+};
+
+// Hands out aligned parts of a thread's work-space; with a null start it only counts.
+struct Arena {
+  float* next;
+  int64_t used = 0;
+  float* floats(int64_t count) {
+    count = (count + 15) / 16 * 16;
+    used += count;
+    float* part = next;
+    if (next) next += count;
+    return part;
+  }
+};
+
+}  // namespace
+}  // namespace pvdm::PVDM_ISA

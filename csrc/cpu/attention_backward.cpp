@@ -1,0 +1,201 @@
+// Softmax attention, backward: segment_attention and axial_attention. Formula: pvdm_fast/reference/{segment,axial}_attention.py.
+//
+// Probabilities are computed again from the saved log-sum-exp. A thread packs queries and gradients of a problem once, then
+// takes blocks of 64 keys through all its queries: dK and dV of a block are summed in place, dQ in a buffer of the thread.
+// Where threads share a problem, their dQ are added in the threads' order afterwards: no atomics, the same bits every time.
+#include "attention.h"
+
+namespace pvdm::PVDM_ISA {
+namespace {
+
+int64_t key_blocks(int64_t tokens) { return (tokens + block_keys - 1) / block_keys; }
+
+struct Workspace {
+  int64_t tokens, block;                                   // of all query blocks; floats of one width x queries block
+  float *queries_across, *queries, *grads_across, *grads;  // blocks of panels side by side; rows
+  float *logs, *deltas;                                    // lse * log2 e and rowsum(dO . O) of each query
+  float *dqueries[2];                                      // transposed, block by block; [0]: begun by an earlier thread
+  float *keys_across, *keys, *values_across;               // of a block of keys
+  float *p, *ds, *p_pairs, *ds_pairs, *ds_along;           // keys x queries
+  float *dkeys, *dvalues;
+  int64_t size;
+
+  Workspace(Arena arena, int64_t longest, int64_t width, bool shared) {
+    const int64_t padding = padded(width);
+    tokens = (longest + block_queries - 1) / block_queries * block_queries;
+    block = padding * block_queries;
+    for (float** part : {&queries_across, &queries, &grads_across, &grads, &dqueries[1]}) *part = arena.floats(tokens * padding);
+    dqueries[0] = shared ? arena.floats(tokens * padding) : nullptr;
+    for (float** part : {&logs, &deltas}) *part = arena.floats(tokens);
+    for (float** part : {&keys_across, &keys, &values_across, &dkeys, &dvalues}) *part = arena.floats(block_keys * padding);
+    for (float** part : {&p, &ds}) *part = arena.floats(block_keys * block_queries);
+    for (float** part : {&p_pairs, &ds_pairs, &ds_along}) *part = arena.floats(block_keys * block_queries / 2);
+    size = arena.used;
+  }
+};
+
+// Scores -> P and dP -> dS = P (dP - D), in place. Pairs: also rounded, P and dS paired along the queries and dS along keys.
+template <class Op>
+void weights(const Workspace& w, int64_t query, int64_t keys, int64_t vectors, float scale) {
+  for (int64_t v = 0; v < vectors; v++) {
+    const Vec log = load(w.logs + query + v * lanes), delta = load(w.deltas + query + v * lanes);
+    for (int64_t j = 0; j < keys; j++) {
+      const int64_t at = j * block_queries + v * lanes;
+      const Vec p = exp2<Op>(load(w.p + at) * scale - log), ds = p * (load(w.ds + at) - delta);
+#if defined(PVDM_ISA_AVX512BF16)
+      if constexpr (Op::step == 2) {
+        const auto halves = [&](float* to, Vec x) {
+          const __m256bh rounded = _mm512_cvtneps_pbh(cast<__m512>(x));
+          memcpy(reinterpret_cast<char*>(to) + at * 2, &rounded, sizeof rounded);
+        };
+        halves(w.p_pairs, p);
+        halves(w.ds_pairs, ds);
+        if (j % 2) store(w.ds_along + j / 2 * block_queries + v * lanes, paired(load(w.ds + at - block_queries), ds));
+        else if (j + 1 == keys) store(w.ds_along + j / 2 * block_queries + v * lanes, paired(ds, Vec{}));
+        else store(w.ds + at, ds);
+        continue;
+      }
+#endif
+      store(w.p + at, p);
+      store(w.ds + at, ds);
+    }
+  }
+}
+
+template <class Op, class T>
+struct Backward {
+  const TensorView &grad, &qkv, &out, &lse, &dqkv;
+  Rotation rotation;
+  float scale;
+  int64_t width;
+
+  // Everything of a problem that goes by queries.
+  void prepare(const Problem& p, const Workspace& w) const {
+    const auto queries = tokens_of<const T>(qkv, p), grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
+    const Rotation turn = rotation.from(p.start);
+    const float* logs = lse.as<float>() + p.batch * lse.stride[0] + p.place * lse.stride[1] + p.head * lse.stride[2] + p.start;
+    pack_rows<Op>(queries, p.count, width, turn, w.queries);
+    pack_rows<Op>(grads, p.count, width, Rotation{}, w.grads);
+    for (int64_t n = 0; n < p.count; n += lanes) {
+      const int count = count_at(n, p.count);
+      const int64_t at = n / block_queries * words<Op>(width) * block_queries + n % block_queries;
+      pack_panel<Op>(queries.from(n), count, width, turn.from(n), w.queries_across + at, block_queries);
+      pack_panel<Op>(grads.from(n), count, width, Rotation{}, w.grads_across + at, block_queries);
+      store(w.logs + n, load(logs + n, count) * log2_e);
+      store(w.deltas + n, Vec{});
+      for (int i = 0; i < count; i++) {
+        Vec sum = {};
+        for (int64_t c = 0; c < width; c += lanes)
+          sum += piece(grads, n + i, c, width, Rotation{}) * piece(outs, n + i, c, width, Rotation{});
+        w.deltas[n + i] = sum_of(sum);
+      }
+    }
+  }
+
+  // Blocks begin ... end of a problem's keys: writes their dK and dV, leaves their dQ in `dqueries`.
+  void run(const Problem& p, int64_t begin, int64_t end, const Workspace& w, float* dqueries) const {
+    prepare(p, w);
+    const Rotation turn = rotation.from(p.start);
+    for (int64_t b = begin; b < end; b++) {
+      const int64_t first = b * block_keys, count = p.count - first < block_keys ? p.count - first : block_keys;
+      const auto keys = tokens_of<const T>(qkv, p, 1).from(first), values = tokens_of<const T>(qkv, p, 2).from(first);
+      pack_panels<Op>(keys, count, width, turn.from(first), w.keys_across);
+      pack_rows<Op>(keys, count, width, turn.from(first), w.keys);
+      pack_panels<Op>(values, count, width, Rotation{}, w.values_across);
+      for (int64_t q = 0; q < p.count; q += block_queries)
+        block(q, p.count - q < block_queries ? p.count - q : block_queries, count, b > begin, w, dqueries);
+      write_rows(w.dkeys, count, width, scale, turn.from(first), tokens_of<T>(dqkv, p, 1).from(first));
+      write_rows(w.dvalues, count, width, 1.0f, Rotation{}, tokens_of<T>(dqkv, p, 2).from(first));
+    }
+  }
+
+  void block(int64_t query, int64_t queries, int64_t keys, bool add, const Workspace& w, float* dqueries) const {
+    constexpr int row = block_queries / Op::step;
+    const int64_t vectors = (queries + lanes - 1) / lanes, padding = padded(width), depth = words<Op>(width);
+    multiply<Op, 1>(keys, vectors, w.keys_across, depth * lanes, lanes, w.queries_across + query * depth, block_queries,
+                    {w.p, block_queries}, depth);
+    multiply<Op, 1>(keys, vectors, w.values_across, depth * lanes, lanes, w.grads_across + query * depth, block_queries,
+                    {w.ds, block_queries}, depth);
+    weights<Op>(w, query, keys, vectors, scale * log2_e);
+    const float *p = Op::step == 2 ? w.p_pairs : w.p, *ds = Op::step == 2 ? w.ds_pairs : w.ds;
+    const int64_t rows = query / Op::step * padding;
+    multiply<Op, row>(keys, padding / lanes, p, 0, 1, w.grads + rows, padding, {w.dvalues, padding, query > 0},
+                      words<Op>(queries));
+    multiply<Op, row>(keys, padding / lanes, ds, 0, 1, w.queries + rows, padding, {w.dkeys, padding, query > 0},
+                      words<Op>(queries));
+    multiply<Op, 1>(width, vectors, w.keys, lanes, padding, Op::step == 2 ? w.ds_along : w.ds, block_queries,
+                    {dqueries + query * padding, block_queries, add}, words<Op>(keys));
+  }
+
+  void write_dqueries(const Problem& p, const float* dqueries) const {
+    const auto to = tokens_of<T>(dqkv, p);
+    const Rotation turn = rotation.from(p.start);
+    for (int64_t n = 0; n < p.count; n += lanes) {
+      const float* from = dqueries + n / block_queries * padded(width) * block_queries + n % block_queries;
+      write_columns(from, block_queries, count_at(n, p.count), width, splat(scale), turn.from(n), to.from(n));
+    }
+  }
+
+  // dQ of the problem in whose middle thread `t` starts, from all threads that have a part; by the first of these only.
+  void join(const Plan& plan, int64_t t, float* memory, int64_t size, int64_t longest) const {
+    const Place at = plan.start(t);
+    const auto same = [&](const Place& other) { return other.row == at.row && other.segment == at.segment; };
+    const Place before = plan.start(t - 1);
+    if (at.block == 0 || (same(before) && before.block > 0)) return;
+    const Problem p = plan.problem(at);
+    const int64_t count = (p.count + block_queries - 1) / block_queries * padded(width) * block_queries;
+    float* sum = nullptr;
+    for (int64_t other = t - 1; other < plan.threads; other++) {
+      const Place begin = plan.start(other), end = plan.start(other + 1);
+      if (begin.row == end.row && begin.segment == end.segment && begin.block == end.block) continue;
+      if (other >= t && !same(begin)) break;
+      const Workspace w({memory + other * size}, longest, width, true);
+      const float* part = w.dqueries[same(begin) && begin.block > 0 ? 0 : 1];
+      if (!sum)
+        sum = const_cast<float*>(part);
+      else
+        for (int64_t i = 0; i < count; i += lanes) store(sum + i, load(sum + i) + load(part + i));
+    }
+    write_dqueries(p, sum);
+  }
+};
+
+template <class Op, class T>
+void backward(const TensorView& grad, const TensorView& qkv, const Tables& tables, const TensorView& out,
+              const TensorView& lse, const TensorView& dqkv, const AttentionOptions& o) {
+  const Plan plan(qkv, o, false, key_blocks);
+  const int64_t width = qkv.size[5], longest = plan.longest();
+  const bool shared = plan.threads > 1;
+  const int64_t size = Workspace({nullptr}, longest, width, shared).size;
+  const Buffer memory(plan.threads * size * 4);
+  const Backward<Op, T> op{grad, qkv, out, lse, dqkv, tables.rotation(), static_cast<float>(o.scale), width};
+  parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; t++) {
+      const Workspace w({memory.floats() + t * size}, longest, width, shared);
+      plan.run(t, [&](const Problem& p, int64_t first, int64_t last, int64_t all) {
+        float* dqueries = w.dqueries[first == 0];
+        op.run(p, first, last, w, dqueries);
+        if (first == 0 && last == all) op.write_dqueries(p, dqueries);
+      });
+    }
+  });
+  if (shared)
+    parallel_for(plan.threads - 1, plan.threads - 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t t = begin + 1; t < end + 1; t++) op.join(plan, t, memory.floats(), size, longest);
+    });
+}
+
+}  // namespace
+
+void attention_backward(const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& sin,
+                        const TensorView& cos, const TensorView& out, const TensorView& lse, const TensorView& dqkv,
+                        const TensorView& dquery, const AttentionOptions& o) {
+  if (query.data) return choose_attention_backward_single()(grad, qkv, query, out, lse, dqkv, dquery, o);
+  const Tables tables(sin, cos);
+#if defined(PVDM_ISA_AVX512BF16)
+  if (use_pairs(qkv, query, o)) return backward<Pairs, bf16>(grad, qkv, tables, out, lse, dqkv, o);
+#endif
+  PVDM_WITH_TYPE(qkv.dtype, T, backward<Floats, T>(grad, qkv, tables, out, lse, dqkv, o))
+}
+
+}  // namespace pvdm::PVDM_ISA

@@ -1,0 +1,84 @@
+// Softmax attention of one query to each sequence, backward (forward: `lone` of attention_forward.cpp).
+#include "attention.h"
+
+namespace pvdm::PVDM_ISA {
+namespace {
+
+int64_t one_block(int64_t) { return 1; }
+
+struct Workspace {
+  float *keys_across, *keys, *values_across;  // panels; rows; panels
+  float *query, *grad, *dquery, *p, *ds;
+  int64_t size;
+  Workspace(Arena arena, int64_t longest, int64_t width) {
+    const int64_t tokens = padded(longest), padding = padded(width);
+    for (float** part : {&keys_across, &keys, &values_across}) *part = arena.floats(tokens * padding);
+    for (float** part : {&query, &grad, &dquery}) *part = arena.floats(padding);
+    for (float** part : {&p, &ds}) *part = arena.floats(tokens);
+    size = arena.used;
+  }
+};
+
+template <class T>
+struct Single {
+  const TensorView &grad, &kv, &query, &out, &lse, &dkv, &dquery;
+  float scale;
+  int64_t width;
+
+  void run(const Problem& p, const Workspace& w) const {
+    const auto keys = tokens_of<const T>(kv, p, 0), values = tokens_of<const T>(kv, p, 1);
+    const auto queries = tokens_of<const T>(query, p), grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
+    const int64_t padding = padded(width);
+    const float log = lse.as<float>()[p.batch * lse.stride[0] + p.place * lse.stride[1] + p.head * lse.stride[2]];
+    pack_panels<Floats>(keys, p.count, width, Rotation{}, w.keys_across);
+    pack_rows<Floats>(keys, p.count, width, Rotation{}, w.keys);
+    pack_panels<Floats>(values, p.count, width, Rotation{}, w.values_across);
+    Vec products = {};
+    for (int64_t c = 0; c < width; c += lanes) {
+      const Vec g = piece(grads, 0, c, width, Rotation{});
+      products += g * piece(outs, 0, c, width, Rotation{});
+      store(w.grad + c, g);
+      store(w.query + c, piece(queries, 0, c, width, Rotation{}) * scale);
+    }
+    const float delta = sum_of(products);
+    for (int64_t j = 0; j < p.count; j += lanes) {
+      multiply_row(1, w.query, w.keys_across + j * width, lanes, w.p + j, width);
+      multiply_row(1, w.grad, w.values_across + j * width, lanes, w.ds + j, width);
+      const Vec probability = exp2<Floats>((load(w.p + j) - log) * log2_e);
+      store(w.p + j, probability);
+      store(w.ds + j, probability * (load(w.ds + j) - delta));
+    }
+    multiply_row(padding / lanes, w.ds, w.keys, padding, w.dquery, p.count);
+    const auto to = tokens_of<T>(dquery, p), dkeys = tokens_of<T>(dkv, p, 0), dvalues = tokens_of<T>(dkv, p, 1);
+    write_rows(w.dquery, 1, width, scale, Rotation{}, to);
+    for (int64_t j = 0; j < p.count; j++) {  // outer products; the query here carries the scale
+      write_rows(w.query, 1, width, w.ds[j], Rotation{}, dkeys.from(j));
+      write_rows(w.grad, 1, width, w.p[j], Rotation{}, dvalues.from(j));
+    }
+  }
+};
+
+template <class T>
+void single(const TensorView& grad, const TensorView& kv, const TensorView& query, const TensorView& out,
+            const TensorView& lse, const TensorView& dkv, const TensorView& dquery, const AttentionOptions& o) {
+  const Plan plan(kv, o, true, one_block);
+  const int64_t width = kv.size[5], longest = plan.longest(), size = Workspace({nullptr}, longest, width).size;
+  const Buffer memory(plan.threads * size * 4);
+  const Single<T> op{grad, kv, query, out, lse, dkv, dquery, static_cast<float>(o.scale), width};
+  parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; t++) {
+      const Workspace workspace({memory.floats() + t * size}, longest, width);
+      plan.run(t, [&](const Problem& p, int64_t, int64_t, int64_t) { op.run(p, workspace); });
+    }
+  });
+}
+
+}  // namespace
+
+void attention_backward_single(const TensorView& grad, const TensorView& kv, const TensorView& query,
+                               const TensorView& out, const TensorView& lse, const TensorView& dkv,
+                               const TensorView& dquery, const AttentionOptions& o) {
+  PVDM_WITH_TYPE(kv.dtype, T, single<T>(grad, kv, query, out, lse, dkv, dquery, o))
+}
+
+}  // namespace pvdm::PVDM_ISA

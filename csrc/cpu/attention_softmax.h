@@ -1,0 +1,113 @@
+// The element-wise half of attention: exponentials on base 2, running maxima and sums, lane by lane.
+#pragma once
+#include "attention_pack.h"
+
+namespace pvdm::PVDM_ISA {
+namespace {
+
+constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
+constexpr float lowest = -3.4e38f;  // a maximum of nothing; finite, so that differences are never inf - inf
+
+// NaN in the second wins, so that it spreads.
+PVDM_INLINE Vec larger(Vec a, Vec b) {
+#if defined(PVDM_ISA_AVX512)
+  return cast<Vec>(_mm512_max_ps(cast<__m512>(a), cast<__m512>(b)));
+#elif defined(PVDM_ISA_AVX2)
+  return cast<Vec>(_mm256_max_ps(cast<__m256>(a), cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^x for x <= about 0, no smaller than 2^-126. Relative error 1e-7; 8e-5 where the result is rounded to bf16 anyway.
+template <class Op>
+PVDM_INLINE Vec exp2(Vec x) {
+  x = larger(splat(-126.0f), x);
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const Vec shifted = x + magic, r = x - (shifted - magic);
+  Vec p;
+  if constexpr (Op::step == 2) {
+    p = splat(5.51716574e-2f);
+    p = p * r + 2.42611155e-1f;
+    p = p * r + 6.93260968e-1f;
+    p = p * r + 9.99928057e-1f;
+  } else {
+    p = splat(1.32764713e-3f);
+    p = p * r + 9.67554189e-3f;
+    p = p * r + 5.55071346e-2f;
+    p = p * r + 2.40221202e-1f;
+    p = p * r + 6.93146944e-1f;
+    p = p * r + 1.00000012f;
+  }
+  return cast<Vec>(cast<Ints>(p) + (cast<Ints>(shifted) << 23));
+}
+
+// log2 of a positive normal number, within 2e-7 absolutely or relatively; NaN and infinity give NaN.
+PVDM_INLINE Vec log2(Vec x) {
+  const Ints bits = cast<Ints>(x) - 0x3f3504f3;  // the mantissa then lies between sqrt(1/2) and sqrt(2)
+  const Vec exponent = __builtin_convertvector(bits >> 23, Vec);
+  const Vec m = cast<Vec>((bits & 0x7fffff) + 0x3f3504f3);
+  const Vec t = (m - 1.0f) / (m + 1.0f), q = t * t;
+  const Vec series = (((q * (1.0f / 9) + 1.0f / 7) * q + 0.2f) * q + 1.0f / 3) * q + 1.0f;
+  return exponent + t * series * (2 * log2_e) + (x - x);
+}
+
+PVDM_INLINE float sum_of(Vec x) {
+  float sum = 0;
+  for (int i = 0; i < lanes; i++) sum += x[i];
+  return sum;
+}
+
+// A block of scores becomes probabilities, in place, relative to the maximum so far. Keys x queries, rows of
+// block_queries; `vectors` of queries. maximum, total: of each query; factor: what earlier sums must be multiplied with.
+// Pairs: rows 2i and 2i + 1 end up side by side in row i.
+template <class Op>
+void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, bool first, float* maximum, float* total,
+                  float* factor) {
+  for (int64_t v = 0; v < vectors; v++) {
+    float* s = scores + v * lanes;
+    Vec tops[4] = {splat(lowest), splat(lowest), splat(lowest), splat(lowest)};
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) tops[i] = larger(tops[i], load(s + (j + i) * block_queries));
+    for (; j < keys; j++) tops[0] = larger(tops[0], load(s + j * block_queries));
+    Vec top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])) * scale;
+    if (!first) top = larger(load(maximum + v * lanes), top);
+    Vec sums[2] = {};
+    for (j = 0; j + 2 <= keys; j += 2) {
+      const Vec a = exp2<Op>(load(s + j * block_queries) * scale - top);
+      const Vec b = exp2<Op>(load(s + (j + 1) * block_queries) * scale - top);
+      sums[0] += a;
+      sums[1] += b;
+#if defined(PVDM_ISA_AVX512BF16)
+      if constexpr (Op::step == 2) {
+        store(s + j / 2 * block_queries, paired(a, b));
+        continue;
+      }
+#endif
+      store(s + j * block_queries, a);
+      store(s + (j + 1) * block_queries, b);
+    }
+    if (j < keys) {
+      const Vec a = exp2<Op>(load(s + j * block_queries) * scale - top);
+      sums[0] += a;
+#if defined(PVDM_ISA_AVX512BF16)
+      store(s + j / Op::step * block_queries, Op::step == 2 ? paired(a, Vec{}) : a);
+#else
+      store(s + j * block_queries, a);
+#endif
+    }
+    Vec sum = sums[0] + sums[1];
+    if (!first) {
+      const Vec change = exp2<Floats>(load(maximum + v * lanes) - top);
+      store(factor + v * lanes, change);
+      sum += load(total + v * lanes) * change;
+    }
+    store(maximum + v * lanes, top);
+    store(total + v * lanes, sum);
+  }
+}
+
+}  // namespace
+}  // namespace pvdm::PVDM_ISA
