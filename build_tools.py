@@ -18,12 +18,15 @@ CUDA_MINIMUM = (12, 8)  # the first toolkit that knows 10.0 and 12.0
 ARCH_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0+PTX"}
 
 # One object of every csrc/cpu/*.cpp for each of these; the choice between them is made at run time.
+AVX512 = (
+    # GCC 12 warns of its own intrinsics' headers.
+    "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 -Wno-maybe-uninitialized"
+)
 X86_ISAS = {
     "plain": "",
     "avx2": "-mavx2 -mfma -mf16c",
-    # GCC 12 warns of its own intrinsics' headers.
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 "
-    "-Wno-maybe-uninitialized",
+    "avx512": AVX512,
+    "avx512bf16": f"{AVX512} -mavx512bf16",
 }
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 

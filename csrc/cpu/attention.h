@@ -100,8 +100,8 @@ class Plan {
 #if defined(PVDM_ISA_AVX512BF16)
 // Products of bf16 pairs, where storage is bf16 and problems are long enough that products decide. Short sequences are bound
 // by memory; in floats they keep some digits.
-PVDM_INLINE bool use_pairs(const TensorView& qkv, const TensorView& query, const AttentionOptions& o) {
-  return qkv.dtype == Dtype::bf16 && !query.data && o.offsets[o.segments] >= 64 * o.segments;
+PVDM_INLINE bool use_pairs(const TensorView& qkv, const AttentionOptions& o) {
+  return qkv.dtype == Dtype::bf16 && o.offsets[o.segments] >= 64 * o.segments;
 }
 #endif
 

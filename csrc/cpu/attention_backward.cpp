@@ -187,13 +187,11 @@ void backward(const TensorView& grad, const TensorView& qkv, const Tables& table
 
 }  // namespace
 
-void attention_backward(const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& sin,
-                        const TensorView& cos, const TensorView& out, const TensorView& lse, const TensorView& dqkv,
-                        const TensorView& dquery, const AttentionOptions& o) {
-  if (query.data) return choose_attention_backward_single()(grad, qkv, query, out, lse, dqkv, dquery, o);
+void attention_backward(const TensorView& grad, const TensorView& qkv, const TensorView& sin, const TensorView& cos,
+                        const TensorView& out, const TensorView& lse, const TensorView& dqkv, const AttentionOptions& o) {
   const Tables tables(sin, cos);
 #if defined(PVDM_ISA_AVX512BF16)
-  if (use_pairs(qkv, query, o)) return backward<Pairs, bf16>(grad, qkv, tables, out, lse, dqkv, o);
+  if (use_pairs(qkv, o)) return backward<Pairs, bf16>(grad, qkv, tables, out, lse, dqkv, o);
 #endif
   PVDM_WITH_TYPE(qkv.dtype, T, backward<Floats, T>(grad, qkv, tables, out, lse, dqkv, o))
 }

@@ -137,7 +137,7 @@ void attention_forward(const TensorView& qkv, const TensorView& query, const Ten
                        const TensorView& out, const TensorView& lse, const AttentionOptions& o) {
   const Tables tables(sin, cos);
 #if defined(PVDM_ISA_AVX512BF16)
-  if (use_pairs(qkv, query, o)) return forward<Pairs, bf16>(qkv, query, tables, out, lse, o);
+  if (!query.data && use_pairs(qkv, o)) return forward<Pairs, bf16>(qkv, query, tables, out, lse, o);
 #endif
   PVDM_WITH_TYPE(qkv.dtype, T, forward<Floats, T>(qkv, query, tables, out, lse, o))
 }

@@ -47,8 +47,11 @@ struct AttentionOptions {
 PVDM_CPU_KERNEL(attention_forward,
                 (const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
                  const TensorView& out, const TensorView& lse, const AttentionOptions& options))
-// grad and out as out above -> dqkv as qkv, dquery as query (null without it).
+// grad and out as out above -> dqkv as qkv.
 PVDM_CPU_KERNEL(attention_backward,
-                (const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& sin,
-                 const TensorView& cos, const TensorView& out, const TensorView& lse, const TensorView& dqkv,
-                 const TensorView& dquery, const AttentionOptions& options))
+                (const TensorView& grad, const TensorView& qkv, const TensorView& sin, const TensorView& cos,
+                 const TensorView& out, const TensorView& lse, const TensorView& dqkv, const AttentionOptions& options))
+// The same with a query: -> dkv as kv, dquery as query.
+PVDM_CPU_KERNEL(attention_backward_single,
+                (const TensorView& grad, const TensorView& kv, const TensorView& query, const TensorView& out,
+                 const TensorView& lse, const TensorView& dkv, const TensorView& dquery, const AttentionOptions& options))

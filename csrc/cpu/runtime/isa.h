@@ -5,7 +5,7 @@
 
 namespace pvdm {
 
-enum class Isa { plain, avx2, avx512 };
+enum class Isa { plain, avx2, avx512, avx512bf16 };
 
 // The set in use: PVDM_FAST_CPU_ISA, else the best that was built and this CPU has.
 // Throws std::invalid_argument where the variable names a set that is unknown, not built, or not in this CPU.
@@ -41,17 +41,31 @@ std::vector<std::string> usable_isas();
 #define PVDM_DECLARE_AVX512(name, args)
 #define PVDM_CASE_AVX512(name)
 #endif
+#ifdef PVDM_HAVE_AVX512BF16
+#define PVDM_DECLARE_AVX512BF16(name, args) \
+  namespace pvdm::avx512bf16 {              \
+  void name args;                           \
+  }
+#define PVDM_CASE_AVX512BF16(name) \
+  case Isa::avx512bf16:            \
+    return avx512bf16::name;
+#else
+#define PVDM_DECLARE_AVX512BF16(name, args)
+#define PVDM_CASE_AVX512BF16(name)
+#endif
 #define PVDM_CPU_KERNEL(name, args)      \
   namespace pvdm::plain {                \
   void name args;                        \
   }                                      \
   PVDM_DECLARE_AVX2(name, args)          \
   PVDM_DECLARE_AVX512(name, args)        \
+  PVDM_DECLARE_AVX512BF16(name, args)    \
   namespace pvdm {                       \
   inline auto choose_##name() -> void(*) args { \
     switch (current_isa()) {             \
       PVDM_CASE_AVX2(name)               \
       PVDM_CASE_AVX512(name)             \
+      PVDM_CASE_AVX512BF16(name)         \
       default:                           \
         return plain::name;              \
     }                                    \

@@ -1,0 +1,79 @@
+"""`axial_attention` on the CPU, forward and backward: an axis is a pair of strides, nothing is rearranged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.native import extension, rows_dense
+from pvdm_fast.native.cpu import parameter
+
+
+def _sequences(x: Tensor, axis: str) -> Tensor:
+    """(B, T, H, W, ...) -> (B, places, L, ...); a copy only where H and W are not one stride apart or rows not dense."""
+    x = rows_dense(x).flatten(2, 3)
+    return x.transpose(1, 2) if axis == "time" else x
+
+
+def _written(like: Tensor, axis: str) -> tuple[Tensor, Tensor]:
+    """A new tensor for kernels to fill, like `like`, and its sequences, which share its memory."""
+    result = torch.empty_like(like)
+    sequences = _sequences(result, axis)
+    if sequences.data_ptr() != result.data_ptr():
+        result = torch.empty_like(like, memory_format=torch.contiguous_format)
+        sequences = _sequences(result, axis)
+    return result, sequences
+
+
+def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if sin is None or cos is None else (parameter(sin), parameter(cos))
+
+
+def forward(
+    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """kv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
+    -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries) float32."""
+    sequences = _sequences(kv, axis)
+    batch, places, length, _, heads, width = sequences.shape
+    queries = length if query is None else 1
+    out = kv.new_empty(batch, kv.shape[1] if query is None else 1, *kv.shape[2:4], heads, width)
+    lse = kv.new_empty(batch, places, heads, queries, dtype=torch.float32)
+    extension("_cpu").attention_forward(
+        sequences,
+        None if query is None else _sequences(query, axis),
+        *_tables(sin, cos),
+        _sequences(out, axis),
+        lse,
+        *([0, length], scale, torch.get_num_threads()),
+    )
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    kv: Tensor,
+    query: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    axis: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    sequences = _sequences(kv, axis)
+    dkv, written = _written(kv, axis)
+    dquery = kv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
+    extension("_cpu").attention_backward(
+        _sequences(grad, axis),
+        sequences,
+        None if query is None else _sequences(query, axis),
+        *_tables(sin, cos),
+        _sequences(out, axis),
+        rows_dense(lse),
+        written,
+        None if query is None else _sequences(dquery, axis),
+        *([0, sequences.shape[2]], scale, torch.get_num_threads()),
+    )
+    return dkv if dkv.stride() == torch.empty_like(kv, device="meta").stride() else torch.empty_like(kv).copy_(dkv), dquery
