@@ -82,13 +82,13 @@ struct Backward {
       pack_panel<Op>(queries.from(n), count, width, turn.from(n), w.queries_across + at, block_queries);
       pack_panel<Op>(grads.from(n), count, width, Rotation{}, w.grads_across + at, block_queries);
       store(w.logs + n, load(logs + n, count) * log2_e);
-      store(w.deltas + n, Vec{});
-      for (int i = 0; i < count; i++) {
-        Vec sum = {};
+      Vec products[lanes] = {}, sum = {};
+      for (int i = 0; i < count; i++)
         for (int64_t c = 0; c < width; c += lanes)
-          sum += piece(grads, n + i, c, width, Rotation{}) * piece(outs, n + i, c, width, Rotation{});
-        w.deltas[n + i] = sum_of(sum);
-      }
+          products[i] += piece(grads, n + i, c, width) * piece(outs, n + i, c, width);
+      transpose(products);  // then the sum over a row is a sum of vectors
+      for (const Vec& part : products) sum += part;
+      store(w.deltas + n, sum);
     }
   }
 
@@ -172,7 +172,10 @@ void backward(const TensorView& grad, const TensorView& qkv, const Tables& table
   parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; t++) {
       const Workspace w({memory.floats() + t * size}, longest, width, shared);
-      plan.run(t, [&](const Problem& p, int64_t first, int64_t last, int64_t all) {
+      plan.run(t, [&](const Problem& p, const Problem& next, int64_t first, int64_t last, int64_t all) {
+        for (int part = 0; part < 3; part++) prefetch(tokens_of<const T>(qkv, next, part), next.count, width);
+        prefetch(tokens_of<const T>(grad, next), next.count, width);
+        prefetch(tokens_of<const T>(out, next), next.count, width);
         float* dqueries = w.dqueries[first == 0];
         op.run(p, first, last, w, dqueries);
         if (first == 0 && last == all) op.write_dqueries(p, dqueries);

@@ -49,9 +49,10 @@ struct Forward {
   float scale;  // of the scores
   int64_t width;
 
-  void run(const Problem& p, int64_t begin, int64_t end, const Workspace& w) const {
+  void run(const Problem& p, const Problem& next, int64_t begin, int64_t end, const Workspace& w) const {
     const int first = query.data ? 0 : 1;
     const Rotation turn = rotation.from(p.start);
+    for (int part = 0; part < 3 - !first; part++) prefetch(tokens_of<const T>(qkv, next, part), next.count, width);
     pack_panels<Op>(tokens_of<const T>(qkv, p, first), p.count, width, turn, w.keys);
     pack_rows<Op>(tokens_of<const T>(qkv, p, first + 1), p.count, width, Rotation{}, w.values);
     const auto queries = query.data ? tokens_of<const T>(query, p) : tokens_of<const T>(qkv, p, 0);
@@ -97,7 +98,8 @@ struct Forward {
   void lone(const Tokens<const T>& queries, const Rotation& turn, int64_t keys, const Tokens<T>& results, float* logs,
             const Workspace& w) const {
     const int64_t padding = padded(width), all = padded(keys);
-    for (int64_t c = 0; c < width; c += lanes) store(w.queries + c, piece(queries, 0, c, width, turn) * (scale * log2_e));
+    pack_rows<Floats>(queries, 1, width, turn, w.queries);
+    for (int64_t c = 0; c < padding; c += lanes) store(w.queries + c, load(w.queries + c) * (scale * log2_e));
     for (int64_t j = 0; j < all; j += lanes) multiply_row(1, w.queries, w.keys + j * width, lanes, w.scores + j, width);
     for (int64_t j = keys; j < all; j++) w.scores[j] = lowest;
     Vec top = splat(lowest), total = {};
@@ -126,7 +128,9 @@ void forward(const TensorView& qkv, const TensorView& query, const Tables& table
   parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; t++) {
       const Workspace workspace({memory.floats() + t * size}, longest, width);
-      plan.run(t, [&](const Problem& p, int64_t first, int64_t last, int64_t) { op.run(p, first, last, workspace); });
+      plan.run(t, [&](const Problem& p, const Problem& next, int64_t first, int64_t last, int64_t) {
+        op.run(p, next, first, last, workspace);
+      });
     }
   });
 }

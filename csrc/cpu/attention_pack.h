@@ -60,17 +60,22 @@ PVDM_INLINE void transpose(Vec (&x)[lanes]) {
   }
 }
 
-// Numbers c ... c + lanes of token n, rotated.
-template <class T>
-PVDM_INLINE Vec piece(const Tokens<const T>& x, int64_t n, int64_t c, int64_t width, const Rotation& rotation) {
-  const Vec value = load(x.at(n) + c, count_at(c, width));
-  if (!rotation.cos) return value;
+// Numbers c ... c + count of token n, rotated where `turned`.
+template <bool turned, class T>
+PVDM_INLINE Vec piece(const Tokens<const T>& x, int64_t n, int64_t c, int count, const Rotation& rotation) {
+  const Vec value = load(x.at(n) + c, count);
+  if (!turned) return value;
   const int64_t at = n * rotation.stride + c;
   return value * load(rotation.cos + at) + swap_neighbours(value) * load(rotation.sin + at);
 }
+template <class T>
+PVDM_INLINE Vec piece(const Tokens<const T>& x, int64_t n, int64_t c, int64_t width) {
+  return piece<false>(x, n, c, count_at(c, width), Rotation{});
+}
 
+template <bool turned>
 PVDM_INLINE Vec unrotated(Vec x, int64_t n, int64_t c, const Rotation& rotation) {
-  if (!rotation.cos) return x;
+  if (!turned) return x;
   const int64_t at = n * rotation.stride + c;
   return x * load(rotation.cos + at) + swap_neighbours(x * load(rotation.sin + at));
 }
@@ -80,18 +85,19 @@ constexpr int64_t words(int64_t numbers) {
   return (numbers + Op::step - 1) / Op::step;
 }
 
-// Words c ... c + lanes along the width of token n.
-template <class Op, class T>
-PVDM_INLINE Vec along(const Tokens<const T>& x, int64_t n, int64_t c, int64_t width, const Rotation& rotation) {
+// Words k ... k + lanes along the width of token n. whole: the width reaches that far.
+template <class Op, bool turned, bool whole, class T>
+PVDM_INLINE Vec along(const Tokens<const T>& x, int64_t n, int64_t k, int64_t width, const Rotation& rotation) {
 #if defined(PVDM_ISA_AVX512BF16)
   if constexpr (Op::step == 2) {
-    const int64_t first = 2 * c, second = first + lanes;
-    const Vec low = piece(x, n, first, width, rotation);
-    const Vec high = second < width ? piece(x, n, second, width, rotation) : Vec{};
+    const int64_t first = 2 * k, second = first + lanes;
+    const Vec low = piece<turned>(x, n, first, whole ? lanes : count_at(first, width), rotation);
+    if (!whole && second >= width) return cast<Vec>(_mm512_cvtne2ps_pbh(__m512{}, cast<__m512>(low)));
+    const Vec high = piece<turned>(x, n, second, whole ? lanes : count_at(second, width), rotation);
     return cast<Vec>(_mm512_cvtne2ps_pbh(cast<__m512>(high), cast<__m512>(low)));
   }
 #endif
-  return piece(x, n, c, width, rotation);
+  return piece<turned>(x, n, k, whole ? lanes : count_at(k, width), rotation);
 }
 
 #if defined(PVDM_ISA_AVX512BF16)
@@ -104,33 +110,64 @@ PVDM_INLINE Vec paired(Vec low, Vec high) {
 }
 #endif
 
+template <class Op, bool turned, bool whole, class T>
+PVDM_INLINE void pack_square(const Tokens<const T>& x, int64_t count, int64_t k, int64_t width, const Rotation& rotation,
+                             float* to, int64_t stride) {
+  Vec square[lanes];
+  if (whole) {
+#pragma GCC unroll 16
+    for (int n = 0; n < lanes; n++) square[n] = along<Op, turned, true>(x, n, k, width, rotation);
+  } else {
+    for (int n = 0; n < lanes; n++) square[n] = n < count ? along<Op, turned, false>(x, n, k, width, rotation) : Vec{};
+  }
+  transpose(square);
+  if (whole) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; i++) store(to + i * stride, square[i]);
+  } else {
+    for (int64_t i = 0; i < count_at(k, words<Op>(width)); i++) store(to + i * stride, square[i]);
+  }
+}
+
+// A single token as a panel: no transposing for one lane of it.
+template <class Op, bool turned, class T>
+PVDM_INLINE void pack_lane(const Tokens<const T>& x, int64_t k, int64_t width, const Rotation& rotation, float* to,
+                           int64_t stride) {
+  float numbers[lanes];
+  store(numbers, along<Op, turned, false>(x, 0, k, width, rotation));
+  for (int64_t i = 0; i < count_at(k, words<Op>(width)); i++) {
+    store(to + i * stride, Vec{});
+    to[i * stride] = numbers[i];
+  }
+}
+
+template <class Op, bool turned, class T>
+__attribute__((noinline)) void pack_squares(const Tokens<const T>& x, int64_t count, int64_t width,
+                                            const Rotation& rotation, float* to, int64_t stride) {
+  int64_t k = 0;
+  if (count == lanes)
+    for (; (k + lanes) * Op::step <= width; k += lanes)
+      pack_square<Op, turned, true>(x, count, k, width, rotation, to + k * stride, stride);
+  for (; k < words<Op>(width); k += lanes)
+    if (count == 1)
+      pack_lane<Op, turned>(x, k, width, rotation, to + k * stride, stride);
+    else
+      pack_square<Op, turned, false>(x, count, k, width, rotation, to + k * stride, stride);
+}
+
 // `count` <= lanes tokens, transposed: word k of token n goes to to[k * stride + n]; lanes beyond the count get zeros.
 template <class Op, class T>
-void pack_panel(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to,
-                int64_t stride) {
-  const int64_t all = words<Op>(width);
-  for (int64_t k = 0; k < all; k += lanes) {
-    Vec square[lanes];
-    if (count == lanes) {
-#pragma GCC unroll 16
-      for (int n = 0; n < lanes; n++) square[n] = along<Op>(x, n, k, width, rotation);
-    } else {
-      for (int n = 0; n < lanes; n++) square[n] = n < count ? along<Op>(x, n, k, width, rotation) : Vec{};
-    }
-    transpose(square);
-    const int rows = count_at(k, all);
-    if (rows == lanes) {
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; i++) store(to + (k + i) * stride, square[i]);
-    } else {
-      for (int i = 0; i < rows; i++) store(to + (k + i) * stride, square[i]);
-    }
-  }
+PVDM_INLINE void pack_panel(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to,
+                            int64_t stride) {
+  if (rotation.cos)
+    pack_squares<Op, true>(x, count, width, rotation, to, stride);
+  else
+    pack_squares<Op, false>(x, count, width, rotation, to, stride);
 }
 
 // All tokens as panels of `lanes` tokens, one after another.
 template <class Op, class T>
-void pack_panels(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to) {
+PVDM_INLINE void pack_panels(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to) {
   const int64_t panel = words<Op>(width) * lanes;
   for (int64_t n = 0; n < count; n += lanes, to += panel)
     pack_panel<Op>(x.from(n), count_at(n, count), width, rotation.from(n), to, lanes);
@@ -143,43 +180,90 @@ PVDM_INLINE void negate(float* data, int64_t count) {
   for (int64_t i = 0; i < count; i += lanes) store(data + i, cast<Vec>(fetch<Words>(data + i) ^ signs));
 }
 
+template <class Op, bool turned, class T>
+PVDM_INLINE void pack_row(const Tokens<const T>& x, int64_t n, bool pair, int64_t c, int width, const Rotation& rotation,
+                          float* to) {
+  const Vec low = piece<turned>(x, n, c, width, rotation);
+#if defined(PVDM_ISA_AVX512BF16)
+  if constexpr (Op::step == 2) {
+    store(to, paired(low, pair ? piece<turned>(x, n + 1, c, width, rotation) : Vec{}));
+    return;
+  }
+#endif
+  (void)pair;
+  store(to, low);
+}
+
+template <class Op, bool turned, class T>
+__attribute__((noinline)) void pack_all_rows(const Tokens<const T>& x, int64_t count, int64_t width,
+                                             const Rotation& rotation, float* to) {
+  for (int64_t n = 0; n < count; n += Op::step) {
+    int64_t c = 0;
+    for (; c + lanes <= width; c += lanes, to += lanes)
+      pack_row<Op, turned>(x, n, n + 1 < count, c, lanes, rotation, to);
+    if (c == width) continue;
+    pack_row<Op, turned>(x, n, n + 1 < count, c, count_at(c, width), rotation, to);
+    to += lanes;
+  }
+}
+
 // Token by token: word c of row n / step holds number c of tokens n (and n + 1). Rows of padded(width) words.
 template <class Op, class T>
-void pack_rows(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to) {
-  for (int64_t n = 0; n < count; n += Op::step)
-    for (int64_t c = 0; c < width; c += lanes, to += lanes) {
-#if defined(PVDM_ISA_AVX512BF16)
-      if constexpr (Op::step == 2) {
-        const Vec next = n + 1 < count ? piece(x, n + 1, c, width, rotation) : Vec{};
-        store(to, paired(piece(x, n, c, width, rotation), next));
-        continue;
-      }
-#endif
-      store(to, piece(x, n, c, width, rotation));
-    }
+PVDM_INLINE void pack_rows(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to) {
+  if (rotation.cos)
+    pack_all_rows<Op, true>(x, count, width, rotation, to);
+  else
+    pack_all_rows<Op, false>(x, count, width, rotation, to);
+}
+
+template <bool turned, class T>
+PVDM_INLINE void write_all_rows(const float* from, int64_t count, int64_t width, float scale, const Rotation& rotation,
+                                const Tokens<T>& to) {
+  for (int64_t n = 0; n < count; n++) {
+    int64_t c = 0;
+    for (; c + lanes <= width; c += lanes, from += lanes)
+      store(to.at(n) + c, unrotated<turned>(load(from) * scale, n, c, rotation));
+    if (c == width) continue;
+    store(to.at(n) + c, unrotated<turned>(load(from) * scale, n, c, rotation), count_at(c, width));
+    from += lanes;
+  }
 }
 
 // Rows of floats -> tokens, scaled, rotated back.
 template <class T>
 void write_rows(const float* from, int64_t count, int64_t width, float scale, const Rotation& rotation,
                 const Tokens<T>& to) {
-  const int64_t padding = padded(width);
-  for (int64_t n = 0; n < count; n++)
-    for (int64_t c = 0; c < width; c += lanes)
-      store(to.at(n) + c, unrotated(load(from + n * padding + c) * scale, n, c, rotation), count_at(c, width));
+  if (rotation.cos)
+    write_all_rows<true>(from, count, width, scale, rotation, to);
+  else
+    write_all_rows<false>(from, count, width, scale, rotation, to);
+}
+
+template <bool turned, class T>
+PVDM_INLINE void write_all_columns(const float* from, int64_t stride, int64_t count, int64_t width, Vec factor,
+                                   const Rotation& rotation, const Tokens<T>& to) {
+  for (int64_t c = 0; c < width; c += lanes) {
+    Vec square[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; i++) square[i] = load(from + (c + i) * stride) * factor;
+    transpose(square);
+    if (count == lanes && c + lanes <= width) {
+#pragma GCC unroll 16
+      for (int n = 0; n < lanes; n++) store(to.at(n) + c, unrotated<turned>(square[n], n, c, rotation));
+    } else {
+      for (int n = 0; n < count; n++) store(to.at(n) + c, unrotated<turned>(square[n], n, c, rotation), count_at(c, width));
+    }
+  }
 }
 
 // `count` <= lanes columns of a transposed block (rows `stride` apart) -> tokens, each lane times its factor.
 template <class T>
 void write_columns(const float* from, int64_t stride, int64_t count, int64_t width, Vec factor, const Rotation& rotation,
                    const Tokens<T>& to) {
-  for (int64_t c = 0; c < width; c += lanes) {
-    Vec square[lanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; i++) square[i] = load(from + (c + i) * stride) * factor;
-    transpose(square);
-    for (int n = 0; n < count; n++) store(to.at(n) + c, unrotated(square[n], n, c, rotation), count_at(c, width));
-  }
+  if (rotation.cos)
+    write_all_columns<true>(from, stride, count, width, factor, rotation, to);
+  else
+    write_all_columns<false>(from, stride, count, width, factor, rotation, to);
 }
 
 }  // namespace

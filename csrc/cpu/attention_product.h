@@ -12,6 +12,7 @@ namespace {
 // AVX-512 has 32 registers: 8 x 3 accumulators; otherwise 16: 4 x 3. Per step 11 (7) loads feed 24 (12) multiply-adds.
 constexpr int tile_rows = lanes == 16 ? 8 : 4;
 constexpr int tile_vectors = 3;
+constexpr int few_rows = 4;        // what is left over; 17 keys are a tile of 16 rows and one of these
 constexpr int block_queries = 48;  // a whole number of tiles for every width of vectors
 constexpr int block_keys = 64;     // scores of a block: 12 KB, in the first-level cache beside its operands
 
@@ -80,9 +81,16 @@ template <class Op, int rows, int vectors, int row>
 PVDM_INLINE void tiles(int64_t all_rows, const float* a, int64_t panel, int64_t step_a, const float* b, int64_t step_b,
                        Into to, int64_t steps) {
   float* const start = to.data;
-  for (int64_t r = 0; r < all_rows; r += rows) {
+  for (int64_t r = 0; r < all_rows;) {
+    const float* left = a + (row == 1 ? r / lanes * panel + r % lanes : r * row);
     to.data = start + r * to.stride;
-    tile<Op, rows, vectors, row>(a + (row == 1 ? r / lanes * panel + r % lanes : r * row), step_a, b, step_b, to, steps);
+    if (all_rows - r <= few_rows && few_rows < rows) {
+      tile<Op, few_rows, vectors, row>(left, step_a, b, step_b, to, steps);
+      r += few_rows;
+    } else {
+      tile<Op, rows, vectors, row>(left, step_a, b, step_b, to, steps);
+      r += rows;
+    }
   }
 }
 

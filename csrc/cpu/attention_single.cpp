@@ -35,10 +35,10 @@ struct Single {
     pack_panels<Floats>(values, p.count, width, Rotation{}, w.values_across);
     Vec products = {};
     for (int64_t c = 0; c < width; c += lanes) {
-      const Vec g = piece(grads, 0, c, width, Rotation{});
-      products += g * piece(outs, 0, c, width, Rotation{});
+      const Vec g = piece(grads, 0, c, width);
+      products += g * piece(outs, 0, c, width);
       store(w.grad + c, g);
-      store(w.query + c, piece(queries, 0, c, width, Rotation{}) * scale);
+      store(w.query + c, piece(queries, 0, c, width) * scale);
     }
     const float delta = sum_of(products);
     for (int64_t j = 0; j < p.count; j += lanes) {
@@ -68,7 +68,9 @@ void single(const TensorView& grad, const TensorView& kv, const TensorView& quer
   parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; t++) {
       const Workspace workspace({memory.floats() + t * size}, longest, width);
-      plan.run(t, [&](const Problem& p, int64_t, int64_t, int64_t) { op.run(p, workspace); });
+      plan.run(t, [&](const Problem& p, const Problem& next, int64_t, int64_t, int64_t) {
+        for (int part = 0; part < 2; part++) prefetch(tokens_of<const T>(kv, next, part), next.count, width);
+        op.run(p, workspace); });
     }
   });
 }

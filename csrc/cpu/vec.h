@@ -108,10 +108,23 @@ PVDM_INLINE void store(f16* p, Vec x) {
 #if defined(PVDM_ISA_AVX512)
 // As the general ones below; there, a detour through memory costs about 20 cycles.
 PVDM_INLINE Vec load(const float* p, int count) {
+  if (count >= lanes) return load(p);
   return cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
 }
 PVDM_INLINE void store(float* p, Vec x, int count) {
+  if (count >= lanes) return store(p, x);
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), cast<__m512>(x));
+}
+PVDM_INLINE Vec load(const bf16* p, int count) {
+  if (count >= lanes) return load(p);
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  return cast<Vec>(__builtin_convertvector(cast<Halves>(halves), Words) << 16);
+}
+PVDM_INLINE void store(bf16* p, Vec x, int count) {
+  if (count >= lanes) return store(p, x);
+  bf16 whole[lanes];
+  store(whole, x);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), fetch<__m256i>(whole));
 }
 #endif
 
