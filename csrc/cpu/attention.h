@@ -10,6 +10,8 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
+constexpr int64_t short_sequence = 64;
+
 struct Problem {
   int64_t batch, place, head, start, count;  // the segment's first token, its tokens
 };
@@ -27,7 +29,7 @@ PVDM_INLINE Tokens<T> tokens_of(const TensorView& t, const Problem& p, int part 
 // So the next problem's tokens are asked for while this one is computed: time attention 1.9 times as fast in bf16.
 template <class T>
 PVDM_INLINE void prefetch(const Tokens<const T>& x, int64_t count, int64_t width) {
-  if (count > block_keys) return;
+  if (count > short_sequence) return;
   for (int64_t n = 0; n < count; n++) {
     const char *p = reinterpret_cast<const char*>(x.at(n)), *end = p + width * static_cast<int64_t>(sizeof(T));
     for (; p < end; p += 64) __builtin_prefetch(p, 0, 2);
@@ -115,7 +117,7 @@ class Plan {
 // Products of bf16 pairs, where storage is bf16 and problems are long enough that products decide. Short sequences are bound
 // by memory; in floats they keep some digits.
 PVDM_INLINE bool use_pairs(const TensorView& qkv, const AttentionOptions& o) {
-  return qkv.dtype == Dtype::bf16 && o.offsets[o.segments] >= 64 * o.segments;
+  return qkv.dtype == Dtype::bf16 && o.offsets[o.segments] >= short_sequence * o.segments;
 }
 #endif
 

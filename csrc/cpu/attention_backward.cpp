@@ -1,7 +1,7 @@
 // Softmax attention, backward: segment_attention and axial_attention. Formula: pvdm_fast/reference/{segment,axial}_attention.py.
 //
 // Probabilities are computed again from the saved log-sum-exp. A thread packs queries and gradients of a problem once, then
-// takes blocks of 64 keys through all its queries: dK and dV of a block are summed in place, dQ in a buffer of the thread.
+// takes blocks of keys through all its queries: dK and dV of a block are summed in place, dQ in a buffer of the thread.
 // Where threads share a problem, their dQ are added in the threads' order afterwards: no atomics, the same bits every time.
 #include "attention.h"
 
