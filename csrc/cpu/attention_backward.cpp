@@ -41,7 +41,7 @@ void weights(const Workspace& w, int64_t query, int64_t keys, int64_t vectors, f
     const Vec log = load(w.logs + query + v * lanes), delta = load(w.deltas + query + v * lanes);
     for (int64_t j = 0; j < keys; j++) {
       const int64_t at = j * block_queries + v * lanes;
-      const Vec p = exp2<Op>(load(w.p + at) * scale - log), ds = p * (load(w.ds + at) - delta);
+      const Vec p = probability<Op>(load(w.p + at) * scale - log), ds = p * (load(w.ds + at) - delta);
 #if defined(PVDM_ISA_AVX512BF16)
       if constexpr (Op::step == 2) {
         const auto halves = [&](float* to, Vec x) {

@@ -44,9 +44,9 @@ struct Single {
     for (int64_t j = 0; j < p.count; j += lanes) {
       multiply_row(1, w.query, w.keys_across + j * width, lanes, w.p + j, width);
       multiply_row(1, w.grad, w.values_across + j * width, lanes, w.ds + j, width);
-      const Vec probability = exp2<Floats>((load(w.p + j) - log) * log2_e);
-      store(w.p + j, probability);
-      store(w.ds + j, probability * (load(w.ds + j) - delta));
+      const Vec weight = probability<Floats>((load(w.p + j) - log) * log2_e);
+      store(w.p + j, weight);
+      store(w.ds + j, weight * (load(w.ds + j) - delta));
     }
     multiply_row(padding / lanes, w.ds, w.keys, padding, w.dquery, p.count);
     const auto to = tokens_of<T>(dquery, p), dkeys = tokens_of<T>(dkv, p, 0), dvalues = tokens_of<T>(dkv, p, 1);

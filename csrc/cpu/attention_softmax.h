@@ -19,6 +19,16 @@ PVDM_INLINE Vec larger(Vec a, Vec b) {
 #endif
 }
 
+PVDM_INLINE Vec smaller(Vec a, Vec b) {
+#if defined(PVDM_ISA_AVX512)
+  return cast<Vec>(_mm512_min_ps(cast<__m512>(a), cast<__m512>(b)));
+#elif defined(PVDM_ISA_AVX2)
+  return cast<Vec>(_mm256_min_ps(cast<__m256>(a), cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // 2^x for x <= about 0, no smaller than 2^-126. Relative error 1e-7; 8e-5 where the result is rounded to bf16 anyway.
 template <class Op>
 PVDM_INLINE Vec exp2(Vec x) {
@@ -50,6 +60,12 @@ PVDM_INLINE Vec log2(Vec x) {
   const Vec t = (m - 1.0f) / (m + 1.0f), q = t * t;
   const Vec series = (((q * (1.0f / 9) + 1.0f / 7) * q + 0.2f) * q + 1.0f / 3) * q + 1.0f;
   return exponent + t * series * (2 * log2_e) + (x - x);
+}
+
+// A probability from its logarithm, computed again: rounding must not make it more than 1 (scores of 1e9 would overflow).
+template <class Op>
+PVDM_INLINE Vec probability(Vec log) {
+  return exp2<Op>(smaller(Vec{}, log));
 }
 
 PVDM_INLINE float sum_of(Vec x) {

@@ -7,14 +7,15 @@ import sys
 
 import torch
 
-from pvdm_fast.native.cpu import plane_norm, triplane_expand
+from pvdm_fast.native.cpu import axial_attention, plane_norm, segment_attention, triplane_expand
 
 spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
 assert spec is not None
 assert spec.loader is not None
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-triplane_expand.extension = plane_norm.extension = lambda name: module
+for launcher in (axial_attention, plane_norm, segment_attention, triplane_expand):
+    launcher.extension = lambda name: module
 
 
 def expand(dtype: torch.dtype) -> None:
@@ -35,10 +36,25 @@ def norm(dtype: torch.dtype) -> None:
         plane_norm.backward(y, x, weight, bias, film, mean, rstd, sizes, 4, True, resample)
 
 
-torch.set_num_threads(2)
+def attention(dtype: torch.dtype) -> None:
+    for offsets, width in (([0, 17], 12), ([0, 33], 48), ([0, 1, 60, 201], 40), ([0, 150], 7)):
+        qkv = torch.randn(1, offsets[-1], 1, 3, width).to(dtype).transpose(2, 3)
+        out, lse = segment_attention.forward(qkv, offsets, 0.3)
+        segment_attention.backward(out, qkv, out, lse, offsets, 0.3)
+    for axis, length in (("time", 9), ("space", 35)):
+        kv, sin = torch.randn(2, 9, 5, 7, 3, 2, 10).to(dtype), torch.randn(length, 10)
+        out, lse = axial_attention.forward(kv, None, sin, sin, axis, 0.3)
+        axial_attention.backward(out, kv, None, sin, sin, out, lse, axis, 0.3)
+    kv, query = torch.randn(2, 9, 5, 7, 2, 2, 10).to(dtype), torch.randn(2, 1, 5, 7, 2, 10).to(dtype)
+    out, lse = axial_attention.forward(kv, query, None, None, "time", 0.3)
+    axial_attention.backward(out, kv, query, None, None, out, lse, "time", 0.3)
+
+
+torch.set_num_threads(3)
 for isa in module.isas():
     module.set_isa(isa)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         expand(dtype)
         norm(dtype)
+        attention(dtype)
 print("clean")

@@ -15,14 +15,13 @@ def _sequences(x: Tensor, axis: str) -> Tensor:
     return x.transpose(1, 2) if axis == "time" else x
 
 
-def _written(like: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    """A new tensor for kernels to fill, like `like`, and its sequences, which share its memory."""
-    result = torch.empty_like(like)
-    sequences = _sequences(result, axis)
-    if sequences.data_ptr() != result.data_ptr():
-        result = torch.empty_like(like, memory_format=torch.contiguous_format)
-        sequences = _sequences(result, axis)
-    return result, sequences
+def _to_fill(like: Tensor, axis: str) -> tuple[Tensor, Tensor]:
+    """A tensor for kernels to fill, and its sequences, which share its memory: `like` itself where its strides allow."""
+    sequences = _sequences(like, axis)
+    if sequences.data_ptr() == like.data_ptr():
+        return like, sequences
+    dense = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return dense, _sequences(dense, axis)
 
 
 def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -37,8 +36,9 @@ def forward(
     sequences = _sequences(kv, axis)
     batch, places, length, _, heads, width = sequences.shape
     queries = length if query is None else 1
-    out = kv.new_empty(batch, kv.shape[1] if query is None else 1, *kv.shape[2:4], heads, width)
-    lse = kv.new_empty(batch, places, heads, queries, dtype=torch.float32)
+    time = kv.shape[1] if query is None else 1
+    out = torch.empty(kv.shape[0], time, *kv.shape[2:4], heads, width, dtype=kv.dtype)
+    lse = torch.empty(batch, places, heads, queries, dtype=torch.float32)
     extension("_cpu").attention_forward(
         sequences,
         None if query is None else _sequences(query, axis),
@@ -63,7 +63,8 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
     sequences = _sequences(kv, axis)
-    dkv, written = _written(kv, axis)
+    dkv = torch.empty_like(kv)
+    filled, dsequences = _to_fill(dkv, axis)
     dquery = kv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
     extension("_cpu").attention_backward(
         _sequences(grad, axis),
@@ -72,8 +73,8 @@ def backward(
         *_tables(sin, cos),
         _sequences(out, axis),
         rows_dense(lse),
-        written,
+        dsequences,
         None if query is None else _sequences(dquery, axis),
         *([0, sequences.shape[2]], scale, torch.get_num_threads()),
     )
-    return dkv if dkv.stride() == torch.empty_like(kv, device="meta").stride() else torch.empty_like(kv).copy_(dkv), dquery
+    return dkv if filled is dkv else dkv.copy_(filled), dquery

@@ -13,8 +13,8 @@ from pvdm_fast.native import extension, rows_dense
 def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     """qkv: (B, N, 3, heads, d) -> out: (B, N, heads, d), log-sum-exp of the scores: (B, heads, N) float32."""
     batch, tokens, _, heads, width = qkv.shape
-    out = qkv.new_empty(batch, tokens, heads, width)
-    lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32)
     extension("_cpu").attention_forward(
         rows_dense(qkv).unsqueeze(1),
         *(None, None, None),

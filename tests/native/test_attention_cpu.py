@@ -1,0 +1,252 @@
+"""Attention on the CPU, both operations, in every instruction set this machine has, against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from comparison import assert_close, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native.inputs import poisoned_empty
+from tolerances import OPERATION
+from torch import Tensor
+
+from pvdm_fast import native
+from pvdm_fast.native.cpu import axial_attention, segment_attention
+from pvdm_fast.reference import axial_attention as axial_reference
+from pvdm_fast.reference import segment_attention as segment_reference
+
+pytestmark = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
+ISAS = native.extension("_cpu").isas() if native.availability("cpu") is None else []
+LENGTHS = (1, 2, 16, 17, 33, 77, 300)
+WIDTHS = (8, 12, 16, 32, 40, 64, 80, 128, 256)
+_empty_like = torch.empty_like
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    module = native.extension("_cpu")
+    before = module.isa()
+    module.set_isa(request.param)
+    yield request.param
+    module.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a kernel leaves unwritten is NaN."""
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _empty_like(*a, **k).fill_(float("nan")))
+
+
+def by_head(tokens: int, heads: int, width: int, batch: int = 2) -> Tensor:
+    """(B, N, 3, heads, d) in the denoiser's memory order: each head's q, k, v in turn."""
+    return torch.randn(batch, tokens, heads, 3, width).transpose(2, 3)
+
+
+def run(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float) -> dict[str, Tensor]:
+    out, lse = segment_attention.forward(qkv, offsets, scale)
+    return {"output": out, "lse": lse, "gradient": segment_attention.backward(grad, qkv, out, lse, offsets, scale)}
+
+
+def expected(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float) -> dict[str, Tensor]:
+    qkv, grad = qkv.double(), grad.double()
+    out, lse = segment_reference.forward(qkv, offsets, scale)
+    return {"output": out, "lse": lse, "gradient": segment_reference.backward(grad, qkv, out, lse, offsets, scale)}
+
+
+def check(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, tolerance: float = 1e-5) -> dict[str, Tensor]:
+    actual = run(qkv, grad, offsets, scale)
+    for name, tensor in expected(qkv, grad, offsets, scale).items():
+        assert_close(actual[name], tensor, tolerance, name)
+    assert actual["gradient"].stride() == _empty_like(qkv).stride()
+    again = run(qkv, grad, offsets, scale)
+    assert all(torch.equal(actual[name], again[name]) for name in actual), "differs on a second run"
+    return actual
+
+
+@pytest.mark.parametrize(("tokens", "width"), [*((n, 12) for n in LENGTHS), *((n, 64) for n in LENGTHS)])
+def test_lengths(isa: str, tokens: int, width: int) -> None:
+    check(by_head(tokens, 2, width), torch.randn(2, tokens, 2, width), [0, tokens], width**-0.5)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 1, 7])
+def test_widths(isa: str, width: int) -> None:
+    for tokens in (33, 77):
+        check(by_head(tokens, 2, width), torch.randn(2, tokens, 2, width), [0, tokens], width**-0.5)
+
+
+def test_unequal_segments(isa: str) -> None:
+    for offsets in ([0, 35, 56, 71], [0, 1, 130, 131, 300], [0, 17, 34, 50]):
+        check(by_head(offsets[-1], 3, 16), torch.randn(2, offsets[-1], 3, 16), offsets, 0.25)
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "every second token": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
+    "batch inside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "width not dense": lambda t: t.transpose(-1, 1).contiguous().transpose(-1, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_orders(isa: str, form: str) -> None:
+    qkv, grad = by_head(35, 2, 16), torch.randn(2, 35, 2, 16)
+    check(FORMS[form](qkv), FORMS[form](grad), [0, 35], 0.25)
+    for stride_0 in (grad[:, :1].expand_as(grad), grad[:1, :1, :1, :1].expand_as(grad)):
+        check(FORMS[form](qkv), stride_0, [0, 35], 0.25)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
+def test_any_scale(isa: str, scale: float) -> None:
+    check(by_head(100, 1, 8), torch.randn(2, 100, 1, 8), [0, 100], scale)
+    check(by_head(17, 1, 8), torch.randn(2, 17, 1, 8), [0, 17], scale)
+
+
+def eager(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float) -> dict[str, Tensor]:
+    """What plain PyTorch computes in the tensors' own dtype, the softmax in float32 as in the release."""
+    qkv = qkv.detach().requires_grad_()
+    parts = []
+    for start, stop in pairwise(offsets):
+        q, k, v = qkv[:, start:stop].permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q * scale @ k.mT).float().softmax(-1).to(q.dtype)
+        parts.append((weights @ v).transpose(1, 2))
+    out = torch.cat(parts, 1)
+    return {"output": out.detach(), "gradient": torch.autograd.grad(out, qkv, grad)[0]}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (17, 48), (77, 32), (130, 7)])
+def test_16_bits(isa: str, dtype: torch.dtype, tokens: int, width: int) -> None:
+    """The error is at most twice eager PyTorch's in the same dtype."""
+    for offsets in ([0, tokens], [0, tokens // 3, tokens])[: 1 + (tokens > 2)]:
+        inputs = by_head(tokens, 2, width).to(dtype), torch.randn(2, tokens, 2, width).to(dtype)
+        actual, plain = run(*inputs, offsets, width**-0.5), eager(*inputs, offsets, width**-0.5)
+        exact = expected(*inputs, offsets, width**-0.5)
+        assert actual["output"].dtype == actual["gradient"].dtype == dtype
+        assert_close(actual["lse"], exact["lse"], 1e-4, "lse")
+        for name in plain:
+            bound = max(2 * relative_error(plain[name], exact[name]), OPERATION[dtype])
+            assert_close(actual[name], exact[name], bound, name)
+
+
+@pytest.mark.parametrize("tokens", [17, 150])
+def test_large_scores(isa: str, tokens: int) -> None:
+    """Scores up to +-80: neither overflow nor lost sums. Their own rounding (80 x 6e-8) sets the tolerance."""
+    qkv, grad = by_head(tokens, 2, 16), torch.randn(2, tokens, 2, 16)
+    scores = torch.einsum("bihc,bjhc->bhij", qkv[:, :, 0], qkv[:, :, 1])
+    check(qkv, grad, [0, tokens], float(80 / scores.abs().max()), 1e-4)
+    extreme = run(qkv * 1e4, grad, [0, tokens], 1.0)
+    assert all(torch.isfinite(tensor).all() for tensor in extreme.values())
+
+
+def test_nan_is_passed_on(isa: str) -> None:
+    for tokens in (17, 150):
+        qkv = by_head(tokens, 2, 16)
+        qkv[0, 5, 1, 1, 3] = float("nan")  # a key: every query of its batch and head
+        out, lse = segment_attention.forward(qkv, [0, tokens], 0.25)
+        assert out[0, :, 1].isnan().all()
+        assert lse[0, 1].isnan().all()
+        assert out[0, :, 0].isfinite().all()
+        assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("offsets", [[0, 300], [0, 40, 260, 300]])
+def test_threads(isa: str, offsets: list[int]) -> None:
+    """Fewer problems than threads: blocks of one problem are shared, and still every run gives the same bits."""
+    qkv, grad = by_head(300, 1, 64, batch=1), torch.randn(1, 300, 1, 64)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            check(qkv, grad, offsets, 0.125)
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 80), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 40), st.integers(1, 3)
+)
+def test_any_shape(segments: list[int], heads: int, width: int, batch: int) -> None:
+    offsets = [sum(segments[:i]) for i in range(len(segments) + 1)]
+    qkv = by_head(offsets[-1], heads, width, batch)
+    check(qkv, torch.randn(batch, offsets[-1], heads, width), offsets, width**-0.5)
+
+
+def tables(length: int, width: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(length, width)
+    return angles.sin(), angles.cos()
+
+
+def check_axial(
+    kv: Tensor, query: Tensor | None, rotation: tuple[Tensor, Tensor] | None, axis: str, bound: float = 1e-5
+) -> None:
+    scale = kv.shape[-1] ** -0.5
+    sin, cos = rotation or (None, None)
+    wide = [None if t is None else t.double() for t in (kv, query, sin, cos)]
+    exact, exact_lse = axial_reference.forward(*wide, axis, scale)
+    out, lse = axial_attention.forward(kv, query, sin, cos, axis, scale)
+    grad = torch.randn_like(exact).to(kv.dtype)
+    assert_close(out, exact, bound, "output")
+    assert_close(lse, exact_lse, bound, "lse")
+    gradients = axial_attention.backward(grad, kv, query, sin, cos, out, lse, axis, scale)
+    again = axial_attention.backward(grad, kv, query, sin, cos, out, lse, axis, scale)
+    exact_gradients = axial_reference.backward(grad.double(), *wide, exact, exact_lse, axis, scale)
+    for name, a, e, b in zip(("kv", "query"), gradients, exact_gradients, again, strict=True):
+        if e.norm() > 0:
+            assert_close(a, e, bound, f"gradient of {name}")
+        else:  # no choice, no gradient: of the query of one token
+            assert a.numel() == e.numel()
+            assert (a.abs() < 100 * bound).all()
+        assert torch.equal(a, b)
+    assert gradients[0].stride() == _empty_like(kv).stride()
+
+
+AXIAL_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda t: t,
+    "time inside": lambda t: t.movedim(1, 3).contiguous().movedim(3, 1),
+    "width before height": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("axis", ["time", "space"])
+def test_axial(isa: str, axis: str) -> None:
+    for sizes, width in (((5, 3, 7), 12), ((16, 2, 3), 64), ((17, 2, 2), 48), ((33, 1, 2), 8), ((2, 9, 11), 80)):
+        length = sizes[0] if axis == "time" else sizes[1] * sizes[2]
+        kv = torch.randn(2, *sizes, 3, 2, width)
+        for rotation in (None, tables(length, width)):
+            check_axial(kv, None, rotation, axis)
+            check_axial(kv.half(), None, rotation, axis, 1e-3)
+
+
+@pytest.mark.parametrize("form", AXIAL_FORMS)
+def test_axial_memory_orders(isa: str, form: str) -> None:
+    for axis, length in (("time", 5), ("space", 21)):
+        check_axial(AXIAL_FORMS[form](torch.randn(2, 5, 3, 7, 3, 2, 12)), None, tables(length, 12), axis)
+    kv, query = torch.randn(2, 5, 3, 7, 2, 2, 12), torch.randn(2, 1, 3, 7, 2, 12)
+    check_axial(AXIAL_FORMS[form](kv), AXIAL_FORMS[form](query), None, "time")
+
+
+@pytest.mark.parametrize(("length", "width"), [(1, 8), (9, 12), (17, 48), (33, 64), (200, 7)])
+def test_single_query(isa: str, length: int, width: int) -> None:
+    kv, query = torch.randn(2, length, 2, 3, 2, 2, width), torch.randn(2, 1, 2, 3, 2, width)
+    check_axial(kv, query, None, "time")
+    check_axial(kv.half(), query.half(), None, "time", 1e-3)
+
+
+def test_arguments_are_checked() -> None:
+    qkv = by_head(6, 2, 8)
+    with pytest.raises(ValueError, match="offsets must span"):
+        segment_attention.forward(qkv, [0, 5], 1.0)
+    with pytest.raises(ValueError, match="offsets must rise"):
+        segment_attention.forward(qkv, [0, 4, 4, 6], 1.0)
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        segment_attention.forward(qkv.double(), [0, 6], 1.0)
+    lattice = torch.randn(1, 2, 3, 1, 3, 1, 8)
+    with pytest.raises(ValueError, match="rotation table has not the shape"):
+        axial_attention.forward(lattice, None, torch.ones(3, 8), torch.ones(3, 8), "time", 1.0)
