@@ -10,7 +10,7 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-constexpr int64_t short_sequence = 64;
+constexpr int64_t short_sequence = 64;  // tokens
 
 struct Problem {
   int64_t batch, place, head, start, count;  // the segment's first token, its tokens
@@ -25,8 +25,12 @@ PVDM_INLINE Tokens<T> tokens_of(const TensorView& t, const Problem& p, int part 
   return {t.as<T>() + offset, t.stride[2]};
 }
 
+PVDM_INLINE float* logs_of(const TensorView& lse, const Problem& p) {
+  return lse.as<float>() + p.batch * lse.stride[0] + p.place * lse.stride[1] + p.head * lse.stride[2] + p.start;
+}
+
 // Short sequences are bound by the latency of memory: their rows lie far apart, where no prefetcher of the hardware follows.
-// So the next problem's tokens are asked for while this one is computed: time attention 1.9 times as fast in bf16.
+// So the next problem's tokens are asked for while this one is computed: time attention ran 1.5 times as fast in bf16.
 template <class T>
 PVDM_INLINE void prefetch(const Tokens<const T>& x, int64_t count, int64_t width) {
   if (count > short_sequence) return;

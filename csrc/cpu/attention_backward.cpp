@@ -1,4 +1,5 @@
-// Softmax attention, backward: segment_attention and axial_attention. Formula: pvdm_fast/reference/{segment,axial}_attention.py.
+// Softmax attention, backward: segment_attention and axial_attention.
+// Formula: pvdm_fast/reference/{segment,axial}_attention.py.
 //
 // Probabilities are computed again from the saved log-sum-exp. A thread packs queries and gradients of a problem once, then
 // takes blocks of keys through all its queries: dK and dV of a block are summed in place, dQ in a buffer of the thread.
@@ -24,10 +25,12 @@ struct Workspace {
     const int64_t padding = padded(width);
     tokens = (longest + block_queries - 1) / block_queries * block_queries;
     block = padding * block_queries;
-    for (float** part : {&queries_across, &queries, &grads_across, &grads, &dqueries[1]}) *part = arena.floats(tokens * padding);
+    for (float** part : {&queries_across, &queries, &grads_across, &grads, &dqueries[1]})
+      *part = arena.floats(tokens * padding);
     dqueries[0] = shared ? arena.floats(tokens * padding) : nullptr;
     for (float** part : {&logs, &deltas}) *part = arena.floats(tokens);
-    for (float** part : {&keys_across, &keys, &values_across, &dkeys, &dvalues}) *part = arena.floats(block_keys * padding);
+    for (float** part : {&keys_across, &keys, &values_across, &dkeys, &dvalues})
+      *part = arena.floats(block_keys * padding);
     for (float** part : {&p, &ds}) *part = arena.floats(block_keys * block_queries);
     for (float** part : {&p_pairs, &ds_pairs, &ds_along}) *part = arena.floats(block_keys * block_queries / 2);
     size = arena.used;
@@ -71,9 +74,10 @@ struct Backward {
 
   // Everything of a problem that goes by queries.
   void prepare(const Problem& p, const Workspace& w) const {
-    const auto queries = tokens_of<const T>(qkv, p), grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
+    const auto queries = tokens_of<const T>(qkv, p);
+    const auto grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
     const Rotation turn = rotation.from(p.start);
-    const float* logs = lse.as<float>() + p.batch * lse.stride[0] + p.place * lse.stride[1] + p.head * lse.stride[2] + p.start;
+    const float* logs = logs_of(lse, p);
     pack_rows<Op>(queries, p.count, width, turn, w.queries);
     pack_rows<Op>(grads, p.count, width, Rotation{}, w.grads);
     for (int64_t n = 0; n < p.count; n += lanes) {

@@ -1,4 +1,5 @@
-// Softmax attention, forward: segment_attention and axial_attention. Formula: pvdm_fast/reference/{segment,axial}_attention.py.
+// Softmax attention, forward: segment_attention and axial_attention.
+// Formula: pvdm_fast/reference/{segment,axial}_attention.py.
 //
 // Flash-style: a thread packs keys and values of a problem once, then takes blocks of 48 queries through blocks of keys
 // with a running maximum. Work-space per thread: two packed copies of the longest segment, O(N d).
@@ -57,7 +58,7 @@ struct Forward {
     pack_rows<Op>(tokens_of<const T>(qkv, p, first + 1), p.count, width, Rotation{}, w.values);
     const auto queries = query.data ? tokens_of<const T>(query, p) : tokens_of<const T>(qkv, p, 0);
     const auto results = tokens_of<T>(out, p);
-    float* logs = lse.as<float>() + p.batch * lse.stride[0] + p.place * lse.stride[1] + p.head * lse.stride[2] + p.start;
+    float* logs = logs_of(lse, p);
     if (query.data) return lone(queries, turn, p.count, results, logs, w);
     for (int64_t b = begin; b < end; b++) {
       const int64_t count = queries_of<Op>(b, p.count);

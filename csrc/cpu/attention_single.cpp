@@ -27,9 +27,10 @@ struct Single {
 
   void run(const Problem& p, const Workspace& w) const {
     const auto keys = tokens_of<const T>(kv, p, 0), values = tokens_of<const T>(kv, p, 1);
-    const auto queries = tokens_of<const T>(query, p), grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
+    const auto queries = tokens_of<const T>(query, p);
+    const auto grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
     const int64_t padding = padded(width);
-    const float log = lse.as<float>()[p.batch * lse.stride[0] + p.place * lse.stride[1] + p.head * lse.stride[2]];
+    const float log = *logs_of(lse, p);
     pack_panels<Floats>(keys, p.count, width, Rotation{}, w.keys_across);
     pack_rows<Floats>(keys, p.count, width, Rotation{}, w.keys);
     pack_panels<Floats>(values, p.count, width, Rotation{}, w.values_across);

@@ -20,7 +20,7 @@ def run_sanitized(script: Path, *arguments: Path) -> None:
         **os.environ,
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).resolve().parents[1:3]),
     }
     command = [sys.executable, str(script), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -10,13 +10,13 @@ from pvdm_fast.native.cpu import parameter
 
 
 def _sequences(x: Tensor, axis: str) -> Tensor:
-    """(B, T, H, W, ...) -> (B, places, L, ...); a copy only where H and W are not one stride apart or rows not dense."""
+    """(B, T, H, W, ...) -> (B, places, L, ...); copied only where H and W are not one axis, or rows not dense."""
     x = rows_dense(x).flatten(2, 3)
     return x.transpose(1, 2) if axis == "time" else x
 
 
 def _to_fill(like: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    """A tensor for kernels to fill, and its sequences, which share its memory: `like` itself where its strides allow."""
+    """What kernels fill, and its sequences, which share its memory: `like` itself where its strides allow."""
     sequences = _sequences(like, axis)
     if sequences.data_ptr() == like.data_ptr():
         return like, sequences
