@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_pointwise.h"
 #include "cpu/kernels.h"
 #include "tensor_caster.h"
 #include "tensor_checks.h"
@@ -107,7 +108,7 @@ void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView 
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pvdm_fast; call them through pvdm_fast.native.cpu.";
-  m.attr("abi") = 1;
+  m.attr("abi") = 2;
   m.def("isa", [] { return pvdm::isa_name(pvdm::current_isa()); });
   m.def("isas", &pvdm::usable_isas);
   m.def("set_isa", &pvdm::set_isa);
@@ -115,4 +116,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("triplane_expand_sums", &expand_sums);
   m.def("plane_norm_forward", &norm_forward);
   m.def("plane_norm_backward", &norm_backward);
+  pvdm::border::bind_pointwise(m);
 }

@@ -38,7 +38,7 @@ PACKAGE = {
 BACKENDS = tuple(PACKAGE)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": OPERATIONS,
-    "cpu": ("plane_norm", "triplane_expand"),
+    "cpu": ("plane_norm", "plane_conv", "triplane_slice", "triplane_expand", "geglu", "add_layer_norm"),
     "triton": (),
     "cuda": ("triplane_expand",),
 }

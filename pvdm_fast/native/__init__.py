@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1  # raised with every change of a binding's arguments; the extensions carry the number they were built with
+ABI = 2  # raised with every change of a binding's arguments; the extensions carry the number they were built with
 REINSTALL = "install pvdm_fast again (pip install -e . in its source folder)"
 
 
