@@ -157,7 +157,7 @@ PVDM_INLINE int count_at(int64_t c, int64_t channels) {
 }
 
 // body(c, count) for every register of a row. The count is a constant but for the last, so that nothing in the loop asks
-// for it and the compiler keeps constants in registers (geglu: 21 -> 12 ms). Give the body PVDM_BODY.
+// for it and the compiler keeps constants in registers. Give the body PVDM_BODY.
 #define PVDM_BODY __attribute__((always_inline))
 template <class F>
 PVDM_INLINE void for_registers(int64_t channels, const F& body) {

@@ -16,7 +16,7 @@ def _onednn() -> bool:
         return False
     try:
         one = torch.ones(1, 1)
-        return bool(torch.ops.mkldnn._linear_pointwise(one, one, one, "none", [], "") == 2)
+        return bool(torch.ops.mkldnn._linear_pointwise(one, one, one[0], "none", [], "") == 2)
     except (AttributeError, RuntimeError, TypeError):
         return False
 
