@@ -35,8 +35,9 @@ float add_row(const X* x, const R* residual, R* total, int64_t channels, float* 
   return total_of(sum);
 }
 
-// Mean and 1 / std of a row from its deviations from a first mean; what that one lacked is added.
-void moments(const float* row, float first, int64_t channels, float eps, float* mean, float* rstd) {
+// From a row's deviations from a first mean: what that one lacks, and 1 / std. The two are not added before they are
+// subtracted: rounding a mean of 1000 standard deviations would cost 3e-5 of the result.
+void moments(const float* row, float first, int64_t channels, float eps, float* shift, float* rstd) {
   Vec sum = {}, squares = {};
   int64_t c = 0;
   for (; c + lanes <= channels; c += lanes) {
@@ -50,9 +51,9 @@ void moments(const float* row, float first, int64_t channels, float eps, float* 
     rest += d;
     square += d * d;
   }
-  const float count = static_cast<float>(channels), shift = rest / count;
-  const float variance = square / count - shift * shift;
-  *mean = first + shift;
+  const float count = static_cast<float>(channels), lack = rest / count;
+  const float variance = square / count - lack * lack;
+  *shift = lack;
   *rstd = 1.0f / __builtin_sqrtf((variance > 0 || variance != variance ? variance : 0.0f) + eps);
 }
 
@@ -70,13 +71,14 @@ void forward(const TensorView& x, const TensorView& residual, const TensorView& 
       const float sum =
           add_row(x.as<X>() + i * x.stride[0], residual.data ? residual.as<R>() + i * residual.stride[0] : nullptr,
                   total.as<R>() + i * channels, channels, row);
-      float m, r;
-      moments(row, sum / static_cast<float>(channels), channels, eps, &m, &r);
-      mean.as<float>()[i] = m;
+      const float first = sum / static_cast<float>(channels);
+      float shift, r;
+      moments(row, first, channels, eps, &shift, &r);
+      mean.as<float>()[i] = first + shift;
       rstd.as<float>()[i] = r;
       R* out = normed.as<R>() + i * channels;
       for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-        store(out + c, (load(row + c) - m) * r * load(w + c, count) + load(b + c, count), count);
+        store(out + c, (load(row + c) - first - shift) * r * load(w + c, count) + load(b + c, count), count);
       });
     }
   });
