@@ -20,7 +20,7 @@ def run_sanitized(script: Path, *arguments: Path) -> None:
         **os.environ,
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": os.pathsep.join(str(Path(__file__).resolve().parents[up]) for up in (1, 2)),  # tests, this checkout
     }
     command = [sys.executable, str(script), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -100,7 +100,7 @@ def test_only_what_is_needed(needs: tuple[bool, bool]) -> None:
 
 
 def test_weights_that_change() -> None:
-    """Nothing about a weight is remembered: updates in place, views of one storage and other memory formats are read."""
+    """Nothing about a weight is remembered: updates in place, views of one storage, other formats are read."""
     x, weight, bias, _ = draw(ODD, 5, 6, torch.float32)
     conv = torch.nn.Conv2d(5, 6, 3)
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)

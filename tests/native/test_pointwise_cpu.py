@@ -155,7 +155,9 @@ def check_slice(x: Tensor, grad: Tensor, token: Tensor, positions: Tensor, plane
 
 def slice_inputs(plane: str, channels: int, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, ...]:
     length, lattice = PLANES[plane], LAYOUT.num_lattice_tokens
-    x, token, positions = (torch.randn(s).to(dtype) for s in ((batch, lattice, channels), channels, (length + 1, channels)))
+    x, token, positions = (
+        torch.randn(s).to(dtype) for s in ((batch, lattice, channels), channels, (length + 1, channels))
+    )
     return x, torch.randn(batch, lattice // length, length + 1, channels).to(dtype), token, positions
 
 

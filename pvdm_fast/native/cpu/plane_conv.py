@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def _chunks(rows: int, channels: int, dtype: torch.dtype) -> Iterator[tuple[int,
     most = max(64, WORKSPACE // (TAPS * channels * dtype.itemsize))
     parts = -(-rows // most)
     bounds = [rows * part // parts for part in range(parts + 1)]
-    yield from ((first, stop - first) for first, stop in zip(bounds, bounds[1:], strict=False))
+    yield from ((first, stop - first) for first, stop in pairwise(bounds))
 
 
 def _unfold(x: Tensor, planes: list[int], first: int, rows: int) -> Tensor:
