@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings_pointwise.h"
 #include "cpu/kernels.h"
 #include "tensor_caster.h"
 #include "tensor_checks.h"
@@ -175,4 +176,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("plane_norm_backward", &norm_backward);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  pvdm::border::bind_pointwise(m);
 }

@@ -38,7 +38,7 @@ PACKAGE = {
 BACKENDS = tuple(PACKAGE)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": OPERATIONS,
-    "cpu": ("segment_attention", "axial_attention", "plane_norm", "triplane_expand"),
+    "cpu": OPERATIONS,
     "triton": (),
     "cuda": ("triplane_expand",),
 }

@@ -55,3 +55,35 @@ PVDM_CPU_KERNEL(attention_backward,
 PVDM_CPU_KERNEL(attention_backward_single,
                 (const TensorView& grad, const TensorView& kv, const TensorView& query, const TensorView& out,
                  const TensorView& lse, const TensorView& dkv, const TensorView& dquery, const AttentionOptions& options))
+
+// x (B, N, C) -> out (rows, 9 C) of its dtype: rows first ... of the unfolded matrix (B N, 9 C), taps fastest.
+PVDM_CPU_KERNEL(plane_conv_unfold,
+                (const TensorView& x, const TensorView& out, const Planes& planes, int64_t first, int threads))
+// Adds rows first ... of an unfolded gradient (rows, 9 C), f32 or bf16, to dx (B, N, C) f32: the transpose of unfolding.
+PVDM_CPU_KERNEL(plane_conv_fold,
+                (const TensorView& unfolded, const TensorView& dx, const Planes& planes, int64_t first, int threads))
+
+// x (R, 2M) -> out (R, M); and its gradient.
+PVDM_CPU_KERNEL(geglu_forward, (const TensorView& x, const TensorView& out, int threads))
+PVDM_CPU_KERNEL(geglu_backward, (const TensorView& grad, const TensorView& x, const TensorView& dx, int threads))
+
+// x (R, C), residual (R, C) of another dtype or null, weight and bias (C) f32 -> total (null without residual) and
+// normed (R, C) of the residual's dtype, mean and rstd (R) f32.
+PVDM_CPU_KERNEL(add_layer_norm_forward,
+                (const TensorView& x, const TensorView& residual, const TensorView& weight, const TensorView& bias,
+                 const TensorView& total, const TensorView& normed, const TensorView& mean, const TensorView& rstd,
+                 float eps, int threads))
+// grad of normed, extra of total (or null), total (R, C) of one dtype -> dx (R, C) of it; dweight, dbias (C) f32.
+PVDM_CPU_KERNEL(add_layer_norm_backward,
+                (const TensorView& grad, const TensorView& extra, const TensorView& total, const TensorView& weight,
+                 const TensorView& mean, const TensorView& rstd, const TensorView& dx, const TensorView& dweight,
+                 const TensorView& dbias, int threads))
+
+// x (B, T H W, C), token (C) and positions (L + 1, C) f32 -> out (B, places, L + 1, C) as x. plane: 0 xy, 1 yt, 2 xt.
+PVDM_CPU_KERNEL(triplane_slice_forward,
+                (const TensorView& x, const TensorView& token, const TensorView& positions, const TensorView& out,
+                 const Layout& layout, int plane, int threads))
+// grad (B, places, L + 1, C) -> dx (B, T H W, C) of its dtype, dpositions (L + 1, C) f32; the token's is its last row.
+PVDM_CPU_KERNEL(triplane_slice_backward,
+                (const TensorView& grad, const TensorView& dx, const TensorView& dpositions, const Layout& layout,
+                 int plane, int threads))

@@ -78,10 +78,25 @@ PVDM_INLINE Halves narrow(Vec x) {
 PVDM_INLINE Vec load(const float* p) { return fetch<Vec>(p); }
 PVDM_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
-PVDM_INLINE Vec load(const bf16* p) { return cast<Vec>(__builtin_convertvector(fetch<Halves>(p), Words) << 16); }
+// GCC 12 makes three instructions of each of these conversions of 16 bits to 32 and back, so they are written out.
+#if defined(PVDM_ISA_AVX512)
+PVDM_INLINE Words wide(const void* p) { return cast<Words>(_mm512_cvtepu16_epi32(fetch<__m256i>(p))); }
+PVDM_INLINE Halves half(Words w) { return cast<Halves>(_mm512_cvtepi32_epi16(cast<__m512i>(w))); }
+#elif defined(PVDM_ISA_AVX2)
+PVDM_INLINE Words wide(const void* p) { return cast<Words>(_mm256_cvtepu16_epi32(fetch<__m128i>(p))); }
+PVDM_INLINE Halves half(Words w) {  // w below 2^16
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(cast<__m256i>(w), cast<__m256i>(w)), 0x08);
+  return cast<Halves>(_mm256_castsi256_si128(pairs));
+}
+#else
+PVDM_INLINE Words wide(const void* p) { return __builtin_convertvector(fetch<Halves>(p), Words); }
+PVDM_INLINE Halves half(Words w) { return __builtin_convertvector(w, Halves); }
+#endif
+
+PVDM_INLINE Vec load(const bf16* p) { return cast<Vec>(wide(p) << 16); }
 PVDM_INLINE void store(bf16* p, Vec x) {
   const Words u = cast<Words>(x), nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const Halves h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : nearest, Halves);
+  const Halves h = half((u & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : nearest);
   memcpy(p, &h, sizeof h);
 }
 
@@ -165,6 +180,16 @@ PVDM_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 PVDM_INLINE int64_t padded(int64_t channels) { return (channels + lanes - 1) / lanes * lanes; }
 PVDM_INLINE int count_at(int64_t c, int64_t channels) {
   return channels - c < lanes ? static_cast<int>(channels - c) : lanes;
+}
+
+// body(c, count) for every register of a row. The count is a constant but for the last, so that nothing in the loop asks
+// for it and the compiler keeps constants in registers. Give the body PVDM_BODY.
+#define PVDM_BODY __attribute__((always_inline))
+template <class F>
+PVDM_INLINE void for_registers(int64_t channels, const F& body) {
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) body(c, lanes);
+  if (c < channels) body(c, static_cast<int>(channels - c));
 }
 
 // Calls body(T{}) with the storage type of a dtype.

@@ -7,14 +7,32 @@ import sys
 
 import torch
 
-from pvdm_fast.native.cpu import axial_attention, plane_norm, segment_attention, triplane_expand
+from pvdm_fast.native.cpu import (
+    add_layer_norm,
+    axial_attention,
+    geglu,
+    plane_conv,
+    plane_norm,
+    segment_attention,
+    triplane_expand,
+    triplane_slice,
+)
 
 spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
 assert spec is not None
 assert spec.loader is not None
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-for launcher in (axial_attention, plane_norm, segment_attention, triplane_expand):
+for launcher in (
+    add_layer_norm,
+    axial_attention,
+    geglu,
+    plane_conv,
+    plane_norm,
+    segment_attention,
+    triplane_expand,
+    triplane_slice,
+):
     launcher.extension = lambda name: module
 
 
@@ -51,10 +69,40 @@ def attention(dtype: torch.dtype) -> None:
 
 
 torch.set_num_threads(3)
+
+
+def conv(dtype: torch.dtype) -> None:
+    sizes = [5, 7, 3, 7, 1, 1]
+    for channels, written in ((1, 2), (5, 3), (20, 16)):
+        x, weight = torch.randn(2, 57, channels).to(dtype), torch.randn(written, channels, 3, 3).to(dtype)
+        out = plane_conv.forward(x, weight, torch.randn(written).to(dtype), sizes)
+        plane_conv.backward(out, x, weight, sizes, [True, True])
+
+
+def rows(dtype: torch.dtype) -> None:
+    for channels in (1, 21, 64):
+        x, weight = torch.randn(70, 2 * channels).to(dtype), torch.randn(2 * channels)
+        geglu.backward(geglu.forward(x), x)
+        for residual in (None, x):
+            total, normed, mean, rstd = add_layer_norm.forward(x, residual, weight, weight, 1e-5)
+            add_layer_norm.backward(normed, residual, x if residual is None else total, weight, mean, rstd)
+
+
+def sequences(dtype: torch.dtype) -> None:
+    for plane, length in (("xy", 3), ("yt", 5), ("xt", 7)):
+        token, positions = torch.randn(21), torch.randn(length + 1, 21)
+        out = triplane_slice.forward(torch.randn(2, 105, 21).to(dtype), token, positions, plane, 3, 5, 7)
+        triplane_slice.backward(out, token, positions, plane, 3, 5, 7)
+
+
+torch.set_num_threads(2)
 for isa in module.isas():
     module.set_isa(isa)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         expand(dtype)
         norm(dtype)
         attention(dtype)
+        conv(dtype)
+        rows(dtype)
+        sequences(dtype)
 print("clean")

@@ -20,7 +20,8 @@ def run_sanitized(script: Path, *arguments: Path) -> None:
         **os.environ,
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).resolve().parents[1:3]),
+        # The tests and this checkout, which need not be the one that is installed.
+        "PYTHONPATH": os.pathsep.join(str(Path(__file__).resolve().parents[up]) for up in (1, 2)),
     }
     command = [sys.executable, str(script), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -1,0 +1,147 @@
+// add_layer_norm: each row is read from memory once, summed, and normed while it lies in the first cache.
+// Formula: pvdm_fast/reference/add_layer_norm.py.
+#include "kernels.h"
+#include "runtime/parallel.h"
+#include "vec.h"
+
+namespace pvdm::PVDM_ISA {
+namespace {
+
+constexpr int64_t chunk_rows = 64;  // summed in float before doubles; results don't depend on the thread count
+
+PVDM_INLINE float total_of(Vec v) {
+  float part[lanes];
+  store(part, v);
+  for (int width = lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) part[i] += part[i + width];
+  return part[0];
+}
+
+// The sum x + residual as it is stored, widened again, into `row` (padded with zeros); its sum over the channels.
+template <class X, class R>
+float add_row(const X* x, const R* residual, R* total, int64_t channels, float* row) {
+  Vec sum = {};
+  for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
+    Vec v = load(x + c, count);
+    if (residual) {
+      R rounded[lanes];
+      store(rounded, v + load(residual + c, count));
+      v = load(rounded);
+      store(total + c, v, count);
+    }
+    store(row + c, v);
+    sum += v;
+  });
+  return total_of(sum);
+}
+
+// From a row's deviations from a first mean: what that one lacks, and 1 / std. The two are not added before they are
+// subtracted: rounding a mean of 1000 standard deviations would cost 3e-5 of the result.
+void moments(const float* row, float first, int64_t channels, float eps, float* shift, float* rstd) {
+  Vec sum = {}, squares = {};
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) {
+    const Vec d = load(row + c) - first;
+    sum += d;
+    squares += d * d;
+  }
+  float rest = total_of(sum), square = total_of(squares);
+  for (; c < channels; c++) {
+    const float d = row[c] - first;
+    rest += d;
+    square += d * d;
+  }
+  const float count = static_cast<float>(channels), lack = rest / count;
+  const float variance = square / count - lack * lack;
+  *shift = lack;
+  *rstd = 1.0f / __builtin_sqrtf((variance > 0 || variance != variance ? variance : 0.0f) + eps);
+}
+
+template <class X, class R>
+void forward(const TensorView& x, const TensorView& residual, const TensorView& weight, const TensorView& bias,
+             const TensorView& total, const TensorView& normed, const TensorView& mean, const TensorView& rstd,
+             float eps, int threads) {
+  const int64_t rows = x.size[0], channels = x.size[1], padding = padded(channels);
+  threads = threads_for(threads, rows);
+  const Buffer work(threads * padding * 4);
+  const float *w = weight.as<float>(), *b = bias.as<float>();
+  parallel_for(threads, rows, [&](int64_t begin, int64_t end, int thread) {
+    float* row = work.floats() + thread * padding;
+    for (int64_t i = begin; i < end; i++) {
+      const float sum =
+          add_row(x.as<X>() + i * x.stride[0], residual.data ? residual.as<R>() + i * residual.stride[0] : nullptr,
+                  total.as<R>() + i * channels, channels, row);
+      const float first = sum / static_cast<float>(channels);
+      float shift, r;
+      moments(row, first, channels, eps, &shift, &r);
+      mean.as<float>()[i] = first + shift;
+      rstd.as<float>()[i] = r;
+      R* out = normed.as<R>() + i * channels;
+      for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
+        store(out + c, (load(row + c) - first - shift) * r * load(w + c, count) + load(b + c, count), count);
+      });
+    }
+  });
+}
+
+// One row of dx; adds to dweight and dbias.
+template <class T>
+void backward_row(const T* grad, const T* extra, const T* total, const float* weight, float mean, float rstd,
+                  int64_t channels, T* dx, float* dweight, float* dbias) {
+  Vec level = {}, tilt = {};
+  for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
+    const Vec g = load(grad + c, count), normed = (load(total + c, count) - mean) * rstd;
+    const Vec dn = g * load(weight + c);  // zero beyond the channels, as g is
+    level += dn;
+    tilt += dn * normed;
+    store(dweight + c, load(dweight + c) + g * normed);
+    store(dbias + c, load(dbias + c) + g);
+  });
+  const float share = 1.0f / static_cast<float>(channels), a = total_of(level) * share, b = total_of(tilt) * share;
+  for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
+    const Vec normed = (load(total + c, count) - mean) * rstd;
+    Vec d = (load(grad + c, count) * load(weight + c) - (a + normed * b)) * rstd;
+    if (extra) d += load(extra + c, count);
+    store(dx + c, d, count);
+  });
+}
+
+}  // namespace
+
+void add_layer_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight,
+                            const TensorView& bias, const TensorView& total, const TensorView& normed,
+                            const TensorView& mean, const TensorView& rstd, float eps, int threads) {
+  PVDM_WITH_TYPE(x.dtype, X, PVDM_WITH_TYPE(normed.dtype, R, forward<X, R>(x, residual, weight, bias, total, normed,
+                                                                           mean, rstd, eps, threads)))
+}
+
+void add_layer_norm_backward(const TensorView& grad, const TensorView& extra, const TensorView& total,
+                             const TensorView& weight, const TensorView& mean, const TensorView& rstd,
+                             const TensorView& dx, const TensorView& dweight, const TensorView& dbias, int threads) {
+  const int64_t rows = total.size[0], channels = total.size[1], padding = padded(channels);
+  const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
+  const Buffer weights(padding * 4), parts(chunks * 2 * padding * 4);
+  for (int64_t c = 0; c < padding; c++) weights.floats()[c] = c < channels ? weight.as<float>()[c] : 0;
+  PVDM_WITH_TYPE(total.dtype, T, parallel_for(threads_for(threads, chunks), chunks, [&](int64_t begin, int64_t end, int) {
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      float* part = parts.floats() + chunk * 2 * padding;
+      memset(part, 0, 2 * padding * 4);
+      const int64_t last = (chunk + 1) * chunk_rows < rows ? (chunk + 1) * chunk_rows : rows;
+      for (int64_t i = chunk * chunk_rows; i < last; i++)
+        backward_row(grad.as<T>() + i * grad.stride[0], extra.data ? extra.as<T>() + i * extra.stride[0] : nullptr,
+                     total.as<T>() + i * total.stride[0], weights.floats(), mean.as<float>()[i], rstd.as<float>()[i],
+                     channels, dx.as<T>() + i * channels, part, part + padding);
+    }
+  }))
+  for (int64_t c = 0; c < channels; c++) {
+    double slope = 0, level = 0;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      slope += parts.floats()[chunk * 2 * padding + c];
+      level += parts.floats()[(chunk * 2 + 1) * padding + c];
+    }
+    dweight.as<float>()[c] = static_cast<float>(slope);
+    dbias.as<float>()[c] = static_cast<float>(level);
+  }
+}
+
+}  // namespace pvdm::PVDM_ISA

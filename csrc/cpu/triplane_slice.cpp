@@ -1,0 +1,106 @@
+// triplane_slice: sequences along one axis of a lattice, a token at their end, positions added; and the way back, which
+// reads the gradient once. Formula: pvdm_fast/reference/triplane_slice.py.
+#include "kernels.h"
+#include "runtime/parallel.h"
+#include "vec.h"
+
+namespace pvdm::PVDM_ISA {
+namespace {
+
+constexpr int64_t chunk_sequences = 64;  // summed in float before doubles; results don't depend on the thread count
+
+// Where the sequences of one plane lie in the lattice: element l of sequence `place` is token start(place) + l step().
+struct Sequences {
+  Layout layout;
+  int plane;
+  int64_t length() const { return plane == 0 ? layout.time : plane == 1 ? layout.height : layout.width; }
+  int64_t places() const { return layout.rows(plane) * layout.columns(plane); }
+  int64_t step() const { return plane == 0 ? layout.height * layout.width : plane == 1 ? layout.width : 1; }
+  int64_t start(int64_t place) const {
+    if (plane == 0) return place;
+    if (plane == 2) return place * layout.width;
+    return place / layout.width * layout.height * layout.width + place % layout.width;
+  }
+};
+
+// ahead: what will be read next; its rows are far apart, which the CPU's own prefetching does not follow.
+template <class T>
+void add_row(const T* x, const T* ahead, const float* positions, T* out, int64_t channels) {
+  for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
+    __builtin_prefetch(ahead + c);
+    store(out + c, load(x + c, count) + load(positions + c), count);
+  });
+}
+
+// Copies a row of the gradient (the token's has no place to go) and adds it to the sum of its position.
+template <class T, bool copied>
+void take_row(const T* grad, T* dx, const T* ahead, float* sum, int64_t channels) {
+  for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
+    if (copied) __builtin_prefetch(ahead + c, 1);
+    const Vec g = load(grad + c, count);
+    if (copied) store(dx + c, g, count);
+    store(sum + c, load(sum + c) + g);
+  });
+}
+
+}  // namespace
+
+void triplane_slice_forward(const TensorView& x, const TensorView& token, const TensorView& positions,
+                            const TensorView& out, const Layout& layout, int plane, int threads) {
+  const Sequences sequences{layout, plane};
+  const int64_t channels = x.size[2], padding = padded(channels), length = sequences.length(), step = sequences.step();
+  const int64_t places = sequences.places(), units = x.size[0] * places;
+  const Buffer rows((length + 1) * padding * 4);  // the positions, the token added to the last
+  for (int64_t l = 0; l <= length; l++)
+    for (int64_t c = 0; c < padding; c++)
+      rows.floats()[l * padding + c] = c >= channels ? 0
+                                                     : positions.as<float>()[l * positions.stride[0] + c] +
+                                                           (l == length ? token.as<float>()[c] : 0);
+  PVDM_WITH_TYPE(x.dtype, T, parallel_for(threads_for(threads, units), units, [&](int64_t begin, int64_t end, int) {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const T* from = x.as<T>() + unit / places * x.stride[0] + sequences.start(unit % places) * x.stride[1];
+      T* to = out.as<T>() + unit * (length + 1) * channels;
+      const int64_t stride = step * x.stride[1];
+      for (int64_t l = 0; l < length; l++)
+        add_row(from + l * stride, from + (l + 1 < length ? l + 1 : l) * stride, rows.floats() + l * padding,
+                to + l * channels, channels);
+      for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
+        store(to + length * channels + c, load(rows.floats() + length * padding + c), count);
+      });
+    }
+  }))
+}
+
+void triplane_slice_backward(const TensorView& grad, const TensorView& dx, const TensorView& dpositions,
+                             const Layout& layout, int plane, int threads) {
+  const Sequences sequences{layout, plane};
+  const int64_t channels = dx.size[2], padding = padded(channels), length = sequences.length(), step = sequences.step();
+  const int64_t places = sequences.places(), units = dx.size[0] * places;
+  const int64_t chunks = (units + chunk_sequences - 1) / chunk_sequences, size = (length + 1) * padding;
+  const Buffer parts(chunks * size * 4);
+  PVDM_WITH_TYPE(grad.dtype, T, parallel_for(threads_for(threads, chunks), chunks, [&](int64_t begin, int64_t end, int) {
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      float* sums = parts.floats() + chunk * size;
+      memset(sums, 0, size * 4);
+      const int64_t last = (chunk + 1) * chunk_sequences < units ? (chunk + 1) * chunk_sequences : units;
+      for (int64_t unit = chunk * chunk_sequences; unit < last; unit++) {
+        const T* from = grad.as<T>() + unit / places * grad.stride[0] + unit % places * grad.stride[1];
+        T* to = dx.as<T>() + (unit / places * dx.size[1] + sequences.start(unit % places)) * channels;
+        for (int64_t l = 0; l < length; l++)
+          take_row<T, true>(from + l * grad.stride[2], to + l * step * channels,
+                            to + (l + 1 < length ? l + 1 : l) * step * channels, sums + l * padding, channels);
+        take_row<T, false>(from + length * grad.stride[2], to, to, sums + length * padding, channels);
+      }
+    }
+  }))
+  parallel_for(threads_for(threads, length + 1), length + 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t l = begin; l < end; l++)
+      for (int64_t c = 0; c < channels; c++) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) sum += parts.floats()[chunk * size + l * padding + c];
+        dpositions.as<float>()[l * channels + c] = static_cast<float>(sum);
+      }
+  });
+}
+
+}  // namespace pvdm::PVDM_ISA

@@ -1,0 +1,55 @@
+"""`add_layer_norm` on the CPU: every row is read from memory once in each direction, in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.native import extension
+from pvdm_fast.native.cpu import parameter, rows_of
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual: (..., C) -> their sum (empty without a residual) and its norm in the residual's dtype, else that of
+    x; per row mean and 1 / std, float32."""
+    like = x if residual is None else residual
+    normed = like.new_empty(x.shape)
+    total = x.new_empty(0) if residual is None else like.new_empty(x.shape)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    extension("_cpu").add_layer_norm_forward(
+        rows_of(x),
+        None if residual is None else rows_of(residual),
+        parameter(weight),
+        parameter(bias),
+        None if residual is None else rows_of(total),
+        rows_of(normed),
+        mean.view(-1),
+        rstd.view(-1),
+        eps,
+        torch.get_num_threads(),
+    )
+    return total, normed, mean, rstd
+
+
+def backward(
+    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum (so of x and residual alike), weight and bias."""
+    dx = total.new_empty(total.shape)
+    dweight, dbias = (torch.empty(total.shape[-1], dtype=torch.float32) for _ in range(2))
+    extension("_cpu").add_layer_norm_backward(
+        rows_of(grad_normed.to(total.dtype)),
+        None if grad_total is None else rows_of(grad_total.to(total.dtype)),
+        rows_of(total),
+        parameter(weight),
+        mean.reshape(-1),
+        rstd.reshape(-1),
+        rows_of(dx),
+        dweight,
+        dbias,
+        torch.get_num_threads(),
+    )
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
