@@ -146,9 +146,7 @@ class Network:
     pack_results: Pack = only
 
 
-def assemble_modules(
-    setting: Setting, shape: str, make: Mapping[str, Callable[[], Network]], flops: float
-) -> Prepared:
+def assemble_modules(setting: Setting, shape: str, make: Mapping[str, Callable[[], Network]], flops: float) -> Prepared:
     """Runners of modules: `make` gives each ("ours" and "eager" among them) without weights, on the meta device.
 
     All get the same weights, random throughout (no zero-initialised layer hides what is before it), and those of one

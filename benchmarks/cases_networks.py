@@ -211,9 +211,7 @@ def sampler_step(setting: Setting) -> Prepared:
 def _autoencoders(setting: Setting, call: Call, rival_call: Call, x: Tensor, flops: float) -> Prepared:
     config = setting.autoencoder
     make = with_variants(
-        lambda variant: _lazy(
-            lambda: eager_autoencoder.EagerAutoencoder(**config, variant=variant), rival_call, [x]
-        )
+        lambda variant: _lazy(lambda: eager_autoencoder.EagerAutoencoder(**config, variant=variant), rival_call, [x])
     )
     make["ours"] = _lazy(lambda: Autoencoder(**config), call, [x])
     text = f"B{setting.clips} {config['frames']}x{config['height']}x{config['width']} video, C{config['channels']}"

@@ -223,9 +223,7 @@ def triplane_expand(setting: Setting) -> Prepared:
 
     def convolve(*arguments: Tensor) -> Tensor:
         *planes, weight, bias = arguments
-        mapped = [
-            F.conv2d(plane, w[:, :, None, None], b) for plane, w, b in zip(planes, weight, bias, strict=True)
-        ]
+        mapped = [F.conv2d(plane, w[:, :, None, None], b) for plane, w, b in zip(planes, weight, bias, strict=True)]
         return eager_autoencoder.expand(mapped, layout)
 
     forms = {

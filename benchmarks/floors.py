@@ -250,9 +250,7 @@ def _gemm_rate(n: int, dtype: torch.dtype, device: str) -> float:
     out: Tensor = a @ b
     image, kernel = a.view(1, n, n, 1).transpose(1, 2), b.view(n, n, 1, 1)
     with torch.no_grad():
-        fastest = min(
-            _best(lambda: torch.mm(a, b, out=out), device), _best(lambda: F.conv2d(image, kernel), device)
-        )
+        fastest = min(_best(lambda: torch.mm(a, b, out=out), device), _best(lambda: F.conv2d(image, kernel), device))
     return linear(n, n, n) / fastest
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
+import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from pvdm_fast import ops
@@ -61,6 +63,7 @@ class PlaneProjection(nn.Module):
             raise ValueError(
                 f"The projection's heads are channels / 8 wide: {channels} channels must be a multiple of 8."
             )
+        self.gradient_checkpointing = False
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [PreNorm(channels, SequenceAttention(channels)), PreNorm(channels, FeedForward(channels, hidden))]
@@ -74,10 +77,16 @@ class PlaneProjection(nn.Module):
         x = x.flatten(0, 1)
         branch: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            attention, feed_forward = cast(nn.ModuleList, layer)
-            last = index == len(self.layers) - 1
-            x, branch = attention(x, branch, last)
-            if last:
-                x = x[:, :1]
-            x, branch = feed_forward(x, branch)
+            arguments: tuple[Any, ...] = (layer, x, branch, index == len(self.layers) - 1)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, branch = torch.utils.checkpoint.checkpoint(_run_layer, *arguments, use_reentrant=False)
+            else:
+                x, branch = _run_layer(*arguments)
         return (x if branch is None else x + branch)[:, 0].unflatten(0, (batch, places))
+
+
+def _run_layer(layer: nn.ModuleList, x: Tensor, branch: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
+    """One layer, the last one for element 0 only; returns the stream and what is still to be added to it."""
+    attention, feed_forward = layer
+    x, branch = attention(x, branch, last)
+    return feed_forward(x[:, :1] if last else x, branch)

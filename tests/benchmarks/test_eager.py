@@ -73,9 +73,7 @@ def test_denoiser() -> None:
     case = load_case("unet_small")
     config = case.meta["config"]
     names = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads")
-    model = EagerDenoiser(
-        **case.meta["layout"], latent_channels=4, **{name: config[name] for name in names}
-    )
+    model = EagerDenoiser(**case.meta["layout"], latent_channels=4, **{name: config[name] for name in names})
     missing, unexpected = model.load_state_dict(case.parameters(), strict=False)
     assert not unexpected
     assert set(missing) <= {"zeros"}
