@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -51,7 +52,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLa
 @pytest.mark.usefixtures("poisoned", "cpu_isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("channels", "written"), [(1, 1), (3, 5), (5, 33), (33, 3), (256, 8)])
-def test_values(dtype: torch.dtype, channels: int, written: int) -> None:
+def test_values(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int, written: int) -> None:
+    poison = lambda rows, columns, dtype: torch.full((rows, columns), float("nan"), dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(plane_conv, "_workspace", poison)
     inputs = draw(ODD, channels, written, dtype)
     first, second = (check(*inputs, ODD) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -152,6 +155,27 @@ def test_threads(threads: int) -> None:
         check(*draw(ODD, 40, 8, torch.float32, 3), ODD)
     finally:
         torch.set_num_threads(before)
+
+
+def test_python_threads_do_not_share_the_workspace() -> None:
+    cases = [draw(ODD, 16 + i, 8, torch.float32) for i in range(4)]
+    alone = [plane_conv.forward(*case[:3], ODD.sizes) for case in cases]
+
+    def often(index: int) -> list[Tensor]:
+        return [plane_conv.forward(*cases[index][:3], ODD.sizes) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for expected, results in zip(alone, pool.map(often, range(4)), strict=True):
+            assert all(torch.allclose(result, expected, atol=1e-6) for result in results)
+
+
+def test_workspace_made_in_inference_mode_serves_training() -> None:
+    x, weight, bias, _ = draw(ODD, 40, 6, torch.float32)
+    plane_conv._kept.__dict__.clear()
+    with torch.inference_mode():
+        plane_conv.forward(x, weight, bias, ODD.sizes)
+    ops.plane_conv(x, ODD, weight.requires_grad_(), bias).sum().backward()
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize("onednn", [True, False])
