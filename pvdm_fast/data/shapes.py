@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 KINDS = 5  # disc, square, triangle, ring, diamond: see _distance
-MAX_OBJECTS = 4
+MAX_OBJECTS = 3
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def draw_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
     """A random scene for frames of the given width / height."""
     extent = np.array([max(1.0, 1 / aspect), max(1.0, aspect)])
     count = int(rng.integers(2, MAX_OBJECTS + 1))
-    radius = rng.uniform(0.10, 0.22, count)
+    radius = rng.uniform(0.14, 0.26, count)
     angle = rng.uniform(0, 2 * np.pi, count)
     speed = rng.uniform(0.02, 0.07, count)
     return Scene(
@@ -91,7 +91,7 @@ def draw_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
         velocity=speed[:, None] * np.stack([np.sin(angle), np.cos(angle)], axis=1),
         bounces=rng.random(count) < 0.7,
         colours=_vivid(rng, count),
-        backdrop=rng.uniform(0.05, 0.45, (2, 3)) if rng.random() < 0.7 else np.tile(rng.uniform(0.05, 0.45, 3), (2, 1)),
+        backdrop=rng.uniform(0.05, 0.35, (2, 3)) if rng.random() < 0.7 else np.tile(rng.uniform(0.05, 0.35, 3), (2, 1)),
         slope=rng.uniform(-1, 1, 2),
     )
 

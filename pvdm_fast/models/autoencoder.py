@@ -149,6 +149,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         )
         return AutoencoderOutput(sample=2 * pixels.sigmoid() - 1)
 
-    def forward(self, video: Tensor) -> AutoencoderOutput:
-        """The reconstruction of a video: `decode(encode(video).latent)`."""
-        return self.decode(self.encode(video).latent)
+    def forward(self, video: Tensor, latent_noise: Tensor | None = None) -> AutoencoderOutput:
+        """The reconstruction of a video: `decode(encode(video).latent)`, latent_noise (B, D, N) added first."""
+        latent = self.encode(video).latent
+        return self.decode(latent if latent_noise is None else latent + latent_noise)

@@ -71,6 +71,9 @@ class AutoencoderOptions(StageOptions):
     num_heads: int | None = option(None, "attention heads", minimum=1)
     head_dim: int | None = option(None, "channels of an attention head", minimum=1)
     latent_channels: int | None = option(None, "channels of the latent planes", minimum=1)
+    latent_noise: float = option(
+        0.0, "standard deviation of noise on the latent in training: what is sampled later is never exact", minimum=0
+    )
     projection_depth: int | None = option(None, "layers of the projection to planes", minimum=1)
     projection_hidden: int | None = option(None, "feed-forward width of the projection to planes", minimum=1)
 
@@ -131,13 +134,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "preview_every": 1000,
         "video": {"workers": 0},
         "autoencoder": {
-            "steps": 3000,
+            "steps": 4000,
             "batch_size": 4,
+            "latent_noise": 0.2,
             "learning_rate": 3e-3,
             "schedule": "cosine",
             "warmup": 50,
         },
-        "diffusion": {"steps": 1500, "batch_size": 8, "learning_rate": 2e-3, "schedule": "cosine", "warmup": 50},
+        "diffusion": {
+            "steps": 5000,
+            "batch_size": 8,
+            "learning_rate": 2e-3,
+            "schedule": "cosine",
+            "warmup": 50,
+            "conditional_probability": 0.3,
+        },
     },
     "small": {
         "autoencoder": {"steps": 40_000, "learning_rate": 3e-4, "schedule": "cosine", "warmup": 500},

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, psnr
 from pvdm_fast.pipeline import check_pair
-from pvdm_fast.training.config import StageOptions, TrainConfig
+from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -69,17 +69,21 @@ def video_size(autoencoder: Autoencoder) -> tuple[int, int, int]:
 
 
 class AutoencoderStage(Stage):
-    """Reconstruction: 4 times the mean absolute error."""
+    """Reconstruction: 4 times the mean absolute error, with a little noise on the latent where the options say so."""
 
     name = "autoencoder"
 
     def __init__(self, config: TrainConfig, autoencoder: Autoencoder) -> None:
         self.model: Autoencoder = autoencoder
-        self.options = config.autoencoder
+        self.options: AutoencoderOptions = config.autoencoder
         self.clip_frames, self.height, self.width = video_size(autoencoder)
 
     def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
-        return L1_WEIGHT * F.l1_loss(model(video).sample.float(), video)
+        noise = None
+        if self.options.latent_noise > 0:
+            shape = (len(video), int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
+            noise = self.options.latent_noise * torch.randn(shape, generator=generator).to(video.device)
+        return L1_WEIGHT * F.l1_loss(model(video, noise).sample.float(), video)
 
     def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
         """``psnr``: of reconstructions, in dB, averaged over clips."""

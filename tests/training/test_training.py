@@ -258,3 +258,10 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert "Traceback" not in error
     assert checkpoint_names(run) == ["autoencoder-step-0000003"]
     assert checkpoint.newest_good(run / "checkpoints")[0] is not None
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    """The scalars of the records also reach TensorBoard's event files."""
+    pytest.importorskip("tensorboard", reason="TensorBoard is an extra: pip install -e '.[tensorboard]'")
+    assert main([*SMALL, *steps(1), "--tensorboard", "--run", str(tmp_path / "run")]) == 0
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
