@@ -99,3 +99,21 @@ def test_psnr_of_a_known_error() -> None:
     video = torch.zeros(2, 3, 2, 4, 4)
     # An error of 0.02 in a range of 2 is 1/100 of the peak: 40 dB.
     assert torch.allclose(psnr(video + 0.02, video), torch.tensor([40.0, 40.0]), atol=1e-3)
+
+
+def test_noise_on_the_latent_reaches_the_decoder() -> None:
+    """The option changes the training loss, from the step's own generator, and nothing else."""
+    from pvdm_fast.models import Autoencoder
+    from pvdm_fast.training.config import make_config
+    from pvdm_fast.training.stages import AutoencoderStage
+
+    sizes = dict(frames=2, height=8, width=8, patch_size=4, channels=16, depth=1, num_heads=1, head_dim=8)
+    model, video = Autoencoder(**sizes), torch.rand(2, 3, 2, 8, 8)
+
+    def loss(noise: float, seed: int) -> float:
+        stage = AutoencoderStage(make_config({"autoencoder.latent_noise": noise}), model)
+        return stage.loss(model, video, torch.Generator().manual_seed(seed)).item()
+
+    assert loss(0.0, 1) == loss(0.0, 2)
+    assert loss(0.5, 1) == loss(0.5, 1)
+    assert len({loss(0.0, 1), loss(0.5, 1), loss(0.5, 2)}) == 3
