@@ -30,11 +30,10 @@ class Interrupted(Exception):
 def run_command(action: Callable[[], object]) -> int:
     """Run ``action``; what users cause is printed as one sentence without a traceback. Returns the exit code."""
     from pvdm_fast.backends import BackendError
-    from pvdm_fast.data.errors import DataError
 
     try:
         action()
-    except (UserError, DataError, BackendError) as error:
+    except (UserError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
     except Interrupted as stop:
