@@ -15,32 +15,35 @@ from pvdm_fast.layout import TriplaneLayout
 Tables = tuple[Tensor, Tensor]
 
 
-def time_frequencies(width: int) -> Tensor:
+Device = torch.device | str | None
+
+
+def time_frequencies(width: int, device: Device = None) -> Tensor:
     """(width / 2): 10000^(-2 j / width)."""
-    return 1.0 / 10000 ** (torch.arange(0, width, 2).float() / width)
+    return 1.0 / 10000 ** (torch.arange(0, width, 2, device=device).float() / width)
 
 
-def space_scales(width: int) -> Tensor:
+def space_scales(width: int, device: Device = None) -> Tensor:
     """(width / 4): log-spaced, base 2, from 1 to 5."""
-    return torch.logspace(0.0, math.log(10 / 2) / math.log(2), width // 4, base=2)
+    return torch.logspace(0.0, math.log(10 / 2) / math.log(2), width // 4, base=2, device=device)
 
 
-def time_rotation(length: int, width: int) -> Tables:
+def time_rotation(length: int, width: int, device: Device = None) -> Tables:
     """(sin, cos), each (length, width), for positions 0 ... length - 1.
 
     The frequencies stand twice side by side, while the rotation works on neighbours: the two members of a pair turn
     by different angles. That is the release's; its checkpoints depend on it.
     """
-    angles = torch.outer(torch.arange(length).float(), time_frequencies(width))
+    angles = torch.outer(torch.arange(length, device=device).float(), time_frequencies(width, device))
     angles = torch.cat((angles, angles), dim=-1)
     return angles.sin(), angles.cos()
 
 
-def space_rotation(height: int, width: int, head_width: int) -> Tables:
+def space_rotation(height: int, width: int, head_width: int, device: Device = None) -> Tables:
     """(sin, cos), each (height * width, head_width): row angles, then column angles, each for both of its pair."""
-    scales = space_scales(head_width)
-    rows = torch.linspace(-1, 1, height)[:, None] * scales * math.pi
-    columns = torch.linspace(-1, 1, width)[:, None] * scales * math.pi
+    scales = space_scales(head_width, device)
+    rows = torch.linspace(-1, 1, height, device=device)[:, None] * scales * math.pi
+    columns = torch.linspace(-1, 1, width, device=device)[:, None] * scales * math.pi
     rows = rows[:, None].expand(-1, width, -1)
     columns = columns[None].expand(height, -1, -1)
     angles = torch.cat((rows, columns), dim=-1).flatten(0, 1).repeat_interleave(2, dim=-1)
@@ -135,10 +138,8 @@ class AxialTransformer(nn.Module):
 
     def forward(self, x: Tensor, layout: TriplaneLayout) -> Tensor:
         """x: (B, T H W, C) lattice tokens of `layout` -> (B, T H W, C)."""
-        time_sin, time_cos = time_rotation(layout.time, self.head_width)
-        space_sin, space_cos = space_rotation(layout.height, layout.width, self.head_width)
-        time_tables = time_sin.to(x.device), time_cos.to(x.device)
-        space_tables = space_sin.to(x.device), space_cos.to(x.device)
+        time_tables = time_rotation(layout.time, self.head_width, x.device)
+        space_tables = space_rotation(layout.height, layout.width, self.head_width, x.device)
         branch: Tensor | None = None
         for layer in self.layers:
             arguments: tuple[Any, ...] = (layer, x, branch, layout, time_tables, space_tables)
