@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pvdm_fast.allocator import keep_freed_memory
 from pvdm_fast.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    keep_freed_memory()
     return run_command(lambda: run_sampling(arguments))
 
 

