@@ -117,3 +117,17 @@ def test_noise_on_the_latent_reaches_the_decoder() -> None:
     assert loss(0.0, 1) == loss(0.0, 2)
     assert loss(0.5, 1) == loss(0.5, 1)
     assert len({loss(0.0, 1), loss(0.5, 1), loss(0.5, 2)}) == 3
+
+
+def test_the_autoencoders_losses_of_a_known_error() -> None:
+    """An error of 0.5 everywhere: 4 x 0.5 and 16 x 0.25."""
+    from pvdm_fast.models import Autoencoder
+    from pvdm_fast.training.config import make_config
+    from pvdm_fast.training.stages import AutoencoderStage
+
+    sizes = dict(frames=2, height=8, width=8, patch_size=4, channels=16, depth=1, num_heads=1, head_dim=8)
+    model, video = Autoencoder(**sizes), torch.rand(2, 3, 2, 8, 8)
+    for name, expected in (("l1", 2.0), ("l2", 4.0)):
+        stage = AutoencoderStage(make_config({"autoencoder.loss": name, "autoencoder.latent_noise": 0.0}), model)
+        loss = stage.loss(lambda clip, noise: SimpleNamespace(sample=clip + 0.5), video, torch.Generator())  # type: ignore[arg-type]
+        assert loss.item() == pytest.approx(expected)
