@@ -173,3 +173,9 @@ def test_convert_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert convert([str(tmp_path / "none.pth"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_learned_positions_have_no_place_in_the_release() -> None:
+    model = Denoiser(time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_heads=2, positions=True)
+    with pytest.raises(CheckpointError, match="no denoiser with learned positions"):
+        to_release(model)

@@ -34,6 +34,28 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
+class PlanePositions(nn.Module):
+    """Learned vectors that say where a token is: one for each row, column and time, shared by the planes that have
+    that axis, and one for each plane. Without them the planes, which share all other weights, can tell neither each
+    other nor matching places apart except by what they hold."""
+
+    def __init__(self, layout: TriplaneLayout, channels: int) -> None:
+        super().__init__()
+        sizes = {"time": layout.time, "height": layout.height, "width": layout.width, "plane": len(layout.planes)}
+        for axis, size in sizes.items():
+            self.register_parameter(axis, nn.Parameter(0.5 * torch.randn(size, channels)))
+
+    def forward(self) -> Tensor:
+        """(N, C), in the order of the packed tokens."""
+        axes = ((self.height, self.width), (self.time, self.width), (self.time, self.height))
+        return torch.cat(
+            [
+                (rows[:, None] + columns + plane).flatten(0, 1)
+                for (rows, columns), plane in zip(axes, self.plane, strict=True)
+            ]
+        )
+
+
 class Denoiser(ModelMixin, ConfigMixin):
     """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
 
@@ -43,6 +65,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         model_channels: of the first level, a multiple of 32. channel_mult: factor of each level.
         num_res_blocks: residual blocks a level. attention_resolutions: downsampling factors (1, 2, 4, ...) at which
             planes attend to themselves too. num_heads: of every attention.
+        positions: learned positions of the tokens, which the release doesn't have.
 
     Raises:
         ValueError: sizes that don't divide.
@@ -62,6 +85,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         num_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (4, 2, 1),
         num_heads: int = 8,
+        positions: bool = False,
     ) -> None:
         super().__init__()
         self.layout = TriplaneLayout(time, height, width)
@@ -73,6 +97,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+        self.position_vectors = PlanePositions(self.layout, model_channels) if positions else None
         self._build_input(embedding)
         self._build_middle(embedding)
         self._build_output(embedding)
@@ -170,6 +195,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         """x: (B, N, 2 D) -> (B, N, D)."""
         layout: PlaneLayout = self.layout
         x = cast(nn.ModuleList, self.input_blocks[0])[0](x, layout)
+        if self.position_vectors is not None:
+            x = x + self.position_vectors().to(x.dtype)
         skips = [x]
         for block, attention in zip(self.input_blocks[1:], self.input_attns[1:], strict=True):
             x, layout = self._run_block(block, attention, x, embedding, layout)

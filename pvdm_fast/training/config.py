@@ -149,7 +149,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "diffusion": {
             "steps": 5000,
             "batch_size": 8,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
+            "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
             "conditional_probability": 0.3,
