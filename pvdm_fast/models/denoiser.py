@@ -41,19 +41,16 @@ class PlanePositions(nn.Module):
 
     def __init__(self, layout: TriplaneLayout, channels: int) -> None:
         super().__init__()
-        sizes = {"time": layout.time, "height": layout.height, "width": layout.width, "plane": len(layout.planes)}
-        for axis, size in sizes.items():
-            self.register_parameter(axis, nn.Parameter(0.5 * torch.randn(size, channels)))
+        self.time = nn.Parameter(0.5 * torch.randn(layout.time, channels))
+        self.height = nn.Parameter(0.5 * torch.randn(layout.height, channels))
+        self.width = nn.Parameter(0.5 * torch.randn(layout.width, channels))
+        self.plane = nn.Parameter(0.5 * torch.randn(3, channels))
 
     def forward(self) -> Tensor:
         """(N, C), in the order of the packed tokens."""
         axes = ((self.height, self.width), (self.time, self.width), (self.time, self.height))
-        return torch.cat(
-            [
-                (rows[:, None] + columns + plane).flatten(0, 1)
-                for (rows, columns), plane in zip(axes, self.plane, strict=True)
-            ]
-        )
+        planes = [rows[:, None] + columns + plane for (rows, columns), plane in zip(axes, self.plane, strict=True)]
+        return torch.cat([plane.flatten(0, 1) for plane in planes])
 
 
 class Denoiser(ModelMixin, ConfigMixin):
