@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from pvdm_fast.diffusion import NoiseSchedule
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.models.presets import DENOISER, preset
 from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention
@@ -63,9 +64,12 @@ class Denoiser(ModelMixin, ConfigMixin):
         num_res_blocks: residual blocks a level. attention_resolutions: downsampling factors (1, 2, 4, ...) at which
             planes attend to themselves too. num_heads: of every attention.
         positions: learned positions of the tokens, which the release doesn't have.
+        prediction: what the network itself puts out: "noise" (the release's), or "v" = sqrt(a) noise - sqrt(1 - a)
+            latent (Salimans and Ho 2022), a being the noise level's alphas_cumprod. `forward` returns the noise in
+            either case; but from v it is exact where there is nothing but noise.
 
     Raises:
-        ValueError: sizes that don't divide.
+        ValueError: sizes that don't divide; an unknown prediction.
     """
 
     _supports_gradient_checkpointing = True
@@ -83,8 +87,11 @@ class Denoiser(ModelMixin, ConfigMixin):
         attention_resolutions: Sequence[int] = (4, 2, 1),
         num_heads: int = 8,
         positions: bool = False,
+        prediction: str = "noise",
     ) -> None:
         super().__init__()
+        if prediction not in ("noise", "v"):
+            raise ValueError(f'The prediction must be "noise" or "v", not {prediction!r}.')
         self.layout = TriplaneLayout(time, height, width)
         self.layout.downsample(2 ** (len(channel_mult) - 1))
         self.gradient_checkpointing = False
@@ -165,7 +172,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
         Args:
             latent: (B, D, N) packed noisy planes. Differentiable.
-            timestep: (B,), or one number for all.
+            timestep: (B,), or one number for all; for the prediction "v" whole numbers in [0, 1000).
             condition: (B, D, N), the latent of the clip before; None: unconditional (zeros). Differentiable.
 
         Returns:
@@ -186,7 +193,11 @@ class Denoiser(ModelMixin, ConfigMixin):
         embedding = timestep_embedding(timestep, self.config.model_channels)
         embedding = self.time_embed(embedding.to(self.zeros.dtype))
         tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)
-        return DenoiserOutput(sample=self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype))
+        sample = self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype)
+        if self.config.prediction == "v":
+            level = NoiseSchedule.create(latent.device).alphas_cumprod[timestep].to(latent.dtype).view(-1, 1, 1)
+            sample = level.sqrt() * sample + (1 - level).sqrt() * latent
+        return DenoiserOutput(sample=sample)
 
     def _unet(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, N, 2 D) -> (B, N, D)."""

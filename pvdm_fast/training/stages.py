@@ -122,7 +122,8 @@ class DiffusionStage(Stage):
             target, condition = joint_batch(video, self._encode, self.conditional_probability, generator)
         noise = torch.randn(target.shape, generator=generator).to(target.device)
         timestep = torch.randint(TRAIN_STEPS, (len(target),), generator=generator).to(target.device)
-        return diffusion_loss(model, self.schedule, target, condition, noise, timestep)
+        prediction = str(self.model.config["prediction"])
+        return diffusion_loss(model, self.schedule, target, condition, noise, timestep, prediction)
 
     def _encode(self, video: Tensor) -> Tensor:
         return self.autoencoder.encode(video).latent.float()

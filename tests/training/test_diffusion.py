@@ -57,6 +57,24 @@ def test_the_loss_is_zero_for_a_denoiser_that_knows_the_noise() -> None:
     assert loss == 0
 
 
+def test_v_is_the_same_prediction_and_weighs_its_error() -> None:
+    """A network that puts out v gives the noise; the loss of v is that of the noise over alphas_cumprod."""
+    schedule, shape = NoiseSchedule.create(), (2, 4, 12)
+    model = Denoiser(time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_heads=2, prediction="v")
+    latent, noise, zeros = torch.rand(shape) * 2 - 1, torch.randn(shape), torch.zeros(shape)
+    timestep = torch.tensor([3, 990])
+    level = schedule.alphas_cumprod[timestep].view(-1, 1, 1)
+    v = level.sqrt() * noise - (1 - level).sqrt() * latent
+    model._unet = lambda tokens, embedding: v.transpose(1, 2)  # type: ignore[method-assign]
+    assert torch.allclose(model(schedule.q_sample(latent, noise, timestep), timestep).sample, noise, atol=1e-5)
+    arguments = (schedule, latent, zeros, noise, timestep)
+    assert diffusion_loss(model, *arguments, "v") < 1e-6
+    wrong = torch.full(shape, 0.1)
+    model._unet = lambda tokens, embedding: (v + wrong).transpose(1, 2)  # type: ignore[method-assign]
+    assert diffusion_loss(model, *arguments, "v").item() == pytest.approx(0.01, rel=1e-3)
+    assert diffusion_loss(model, *arguments).item() == pytest.approx(0.01 * level.mean().item(), rel=1e-3)
+
+
 def frame_numbers(video: Tensor) -> Tensor:
     """A stand-in encoder whose latents (b, 1, T) are the numbers of the frames."""
     return video[:, :1, :, 0, 0]
