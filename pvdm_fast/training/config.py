@@ -71,6 +71,9 @@ class AutoencoderOptions(StageOptions):
     num_heads: int | None = option(None, "attention heads", minimum=1)
     head_dim: int | None = option(None, "channels of an attention head", minimum=1)
     latent_channels: int | None = option(None, "channels of the latent planes", minimum=1)
+    loss: Literal["l1", "l2"] = option(
+        "l1", "l1: 4 times the mean absolute error, the release's; l2: 16 times the mean squared error"
+    )
     latent_noise: float = option(
         0.0, "standard deviation of noise on the latent in training: what is sampled later is never exact", minimum=0
     )
@@ -134,17 +137,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "preview_every": 1000,
         "video": {"workers": 0},
         "autoencoder": {
-            "steps": 4000,
+            "steps": 4500,
             "batch_size": 4,
+            "loss": "l2",
             "latent_noise": 0.2,
-            "learning_rate": 3e-3,
+            "learning_rate": 5e-3,
+            "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
         },
         "diffusion": {
             "steps": 5000,
             "batch_size": 8,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
+            "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
             "conditional_probability": 0.3,

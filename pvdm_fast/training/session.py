@@ -14,6 +14,7 @@ from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder,
 from pvdm_fast.training.config import OPTIONS, TrainConfig, get, make_config
 from pvdm_fast.training.files import whole_folder
 from pvdm_fast.training.interrupt import StopRequest
+from pvdm_fast.training.memory import keep_freed_memory
 from pvdm_fast.training.options import Request, flag
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, video_size
@@ -29,6 +30,7 @@ def run_training(request: Request) -> RunFolder:
     Raises:
         UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
     """
+    keep_freed_memory()
     config = resumed_config(request) if request.resume else make_config(request.changes)
     accelerator = make_accelerator(config)
     found = existing_autoencoder(config, request.resume)

@@ -145,6 +145,8 @@ def test_resolution_not_divisible_by_the_patch() -> None:
 def test_layout_not_divisible_by_the_levels() -> None:
     with pytest.raises(ValueError, match="7 is not divisible by 2"):
         Denoiser(**{**UNET, "width": 7})
+    with pytest.raises(ValueError, match='must be "noise" or "v", not \'x0\''):
+        Denoiser(**UNET, prediction="x0")
 
 
 def test_inputs_that_do_not_fit() -> None:
@@ -160,3 +162,22 @@ def test_inputs_that_do_not_fit() -> None:
         unet(latent[..., 1:], 3)
     with pytest.raises(ValueError, match="condition must be"):
         unet(latent, 3, latent[:1])
+
+
+def test_learned_positions_tell_places_and_planes_apart() -> None:
+    """With them, tokens that hold the same values differ, in the order of the packed planes; and they are trained."""
+    model = Denoiser(**UNET, positions=True)
+    vectors = model.position_vectors
+    assert vectors is not None
+    packed = vectors()
+    xy, yt, xt = model.layout.split(packed, dim=0)
+    expected = (
+        vectors.height[1] + vectors.width[2] + vectors.plane[0],
+        vectors.time[1] + vectors.width[2] + vectors.plane[1],
+        vectors.time[1] + vectors.height[2] + vectors.plane[2],
+    )
+    for plane, value in zip((xy, yt, xt), expected, strict=True):
+        assert torch.allclose(plane[1, 2], value)
+    model = randomised(model)
+    model(torch.randn(2, 4, model.layout.num_tokens), 3).sample.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in vectors.parameters())
