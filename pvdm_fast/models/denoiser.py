@@ -101,6 +101,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+        if prediction == "v":  # as bits: floats would be rounded when the model is moved to bfloat16
+            levels = NoiseSchedule.create().alphas_cumprod.view(torch.int32)
+            self.register_buffer("noise_levels", levels, persistent=False)
         self.position_vectors = PlanePositions(self.layout, model_channels) if positions else None
         self._build_input(embedding)
         self._build_middle(embedding)
@@ -195,8 +198,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)
         sample = self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype)
         if self.config.prediction == "v":
-            level = NoiseSchedule.create(latent.device).alphas_cumprod[timestep].to(latent.dtype).view(-1, 1, 1)
-            sample = level.sqrt() * sample + (1 - level).sqrt() * latent
+            level = self.noise_levels.view(torch.float32)[timestep].view(-1, 1, 1)
+            sample = (level.sqrt() * sample + (1 - level).sqrt() * latent).to(latent.dtype)
         return DenoiserOutput(sample=sample)
 
     def _unet(self, x: Tensor, embedding: Tensor) -> Tensor:

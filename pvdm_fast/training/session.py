@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pvdm_fast.allocator import keep_freed_memory
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.pipeline import sample_video
 from pvdm_fast.training import checkpoint, previews, report
@@ -14,7 +15,6 @@ from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder,
 from pvdm_fast.training.config import OPTIONS, TrainConfig, get, make_config
 from pvdm_fast.training.files import whole_folder
 from pvdm_fast.training.interrupt import StopRequest
-from pvdm_fast.training.memory import keep_freed_memory
 from pvdm_fast.training.options import Request, flag
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, video_size
