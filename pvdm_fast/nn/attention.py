@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvdm_fast import ops
 from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.planes import NORM_GROUPS, PlaneNorm
 
 
@@ -85,11 +85,11 @@ class TriplaneAttention(nn.Module):
     def _attend(self, x: Tensor, segments: PlaneLayout) -> Tensor:
         """Attention inside each plane of `segments`, whose tokens also share the statistics of the norm."""
         batch, tokens, channels = x.shape
-        qkv = F.linear(self.norm(x, segments), self.qkv.weight.squeeze(-1), self.qkv.bias)
+        qkv = linear(self.norm(x, segments), self.qkv.weight.squeeze(-1), self.qkv.bias)
         # Channels are ordered head by head, each its q, k, v; the operation wants (B, N, 3, heads, d).
         qkv = qkv.view(batch, tokens, self.num_heads, 3, channels // self.num_heads).transpose(2, 3)
         attended = ops.segment_attention(qkv, segments.offsets).flatten(2)
-        return x + F.linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
 
 
 class PlaneAttention(TriplaneAttention):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pvdm_fast import ops
 from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.nn.linear import Linear
 
 Tables = tuple[Tensor, Tensor]
 
@@ -77,8 +78,8 @@ class AxialAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_width, self.axis = num_heads, head_width, axis
         inner = num_heads * head_width
-        self.to_qkv = nn.Linear(channels, 3 * inner, bias=False)
-        self.to_out = nn.ModuleDict({"0": nn.Linear(inner, channels)})
+        self.to_qkv = Linear(channels, 3 * inner, bias=False)
+        self.to_out = nn.ModuleDict({"0": Linear(inner, channels)})
 
     def forward(self, x: Tensor, layout: TriplaneLayout, rotation: Tables) -> Tensor:
         """x: (B, T H W, C) -> (B, T H W, C)."""
@@ -93,7 +94,7 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.ModuleDict({"0": nn.Linear(channels, 8 * channels), "3": nn.Linear(4 * channels, channels)})
+        self.net = nn.ModuleDict({"0": Linear(channels, 8 * channels), "3": Linear(4 * channels, channels)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net["3"](ops.geglu(self.net["0"](x)))

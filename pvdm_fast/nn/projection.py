@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pvdm_fast import ops
 from pvdm_fast.nn.axial_transformer import PreNorm
+from pvdm_fast.nn.linear import Linear, linear
 
 HEADS = 4
 
@@ -22,8 +23,8 @@ class SequenceAttention(nn.Module):
         super().__init__()
         self.head_width = channels // 8
         self.inner = HEADS * self.head_width
-        self.to_qkv = nn.Linear(channels, 3 * self.inner, bias=False)
-        self.to_out = nn.ModuleDict({"0": nn.Linear(self.inner, channels)})
+        self.to_qkv = Linear(channels, 3 * self.inner, bias=False)
+        self.to_out = nn.ModuleDict({"0": Linear(self.inner, channels)})
 
     def forward(self, x: Tensor, first_only: bool) -> Tensor:
         """x: (S, L, C) -> (S, L, C), or (S, 1, C) with `first_only`: the query of element 0 alone."""
@@ -32,9 +33,9 @@ class SequenceAttention(nn.Module):
         parts, query = 3, None
         if first_only:
             parts = 2
-            query = F.linear(x[:, :1], weight[: self.inner]).view(sequences, 1, 1, 1, HEADS, self.head_width)
+            query = linear(x[:, :1], weight[: self.inner]).view(sequences, 1, 1, 1, HEADS, self.head_width)
             weight = weight[self.inner :]
-        qkv = F.linear(x, weight).view(sequences, length, 1, 1, parts, HEADS, self.head_width)
+        qkv = linear(x, weight).view(sequences, length, 1, 1, parts, HEADS, self.head_width)
         return self.to_out["0"](
             ops.axial_attention(qkv, "time", query=query).flatten(1).view(sequences, -1, self.inner)
         )
@@ -45,7 +46,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.net = nn.ModuleDict({"0": nn.Linear(channels, hidden), "3": nn.Linear(hidden, channels)})
+        self.net = nn.ModuleDict({"0": Linear(channels, hidden), "3": Linear(hidden, channels)})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net["3"](F.gelu(self.net["0"](x)))

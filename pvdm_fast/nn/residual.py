@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.planes import PlaneConv, PlaneNorm
 from pvdm_fast.reference.plane_resample import resample_planes
 
@@ -47,5 +47,5 @@ class ResidualBlock(nn.Module):
         if self.resample is not None:
             x = resample_planes(x, layout, 1 if self.resample == "up" else -1)
         if isinstance(self.skip_connection, nn.Conv2d):
-            x = F.linear(x, self.skip_connection.weight.flatten(1), self.skip_connection.bias)
+            x = linear(x, self.skip_connection.weight.flatten(1), self.skip_connection.bias)
         return x + h
