@@ -32,6 +32,16 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for x: (R, K), weight: (M, K), outside autograd and autocast."""
+    return gemm.linear(rows_of(x), weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad.T @ x for grad: (R, M), x: (R, K), outside autograd and autocast."""
+    return gemm.weight_gradient(rows_of(grad), rows_of(x)) if _by_onednn(x, grad.t()) else grad.t() @ x
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

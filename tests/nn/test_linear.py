@@ -71,17 +71,20 @@ def test_large_products_are_onednns(products: list[tuple[int, ...]]) -> None:
     assert not products
 
 
-@pytest.mark.parametrize("view", [
-    lambda x, w, b: (x.view(2, 256, 96), w, b),
-    lambda x, w, b: (x.view(256, 2, 96)[:, :1], w, b),
-    lambda x, w, b: (x.view(96, 512).t(), w, b),
-    lambda x, w, b: (x.view(2, 96, 256).transpose(1, 2), w, b),
-    lambda x, w, b: (x, w.view(160, 96, 1).squeeze(-1), b),
-    lambda x, w, b: (x, w.view(96, 160).t(), b),
-    lambda x, w, b: (x, w[:100], b[:100]),
-    lambda x, w, b: (x[:, :90], w[:, 6:], b),
-    lambda x, w, b: (x[:1].expand(512, 96), w, b),
-], ids=["batch", "first", "transposed", "batch-transposed", "conv", "weight-transposed", "rows", "columns", "expanded"])  # fmt: skip
+VIEWS: dict[str, Callable[..., Any]] = {
+    "batch": lambda x, w, b: (x.view(2, 256, 96), w, b),
+    "first": lambda x, w, b: (x.view(256, 2, 96)[:, :1], w, b),
+    "transposed": lambda x, w, b: (x.view(96, 512).t(), w, b),
+    "batch transposed": lambda x, w, b: (x.view(2, 96, 256).transpose(1, 2), w, b),
+    "conv": lambda x, w, b: (x, w.view(160, 96, 1).squeeze(-1), b),
+    "weight transposed": lambda x, w, b: (x, w.view(96, 160).t(), b),
+    "rows": lambda x, w, b: (x, w[:100], b[:100]),
+    "columns": lambda x, w, b: (x[:, :90], w[:, 6:], b),
+    "expanded": lambda x, w, b: (x[:1].expand(512, 96), w, b),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
 def test_views(view: Callable[..., Any]) -> None:
     check(torch.randn(512, 96), torch.randn(160, 96), torch.randn(160), view)
 
@@ -112,7 +115,7 @@ def test_left_to_torch(products: list[tuple[int, ...]]) -> None:
     with use_backend("reference"):
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(t).requires_grad_() for t in (x, weight, bias)]
+        fake: list[Any] = [mode.from_tensor(t).requires_grad_() for t in (x, weight, bias)]
         y = linear(*fake)
         y.backward(torch.empty_like(y))
         assert y.shape == (512, 160) and fake[1].grad.shape == (160, 96)
