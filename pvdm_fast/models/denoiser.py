@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.utils.checkpoint
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
@@ -94,7 +93,6 @@ class Denoiser(ModelMixin, ConfigMixin):
             raise ValueError(f'The prediction must be "noise" or "v", not {prediction!r}.')
         self.layout = TriplaneLayout(time, height, width)
         self.layout.downsample(2 ** (len(channel_mult) - 1))
-        self.gradient_checkpointing = False
         embedding = 4 * model_channels
         self.zeros: Tensor
         self.register_buffer("zeros", torch.zeros(1, latent_channels, self.layout.num_tokens))
@@ -221,16 +219,11 @@ class Denoiser(ModelMixin, ConfigMixin):
     def _run_block(
         self, block: nn.Module, attention: nn.Module, x: Tensor, embedding: Tensor, layout: PlaneLayout
     ) -> tuple[Tensor, PlaneLayout]:
-        """A block's modules, then the attention across planes; recomputed in the backward pass where asked for."""
+        """A block's modules, then the attention across planes."""
         for module in cast(nn.ModuleList, block):
             if isinstance(module, ResidualBlock):
-                x = self._run(module, x, embedding, layout)
+                x = module(x, embedding, layout)
                 layout = module.output_layout(layout)
             else:
-                x = self._run(cast(PlaneAttention, module).forward_planes, x, layout)
-        return self._run(cast(TriplaneAttention, attention).forward_tokens, x), layout
-
-    def _run(self, function: Any, *arguments: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
+                x = cast(PlaneAttention, module).forward_planes(x, layout)
+        return cast(TriplaneAttention, attention).forward_tokens(x), layout

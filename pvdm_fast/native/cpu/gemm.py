@@ -41,3 +41,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad.T @ x for grad: (R, M), x: (R, K) -> (M, K), contiguous.
+
+    oneDNN transposes its first factor in memory, so the narrower one is put there: for (2048, 512) and (2048, 64) that
+    takes 1.1 ms instead of 1.7 (torch.mm: 1.9), for (2048, 192) and (2048, 4) 0.05 instead of 0.26 (0.35).
+    """
+    if grad.shape[1] <= x.shape[1]:
+        return linear(grad.t(), x.t())
+    return linear(x.t(), grad.t()).t().contiguous()
