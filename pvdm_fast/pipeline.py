@@ -31,8 +31,11 @@ class NoiseSource:
 def predict_noise(
     denoiser: Denoiser, latent: Tensor, timestep: int, condition: Tensor | None = None, guidance: float = 0.0
 ) -> Tensor:
-    """Predicted noise (B, D, N); with guidance w it is (1 + w) eps(condition) - w eps(zeros), in one batched pass."""
-    batch = latent.shape[0]
+    """Predicted noise (B, D, N), in the denoiser's dtype.
+
+    With guidance w it is (1 + w) eps(condition) - w eps(zeros), in one batched pass.
+    """
+    batch, latent = latent.shape[0], latent.to(next(denoiser.parameters()).dtype)
     times = torch.full((batch,), timestep, dtype=torch.long, device=latent.device)
     if condition is None or guidance == 0:
         return denoiser(latent, times, condition=condition).sample
@@ -158,7 +161,7 @@ def sample_video(
             eta=eta,
             progress=report,
         )
-        videos.append(autoencoder.decode(latent).sample.float().cpu())
+        videos.append(autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu())
     return torch.cat(videos, dim=2)[:, :, :frames]
 
 

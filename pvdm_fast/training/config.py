@@ -115,7 +115,9 @@ class TrainConfig:
     )
     seed: int = option(0, "seed of weights, clips and noise", minimum=0)
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "compute in 16 bits where that is safe")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
+    )
     save_every: int = option(1000, "steps between checkpoints", minimum=1, resumable=True)
     preview_every: int = option(5000, "steps between sample videos and held-out scores", minimum=1, resumable=True)
     held_out_clips: int = option(16, "held-out clips that are scored", minimum=1, resumable=True)

@@ -34,7 +34,7 @@ def run_training(request: Request) -> RunFolder:
     config = resumed_config(request) if request.resume else make_config(request.changes)
     accelerator = make_accelerator(config)
     found = existing_autoencoder(config, request.resume)
-    plan = report.make_plan(config, found or empty_autoencoder(config), accelerator.device)
+    plan = report.make_plan(config, found or empty_autoencoder(config), accelerator)
     if request.resume:
         run = RunFolder.existing(request.resume)
         run.write_config(config)

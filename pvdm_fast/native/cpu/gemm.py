@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from pvdm_fast.precision import cpu_multiplies_bfloat16
+
 
 @cache
 def _onednn() -> bool:
@@ -21,15 +23,10 @@ def _onednn() -> bool:
         return False
 
 
-@cache
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products of tensors of `dtype` run fast and accurately: bfloat16 where the CPU multiplies it
     (in float32 sums), otherwise float32. float16 is widened: torch's float16 product runs at 2-25 GFLOP/s a core."""
-    if dtype == torch.bfloat16:
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-            return dtype
-    return torch.float32
+    return dtype if dtype == torch.bfloat16 and cpu_multiplies_bfloat16() else torch.float32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
