@@ -26,7 +26,7 @@ _assumed: str | None = None
 
 @contextmanager
 def assume(architecture: str) -> Iterator[None]:
-    """Choose configurations as on `architecture`, whatever is here, and from the tables alone: to compile ahead of time.
+    """Choose configurations as on `architecture`, whatever is here, from the tables alone: to compile ahead of time.
 
     What the tables were `asked` starts empty, and is put back at the end.
     """

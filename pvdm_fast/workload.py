@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,12 +124,11 @@ def calls(size: str, dtype: torch.dtype, batch: int = 1, mixed: bool = False) ->
     return list(recorder.calls)
 
 
-def _denoiser_inputs(network: nn.Module, batch: int) -> tuple[Tensor, ...]:
-    config: Any = network.config
-    latent = torch.empty(batch, config.latent_channels, network.layout.num_tokens)
+def _denoiser_inputs(network: Any, batch: int) -> tuple[Tensor, ...]:
+    latent = torch.empty(batch, network.config.latent_channels, network.layout.num_tokens)
     return latent, torch.empty(batch, dtype=torch.long), latent
 
 
-def _autoencoder_inputs(network: nn.Module, batch: int) -> tuple[Tensor, ...]:
-    config: Any = network.config
+def _autoencoder_inputs(network: Any, batch: int) -> tuple[Tensor, ...]:
+    config = network.config
     return (torch.empty(batch, 3, config.frames, config.height, config.width),)
