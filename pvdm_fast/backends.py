@@ -39,7 +39,11 @@ BACKENDS = tuple(PACKAGE)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": OPERATIONS,
     "cpu": OPERATIONS,
+<<<<<<< HEAD
     "triton": ("segment_attention",),
+=======
+    "triton": ("geglu", "add_layer_norm", "triplane_slice", "triplane_expand"),
+>>>>>>> wip-infra
     "cuda": ("triplane_expand",),
 }
 # What automatic choice tries, best first.
