@@ -17,7 +17,7 @@ from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.partials import sum_partials
 from pvdm_fast.native import rows_dense
 
-WIDEST = 32768  # columns: beyond, a row no longer fits into a block's registers
+WIDEST = 8192  # columns: beyond, a row no longer fits into a block's registers
 
 # Narrow: one warp a program, so that sums over its rows are shuffles and nothing waits at a barrier.
 FORWARD = ConfigTable(

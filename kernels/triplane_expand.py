@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.partials import sum_partials
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.native import rows_dense
@@ -188,10 +189,6 @@ def _axis_sums(
     tl.store(dplanes + target, result, mask=here[:, None] & (d < DEPTH)[None, :])
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
-
-
 def _sides(depth: int) -> int:
     """Columns of P and three of ones, padded to what a product needs."""
     return max(16, int(triton.next_power_of_2(3 * depth + 3)))
@@ -213,7 +210,7 @@ def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int
         config=config,
         DEPTH=depth,
         SIDES=_sides(depth),
-        PRECISION=_precision(planes.dtype),
+        PRECISION=dot_precision(),
     )
     return out
 
@@ -236,7 +233,7 @@ def _products_of(
         config=config,
         DEPTH=depth,
         SIDES=_sides(depth),
-        PRECISION=_precision(grad.dtype),
+        PRECISION=dot_precision(),
     )
     return parts, partials
 
