@@ -39,7 +39,7 @@ BACKENDS = tuple(PACKAGE)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": OPERATIONS,
     "cpu": OPERATIONS,
-    "triton": (),
+    "triton": ("plane_norm",),
     "cuda": ("triplane_expand",),
 }
 # What automatic choice tries, best first.
