@@ -1,4 +1,4 @@
-"""What every Triton kernel takes on every family of GPUs, compiled without one: `python -m benchmarks.kernel_resources`.
+"""What each Triton kernel takes on each family of GPUs, compiled without one: `python -m benchmarks.kernel_resources`.
 
 Compiles each kernel as the networks launch it, in every configuration that serves sm80, sm90, sm100, sm120 and gfx942,
 and holds it to a budget: no spilled registers, shared memory that the GPU has, tensor cores for 16-bit products,

@@ -1,15 +1,10 @@
-"""What several kernels share: functions of float32 values, and how products are computed."""
+"""What kernels of several operations share: functions of float32 values, and the precision of products."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-
-
-def dot_precision() -> str:
-    """How float32 products are computed, as PyTorch's own switch says; 16-bit operands don't depend on it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def dot_precision() -> str:

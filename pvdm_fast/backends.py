@@ -39,7 +39,7 @@ BACKENDS = tuple(PACKAGE)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": OPERATIONS,
     "cpu": OPERATIONS,
-    "triton": ("segment_attention", "geglu", "add_layer_norm", "triplane_slice", "triplane_expand"),
+    "triton": tuple(op for op in OPERATIONS if op != "plane_conv"),
     "cuda": ("triplane_expand",),
 }
 # What automatic choice tries, best first.
