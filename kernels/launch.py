@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: on its tensors' device, with blocks and warps from a table; and how it is watched."""
+"""How a Triton kernel is launched: on its tensors' device, blocks and warps from a table; and how it is watched."""
 
 from __future__ import annotations
 
@@ -41,13 +41,22 @@ def watch(watcher: Watcher) -> Iterator[None]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, **constants: Any) -> None:
     """Run `kernel[grid](*arguments, **constants)` with `config`, on the device and stream of the first tensor."""
-    if _watcher is not None:
-        _watcher(kernel, grid, arguments, config, constants)
-        return
-    options = {**constants, **config.blocks, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    (_watcher or run)(kernel, grid, arguments, config, constants)
+
+
+def options(config: Config, constants: dict[str, Any]) -> dict[str, Any]:
+    """All keyword arguments of a launch. Products and sums are fused, whatever the default of Triton's version."""
+    compiler = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return {**constants, **config.blocks, **compiler}
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, constants: dict[str, Any]
+) -> None:
+    """What `launch` does when nobody watches."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **options)
+            kernel[grid](*arguments, **options(config, constants))
     else:
-        kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, **options(config, constants))

@@ -39,7 +39,7 @@ BACKENDS = tuple(PACKAGE)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": OPERATIONS,
     "cpu": OPERATIONS,
-    "triton": ("plane_norm", "plane_conv"),
+    "triton": ("plane_norm", "plane_conv", "triplane_slice", "triplane_expand", "geglu", "add_layer_norm"),
     "cuda": ("triplane_expand",),
 }
 # What automatic choice tries, best first.
