@@ -39,7 +39,7 @@ BACKENDS = tuple(PACKAGE)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": OPERATIONS,
     "cpu": OPERATIONS,
-    "triton": tuple(op for op in OPERATIONS if op != "plane_conv"),
+    "triton": OPERATIONS,
     "cuda": ("triplane_expand",),
 }
 # What automatic choice tries, best first.
