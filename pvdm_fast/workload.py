@@ -94,13 +94,21 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def calls(size: str, dtype: torch.dtype, batch: int = 1, mixed: bool = False) -> list[Call]:
+def calls(
+    size: str,
+    dtype: torch.dtype,
+    batch: int = 1,
+    mixed: bool = False,
+    denoiser: dict[str, Any] | None = None,
+    autoencoder: dict[str, Any] | None = None,
+) -> list[Call]:
     """All different calls that both networks of a preset make, forward and backward.
 
     Args:
         size: a preset: "tiny", "small", "base".
         dtype: of weights and activations; with `mixed`, autocast's, the weights being float32.
         batch: clips.
+        denoiser, autoencoder: arguments of theirs in place of the preset's.
 
     Raises:
         ValueError: no preset of that name.
@@ -113,8 +121,8 @@ def calls(size: str, dtype: torch.dtype, batch: int = 1, mixed: bool = False) ->
         torch.set_default_dtype(torch.float32 if mixed else dtype)
         with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=mixed):
             for network, inputs in (
-                (Denoiser.from_preset(size), _denoiser_inputs),
-                (Autoencoder.from_preset(size), _autoencoder_inputs),
+                (Denoiser.from_preset(size, **(denoiser or {})), _denoiser_inputs),
+                (Autoencoder.from_preset(size, **(autoencoder or {})), _autoencoder_inputs),
             ):
                 with recorder:
                     sample = network(*inputs(network, batch)).sample
