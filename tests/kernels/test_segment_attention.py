@@ -117,6 +117,7 @@ def test_same_bits_again(dtype: torch.dtype) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # in rows of absent keys, which nobody stores
 def test_scores_far_below_0() -> None:
     """A key that isn't there scores 0, here e^400 times every real one: it must not count in any kernel."""
     qkv = torch.ones(1, 40, 1, 3, 16)
