@@ -36,10 +36,12 @@ PACKAGE = {
     "cuda": "pvdm_fast.native.cuda",
 }
 BACKENDS = tuple(PACKAGE)
+# Not among OPERATIONS: without gradient, and used only where a kernel serves it (pvdm_fast/ops/attention_block.py).
+FUSED = ("attention_block",)
 SERVED: dict[str, tuple[str, ...]] = {
-    "reference": OPERATIONS,
+    "reference": (*OPERATIONS, *FUSED),
     "cpu": OPERATIONS,
-    "triton": tuple(op for op in OPERATIONS if op != "plane_conv"),
+    "triton": (*(op for op in OPERATIONS if op != "plane_conv"), *FUSED),
     "cuda": ("triplane_expand",),
 }
 # What automatic choice tries, best first.
@@ -149,6 +151,13 @@ def choose(op: str, name: str, tensor: Tensor) -> ModuleType:
         return implementation(name, op)
     backend = automatic(op, tensor.device.type, tensor.dtype)
     return implementation(backend, op)
+
+
+@torch.compiler.assume_constant_result
+def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether `backend` is what computes `op` for tensors of this kind where `name` ("auto" too) is asked for."""
+    chosen = automatic(op, device, dtype) if name == "auto" else name
+    return chosen == backend and why_not(backend, op, torch.empty(0, dtype=dtype, device=device)) is None
 
 
 @cache
