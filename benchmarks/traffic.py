@@ -27,6 +27,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -140,6 +141,9 @@ def operation_flops(op: str, direction: str, inputs: Sequence[Any]) -> int:
         queries = length if tensors[1] is None else 1
         forward = floors.attention(batch * sequences, queries, length, heads * size)
         return forward * 5 // 2 if backward else forward
+    if op == "attention_block":
+        batch, tokens, channels = inputs[0].shape
+        return batch * floors.attention_block(tokens, [tokens], channels)
     if op == "plane_conv":
         x, weight = tensors[:2]
         forward = floors.conv(x.shape[0] * x.shape[1], weight.shape[1], weight.shape[0])
@@ -198,7 +202,7 @@ def count(run: Callable[[], object]) -> list[Item]:
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
-    """Tensors without values, and launchers that choose as on ARCHITECTURE.
+    """Tensors without values; everything that is chosen by device is chosen as on ARCHITECTURE with Triton.
 
     Raises:
         UserError: Triton is absent.
@@ -209,6 +213,7 @@ def shapes_alone() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(configs.assume(ARCHITECTURE))
+        stack.enter_context(patch.object(backends, "serves", lambda backend, op, *_: op in backends.SERVED[backend]))
         stack.enter_context(FakeTensorMode())
         yield
 
