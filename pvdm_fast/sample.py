@@ -55,6 +55,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="of weights and activations; a CPU without bf16 units takes fp32 (default: %(default)s)",
     )
     parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay the denoiser's pass as a CUDA graph in every step; needs a GPU, and has not yet been run on one",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("samples.mp4"),
@@ -135,6 +140,7 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
             guidance=options.guidance,
             eta=options.eta,
             seed=options.seed,
+            cuda_graph=options.cuda_graph,
             progress=progress,
         )
     write(options.out, videos, options.fps)
