@@ -13,8 +13,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define PVDM_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define PVDM_LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  (kernel)<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// Shared memory: an array, and what the launch asked for.
+#define PVDM_SHARED(T, name, count) __shared__ T name[count]
+#define PVDM_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(128) unsigned char pvdm_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(pvdm_dynamic_shared)
 #endif
 
 namespace pvdm::cuda {
