@@ -1,7 +1,12 @@
 // pvdm_fast._cuda: one function an operation and direction. Arguments are checked here, kernels trust them.
 // Built a second time as pvdm_fast's test module `_emulated`, where "the device" is the host (PVDM_EMULATE).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <vector>
+
+#include "attention_checks.h"
+#include "cuda/attention.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "tensor_caster.h"
@@ -49,11 +54,62 @@ void expand_sums(TensorView grad, TensorView sums, TensorView workspace, int64_t
   cuda::triplane_expand_sums(grad, sums, workspace, layout, place(device, stream));
 }
 
+// Rows that can be read 16 bytes at a time, heads of whole packs: launchers pad and copy what isn't so.
+void check_rows(const char* name, const TensorView& t) {
+  if (!t.data) return;
+  const int64_t pack = t.dtype == Dtype::f32 ? 4 : 8;
+  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.size[t.dims - 1] % 8 == 0;
+  for (int i = 0; i < t.dims - 1; i++) aligned = aligned && (t.size[i] <= 1 || t.stride[i] % pack == 0);
+  require(aligned, std::string(name) + " must have rows of a multiple of 8 at 16-byte boundaries.");
+}
+
+cuda::AttentionInputs attention_inputs(const TensorView& qkv, const TensorView& query, const TensorView& sin,
+                                       const TensorView& cos, const TensorView& out, const TensorView& lse,
+                                       const std::vector<int64_t>& offsets, double scale) {
+  check_attention(qkv, query, sin, cos, out, lse, offsets);
+  check_offsets(offsets, qkv.size[2]);
+  check_dense("lse", lse);
+  for (const auto* t : {&sin, &cos}) check_dense("A rotation table", *t);
+  check_rows("qkv", qkv), check_rows("query", query), check_rows("out", out);
+  require(qkv.size[5] <= 256, "The CUDA kernels take heads of at most 256 channels.");
+  require(qkv.size[2] < INT32_MAX, "The sequence is too long.");
+  return {qkv, query, sin, cos, offsets.data(), static_cast<int64_t>(offsets.size()) - 1, static_cast<float>(scale)};
+}
+
+void attention_forward(TensorView qkv, TensorView query, TensorView sin, TensorView cos, TensorView out, TensorView lse,
+                       const std::vector<int64_t>& offsets, double scale, bool tensor_cores, int device,
+                       uintptr_t stream) {
+  const auto in = attention_inputs(qkv, query, sin, cos, out, lse, offsets, scale);
+  py::gil_scoped_release release;
+  cuda::attention_forward(in, out, lse, tensor_cores, place(device, stream));
+}
+
+void attention_backward(TensorView grad, TensorView qkv, TensorView query, TensorView sin, TensorView cos, TensorView out,
+                        TensorView lse, TensorView delta, TensorView dqkv, TensorView dquery,
+                        const std::vector<int64_t>& offsets, double scale, bool tensor_cores, int device,
+                        uintptr_t stream) {
+  const auto in = attention_inputs(qkv, query, sin, cos, out, lse, offsets, scale);
+  check_attention_gradients(grad, qkv, query, out, dqkv, dquery);
+  check("delta", delta, {lse.size[0], lse.size[1], lse.size[2], lse.size[3]});
+  check_float("delta", delta), check_dense("delta", delta);
+  check_rows("grad", grad), check_rows("dqkv", dqkv), check_rows("dquery", dquery);
+  py::gil_scoped_release release;
+  cuda::attention_backward(in, grad, out, lse, delta, dqkv, dquery, tensor_cores, place(device, stream));
+}
+
 }  // namespace
 
 #ifdef PVDM_EMULATE
 PYBIND11_MODULE(_emulated, m) {
   m.def("set_schedule", [](int order) { pvdm::emulation::schedule() = order; });
+  m.def("counts", [] {  // since the last call
+    auto& c = pvdm::emulation::counters();
+    auto found = py::dict();
+    found["mma"] = c.mma.exchange(0), found["ldmatrix"] = c.ldmatrix.exchange(0);
+    found["bank_conflicts"] = c.bank_conflicts.exchange(0), found["barriers"] = c.barriers.exchange(0);
+    found["shuffles"] = c.shuffles.exchange(0), found["async_bytes"] = c.async_bytes.exchange(0);
+    return found;
+  });
 #else
 PYBIND11_MODULE(_cuda, m) {
 #endif
@@ -64,4 +120,6 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("triplane_expand_forward", &expand_forward);
   m.def("triplane_expand_sums", &expand_sums);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
 }

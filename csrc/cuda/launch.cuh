@@ -50,6 +50,14 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
+// More than 48 KiB of shared memory needs to be asked for, kernel by kernel.
+template <class Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 << 10) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "asking for shared memory");
+}
+
 // A grid of `blocks` blocks in one dimension.
 inline dim3 grid_of(int64_t blocks) {
   if (blocks > INT32_MAX)

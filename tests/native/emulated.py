@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+import pytest
+
+from pvdm_fast.native.cuda import attention, triplane_expand
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,3 +39,10 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def replace_device(patch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    """Put the stand-in in the place of `pvdm_fast._cuda`, with the host as its device."""
+    for launcher in (attention, triplane_expand):
+        patch.setattr(launcher, "extension", lambda name: module)
+        patch.setattr(launcher, "place", lambda tensor: (0, 0))

@@ -7,21 +7,7 @@ from torch import Tensor
 
 from pvdm_fast.native import extension, rows_dense
 from pvdm_fast.native.cpu import parameter
-
-
-def _sequences(x: Tensor, axis: str) -> Tensor:
-    """(B, T, H, W, ...) -> (B, places, L, ...); copied only where H and W are not one axis, or rows not dense."""
-    x = rows_dense(x).flatten(2, 3)
-    return x.transpose(1, 2) if axis == "time" else x
-
-
-def _to_fill(like: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    """What kernels fill, and its sequences, which share its memory: `like` itself where its strides allow."""
-    sequences = _sequences(like, axis)
-    if sequences.data_ptr() == like.data_ptr():
-        return like, sequences
-    dense = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return dense, _sequences(dense, axis)
+from pvdm_fast.native.sequences import sequences_of, sequences_to_fill
 
 
 def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -33,7 +19,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """kv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
     -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries) float32."""
-    sequences = _sequences(kv, axis)
+    sequences = sequences_of(kv, axis)
     batch, places, length, _, heads, width = sequences.shape
     queries = length if query is None else 1
     time = kv.shape[1] if query is None else 1
@@ -41,9 +27,9 @@ def forward(
     lse = torch.empty(batch, places, heads, queries, dtype=torch.float32)
     extension("_cpu").attention_forward(
         sequences,
-        None if query is None else _sequences(query, axis),
+        None if query is None else sequences_of(query, axis),
         *_tables(sin, cos),
-        _sequences(out, axis),
+        sequences_of(out, axis),
         lse,
         *([0, length], scale, torch.get_num_threads()),
     )
@@ -62,19 +48,19 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
-    sequences = _sequences(kv, axis)
+    sequences = sequences_of(kv, axis)
     dkv = torch.empty_like(kv)
-    filled, dsequences = _to_fill(dkv, axis)
+    filled, dsequences = sequences_to_fill(dkv, axis)
     dquery = kv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
     extension("_cpu").attention_backward(
-        _sequences(grad, axis),
+        sequences_of(grad, axis),
         sequences,
-        None if query is None else _sequences(query, axis),
+        None if query is None else sequences_of(query, axis),
         *_tables(sin, cos),
-        _sequences(out, axis),
+        sequences_of(out, axis),
         rows_dense(lse),
         dsequences,
-        None if query is None else _sequences(dquery, axis),
+        None if query is None else sequences_of(dquery, axis),
         *([0, sequences.shape[2]], scale, torch.get_num_threads()),
     )
     return dkv if filled is dkv else dkv.copy_(filled), dquery

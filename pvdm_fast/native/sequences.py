@@ -1,0 +1,23 @@
+"""A lattice's axis as sequences: strides over one buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.native import rows_dense
+
+
+def sequences_of(x: Tensor, axis: str) -> Tensor:
+    """(B, T, H, W, ...) -> (B, places, L, ...); copied only where H and W are not one axis, or rows not dense."""
+    x = rows_dense(x).flatten(2, 3)
+    return x.transpose(1, 2) if axis == "time" else x
+
+
+def sequences_to_fill(like: Tensor, axis: str) -> tuple[Tensor, Tensor]:
+    """What kernels fill, and its sequences, which share its memory: `like` itself where its strides allow."""
+    sequences = sequences_of(like, axis)
+    if sequences.data_ptr() == like.data_ptr():
+        return like, sequences
+    dense = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return dense, sequences_of(dense, axis)
