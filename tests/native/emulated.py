@@ -11,7 +11,7 @@ from types import ModuleType
 import pybind11
 import pytest
 
-from pvdm_fast.native.cuda import attention, triplane_expand
+from pvdm_fast.native.cuda import attention, plane_norm, triplane_expand, triplane_slice
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +24,18 @@ def build(
 ) -> Path:
     """Compile the CUDA kernels and their bindings, or other `sources`, with g++; returns the extension's path."""
     output = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = ["g++", "-std=c++17", "-pthread", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-DPVDM_EMULATE", *flags]
+    command = [
+        "g++",
+        "-std=c++17",
+        "-pthread",
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-DPVDM_EMULATE",
+        *flags,
+    ]
     command += [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     command += ["-Wno-unknown-pragmas", "-x", "c++", *map(str, sources), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,6 +54,6 @@ def load(path: Path) -> ModuleType:
 
 def replace_device(patch: pytest.MonkeyPatch, module: ModuleType) -> None:
     """Put the stand-in in the place of `pvdm_fast._cuda`, with the host as its device."""
-    for launcher in (attention, triplane_expand):
+    for launcher in (attention, plane_norm, triplane_expand, triplane_slice):
         patch.setattr(launcher, "extension", lambda name: module)
         patch.setattr(launcher, "place", lambda tensor: (0, 0))

@@ -88,7 +88,14 @@ def test_vector_kernels(device: ModuleType, dtype: torch.dtype, offsets: list[in
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("offsets", "heads", "width"),
-    [([0, 70, 85, 150], 2, 8), ([0, 1], 1, 16), ([0, 131], 1, 32), ([0, 3, 80], 1, 40), ([0, 65], 1, 64), ([0, 70], 1, 128)],
+    [
+        ([0, 70, 85, 150], 2, 8),
+        ([0, 1], 1, 16),
+        ([0, 131], 1, 32),
+        ([0, 3, 80], 1, 40),
+        ([0, 65], 1, 64),
+        ([0, 70], 1, 128),
+    ],
 )
 def test_tensor_core_kernels(
     device: ModuleType, dtype: torch.dtype, offsets: list[int], heads: int, width: int
@@ -173,7 +180,9 @@ def test_work_is_what_was_planned(device: ModuleType) -> None:
     blocks = tokens // 64
     assert counts["mma"] == 2 * tokens * tokens * width // (16 * 8 * 16)  # the two products, nothing twice
     assert counts["bank_conflicts"] == 0
-    assert counts["async_bytes"] == 2 * width * (tokens + blocks * 2 * tokens)  # q once, k and v once a block of queries
+    assert counts["async_bytes"] == 2 * width * (
+        tokens + blocks * 2 * tokens
+    )  # q once, k and v once a block of queries
     segment_attention.backward(*_backward_arguments(tokens, width))
     assert device.counts()["bank_conflicts"] == 0
 
