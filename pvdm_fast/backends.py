@@ -39,7 +39,7 @@ BACKENDS = tuple(PACKAGE)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": OPERATIONS,
     "cpu": OPERATIONS,
-    "triton": (),
+    "triton": OPERATIONS,
     "cuda": ("triplane_expand",),
 }
 # What automatic choice tries, best first.
@@ -95,6 +95,11 @@ class use_backend:
         _requested = self._previous
 
 
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU: for tests and for looking into kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
 def unavailable(backend: str) -> str | None:
     """Why a backend can't run on this machine at all, with the remedy; None where it can."""
@@ -103,7 +108,9 @@ def unavailable(backend: str) -> str | None:
     if backend == "triton":
         if find_spec("triton") is None:
             return "triton is not installed: pip install triton."
-        return None if torch.cuda.is_available() else "no GPU is available to PyTorch: run on a machine with one."
+        if interpreting() or torch.cuda.is_available():
+            return None
+        return "no GPU is available to PyTorch: run on a machine with one, or set TRITON_INTERPRET=1 (slow)."
     from pvdm_fast import native
 
     return native.availability(backend)
@@ -117,7 +124,7 @@ def why_not(backend: str, op: str, tensor: Tensor | None = None) -> str | None:
         return reason
     if tensor is None or backend == "reference":
         return None
-    device = "cpu" if backend == "cpu" else "cuda"
+    device = "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"
     if tensor.device.type != device:
         return f"its tensors must be on {device}, not {tensor.device.type}: move them, or use auto."
     if tensor.dtype not in KERNEL_DTYPES:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels then run on the CPU, checked
+
 import pytest
 import torch
+
+if find_spec("triton"):
+    import interpreter
+
+    interpreter.install()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""A lattice's axis as sequences: strides over one buffer."""
+"""A lattice of tokens as the sequences along one of its axes: strides only, nothing is rearranged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_emulation.py under a sanitizer: one kernel of faults.cu, without PyTorch, whose threads are not our subject."""
+"""Run by test_emulation.py under a sanitizer: one kernel of faults.cu, without PyTorch and its own threads."""
 
 from __future__ import annotations
 

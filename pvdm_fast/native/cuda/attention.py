@@ -1,7 +1,8 @@
-"""What `segment_attention` and `axial_attention` share on a GPU: sequences by strides, the kernel that fits, outputs."""
+"""What `segment_attention` and `axial_attention` share on a GPU: sequences by strides, which kernel fits, outputs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +37,7 @@ def room_for(x: Tensor) -> Tensor:
 
 
 def use_tensor_cores(qkv: Tensor, query: Tensor | None, offsets: Sequence[int]) -> bool:
-    longest = max(end - start for start, end in zip(offsets, offsets[1:], strict=False))
+    longest = max(end - start for start, end in itertools.pairwise(offsets))
     half = qkv.dtype in (torch.bfloat16, torch.float16)
     return half and query is None and qkv.shape[-1] <= MATRIX_WIDTH and longest >= MATRIX_LENGTH
 
@@ -49,7 +50,7 @@ def forward(
     offsets: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """qkv: (B, places, L, 3 or 2, heads, d), query: (B, places, 1, heads, d) -> fills out: (B, places, queries, heads, d).
+    """qkv: (B, places, L, 3 or 2, heads, d), query: (B, places, 1, heads, d); fills out (B, places, queries, heads, d).
 
     Returns the log-sum-exp of the scores, (B, places, heads, queries) float32.
     """

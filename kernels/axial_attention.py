@@ -1,0 +1,72 @@
+"""`axial_attention` in Triton, forward and backward: three variants, by the number of queries and of tokens.
+
+One query a sequence: axial_attention_query.py. Whole sequences of up to 64 tokens: axial_attention_short.py, one launch
+forward and one backward. Longer ones: axial_attention_long.py, one launch forward, two backward, and one more in each
+for the rotation. An axis is a pair of strides; nothing is rearranged. No atomics: results are the same on every run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.kernels import axial_attention_long as long
+from pvdm_fast.kernels import axial_attention_long_backward as long_backward
+from pvdm_fast.kernels import axial_attention_query as single
+from pvdm_fast.kernels import axial_attention_short as short
+from pvdm_fast.native.sequences import sequences_of, sequences_to_fill
+
+
+def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if sin is None or cos is None else (sin.float().contiguous(), cos.float().contiguous())
+
+
+def forward(
+    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """kv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
+    -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries) float32."""
+    sequences = sequences_of(kv, axis)
+    batch, places, length, _, heads, width = sequences.shape
+    time, queries = (kv.shape[1], length) if query is None else (1, 1)
+    out = torch.empty((batch, time, *kv.shape[2:4], heads, width), dtype=kv.dtype, device=kv.device)
+    lse = torch.empty((batch, places, heads, queries), dtype=torch.float32, device=kv.device)
+    filled = sequences_of(out, axis)
+    if query is not None:
+        single.forward(sequences_of(query, axis), sequences, filled, lse, scale)
+    elif length <= short.LONGEST:
+        short.forward(sequences, *_tables(sin, cos), filled, lse, scale)
+    else:
+        long.forward(sequences, *_tables(sin, cos), filled, lse, scale)
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    kv: Tensor,
+    query: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    axis: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    incoming, sequences, outputs = sequences_of(grad, axis), sequences_of(kv, axis), sequences_of(out, axis)
+    lse = lse.contiguous()
+    dkv = torch.empty_like(kv)
+    filled, dsequences = sequences_to_fill(dkv, axis)
+    if query is not None:
+        dquery = torch.empty_like(query, memory_format=torch.contiguous_format)
+        single.backward(
+            *(incoming, sequences_of(query, axis), sequences, outputs, lse),
+            *(sequences_of(dquery, axis), dsequences, scale),
+        )
+    else:
+        dquery = kv.new_empty(0)
+        if sequences.shape[2] <= short.LONGEST:
+            short.backward(incoming, sequences, *_tables(sin, cos), lse, dsequences, scale)
+        else:
+            long_backward.backward(incoming, sequences, *_tables(sin, cos), outputs, lse, dsequences, scale)
+    return dkv if filled is dkv else dkv.copy_(filled), dquery

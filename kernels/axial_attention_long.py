@@ -1,0 +1,142 @@
+"""Attention of long sequences, forward: flash kernels, a program takes a block of one head's queries.
+
+Queries are rotated where they are loaded, once. Keys are not: every block of queries goes through all keys, and the
+float32 tables are 8 bytes a key element against its 2 of 16 bits. For 128 queries and 64 keys of d 64 that is 32 KiB
+of tables for about 1000 cycles of products and exponentials: with k and v 48 bytes a cycle for each multiprocessor,
+more than an H100's L2 delivers. A first kernel therefore writes rotated keys (backward: and queries) to a buffer: at 1024
+tokens that is an eighth of forward's time at the memory's speed, less in backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ConfigTable
+from pvdm_fast.kernels.lattice import padded, precision, sequence_offset, strides_of, width_class
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.rotation import rotate
+
+
+@triton.jit
+def rotate_kernel(
+    x, sin, cos, rotated, x_strides, rotated_strides, x_part, rotated_part, places, length, heads, parts,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x, rotated: (B, places, length, heads, HEAD) by strides, and `parts` such, `x_part` and `rotated_part` apart.
+
+    Grid: row blocks x sequences. A program goes through all heads: the tables' rows are read once.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    sequence, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = (rows < length)[:, None] & (columns < HEAD)
+    table = rows[:, None] * HEAD + columns
+    sin_tile = tl.load(sin + table, mask=inside, other=0.0)
+    cos_tile = tl.load(cos + table, mask=inside, other=0.0)
+    rows = rows.to(tl.int64)[:, None]
+    for i in range(0, parts * heads):
+        head, part = i % heads, (i // heads).to(tl.int64)
+        source = x + part * x_part + sequence_offset(sequence, head, places, x_strides)
+        target = rotated + part * rotated_part + sequence_offset(sequence, head, places, rotated_strides)
+        tile = tl.load(source + rows * x_strides[2] + columns, mask=inside, other=0.0)
+        tile = rotate(tile, sin_tile, cos_tile).to(rotated.dtype.element_ty)
+        tl.store(target + rows * rotated_strides[2] + columns, tile, mask=inside)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, sin, cos, out, lse, q_strides, k_strides, v_strides, out_strides, places, length, heads, scale,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """q (not rotated yet), k (rotated), v, out: (B, places, length, heads, HEAD) by strides; lse: contiguous.
+
+    Grid: query blocks x (sequence, head), the blocks of one head side by side: they share its keys in the L2.
+    WHOLE: length is a multiple of BLOCK_N.
+    """
+    blocks = tl.cdiv(length, BLOCK_M)
+    pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    sequence, head = pair // heads, pair % heads
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = (rows < length)[:, None] & (columns < HEAD)
+    offsets = sequence_offset(sequence, head, places, q_strides) + rows.to(tl.int64)[:, None] * q_strides[2] + columns
+    q_tile = tl.load(q + offsets, mask=inside, other=0.0)
+    if sin is not None:
+        table = rows[:, None] * HEAD + columns
+        sin_tile = tl.load(sin + table, mask=inside, other=0.0)
+        cos_tile = tl.load(cos + table, mask=inside, other=0.0)
+        q_tile = rotate(q_tile, sin_tile, cos_tile).to(k.dtype.element_ty)
+    keys = tl.arange(0, BLOCK_N)
+    row = keys.to(tl.int64)[:, None]
+    k_pointers = k + sequence_offset(sequence, head, places, k_strides) + row * k_strides[2] + columns
+    v_pointers = v + sequence_offset(sequence, head, places, v_strides) + row * v_strides[2] + columns
+    k_step = BLOCK_N * k_strides[2].to(tl.int64)
+    v_step = BLOCK_N * v_strides[2].to(tl.int64)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for start in range(0, length, BLOCK_N):
+        present = (start + keys < length)[:, None] & (columns < HEAD)
+        k_tile = tl.load(k_pointers, mask=present, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)  # / ln 2
+        if not WHOLE:
+            scores = tl.where((start + keys < length)[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        decay = tl.exp2(highest - higher)
+        total = total * decay + tl.sum(weights, 1)
+        v_tile = tl.load(v_pointers, mask=present, other=0.0)
+        sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums * decay[:, None], input_precision=PRECISION)
+        highest = higher
+        k_pointers += k_step
+        v_pointers += v_step
+    offsets = (
+        sequence_offset(sequence, head, places, out_strides) + rows.to(tl.int64)[:, None] * out_strides[2] + columns
+    )
+    tl.store(out + offsets, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    natural = (highest + tl.log2(total)) * 0.6931471805599453  # ln 2
+    tl.store(lse + pair.to(tl.int64) * length + rows, natural, mask=rows < length)
+
+
+ROTATE = ConfigTable("axial_attention_rotate", {("*", "*", "*"): Config({"BLOCK": 32}, 4, 1)})
+FORWARD = ConfigTable("axial_attention_long_forward", {("*", "*", "*"): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)})
+
+
+def rotated(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """x: (B, places, L, parts, heads, d) rotated, as a new (B, places, L, parts, heads, d) with each head's rows side
+    by side in memory."""
+    batch, places, length, parts, heads, width = x.shape
+    result = torch.empty((parts, batch, places, heads, length, width), dtype=x.dtype, device=x.device)
+    result = result.permute(1, 2, 4, 0, 3, 5)
+    config = ROTATE(x.device, width_class(width), x.dtype)
+    launch(
+        rotate_kernel,
+        (triton.cdiv(length, config.blocks["BLOCK"]) * batch * places,),
+        *(x, sin, cos, result, strides_of(x.select(3, 0)), strides_of(result.select(3, 0))),
+        *(x.stride(3), result.stride(3), places, length, heads, parts),
+        config=config,
+        **dict(HEAD=width, WIDTH=padded(width)),
+    )
+    return result
+
+
+def forward(kv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
+    """kv: (B, places, L, 3, heads, d); fills out: (B, places, L, heads, d) and lse: (B, places, heads, L)."""
+    batch, places, length, _, heads, width = kv.shape
+    config = FORWARD(kv.device, width_class(width), kv.dtype)
+    q, k, v = kv.unbind(3)
+    if sin is not None and cos is not None:
+        k = rotated(kv[:, :, :, 1:2], sin, cos).select(3, 0)
+    launch(
+        forward_kernel,
+        (triton.cdiv(length, config.blocks["BLOCK_M"]) * batch * places * heads,),
+        *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(k), strides_of(v), strides_of(out)),
+        *(places, length, heads, scale),
+        config=config,
+        **dict(HEAD=width, WIDTH=padded(width), PRECISION=precision(), WHOLE=length % config.blocks["BLOCK_N"] == 0),
+    )

@@ -1,0 +1,178 @@
+"""Attention of long sequences, backward: queries' gradients, then keys' and values'; each program sums its own rows.
+
+Weights are computed again from the saved log-sum-exp, in both kernels: seven products instead of five, for no atomics
+and no gradient buffers in float32. The first kernel also leaves what the second needs of each query, the mean of its
+weights' gradients. Both rotate their gradients back where they are stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.axial_attention_long import rotated
+from pvdm_fast.kernels.configs import ConfigTable
+from pvdm_fast.kernels.lattice import padded, precision, sequence_offset, strides_of, width_class
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.rotation import rotate_back
+
+
+@triton.jit
+def query_kernel(
+    grad, q, k, v, sin, cos, out, lse, mean, dq, grad_strides, q_strides, k_strides, v_strides, out_strides, dq_strides,
+    places, length, heads, scale,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq, and mean (B, places, heads, length); q and k are rotated. Grid and WHOLE as in forward."""
+    blocks = tl.cdiv(length, BLOCK_M)
+    pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    sequence, head = pair // heads, pair % heads
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = rows.to(tl.int64)[:, None]
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = (rows < length)[:, None] & (columns < HEAD)
+    offsets = sequence_offset(sequence, head, places, q_strides) + row * q_strides[2] + columns
+    q_tile = tl.load(q + offsets, mask=inside, other=0.0)
+    offsets = sequence_offset(sequence, head, places, grad_strides) + row * grad_strides[2] + columns
+    grad_tile = tl.load(grad + offsets, mask=inside, other=0.0)
+    offsets = sequence_offset(sequence, head, places, out_strides) + row * out_strides[2] + columns
+    out_tile = tl.load(out + offsets, mask=inside, other=0.0)
+    statistics = pair.to(tl.int64) * length + rows
+    lse_tile = tl.load(lse + statistics, mask=rows < length, other=0.0) * 1.4426950408889634  # / ln 2
+    mean_tile = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(mean + statistics, mean_tile, mask=rows < length)
+
+    keys = tl.arange(0, BLOCK_N)
+    row = keys.to(tl.int64)[:, None]
+    k_pointers = k + sequence_offset(sequence, head, places, k_strides) + row * k_strides[2] + columns
+    v_pointers = v + sequence_offset(sequence, head, places, v_strides) + row * v_strides[2] + columns
+    k_step = BLOCK_N * k_strides[2].to(tl.int64)
+    v_step = BLOCK_N * v_strides[2].to(tl.int64)
+    dq_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for start in range(0, length, BLOCK_N):
+        present = (start + keys < length)[:, None] & (columns < HEAD)
+        k_tile = tl.load(k_pointers, mask=present, other=0.0)
+        v_tile = tl.load(v_pointers, mask=present, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        weights = tl.exp2(scores - lse_tile[:, None])
+        if not WHOLE:
+            weights = tl.where((start + keys < length)[None, :], weights, 0.0)
+        dweights = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+        dscores = weights * (dweights - mean_tile[:, None])
+        dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
+        k_pointers += k_step
+        v_pointers += v_step
+    dq_tile *= scale
+    if sin is not None:
+        table = rows[:, None] * HEAD + columns
+        sin_tile = tl.load(sin + table, mask=inside, other=0.0)
+        cos_tile = tl.load(cos + table, mask=inside, other=0.0)
+        dq_tile = rotate_back(dq_tile, sin_tile, cos_tile)
+    row = rows.to(tl.int64)[:, None]
+    offsets = sequence_offset(sequence, head, places, dq_strides) + row * dq_strides[2] + columns
+    tl.store(dq + offsets, dq_tile.to(dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def key_kernel(
+    grad, q, k, v, sin, cos, lse, mean, dk, dv, grad_strides, q_strides, k_strides, v_strides, dk_strides,
+    places, length, heads, scale,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (of the same strides). A program takes BLOCK_N keys and goes through all queries; scores transposed.
+
+    Queries past the end are zeros with a log-sum-exp, mean and gradient of zero: they add nothing, unmasked.
+    """
+    blocks = tl.cdiv(length, BLOCK_N)
+    pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    sequence, head = pair // heads, pair % heads
+    keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = keys.to(tl.int64)[:, None]
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = (keys < length)[:, None] & (columns < HEAD)
+    offsets = sequence_offset(sequence, head, places, k_strides) + row * k_strides[2] + columns
+    k_tile = tl.load(k + offsets, mask=inside, other=0.0)
+    offsets = sequence_offset(sequence, head, places, v_strides) + row * v_strides[2] + columns
+    v_tile = tl.load(v + offsets, mask=inside, other=0.0)
+
+    rows = tl.arange(0, BLOCK_M)
+    row = rows.to(tl.int64)[:, None]
+    q_pointers = q + sequence_offset(sequence, head, places, q_strides) + row * q_strides[2] + columns
+    grad_pointers = grad + sequence_offset(sequence, head, places, grad_strides) + row * grad_strides[2] + columns
+    q_step = BLOCK_M * q_strides[2].to(tl.int64)
+    grad_step = BLOCK_M * grad_strides[2].to(tl.int64)
+    statistics = pair.to(tl.int64) * length
+    dk_tile = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    for start in range(0, length, BLOCK_M):
+        exists = start + rows < length
+        present = exists[:, None] & (columns < HEAD)
+        q_tile = tl.load(q_pointers, mask=present, other=0.0)
+        grad_tile = tl.load(grad_pointers, mask=present, other=0.0)
+        lse_tile = tl.load(lse + statistics + start + rows, mask=exists, other=0.0) * 1.4426950408889634  # / ln 2
+        mean_tile = tl.load(mean + statistics + start + rows, mask=exists, other=0.0)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        weights = tl.exp2(scores - lse_tile[None, :])
+        dv_tile = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv_tile, input_precision=PRECISION)
+        dweights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+        dscores = weights * (dweights - mean_tile[None, :])
+        dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
+        q_pointers += q_step
+        grad_pointers += grad_step
+    row = keys.to(tl.int64)[:, None]
+    offsets = sequence_offset(sequence, head, places, dk_strides) + row * dk_strides[2] + columns
+    tl.store(dv + offsets, dv_tile.to(dv.dtype.element_ty), mask=inside)
+    dk_tile *= scale
+    if sin is not None:
+        table = keys[:, None] * HEAD + columns
+        sin_tile = tl.load(sin + table, mask=inside, other=0.0)
+        cos_tile = tl.load(cos + table, mask=inside, other=0.0)
+        dk_tile = rotate_back(dk_tile, sin_tile, cos_tile)
+    tl.store(dk + offsets, dk_tile.to(dk.dtype.element_ty), mask=inside)
+
+
+QUERY = ConfigTable("axial_attention_long_query", {("*", "*", "*"): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)})
+KEY = ConfigTable("axial_attention_long_key", {("*", "*", "*"): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)})
+
+
+def backward(
+    grad: Tensor,
+    kv: Tensor,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dkv: Tensor,
+    scale: float,
+) -> None:
+    """grad, out: (B, places, L, heads, d), kv: (B, places, L, 3, heads, d); fills dkv, like kv."""
+    batch, places, length, _, heads, width = kv.shape
+    (q, k, v), (dq, dk, dv) = kv.unbind(3), dkv.unbind(3)
+    if sin is not None and cos is not None:
+        q, k = rotated(kv[:, :, :, :2], sin, cos).unbind(3)
+    mean = torch.empty_like(lse)
+    constants = dict(HEAD=width, WIDTH=padded(width), PRECISION=precision())
+    config = QUERY(kv.device, width_class(width), kv.dtype)
+    launch(
+        query_kernel,
+        (triton.cdiv(length, config.blocks["BLOCK_M"]) * batch * places * heads,),
+        *(grad, q, k, v, sin, cos, out, lse, mean, dq),
+        *(strides_of(x) for x in (grad, q, k, v, out, dq)),
+        *(places, length, heads, scale),
+        config=config,
+        **constants,
+        WHOLE=length % config.blocks["BLOCK_N"] == 0,
+    )
+    config = KEY(kv.device, width_class(width), kv.dtype)
+    launch(
+        key_kernel,
+        (triton.cdiv(length, config.blocks["BLOCK_N"]) * batch * places * heads,),
+        *(grad, q, k, v, sin, cos, lse, mean, dk, dv),
+        *(strides_of(x) for x in (grad, q, k, v, dk)),
+        *(places, length, heads, scale),
+        config=config,
+        **constants,
+    )

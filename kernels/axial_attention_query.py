@@ -1,0 +1,165 @@
+"""Attention of one query a sequence, forward and backward: elementwise, each key and value read once.
+
+There is a product and a sum for each key element read, no reuse, nothing for tensor cores: keys and values are
+all the traffic (backward: read once, and their gradients written once). A program takes a few (sequence, head) pairs,
+which lie side by side in memory, and walks along the keys a few at a time, with running softmax sums: any length, and
+little padding (lengths 9, 17 and 33 in steps of 4 are 75, 85 and 92 % of the steps).
+
+Keys are the first axis of a tile: threads are dealt out from the last axis, so they cover columns and pairs, and each
+holds all the keys of its pair and columns. The softmax and the sum of values then stay in registers; only the scores
+are summed over threads, by shuffles, and nothing waits for another warp (keys in the middle: 16 barriers).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ConfigTable
+from pvdm_fast.kernels.lattice import padded, sequence_offset, strides_of, width_class
+from pvdm_fast.kernels.launch import Config, launch
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, lse, q_strides, kv_strides, out_strides, places, pairs, heads, length, scale,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """q, out: (B, places, 1, heads, HEAD), k, v: (B, places, length, heads, HEAD), by strides; lse: contiguous."""
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    exists = pair < pairs
+    sequence, head = pair // heads, pair % heads
+    columns = tl.arange(0, WIDTH)
+    inside = exists[:, None] & (columns < HEAD)[None, :]
+    query = tl.load(
+        q + sequence_offset(sequence, head, places, q_strides)[:, None] + columns[None, :], mask=inside, other=0.0
+    )
+    query = query.to(tl.float32) * (scale * 1.4426950408889634)  # / ln 2
+    first = sequence_offset(sequence, head, places, kv_strides)[None, :, None] + columns[None, None, :]
+    highest = tl.full((PAIRS,), float("-inf"), tl.float32)
+    total = tl.zeros((PAIRS,), tl.float32)
+    sums = tl.zeros((PAIRS, WIDTH), tl.float32)
+    for start in range(0, length, KEYS):
+        key = start + tl.arange(0, KEYS)
+        offsets = first + key.to(tl.int64)[:, None, None] * kv_strides[2]
+        mask = inside[None, :, :] & (key < length)[:, None, None]
+        k_tile = tl.load(k + offsets, mask=mask, other=0.0).to(tl.float32)
+        v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
+        scores = tl.where((key < length)[:, None], tl.sum(query[None, :, :] * k_tile, 2), float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 0))
+        weights = tl.exp2(scores - higher[None, :])
+        decay = tl.exp2(highest - higher)
+        total = total * decay + tl.sum(weights, 0)
+        sums = sums * decay[:, None] + tl.sum(weights[:, :, None] * v_tile, 0)
+        highest = higher
+    offsets = sequence_offset(sequence, head, places, out_strides)[:, None] + columns[None, :]
+    tl.store(out + offsets, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + pair.to(tl.int64), (highest + tl.log2(total)) * 0.6931471805599453, mask=exists)  # ln 2
+
+
+@triton.jit
+def backward_kernel(
+    grad, q, k, v, out, lse, dq, dk, dv, grad_strides, q_strides, kv_strides, out_strides, dq_strides, dkv_strides,
+    places, pairs, heads, length, scale,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """The same walk; the keys' and values' gradients are written on the way, the query's at the end."""
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    exists = pair < pairs
+    sequence, head = pair // heads, pair % heads
+    columns = tl.arange(0, WIDTH)
+    inside = exists[:, None] & (columns < HEAD)[None, :]
+    offsets = sequence_offset(sequence, head, places, q_strides)[:, None] + columns[None, :]
+    query = tl.load(q + offsets, mask=inside, other=0.0).to(tl.float32) * scale
+    offsets = sequence_offset(sequence, head, places, grad_strides)[:, None] + columns[None, :]
+    incoming = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+    offsets = sequence_offset(sequence, head, places, out_strides)[:, None] + columns[None, :]
+    mean = tl.sum(incoming * tl.load(out + offsets, mask=inside, other=0.0).to(tl.float32), 1)
+    normalizer = tl.load(lse + pair.to(tl.int64), mask=exists, other=0.0)
+    first = sequence_offset(sequence, head, places, kv_strides)[None, :, None] + columns[None, None, :]
+    dfirst = sequence_offset(sequence, head, places, dkv_strides)[None, :, None] + columns[None, None, :]
+    dquery = tl.zeros((PAIRS, WIDTH), tl.float32)
+    for start in range(0, length, KEYS):
+        key = start + tl.arange(0, KEYS)
+        row = key.to(tl.int64)[:, None, None]
+        mask = inside[None, :, :] & (key < length)[:, None, None]
+        k_tile = tl.load(k + first + row * kv_strides[2], mask=mask, other=0.0).to(tl.float32)
+        v_tile = tl.load(v + first + row * kv_strides[2], mask=mask, other=0.0).to(tl.float32)
+        scores = (tl.sum(query[None, :, :] * k_tile, 2) - normalizer[None, :]) * 1.4426950408889634  # / ln 2
+        weights = tl.where((key < length)[:, None], tl.exp2(scores), 0.0)
+        dscores = weights * (tl.sum(incoming[None, :, :] * v_tile, 2) - mean[None, :])
+        dv_tile = weights[:, :, None] * incoming[None, :, :]
+        dk_tile = dscores[:, :, None] * query[None, :, :]
+        dquery += tl.sum(dscores[:, :, None] * k_tile, 0)
+        tl.store(dv + dfirst + row * dkv_strides[2], dv_tile.to(dv.dtype.element_ty), mask=mask)
+        tl.store(dk + dfirst + row * dkv_strides[2], dk_tile.to(dk.dtype.element_ty), mask=mask)
+    offsets = sequence_offset(sequence, head, places, dq_strides)[:, None] + columns[None, :]
+    tl.store(dq + offsets, (dquery * scale).to(dq.dtype.element_ty), mask=inside)
+
+
+# As many pairs as give each of 128 threads 16 bytes of every row; four keys at a time are eight such loads in flight.
+ENTRIES = {
+    ("*", f"d{width}", dtype): Config({"PAIRS": 2048 // (width * size), "KEYS": 4}, 4, 1)
+    for width in (32, 64, 128, 256)
+    for dtype, size in (("*", 2), ("float32", 4))
+}
+CANDIDATES = tuple(
+    Config({"PAIRS": pairs, "KEYS": keys}, warps, 1)
+    for warps, pairs in ((2, 8), (4, 16), (8, 32))
+    for keys in (2, 4, 8)
+)
+FORWARD = ConfigTable(
+    "axial_attention_query_forward", {("*", "*", "*"): Config({"PAIRS": 8, "KEYS": 4}, 4, 1)} | ENTRIES, CANDIDATES
+)
+BACKWARD = ConfigTable(
+    "axial_attention_query_backward", {("*", "*", "*"): Config({"PAIRS": 8, "KEYS": 4}, 4, 1)} | ENTRIES, CANDIDATES
+)
+
+
+def forward(query: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """query: (B, places, 1, heads, d), kv: (B, places, L, 2, heads, d); fills out: like query, lse: (B, places, heads, 1)."""
+    batch, places, length, _, heads, width = kv.shape
+    config = FORWARD(kv.device, width_class(width), kv.dtype)
+    k, v = kv.unbind(3)
+    pairs = batch * places * heads
+    launch(
+        forward_kernel,
+        (triton.cdiv(pairs, config.blocks["PAIRS"]),),
+        *(
+            query,
+            k,
+            v,
+            out,
+            lse,
+            strides_of(query),
+            strides_of(k),
+            strides_of(out),
+            places,
+            pairs,
+            heads,
+            length,
+            scale,
+        ),
+        config=config,
+        **dict(HEAD=width, WIDTH=padded(width)),
+    )
+
+
+def backward(
+    grad: Tensor, query: Tensor, kv: Tensor, out: Tensor, lse: Tensor, dquery: Tensor, dkv: Tensor, scale: float
+) -> None:
+    """grad, out: like query; fills dquery, like query, and dkv, like kv."""
+    batch, places, length, _, heads, width = kv.shape
+    config = BACKWARD(kv.device, width_class(width), kv.dtype)
+    (k, v), (dk, dv) = kv.unbind(3), dkv.unbind(3)
+    pairs = batch * places * heads
+    launch(
+        backward_kernel,
+        (triton.cdiv(pairs, config.blocks["PAIRS"]),),
+        *(grad, query, k, v, out, lse, dquery, dk, dv),
+        *(strides_of(x) for x in (grad, query, k, out, dquery, dk)),
+        *(places, pairs, heads, length, scale),
+        config=config,
+        **dict(HEAD=width, WIDTH=padded(width)),
+    )

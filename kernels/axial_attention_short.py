@@ -1,0 +1,161 @@
+"""Attention of short sequences (at most 64 tokens), forward and backward: a program takes several whole sequences.
+
+Sequences of one head are packed, row after row, into a square tile: scores between different sequences are computed
+too, and dropped. That wastes products, not memory traffic, and traffic is what bounds it: 64 rows of d 64 in 16 bits
+are 32 KiB forward (q, k, v read once, out written) for 1 MFLOP, so the tensor cores are busy an eighth of the time at
+790 TFLOP/s and 3 TB/s; backward reads q, k, v, grad once and writes dq, dk, dv: 56 KiB for 2.6 MFLOP. One square
+product is what every target's tensor cores take without padding each sequence: of 64 rows, lengths 9, 16, 17 and 33
+use 63, 64, 51 and 33, where a batch of products padded to powers of two would use 36, 64, 34 and 33.
+Float32 without TF32 has no tensor cores: there tiles are as small as the sequence allows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ConfigTable
+from pvdm_fast.kernels.lattice import padded, precision, sequence_offset, strides_of, width_class
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.rotation import rotate, rotate_back
+
+LONGEST = 64
+
+
+@triton.jit
+def packed_rows(tile, head, places, sequences, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the tile's rows: which of its sequences each is in, its place there, the sequence, and whether it exists."""
+    PACKED: tl.constexpr = BLOCK // LENGTH
+    rows = tl.arange(0, BLOCK)
+    group, position = rows // LENGTH, rows % LENGTH
+    sequence = tile * PACKED + group
+    return group, position, sequence, (group < PACKED) & (sequence < sequences)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, sin, cos, out, lse, kv_strides, out_strides, places, sequences, heads, scale,
+    LENGTH: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """q, k, v, out: (B, places, LENGTH, heads, HEAD) by strides; lse: (B, places, heads, LENGTH), contiguous.
+
+    Grid: tiles x heads, the heads side by side: together they read whole rows of qkv.
+    """
+    tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    group, position, sequence, exists = packed_rows(tile, head, places, sequences, LENGTH, BLOCK)
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = exists[:, None] & (columns < HEAD)
+    first = sequence_offset(sequence, head, places, kv_strides)
+    offsets = (first + position.to(tl.int64) * kv_strides[2])[:, None] + columns
+    q_tile = tl.load(q + offsets, mask=inside, other=0.0)
+    k_tile = tl.load(k + offsets, mask=inside, other=0.0)
+    v_tile = tl.load(v + offsets, mask=inside, other=0.0)
+    if sin is not None:
+        table = position[:, None] * HEAD + columns
+        sin_tile = tl.load(sin + table, mask=inside, other=0.0)
+        cos_tile = tl.load(cos + table, mask=inside, other=0.0)
+        q_tile = rotate(q_tile, sin_tile, cos_tile).to(v_tile.dtype)
+        k_tile = rotate(k_tile, sin_tile, cos_tile).to(v_tile.dtype)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)  # / ln 2
+    # Rows that don't exist are a sequence of zeros among themselves: every row keeps a finite maximum.
+    scores = tl.where(group[:, None] == group[None, :], scores, float("-inf"))
+    highest = tl.max(scores, 1)
+    weights = tl.exp2(scores - highest[:, None])
+    total = tl.sum(weights, 1)
+    sums = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION) / total[:, None]
+    first = sequence_offset(sequence, head, places, out_strides)
+    offsets = (first + position.to(tl.int64) * out_strides[2])[:, None] + columns
+    tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=inside)
+    lse_rows = (sequence.to(tl.int64) * heads + head) * LENGTH + position
+    tl.store(lse + lse_rows, (highest + tl.log2(total)) * 0.6931471805599453, mask=exists)  # ln 2
+
+
+@triton.jit
+def backward_kernel(
+    grad, q, k, v, sin, cos, lse, dq, dk, dv, grad_strides, kv_strides, dkv_strides, places, sequences, heads, scale,
+    LENGTH: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same tiles. All of a row's scores are here, so what is usually summed from grad and out (and makes out
+    be read) is summed from the weights and their gradients."""
+    tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    group, position, sequence, exists = packed_rows(tile, head, places, sequences, LENGTH, BLOCK)
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = exists[:, None] & (columns < HEAD)
+    first = sequence_offset(sequence, head, places, kv_strides)
+    offsets = (first + position.to(tl.int64) * kv_strides[2])[:, None] + columns
+    q_tile = tl.load(q + offsets, mask=inside, other=0.0)
+    k_tile = tl.load(k + offsets, mask=inside, other=0.0)
+    v_tile = tl.load(v + offsets, mask=inside, other=0.0)
+    first = sequence_offset(sequence, head, places, grad_strides)
+    offsets = (first + position.to(tl.int64) * grad_strides[2])[:, None] + columns
+    grad_tile = tl.load(grad + offsets, mask=inside, other=0.0)
+    lse_rows = (sequence.to(tl.int64) * heads + head) * LENGTH + position
+    lse_tile = tl.load(lse + lse_rows, mask=exists, other=0.0) * 1.4426950408889634  # / ln 2
+    table = position[:, None] * HEAD + columns
+    if sin is not None:
+        sin_tile = tl.load(sin + table, mask=inside, other=0.0)
+        cos_tile = tl.load(cos + table, mask=inside, other=0.0)
+        q_tile = rotate(q_tile, sin_tile, cos_tile).to(v_tile.dtype)
+        k_tile = rotate(k_tile, sin_tile, cos_tile).to(v_tile.dtype)
+    first = sequence_offset(sequence, head, places, dkv_strides)
+    offsets = (first + position.to(tl.int64) * dkv_strides[2])[:, None] + columns
+
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
+    weights = tl.where(group[:, None] == group[None, :], tl.exp2(scores - lse_tile[:, None]), 0.0)
+    dv_tile = tl.dot(tl.trans(weights.to(v_tile.dtype)), grad_tile, input_precision=PRECISION)
+    tl.store(dv + offsets, dv_tile.to(dv.dtype.element_ty), mask=inside)
+    dweights = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+    mean = tl.sum(weights * dweights, 1)
+    dscores = (weights * (dweights - mean[:, None])).to(v_tile.dtype)
+    dq_tile = tl.dot(dscores, k_tile, input_precision=PRECISION) * scale
+    dk_tile = tl.dot(tl.trans(dscores), q_tile, input_precision=PRECISION) * scale
+    if sin is not None:
+        # Read again, from the L1, rather than held in registers through the products.
+        sin_tile = tl.load(sin + table, mask=inside, other=0.0)
+        cos_tile = tl.load(cos + table, mask=inside, other=0.0)
+        dq_tile = rotate_back(dq_tile, sin_tile, cos_tile)
+        dk_tile = rotate_back(dk_tile, sin_tile, cos_tile)
+    tl.store(dq + offsets, dq_tile.to(dq.dtype.element_ty), mask=inside)
+    tl.store(dk + offsets, dk_tile.to(dk.dtype.element_ty), mask=inside)
+
+
+def shape_class(length: int, width: int) -> str:
+    """ "16-d64": lengths up to 16, 32 or 64, then `width_class`."""
+    return f"{max(16, triton.next_power_of_2(length))}-{width_class(width)}"
+
+
+FORWARD = ConfigTable("axial_attention_short_forward", {("*", "*", "*"): Config({"BLOCK": 64}, 4, 1)})
+BACKWARD = ConfigTable("axial_attention_short_backward", {("*", "*", "*"): Config({"BLOCK": 64}, 4, 1)})
+
+
+def forward(kv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
+    """kv: (B, places, L, 3, heads, d); fills out: (B, places, L, heads, d) and lse: (B, places, heads, L)."""
+    batch, places, length, _, heads, width = kv.shape
+    config = FORWARD(kv.device, shape_class(length, width), kv.dtype)
+    q, k, v = kv.unbind(3)
+    launch(
+        forward_kernel,
+        (triton.cdiv(batch * places, config.blocks["BLOCK"] // length) * heads,),
+        *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(out), places, batch * places, heads, scale),
+        config=config,
+        **dict(LENGTH=length, HEAD=width, WIDTH=padded(width), PRECISION=precision()),
+    )
+
+
+def backward(
+    grad: Tensor, kv: Tensor, sin: Tensor | None, cos: Tensor | None, lse: Tensor, dkv: Tensor, scale: float
+) -> None:
+    """grad: (B, places, L, heads, d); fills dkv: (B, places, L, 3, heads, d)."""
+    batch, places, length, _, heads, width = kv.shape
+    config = BACKWARD(kv.device, shape_class(length, width), kv.dtype)
+    (q, k, v), (dq, dk, dv) = kv.unbind(3), dkv.unbind(3)
+    launch(
+        backward_kernel,
+        (triton.cdiv(batch * places, config.blocks["BLOCK"] // length) * heads,),
+        *(grad, q, k, v, sin, cos, lse, dq, dk, dv, strides_of(grad), strides_of(q), strides_of(dq)),
+        *(places, batch * places, heads, scale),
+        config=config,
+        **dict(LENGTH=length, HEAD=width, WIDTH=padded(width), PRECISION=precision()),
+    )

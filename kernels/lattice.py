@@ -1,0 +1,35 @@
+"""Sequences along an axis of a lattice, (B, places, L, heads, d) by strides, as the attention kernels address them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def strides_of(x: Tensor) -> tuple[int, int, int, int]:
+    """x: (B, places, L, heads, d), dense along d -> the strides of the others, as kernels take them."""
+    return x.stride(0), x.stride(1), x.stride(2), x.stride(3)
+
+
+def padded(width: int) -> int:
+    """How wide a kernel's tile is for heads of `width`: a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def width_class(width: int) -> str:
+    """The part of a shape class that says how wide heads are: "d32" (at most 32), "d64", "d128" or "d256"."""
+    return f"d{max(32, padded(width))}"
+
+
+def precision() -> str:
+    """How products of float32 are taken: in float32, or in TF32 where PyTorch's matmuls may be too."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def sequence_offset(sequence, head, places, strides):
+    """Elements from the first row of all to the first of this sequence (a number of B x places) and head."""
+    batch, place = sequence // places, sequence % places
+    return batch.to(tl.int64) * strides[0] + place.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[3]

@@ -1,0 +1,65 @@
+"""The second half of a sum over programs without atomics: each program leaves a row, and rows are added in order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ConfigTable
+from pvdm_fast.kernels.launch import Config, launch
+
+# Many rows: narrow programs, so that there are enough of them and each has few steps (64 bytes a row stay coalesced).
+SUM_PARTIALS = ConfigTable(
+    "sum_partials",
+    {
+        ("*", "*", "*"): Config({"ROWS": 32, "COLUMNS": 64}),
+        ("*", "tall", "*"): Config({"ROWS": 128, "COLUMNS": 16}),
+        ("interpreter", "*", "*"): Config({"ROWS": 8, "COLUMNS": 256}),
+    },
+    candidates=(Config({"ROWS": 64, "COLUMNS": 32}), Config({"ROWS": 256, "COLUMNS": 16}, num_warps=8)),
+)
+
+
+def height_class(count: int) -> str:
+    """ "tall" for more than 64 rows, else "flat"."""
+    return "tall" if count > 64 else "flat"
+
+
+@triton.jit
+def _sum_partials(
+    partials, first, second, count, columns, first_columns, second_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    totals = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (column < columns)[None, :]
+        totals += tl.load(partials + row.to(tl.int64)[:, None] * columns + column[None, :], mask=inside, other=0.0)
+    total = tl.sum(totals, 0)
+    tl.store(first + column, total.to(first.dtype.element_ty), mask=column < first_columns)
+    tl.store(
+        second + column - second_start,
+        total.to(second.dtype.element_ty),
+        mask=(column >= second_start) & (column < columns),
+    )
+
+
+def sum_partials(partials: Tensor, first: Tensor, second: Tensor) -> None:
+    """partials: (count, columns) float32, contiguous. Its sum over the rows, flattened: the head goes to `first`, the
+    tail to `second` (contiguous, any float dtype); where they have more than `columns` elements together, they overlap.
+    """
+    count, columns = partials.shape
+    config = SUM_PARTIALS(partials.device, height_class(count), partials.dtype)
+    launch(
+        _sum_partials,
+        (triton.cdiv(columns, config.blocks["COLUMNS"]),),
+        partials,
+        first,
+        second,
+        count,
+        columns,
+        first.numel(),
+        columns - second.numel(),
+        config=config,
+    )

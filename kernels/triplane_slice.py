@@ -1,0 +1,160 @@
+"""`triplane_slice` in Triton: sequences gathered in one pass; the gradient is read once.
+
+A row is C values of s bytes. Forward: each lattice row read once, each sequence row written once. Backward: each
+sequence row read once, each lattice row written once, and partial sums of the gradient of positions: 4 C bytes for
+each of some PROGRAMS programs, written and read once. Positions come from the caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ConfigTable
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.partials import sum_partials
+from pvdm_fast.native import rows_dense
+
+# 64 channels divide the widths in use (384, 192, 64) and are a cache line in 16 bits.
+FORWARD = ConfigTable(
+    "triplane_slice_forward",
+    {
+        ("*", "*", "*"): Config({"ROWS": 32, "COLUMNS": 64}),
+        ("interpreter", "*", "*"): Config({"ROWS": 32, "COLUMNS": 128}),
+    },
+    candidates=(Config({"ROWS": 16, "COLUMNS": 128}), Config({"ROWS": 64, "COLUMNS": 64}, num_warps=8)),
+)
+# PROGRAMS: about how many there are for each block of channels; a sequence position has its share of them.
+BACKWARD = ConfigTable(
+    "triplane_slice_backward",
+    {
+        ("*", "*", "*"): Config({"PLACES": 16, "COLUMNS": 64, "PROGRAMS": 264}, num_warps=2),
+        ("interpreter", "*", "*"): Config({"PLACES": 8, "COLUMNS": 128, "PROGRAMS": 12}),
+    },
+    candidates=(
+        Config({"PLACES": 32, "COLUMNS": 64, "PROGRAMS": 264}, num_warps=4),
+        Config({"PLACES": 16, "COLUMNS": 64, "PROGRAMS": 528}, num_warps=2),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """Element l of the sequence at place p is lattice token p // inner * outer_step + p % inner + l * step."""
+
+    length: int
+    inner: int
+    outer_step: int
+    step: int
+
+
+def _gather(plane: str, time: int, height: int, width: int) -> _Gather:
+    if plane == "xy":
+        return _Gather(time, height * width, 0, height * width)
+    if plane == "yt":
+        return _Gather(height, width, height * width, width)
+    return _Gather(width, 1, width, 1)
+
+
+@triton.jit
+def _forward(
+    x, token, positions, out, rows, length, channels, inner, outer_step, step, batch_stride, token_stride,
+    positions_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # rows = places * (length + 1) of one batch element; a program has a block of them and a block of channels.
+    across = tl.cdiv(channels, COLUMNS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(0) // across
+    down = tl.cdiv(rows, ROWS)
+    batch = (block // down).to(tl.int64)
+    row = block % down * ROWS + tl.arange(0, ROWS)
+    place, element = row // (length + 1), row % (length + 1)
+    source = place // inner * outer_step + place % inner + element * step
+    here = (column < channels)[None, :]
+    inside = (row < rows)[:, None] & here
+    offset = batch * batch_stride + source.to(tl.int64)[:, None] * token_stride + column[None, :]
+    value = tl.load(x + offset, mask=inside & (element < length)[:, None], other=0.0).to(tl.float32)
+    value += tl.load(token + column[None, :], mask=here & (element == length)[:, None], other=0.0).to(tl.float32)
+    value += tl.load(
+        positions + element[:, None] * positions_stride + column[None, :], mask=inside, other=0.0
+    ).to(tl.float32)  # fmt: skip
+    target = (batch * rows + row.to(tl.int64)[:, None]) * channels + column[None, :]
+    tl.store(out + target, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    grad, dx, partials, places_in_all, places, length, channels, inner, outer_step, step, batch_stride, place_stride,
+    row_stride, PLACES: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    # A program has one position of the sequences, a block of channels and its share of the blocks of places (of all
+    # batch elements). Channels, then positions, are the fastest part of the index: neighbours read neighbours.
+    across = tl.cdiv(channels, COLUMNS)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(0) // across
+    element, share = block % (length + 1), block // (length + 1)
+    here = (column < channels)[None, :]
+    kept = tl.where(element < length, places_in_all, 0)  # the token's gradient is no lattice token's
+    totals = tl.zeros([PLACES, COLUMNS], tl.float32)
+    for tile in range(share, tl.cdiv(places_in_all, PLACES), tl.cdiv(PROGRAMS, length + 1)):
+        index = tile * PLACES + tl.arange(0, PLACES)
+        batch, place = (index // places).to(tl.int64), index % places
+        inside = (index < places_in_all)[:, None] & here
+        offset = batch * batch_stride + place.to(tl.int64) * place_stride + element.to(tl.int64) * row_stride
+        value = tl.load(grad + offset[:, None] + column[None, :], mask=inside, other=0.0)
+        target = place // inner * outer_step + place % inner + element * step
+        to = (batch * (places * length) + target)[:, None] * channels + column[None, :]
+        tl.store(dx + to, value, mask=(index < kept)[:, None] & here)
+        totals += value.to(tl.float32)
+    row = (share * (length + 1) + element).to(tl.int64)
+    tl.store(partials + row * channels + column, tl.sum(totals, 0), mask=column < channels)
+
+
+def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:
+    """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, places, L + 1, C)."""
+    x, token, positions = rows_dense(x), rows_dense(token), rows_dense(positions)
+    batch, tokens, channels = x.shape
+    gather = _gather(plane, time, height, width)
+    places = tokens // gather.length
+    rows = places * (gather.length + 1)
+    out = torch.empty(batch, places, gather.length + 1, channels, dtype=x.dtype, device=x.device)
+    config = FORWARD(x.device, "any", x.dtype)
+    blocks = batch * triton.cdiv(rows, config.blocks["ROWS"])
+    launch(
+        _forward,
+        (blocks * triton.cdiv(channels, config.blocks["COLUMNS"]),),
+        *(x, token, positions, out),
+        *(rows, gather.length, channels, gather.inner, gather.outer_step, gather.step),
+        *(x.stride(0), x.stride(1), positions.stride(0)),
+        config=config,
+    )
+    return out
+
+
+def backward(
+    grad: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, token and positions from grad: (B, places, L + 1, C)."""
+    grad = rows_dense(grad)
+    batch, places, rows, channels = grad.shape
+    gather = _gather(plane, time, height, width)
+    dx = torch.empty(batch, time * height * width, channels, dtype=grad.dtype, device=grad.device)
+    dtoken, dpositions = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (token, positions))
+    config = BACKWARD(grad.device, "any", grad.dtype)
+    blocks = config.blocks
+    shares = min(triton.cdiv(batch * places, blocks["PLACES"]), triton.cdiv(blocks["PROGRAMS"], rows))
+    partials = torch.empty(shares, rows * channels, dtype=torch.float32, device=grad.device)
+    launch(
+        _backward,
+        (shares * rows * triton.cdiv(channels, blocks["COLUMNS"]),),
+        *(grad, dx, partials),
+        *(batch * places, places, gather.length, channels, gather.inner, gather.outer_step, gather.step),
+        *grad.stride()[:3],
+        config=config,
+    )
+    sum_partials(partials, dpositions, dtoken)
+    return dx, dtoken, dpositions

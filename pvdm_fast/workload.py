@@ -1,0 +1,134 @@
+"""What the networks ask of the operations: every call, with shapes, strides and dtypes, found without running them.
+
+The kernels are tuned for these calls (`pvdm_fast.tune`) and compiled ahead of time for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pvdm_fast.models.presets import DENOISER, preset
+
+Fill = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its values: shape, strides and offset into its storage."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+
+    def make(self, device: torch.device | str, fill: Fill) -> Tensor:
+        """Such a tensor on `device`, its whole storage filled by `fill`."""
+        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        storage = fill(torch.empty(self.offset + size if 0 not in self.shape else 0, dtype=self.dtype, device=device))
+        return storage.as_strided(self.shape, self.strides, self.offset)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `<op>.<direction>` ("forward" or "backward"), a TensorSpec in each tensor's place."""
+
+    op: str
+    direction: str
+    arguments: tuple[Any, ...]
+
+    def with_dtype(self, before: torch.dtype, after: torch.dtype) -> Call:
+        """The same call with tensors of one dtype in another."""
+
+        def change(value: Any) -> Any:
+            fits = isinstance(value, TensorSpec) and value.dtype == before
+            return TensorSpec(value.shape, value.strides, value.offset, after) if fits else value
+
+        return Call(self.op, self.direction, tuple(change(value) for value in self.arguments))
+
+    def inputs(self, device: torch.device | str, fill: Fill = lambda storage: storage) -> list[Any]:
+        """The arguments, tensors made on `device`."""
+        return [a.make(device, fill) if isinstance(a, TensorSpec) else list_of(a) for a in self.arguments]
+
+    def __str__(self) -> str:
+        tensors = [a for a in self.arguments if isinstance(a, TensorSpec)]
+        shapes = ", ".join("×".join(map(str, t.shape)) for t in tensors[:2])
+        return f"{self.op} {self.direction} ({shapes}{', …' if len(tensors) > 2 else ''})"
+
+
+def list_of(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class _Recorder(TorchDispatchMode):
+    """Collects calls of this package's operations, below autograd; each once, in the order of their first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Call, None] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.namespace == "pvdm_fast":
+            name = function._schema.name.partition("::")[2]
+            op = name.removesuffix("_backward")
+            *inputs, _backend = args
+            self.calls[Call(op, "forward" if op == name else "backward", tuple(map(_frozen, inputs)))] = None
+        return function(*args, **(kwargs or {}))
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return TensorSpec.of(value)
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def calls(size: str, dtype: torch.dtype, batch: int = 1, mixed: bool = False) -> list[Call]:
+    """All different calls that both networks of a preset make, forward and backward.
+
+    Args:
+        size: a preset: "tiny", "small", "base".
+        dtype: of weights and activations; with `mixed`, autocast's, the weights being float32.
+        batch: clips.
+
+    Raises:
+        ValueError: no preset of that name.
+    """
+    preset(DENOISER, size, {})
+    from pvdm_fast.models import Autoencoder, Denoiser
+
+    recorder, default = _Recorder(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32 if mixed else dtype)
+        with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=mixed):
+            for network, inputs in (
+                (Denoiser.from_preset(size), _denoiser_inputs),
+                (Autoencoder.from_preset(size), _autoencoder_inputs),
+            ):
+                with recorder:
+                    sample = network(*inputs(network, batch)).sample
+                    torch.autograd.grad(sample, list(network.parameters()), torch.empty_like(sample), allow_unused=True)
+    finally:
+        torch.set_default_dtype(default)
+    return list(recorder.calls)
+
+
+def _denoiser_inputs(network: Any, batch: int) -> tuple[Tensor, ...]:
+    latent = torch.empty(batch, network.config.latent_channels, network.layout.num_tokens)
+    return latent, torch.empty(batch, dtype=torch.long), latent
+
+
+def _autoencoder_inputs(network: Any, batch: int) -> tuple[Tensor, ...]:
+    config = network.config
+    return (torch.empty(batch, 3, config.frames, config.height, config.width),)
