@@ -1,7 +1,12 @@
 // pvdm_fast._cuda: one function an operation and direction. Arguments are checked here, kernels trust them.
 // Built a second time as pvdm_fast's test module `_emulated`, where "the device" is the host (PVDM_EMULATE).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <vector>
+
+#include "attention_checks.h"
+#include "cuda/attention.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 #include "tensor_caster.h"
@@ -49,11 +54,143 @@ void expand_sums(TensorView grad, TensorView sums, TensorView workspace, int64_t
   cuda::triplane_expand_sums(grad, sums, workspace, layout, place(device, stream));
 }
 
+int64_t slice_length(int plane, const Layout& l) { return plane == 0 ? l.time : plane == 1 ? l.height : l.width; }
+
+void slice_forward(TensorView x, TensorView token, TensorView positions, TensorView out, int plane, int64_t time,
+                   int64_t height, int64_t width, int device, uintptr_t stream) {
+  const Layout layout{time, height, width};
+  const int64_t tokens = time * height * width, length = slice_length(plane, layout), channels = x.size[2];
+  check("x", x, {x.size[0], tokens, channels});
+  check("token", token, {channels});
+  check("positions", positions, {length + 1, channels});
+  check("out", out, {x.size[0], tokens / length, length + 1, channels});
+  for (const auto* t : {&token, &positions}) check_float("A parameter", *t);
+  for (const auto* t : {&token, &positions, &out}) check_dense("A parameter or the output", *t);
+  require(out.dtype == x.dtype && x.dtype != Dtype::f64, "x and out must share a dtype of at most 32 bits.");
+  py::gil_scoped_release release;
+  cuda::triplane_slice_forward(x, token, positions, out, plane, layout, place(device, stream));
+}
+
+void slice_backward(TensorView grad, TensorView dx, TensorView dpositions, TensorView workspace, int plane, int64_t time,
+                    int64_t height, int64_t width, int device, uintptr_t stream) {
+  const Layout layout{time, height, width};
+  const int64_t tokens = time * height * width, length = slice_length(plane, layout), channels = grad.size[3];
+  check("grad", grad, {grad.size[0], tokens / length, length + 1, channels});
+  check("dx", dx, {grad.size[0], tokens, channels});
+  check("dpositions", dpositions, {length + 1, channels});
+  check("workspace", workspace, {cuda::triplane_slice_workspace(grad.size[0], channels, plane, layout)});
+  for (const auto* t : {&dpositions, &workspace}) check_float("A gradient of positions", *t);
+  for (const auto* t : {&dx, &dpositions}) check_dense("A gradient", *t);
+  require(dx.dtype == grad.dtype && grad.dtype != Dtype::f64, "grad and dx must share a dtype of at most 32 bits.");
+  py::gil_scoped_release release;
+  cuda::triplane_slice_backward(grad, dx, dpositions, workspace, plane, layout, place(device, stream));
+}
+
+cuda::PlaneNormInputs norm_inputs(const TensorView& x, const TensorView& weight, const TensorView& bias,
+                                  const TensorView& film, const TensorView& mean, const TensorView& rstd,
+                                  const TensorView& workspace, const std::vector<int64_t>& planes, int64_t groups,
+                                  bool activation, int resample) {
+  const Planes all{planes.data(), static_cast<int64_t>(planes.size()) / 2};
+  const int64_t batch = x.size[0], channels = x.size[2];
+  check("x", x, {batch, all.offset(all.count), channels});
+  check("weight", weight, {channels}), check("bias", bias, {channels});
+  if (film.data) check("scale_shift", film, {batch, 2 * channels});
+  check("mean", mean, {batch, all.count, groups}), check("rstd", rstd, {batch, all.count, groups});
+  check("workspace", workspace, {cuda::plane_norm_workspace(batch, channels, groups, all)});
+  for (const auto* t : {&weight, &bias, &film, &mean, &rstd, &workspace}) {
+    check_float("A parameter or statistic", *t);
+    check_dense("A parameter or statistic", *t);
+  }
+  require(channels % groups == 0 && x.dtype != Dtype::f64, "Groups must divide the channels of a tensor of at most 32 bits.");
+  return {x, weight, bias, film, mean, rstd, all, groups, activation, resample};
+}
+
+void norm_forward(TensorView x, TensorView weight, TensorView bias, TensorView film, TensorView y, TensorView mean,
+                  TensorView rstd, TensorView workspace, const std::vector<int64_t>& planes, int64_t groups, double eps,
+                  bool activation, int resample, int device, uintptr_t stream) {
+  const auto in = norm_inputs(x, weight, bias, film, mean, rstd, workspace, planes, groups, activation, resample);
+  const int64_t tokens = x.size[1];
+  check("y", y, {x.size[0], resample > 0 ? 4 * tokens : resample < 0 ? tokens / 4 : tokens, x.size[2]});
+  check_dense("y", y);
+  require(y.dtype == x.dtype, "x and y must share a dtype.");
+  py::gil_scoped_release release;
+  cuda::plane_norm_forward(in, y, workspace, static_cast<float>(eps), place(device, stream));
+}
+
+void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView bias, TensorView film, TensorView mean,
+                   TensorView rstd, TensorView dx, TensorView dweight, TensorView dbias, TensorView dfilm,
+                   TensorView workspace, const std::vector<int64_t>& planes, int64_t groups, bool activation,
+                   int resample, int device, uintptr_t stream) {
+  const auto in = norm_inputs(x, weight, bias, film, mean, rstd, workspace, planes, groups, activation, resample);
+  const int64_t tokens = x.size[1], channels = x.size[2];
+  check("grad", grad, {x.size[0], resample > 0 ? 4 * tokens : resample < 0 ? tokens / 4 : tokens, channels});
+  check("dx", dx, {x.size[0], tokens, channels});
+  check("dweight", dweight, {channels}), check("dbias", dbias, {channels});
+  require(!dfilm.data == !film.data, "scale_shift and its gradient go together.");
+  if (dfilm.data) check("dscale_shift", dfilm, {x.size[0], 2 * channels});
+  for (const auto* t : {&dx, &dweight, &dbias, &dfilm}) check_dense("A gradient", *t);
+  for (const auto* t : {&dweight, &dbias, &dfilm}) check_float("A parameter's gradient", *t);
+  require(grad.dtype == x.dtype && dx.dtype == x.dtype, "grad, x and dx must share a dtype.");
+  py::gil_scoped_release release;
+  cuda::plane_norm_backward(in, grad, dx, dweight, dbias, dfilm, workspace, place(device, stream));
+}
+
+// Rows that can be read 16 bytes at a time, heads of whole packs: launchers pad and copy what isn't so.
+void check_rows(const char* name, const TensorView& t) {
+  if (!t.data) return;
+  const int64_t pack = t.dtype == Dtype::f32 ? 4 : 8;
+  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.size[t.dims - 1] % 8 == 0;
+  for (int i = 0; i < t.dims - 1; i++) aligned = aligned && (t.size[i] <= 1 || t.stride[i] % pack == 0);
+  require(aligned, std::string(name) + " must have rows of a multiple of 8 at 16-byte boundaries.");
+}
+
+cuda::AttentionInputs attention_inputs(const TensorView& qkv, const TensorView& query, const TensorView& sin,
+                                       const TensorView& cos, const TensorView& out, const TensorView& lse,
+                                       const std::vector<int64_t>& offsets, double scale) {
+  check_attention(qkv, query, sin, cos, out, lse, offsets);
+  check_offsets(offsets, qkv.size[2]);
+  check_dense("lse", lse);
+  for (const auto* t : {&sin, &cos}) check_dense("A rotation table", *t);
+  check_rows("qkv", qkv), check_rows("query", query), check_rows("out", out);
+  require(qkv.size[5] <= 256, "The CUDA kernels take heads of at most 256 channels.");
+  require(qkv.size[2] < INT32_MAX, "The sequence is too long.");
+  return {qkv, query, sin, cos, offsets.data(), static_cast<int64_t>(offsets.size()) - 1, static_cast<float>(scale)};
+}
+
+void attention_forward(TensorView qkv, TensorView query, TensorView sin, TensorView cos, TensorView out, TensorView lse,
+                       const std::vector<int64_t>& offsets, double scale, bool tensor_cores, int device,
+                       uintptr_t stream) {
+  const auto in = attention_inputs(qkv, query, sin, cos, out, lse, offsets, scale);
+  py::gil_scoped_release release;
+  cuda::attention_forward(in, out, lse, tensor_cores, place(device, stream));
+}
+
+void attention_backward(TensorView grad, TensorView qkv, TensorView query, TensorView sin, TensorView cos, TensorView out,
+                        TensorView lse, TensorView delta, TensorView dqkv, TensorView dquery,
+                        const std::vector<int64_t>& offsets, double scale, bool tensor_cores, int device,
+                        uintptr_t stream) {
+  const auto in = attention_inputs(qkv, query, sin, cos, out, lse, offsets, scale);
+  check_attention_gradients(grad, qkv, query, out, dqkv, dquery);
+  check("delta", delta, {lse.size[0], lse.size[1], lse.size[2], lse.size[3]});
+  check_float("delta", delta), check_dense("delta", delta);
+  check_rows("grad", grad), check_rows("dqkv", dqkv), check_rows("dquery", dquery);
+  py::gil_scoped_release release;
+  cuda::attention_backward(in, grad, out, lse, delta, dqkv, dquery, tensor_cores, place(device, stream));
+}
+
 }  // namespace
 
 #ifdef PVDM_EMULATE
 PYBIND11_MODULE(_emulated, m) {
   m.def("set_schedule", [](int order) { pvdm::emulation::schedule() = order; });
+  m.def("counts", [] {  // since the last call
+    auto& c = pvdm::emulation::counters();
+    auto found = py::dict();
+    found["mma"] = c.mma.exchange(0), found["ldmatrix"] = c.ldmatrix.exchange(0);
+    found["bank_conflicts"] = c.bank_conflicts.exchange(0), found["barriers"] = c.barriers.exchange(0);
+    found["shuffles"] = c.shuffles.exchange(0), found["async_bytes"] = c.async_bytes.exchange(0);
+    return found;
+  });
 #else
 PYBIND11_MODULE(_cuda, m) {
 #endif
@@ -64,4 +201,19 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("triplane_expand_forward", &expand_forward);
   m.def("triplane_expand_sums", &expand_sums);
+  m.def("triplane_slice_workspace",
+        [](int64_t batch, int64_t channels, int plane, int64_t time, int64_t height, int64_t width) {
+          return cuda::triplane_slice_workspace(batch, channels, plane, {time, height, width});
+        });
+  m.def("triplane_slice_forward", &slice_forward);
+  m.def("triplane_slice_backward", &slice_backward);
+  m.def("plane_norm_workspace",
+        [](int64_t batch, int64_t channels, int64_t groups, const std::vector<int64_t>& planes) {
+          return cuda::plane_norm_workspace(batch, channels, groups,
+                                            {planes.data(), static_cast<int64_t>(planes.size()) / 2});
+        });
+  m.def("plane_norm_forward", &norm_forward);
+  m.def("plane_norm_backward", &norm_backward);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
 }

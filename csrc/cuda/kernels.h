@@ -16,4 +16,34 @@ void triplane_expand_forward(const TensorView& planes, const TensorView& weight,
 // grad (B, T H W, C) -> sums (B, N, C) f32: over time for xy, height for yt, width for xt. grad is read once.
 void triplane_expand_sums(const TensorView& grad, const TensorView& sums, const TensorView& workspace,
                           const Layout& layout, const Place& place);
+
+// How many floats of workspace the backward direction of triplane_slice needs.
+int64_t triplane_slice_workspace(int64_t batch, int64_t channels, int plane, const Layout& layout);
+
+// x (B, T H W, C), token (C) f32, positions (L + 1, C) f32 -> out (B, places, L + 1, C); plane 0 xy, 1 yt, 2 xt.
+void triplane_slice_forward(const TensorView& x, const TensorView& token, const TensorView& positions,
+                            const TensorView& out, int plane, const Layout& layout, const Place& place);
+
+// grad like out -> dx, dpositions (L + 1, C) f32 (the last is the token's gradient). grad is read once.
+void triplane_slice_backward(const TensorView& grad, const TensorView& dx, const TensorView& dpositions,
+                             const TensorView& workspace, int plane, const Layout& layout, const Place& place);
+
+// x (B, N, C); weight and bias (C), film (B, 2C) or none, mean and rstd (B, planes, groups): all f32.
+struct PlaneNormInputs {
+  TensorView x, weight, bias, film, mean, rstd;
+  Planes planes;
+  int64_t groups;
+  bool activation;
+  int resample;  // 1 doubles sides, -1 halves them
+};
+
+// How many floats of workspace either direction of plane_norm needs.
+int64_t plane_norm_workspace(int64_t batch, int64_t channels, int64_t groups, const Planes& planes);
+
+// -> y (B, N', C); fills mean and rstd.
+void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const TensorView& workspace, float eps,
+                        const Place& place);
+void plane_norm_backward(const PlaneNormInputs& in, const TensorView& grad, const TensorView& dx,
+                         const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
+                         const TensorView& workspace, const Place& place);
 }  // namespace pvdm::cuda

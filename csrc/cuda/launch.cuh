@@ -13,8 +13,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define PVDM_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define PVDM_LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  (kernel)<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// Shared memory: an array, and what the launch asked for.
+#define PVDM_SHARED(T, name, count) __shared__ T name[count]
+#define PVDM_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(128) unsigned char pvdm_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(pvdm_dynamic_shared)
 #endif
 
 namespace pvdm::cuda {
@@ -44,6 +49,14 @@ class DeviceGuard {
  private:
   int previous_ = 0;
 };
+
+// More than 48 KiB of shared memory needs to be asked for, kernel by kernel.
+template <class Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 << 10) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "asking for shared memory");
+}
 
 // A grid of `blocks` blocks in one dimension.
 inline dim3 grid_of(int64_t blocks) {

@@ -1,35 +1,66 @@
-// A host stand-in for the CUDA device, so that g++ builds the .cu files and tests run them.
+// A host stand-in for the CUDA device: the vocabulary of the .cu files in C++, so that g++ builds them and tests run them.
 //
-// Every CUDA thread is a fiber; a warp's 32 fibers run one at a time and wait for each other at shuffles. Warps run one
-// after another, which is right as long as no kernel has shared memory or a block-wide barrier (none has yet). What
-// it catches: wrong addresses (with -fsanitize=address), lanes that miss a shuffle, and results that depend on the
-// order of threads or blocks (three schedules that must agree). What it doesn't: speed, and races between warps.
+// What it catches, and how (tests/native/test_emulation.py plants each fault): reads of shared memory that nothing wrote,
+// or that a pending cp.async will write (NaN); missing barriers (schedules that disagree; ThreadSanitizer); barriers and
+// warp operations that only a part reaches, wrong masks, copies never waited for (errors); wrong addresses
+// (AddressSanitizer); missing atomics (ThreadSanitizer). What it can't see: speed, and a tensor core's rounding.
 #pragma once
-#include <ucontext.h>
-
+#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <stdexcept>
-#include <vector>
+
+#include "warp.h"
 
 #define __global__ static
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define PVDM_LAUNCH(kernel, grid, block, stream, ...) \
-  ::pvdm::emulation::launch(grid, block, [&] { (kernel)(__VA_ARGS__); })
-#define threadIdx (::pvdm::emulation::current().thread)
-#define blockIdx (::pvdm::emulation::current().block)
+#define PVDM_LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  ::pvdm::emulation::launch(grid, block, bytes, [&] { (kernel)(__VA_ARGS__); })
+#define PVDM_SHARED(T, name, count)                                                 \
+  static const char name##_key = 0;                                                 \
+  T* const name = reinterpret_cast<T*>(::pvdm::emulation::static_shared(&name##_key, sizeof(T) * (count)))
+#define PVDM_DYNAMIC_SHARED(T, name) T* const name = reinterpret_cast<T*>(::pvdm::emulation::dynamic_shared())
+#define threadIdx (::pvdm::emulation::thread_index())
+#define blockIdx (::pvdm::emulation::block_index())
+#define gridDim (::pvdm::emulation::grid_size())
+#define PVDM_TEXT_(x) #x
+#define PVDM_TEXT(x) PVDM_TEXT_(x)
+#define __syncthreads() ::pvdm::emulation::barrier("the barrier in " __FILE__ ":" PVDM_TEXT(__LINE__))
+#define __syncwarp() ((void)::pvdm::emulation::ballot(0xffffffffu, true))
+
+namespace pvdm::emulation {
+inline Index thread_index() {
+  const Bookkeeping quiet;
+  return block().running->thread;
+}
+inline Index block_index() {
+  const Bookkeeping quiet;
+  return block().index;
+}
+inline Index grid_size() {
+  const Bookkeeping quiet;
+  return block().grid_size;
+}
+inline unsigned char* dynamic_shared() {
+  const Bookkeeping quiet;
+  return block().dynamic;
+}
+}  // namespace pvdm::emulation
 
 struct dim3 {
-  unsigned x, y = 1, z = 1;
-  explicit dim3(unsigned size) : x(size) {}
+  unsigned x, y, z;
+  explicit dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  operator pvdm::emulation::Index() const { return {x, y, z}; }
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct __nv_bfloat16 {
@@ -53,105 +84,42 @@ inline __half __float2half(float f) { return static_cast<__half>(f); }
 enum cudaError_t { cudaSuccess };
 inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
-namespace pvdm::emulation {
-
-enum class State { ready, waiting, done };
-struct Index {
-  unsigned x;
-};
-struct Fiber {
-  Index thread, block;
-  State state;
-  float given, taken;  // of the shuffle this lane waits at
-  int partner;
-  ucontext_t context;
-};
-struct Warp {
-  static constexpr size_t stack_bytes = 64 << 10;
-  Fiber lanes[32];
-  int running = 0;
-  ucontext_t scheduler;
-  const std::function<void()>* body = nullptr;
-  std::vector<char> stacks = std::vector<char>(32 * stack_bytes);
-};
-
-inline Warp& warp() {
-  static thread_local Warp w;
-  return w;
+// Values of any 32-bit type.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from) {
+  return pvdm::emulation::shuffle(mask, value, from % 32, "__shfl_sync");
 }
-inline Fiber& current() { return warp().lanes[warp().running]; }
-
-// 0: ascending, 1: descending (lanes, warps and blocks), 2: lanes in an order that changes at every step.
-inline int& schedule() {
-  static int order = 0;
-  return order;
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int offset) {
+  return pvdm::emulation::shuffle(mask, value, pvdm::emulation::lane() ^ offset, "__shfl_xor_sync");
 }
-
-inline void enter() {
-  (*warp().body)();
-  current().state = State::done;
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int offset) {
+  const int from = pvdm::emulation::lane() + offset;
+  return pvdm::emulation::shuffle(mask, value, from < 32 ? from : -1, "__shfl_down_sync");
 }
+inline unsigned __ballot_sync(unsigned mask, int value) { return pvdm::emulation::ballot(mask, value != 0); }
+inline int __any_sync(unsigned mask, int value) { return __ballot_sync(mask, value) != 0; }
 
-// All lanes of a warp have arrived, or have ended: hands the values over.
-inline void exchange(Warp& w) {
-  for (Fiber& lane : w.lanes) {
-    if (lane.state != State::waiting || w.lanes[lane.partner].state != State::waiting)
-      throw std::runtime_error("Emulation: a shuffle was reached by a part of the warp only.");
-    lane.taken = w.lanes[lane.partner].given;
-  }
-  for (Fiber& lane : w.lanes) lane.state = State::ready;
+inline float atomicAdd(float* to, float value) {
+  auto* bits = reinterpret_cast<uint32_t*>(to);
+  uint32_t old = __atomic_load_n(bits, __ATOMIC_RELAXED), next;
+  float was;
+  do {
+    memcpy(&was, &old, 4);
+    const float sum = was + value;
+    memcpy(&next, &sum, 4);
+  } while (!__atomic_compare_exchange_n(bits, &old, next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return was;
 }
+inline int atomicAdd(int* to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
 
-inline void run_warp(unsigned block, unsigned first_thread, unsigned& noise) {
-  Warp& w = warp();
-  for (unsigned l = 0; l < 32; l++) {
-    Fiber& lane = w.lanes[l];
-    lane = Fiber{};
-    lane.thread.x = first_thread + l;
-    lane.block.x = block;
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = w.stacks.data() + l * Warp::stack_bytes;
-    lane.context.uc_stack.ss_size = Warp::stack_bytes;
-    lane.context.uc_link = &w.scheduler;
-    makecontext(&lane.context, enter, 0);
-  }
-  for (;;) {
-    noise = noise * 1664525u + 1013904223u;
-    const unsigned turn = schedule() == 2 ? noise >> 27 : schedule() == 1 ? 31 : 0;
-    bool waiting = false;
-    for (unsigned l = 0; l < 32; l++) {
-      w.running = static_cast<int>(l ^ turn);
-      if (current().state == State::ready) swapcontext(&w.scheduler, &current().context);
-      waiting = waiting || current().state == State::waiting;
-    }
-    if (!waiting) return;
-    exchange(w);
-  }
-}
-
-inline void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
-  if (block.x % 32 || block.x > 1024) throw std::runtime_error("Emulation: a block is 32 to 1024 threads, whole warps.");
-  warp().body = &body;
-  unsigned noise = 1;
-  for (unsigned i = 0; i < grid.x; i++)
-    for (unsigned t = 0; t < block.x; t += 32) {
-      const bool down = schedule() == 1;
-      run_warp(down ? grid.x - 1 - i : i, down ? block.x - 32 - t : t, noise);
-    }
-}
-
-}  // namespace pvdm::emulation
-
-inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
-  using namespace pvdm::emulation;
-  if (mask != 0xffffffffu) throw std::runtime_error("Emulation: shuffles need the whole warp.");
-  Fiber& me = current();
-  me.given = value;
-  me.partner = warp().running ^ offset;
-  me.state = State::waiting;
-  swapcontext(&me.context, &warp().scheduler);
-  return me.taken;
-}
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

@@ -38,8 +38,7 @@ def device(built: Path) -> Iterator[ModuleType]:
     """The stand-in, in the place of `pvdm_fast._cuda`, with the host as its device."""
     module = emulated.load(built)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "extension", lambda name: module)
-        patch.setattr(kernels, "place", lambda tensor: (0, 0))
+        emulated.replace_device(patch, module)
         yield module
 
 

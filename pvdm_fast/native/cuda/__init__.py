@@ -10,3 +10,8 @@ def place(x: Tensor) -> tuple[int, int]:
     """The device of a tensor, and PyTorch's current stream there, as the extension takes them."""
     device = x.get_device()
     return device, torch.cuda.current_stream(device).cuda_stream
+
+
+def parameter(x: Tensor) -> Tensor:
+    """A parameter as the kernels read it: float32, contiguous."""
+    return x.float().contiguous()

@@ -1,0 +1,25 @@
+// Which attention kernel a launch takes.
+#include "attention_kernels.cuh"
+
+namespace pvdm::cuda {
+
+void attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse, bool tensor_cores,
+                       const Place& place) {
+  const DeviceGuard guard(place.device);
+  if (tensor_cores)
+    matrix_attention_forward(in, out, lse, place);
+  else
+    vector_attention_forward(in, out, lse, place);
+}
+
+void attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out, const TensorView& lse,
+                        const TensorView& delta, const TensorView& dqkv, const TensorView& dquery, bool tensor_cores,
+                        const Place& place) {
+  const DeviceGuard guard(place.device);
+  if (tensor_cores)
+    matrix_attention_backward(in, grad, out, lse, delta, dqkv, place);
+  else
+    vector_attention_backward(in, grad, out, lse, delta, dqkv, dquery, place);
+}
+
+}  // namespace pvdm::cuda

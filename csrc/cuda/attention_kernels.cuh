@@ -1,0 +1,21 @@
+// The two families of attention kernels, chosen between in attention.cu.
+#pragma once
+#include "attention.cuh"
+
+namespace pvdm::cuda {
+
+// attention_vector.cu: any dtype, any length, d up to 256, one query a sequence too.
+void vector_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
+                              const Place& place);
+void vector_attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out,
+                               const TensorView& lse, const TensorView& delta, const TensorView& dqkv,
+                               const TensorView& dquery, const Place& place);
+
+// attention_matrix.cu: 16-bit types by tensor cores, d up to 128, rows of 16 aligned bytes.
+void matrix_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
+                              const Place& place);
+void matrix_attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out,
+                               const TensorView& lse, const TensorView& delta, const TensorView& dqkv,
+                               const Place& place);
+
+}  // namespace pvdm::cuda

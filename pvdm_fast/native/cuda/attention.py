@@ -1,0 +1,98 @@
+"""What `segment_attention` and `axial_attention` share on a GPU: sequences by strides, which kernel fits, outputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pvdm_fast.native import extension
+from pvdm_fast.native.cuda import place
+
+PACK = 8  # channels: heads are padded to a multiple of it, so that rows are read 16 bytes at a time
+MATRIX_WIDTH = 128  # the widest head of the tensor cores' kernel
+# Tokens of a segment from which tensor cores are used: 16 queries fill a warp's tile, but a block takes 64, and below
+# that most of its products are masked. Reasoned, not measured.
+MATRIX_LENGTH = 64
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether rows are whole packs at 16-byte boundaries."""
+    unit = 16 // x.element_size()
+    strides = all(stride % unit == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    return x.shape[-1] % PACK == 0 and x.stride(-1) == 1 and strides and x.data_ptr() % 16 == 0
+
+
+def fit(x: Tensor) -> Tensor:
+    """`x`, or a copy with aligned rows padded by zeros to whole packs."""
+    return x if aligned(x) else F.pad(x, (0, -x.shape[-1] % PACK)).contiguous()
+
+
+def room_for(x: Tensor) -> Tensor:
+    """`x` itself where kernels can fill it, else an aligned buffer to be copied from."""
+    return x if aligned(x) else x.new_empty(*x.shape[:-1], x.shape[-1] + -x.shape[-1] % PACK)
+
+
+def use_tensor_cores(qkv: Tensor, query: Tensor | None, offsets: Sequence[int]) -> bool:
+    longest = max(end - start for start, end in itertools.pairwise(offsets))
+    half = qkv.dtype in (torch.bfloat16, torch.float16)
+    return half and query is None and qkv.shape[-1] <= MATRIX_WIDTH and longest >= MATRIX_LENGTH
+
+
+def forward(
+    qkv: Tensor,
+    query: Tensor | None,
+    tables: tuple[Tensor | None, Tensor | None],
+    out: Tensor,
+    offsets: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """qkv: (B, places, L, 3 or 2, heads, d), query: (B, places, 1, heads, d); fills out (B, places, queries, heads, d).
+
+    Returns the log-sum-exp of the scores, (B, places, heads, queries) float32.
+    """
+    batch, places, queries, heads, width = out.shape
+    lse = torch.empty(batch, places, heads, queries, dtype=torch.float32, device=out.device)
+    filled = room_for(out)
+    extension("_cuda").attention_forward(
+        *(fit(qkv), None if query is None else fit(query), *map(_table, tables)),
+        *(filled, lse, list(offsets), scale, use_tensor_cores(qkv, query, offsets)),
+        *place(qkv),
+    )
+    if filled is not out:
+        out.copy_(filled[..., :width])
+    return lse
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    query: Tensor | None,
+    tables: tuple[Tensor | None, Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    dqkv: Tensor,
+    dquery: Tensor | None,
+    offsets: Sequence[int],
+    scale: float,
+) -> None:
+    """Fills dqkv and dquery, which have the shapes of qkv and query."""
+    lse = lse.contiguous()
+    filled, filled_query = room_for(dqkv), None if dquery is None else room_for(dquery)
+    extension("_cuda").attention_backward(
+        *(fit(grad.to(qkv.dtype)), fit(qkv), None if query is None else fit(query), *map(_table, tables)),
+        *(fit(out), lse, torch.empty_like(lse), filled, filled_query),
+        *(list(offsets), scale, use_tensor_cores(qkv, query, offsets)),
+        *place(qkv),
+    )
+    for asked, got in ((dqkv, filled), (dquery, filled_query)):
+        if asked is not None and got is not None and got is not asked:
+            asked.copy_(got[..., : asked.shape[-1]])
+
+
+def _table(table: Tensor | None) -> Tensor | None:
+    """Rotation tables as the kernels read them: float32, rows of whole packs."""
+    return None if table is None else fit(table.float()).contiguous()

@@ -1,0 +1,46 @@
+"""`axial_attention` on a GPU: an axis is a pair of strides, nothing is rearranged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.native.cuda import attention
+from pvdm_fast.native.sequences import sequences_of, sequences_to_fill
+
+
+def forward(
+    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """kv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
+    -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, places, heads, queries) float32."""
+    sequences = sequences_of(kv, axis)
+    heads, width = kv.shape[5:]
+    out = kv.new_empty(kv.shape[0], kv.shape[1] if query is None else 1, *kv.shape[2:4], heads, width)
+    single = None if query is None else sequences_of(query, axis)
+    offsets = [0, sequences.shape[2]]
+    return out, attention.forward(sequences, single, (sin, cos), sequences_of(out, axis), offsets, scale)
+
+
+def backward(
+    grad: Tensor,
+    kv: Tensor,
+    query: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    axis: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    sequences = sequences_of(kv, axis)
+    dkv = torch.empty_like(kv)
+    filled, dsequences = sequences_to_fill(dkv, axis)
+    dquery = kv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
+    attention.backward(
+        *(sequences_of(grad, axis), sequences, None if query is None else sequences_of(query, axis), (sin, cos)),
+        *(sequences_of(out, axis), lse, dsequences, None if query is None else sequences_of(dquery, axis)),
+        *([0, sequences.shape[2]], scale),
+    )
+    return dkv if filled is dkv else dkv.copy_(filled), dquery

@@ -1,0 +1,71 @@
+"""`plane_norm` on a GPU: statistics in chunks, their totals, and one pass that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.native import extension, rows_dense
+from pvdm_fast.native.cuda import parameter, place
+
+
+def _workspace(x: Tensor, groups: int, planes: Sequence[int]) -> Tensor:
+    size = extension("_cuda").plane_norm_workspace(x.shape[0], x.shape[2], groups, list(planes))
+    return torch.empty(size, dtype=torch.float32, device=x.device)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_shift: Tensor | None,
+    planes: Sequence[int],
+    groups: int,
+    eps: float,
+    activation: bool,
+    resample: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, planes, groups) float32."""
+    batch, tokens, channels = x.shape
+    tokens = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
+    y = x.new_empty(batch, tokens, channels)
+    mean = torch.empty(batch, len(planes) // 2, groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    film = None if scale_shift is None else parameter(scale_shift)
+    extension("_cuda").plane_norm_forward(
+        *(rows_dense(x), parameter(weight), parameter(bias), film, y, mean, rstd, _workspace(x, groups, planes)),
+        *(list(planes), groups, eps, activation, resample),
+        *place(x),
+    )
+    return y, mean, rstd
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    planes: Sequence[int],
+    groups: int,
+    activation: bool,
+    resample: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, and of scale_shift (empty where there is none)."""
+    dx = x.new_empty(x.shape)
+    dweight, dbias = (torch.empty(x.shape[2], dtype=torch.float32, device=x.device) for _ in range(2))
+    film = None if scale_shift is None else parameter(scale_shift)
+    dfilm = None if film is None else torch.empty(film.shape, dtype=torch.float32, device=x.device)
+    extension("_cuda").plane_norm_backward(
+        *(rows_dense(grad.to(x.dtype)), rows_dense(x), parameter(weight), parameter(bias), film),
+        *(mean.contiguous(), rstd.contiguous(), dx, dweight, dbias, dfilm, _workspace(x, groups, planes)),
+        *(list(planes), groups, activation, resample),
+        *place(x),
+    )
+    if scale_shift is None or dfilm is None:
+        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), x.new_empty(0)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dfilm.to(scale_shift.dtype)
