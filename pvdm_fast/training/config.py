@@ -139,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "preview_every": 1000,
         "video": {"workers": 0},
         "autoencoder": {
-            "steps": 4500,
+            "steps": 4000,
             "batch_size": 4,
             "loss": "l2",
             "latent_noise": 0.2,
@@ -149,7 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup": 50,
         },
         "diffusion": {
-            "steps": 5000,
+            "steps": 4400,
             "batch_size": 8,
             "learning_rate": 3e-3,
             "beta2": 0.98,
