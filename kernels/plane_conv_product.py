@@ -86,7 +86,13 @@ CONV = ConfigTable(
     },
     candidates=tuple(
         tile(m, n, k, warps, stages)
-        for m, n, k, warps in ((32, 64, 128, 8), (64, 64, 64, 4), (128, 64, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8))
+        for m, n, k, warps in (
+            (32, 64, 128, 8),
+            (64, 64, 64, 4),
+            (128, 64, 64, 4),
+            (128, 128, 64, 8),
+            (128, 256, 64, 8),
+        )
         for stages in (2, 3, 4)
     ),
 )
@@ -164,7 +170,7 @@ def _convolve(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(part * steps, tl.minimum((part + 1) * steps, 9 * blocks)):
         tap = step // blocks
-        channel = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        channel = (step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
         shift = ((tap // 3 - 1) * columns + (tap % 3 - 1)).to(tl.int64) * stride
         mask = ((bits >> tap) & 1 != 0)[:, None] & (channel < channels)[None, :]
         a = tl.load((x + shift)[:, None] + (channel * channel_stride)[None, :], mask=mask, other=0.0)
@@ -188,14 +194,16 @@ def _add_parts(
     mask = at < elements
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(COUNT):
-        total += tl.load(PARTS + part * elements + at, mask=mask, other=0.0)
+        total += tl.load(PARTS + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
     if BIAS is not None:
         total += tl.load(BIAS + at % written, mask=mask, other=0.0).to(tl.float32)
     tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=mask)
 
 
 ADD = ConfigTable(
-    "plane_conv_add", {(ANY, ANY, ANY): Config({"BLOCK": 1024})}, candidates=tuple(Config({"BLOCK": b}) for b in (512, 2048))
+    "plane_conv_add",
+    {(ANY, ANY, ANY): Config({"BLOCK": 1024})},
+    candidates=tuple(Config({"BLOCK": b}) for b in (512, 2048)),
 )
 
 
