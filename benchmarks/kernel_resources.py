@@ -144,7 +144,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/kernels.md")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--operations", nargs="+", choices=backends.OPERATIONS, default=backends.SERVED["triton"])
+    parser.add_argument("--operations", nargs="+", choices=backends.SERVED["triton"], default=backends.SERVED["triton"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--quick", action="store_true", help="each configuration once, not each variant of it")
     options = parser.parse_args(arguments)

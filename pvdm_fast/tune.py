@@ -169,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixed", action="store_true", help="weights in float32, as in training with autocast")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="clips at a time (default: %(default)s)")
     parser.add_argument(
-        "--operations", nargs="+", choices=backends.OPERATIONS, default=backends.SERVED["triton"], metavar="OP",
+        "--operations", nargs="+", choices=backends.SERVED["triton"], default=backends.SERVED["triton"], metavar="OP",
         help="only these (default: all)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="list what would be timed; needs no GPU")
