@@ -97,8 +97,8 @@ CONV = ConfigTable(
     ),
 )
 # The vendor's convolution (cuDNN) is taken from ROWS rows on, with CHANNELS channels or more on both sides. Reasoned,
-# not measured: three convolutions, their bias and copies into and out of dense planes cost about 14 us of launches and 4
-# times the bytes of x at 3 TB/s; where a library on Hopper and Blackwell (wgmma, TMA) reaches 600 and this kernel 400
+# not measured: three convolutions, their bias and copies into and out of dense planes cost about 14 us of launches and
+# 4 times the bytes of x at 3 TB/s; where a library on Hopper and Blackwell (wgmma, TMA) reaches 600 and this kernel 400
 # TFLOP/s, that pays from about 8192 rows of 512 channels on. On the others both are fed by the same instructions.
 NEVER, ALWAYS = Config({"ROWS": 1 << 62, "CHANNELS": 1}), Config({"ROWS": 1, "CHANNELS": 1})
 LARGE = Config({"ROWS": 8192, "CHANNELS": 512})
