@@ -17,40 +17,34 @@ from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.partials import sum_partials
 from pvdm_fast.native import rows_dense
 
-WIDEST = 32768  # columns: beyond, a row no longer fits into a block's registers
+WIDEST = 8192  # columns: beyond, a row no longer fits into a block's registers
 
-# Narrow: a warp has a row (up to 512 values), so that its sums need no shared memory.
+# Narrow rows: one warp a program, so that sums over its rows are shuffles and nothing waits at a barrier. Others: a row
+# a program, 16 values of it a thread at the widest.
 FORWARD = ConfigTable(
     "add_layer_norm_forward",
     {
-        ("*", "*", "*"): Config({"ROWS": 4}),
-        ("*", "wide", "*"): Config({"ROWS": 1}),
-        ("*", "widest", "*"): Config({"ROWS": 1}, num_warps=16),
-        ("interpreter", "*", "*"): Config({"ROWS": 64}),
+        ("*", "*", "*"): Config({"ROWS": 1}, num_warps=16),
+        ("*", "narrow", "*"): Config({"ROWS": 2}, num_warps=1),
+        ("interpreter", "narrow", "*"): Config({"ROWS": 64}),
     },
-    candidates=(Config({"ROWS": 2}, num_warps=2), Config({"ROWS": 8}, num_warps=8), Config({"ROWS": 8}, num_warps=4)),
+    candidates=(Config({"ROWS": 4}, num_warps=1), Config({"ROWS": 1}, num_warps=1), Config({"ROWS": 4})),
 )
-# Four programs a processor, each with every PROGRAMS-th tile: the partial sums don't grow with the rows.
+# PROGRAMS: 8 warps a processor, each program with every PROGRAMS-th tile: partial sums don't grow with the rows.
 BACKWARD = ConfigTable(
     "add_layer_norm_backward",
     {
-        ("*", "*", "*"): Config({"ROWS": 4, "PROGRAMS": 528}),
-        ("sm80", "*", "*"): Config({"ROWS": 4, "PROGRAMS": 432}),
-        ("sm100", "*", "*"): Config({"ROWS": 4, "PROGRAMS": 592}),
-        ("gfx942", "*", "*"): Config({"ROWS": 4, "PROGRAMS": 1216}),
-        **{(arch, "wide", "*"): Config({"ROWS": 1, "PROGRAMS": 264}, num_warps=8)
-           for arch in ("*", "sm80", "sm100", "gfx942")},
-        **{(arch, "widest", "*"): Config({"ROWS": 1, "PROGRAMS": 132}, num_warps=16)
-           for arch in ("*", "sm80", "sm100", "gfx942")},
-        ("interpreter", "*", "*"): Config({"ROWS": 32, "PROGRAMS": 3}),
+        ("*", "*", "*"): Config({"ROWS": 1, "PROGRAMS": 264}, num_warps=16),
+        ("*", "narrow", "*"): Config({"ROWS": 2, "PROGRAMS": 1056}, num_warps=1),
+        ("interpreter", "narrow", "*"): Config({"ROWS": 32, "PROGRAMS": 3}),
     },
-    candidates=(Config({"ROWS": 8, "PROGRAMS": 264}, num_warps=8), Config({"ROWS": 4, "PROGRAMS": 264})),
-)  # fmt: skip
+    candidates=tuple(Config({"ROWS": 2, "PROGRAMS": programs}, num_warps=1) for programs in (528, 864, 1216, 2112)),
+)
 
 
 def width_class(columns: int) -> str:
-    """ "narrow" up to 512 columns, "wide" up to 4096, then "widest"."""
-    return "narrow" if columns <= 512 else "wide" if columns <= 4096 else "widest"
+    """ "narrow" up to 512 columns, else "wide"."""
+    return "narrow" if columns <= 512 else "wide"
 
 
 @triton.jit
@@ -72,12 +66,14 @@ def _forward(
         values = stored.to(tl.float32)
     mean = tl.sum(values, 1) / columns
     centred = tl.where(inside, values - mean[:, None], 0.0)
+    error = tl.sum(centred, 1) / columns  # of the mean, which matters in rows far from zero
+    centred = tl.where(inside, centred - error[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / columns + eps)
     w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
     result = centred * rstd[:, None] * w[None, :] + b[None, :]
     tl.store(normed + place, result.to(normed.dtype.element_ty), mask=inside)
-    tl.store(mean_out + row, mean, mask=row < rows)
+    tl.store(mean_out + row, mean + error, mask=row < rows)
     tl.store(rstd_out + row, rstd, mask=row < rows)
 
 

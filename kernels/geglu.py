@@ -1,7 +1,7 @@
 """`geglu` in Triton: one pass in each direction.
 
 Bytes, M outputs of s bytes a row: forward 2 M s read, M s written; backward 3 M s read, 2 M s written. That is the
-floor: the erf and the exponential (some 40 instructions a value) stay below what the bytes cost.
+floor: some 35 instructions a value stay below what the bytes cost on an A100 or H100.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import normal_cdf, normal_pdf
+from pvdm_fast.kernels.math import normal
 from pvdm_fast.native import rows_dense
 
 # A warp has 256 neighbouring values of a row, 16 bytes a lane and load in 16 bits; 256 divides the widths in use
@@ -44,8 +44,8 @@ def _forward(x, out, rows, half, x_stride, ROWS: tl.constexpr, COLUMNS: tl.const
     source = x + row * x_stride + column
     value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    result = value * gate * normal_cdf(gate)
-    tl.store(out + row * half + column, result.to(out.dtype.element_ty), mask=inside)
+    cdf, _ = normal(gate)
+    tl.store(out + row * half + column, (value * gate * cdf).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -55,11 +55,10 @@ def _backward(grad, x, dx, rows, half, grad_stride, x_stride, ROWS: tl.constexpr
     value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
-    cdf = normal_cdf(gate)
+    cdf, pdf = normal(gate)
     target = dx + row * (2 * half) + column
     tl.store(target, (g * gate * cdf).to(dx.dtype.element_ty), mask=inside)
-    slope = cdf + gate * normal_pdf(gate)
-    tl.store(target + half, (g * value * slope).to(dx.dtype.element_ty), mask=inside)
+    tl.store(target + half, (g * value * (cdf + gate * pdf)).to(dx.dtype.element_ty), mask=inside)
 
 
 def _grid(rows: int, half: int, config: Config) -> tuple[int]:

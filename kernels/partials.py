@@ -1,4 +1,4 @@
-"""The second half of a sum over programs without atomics: each program leaves a row, and the rows are added in order."""
+"""The second half of a sum over programs without atomics: each program leaves a row, and rows are added in order."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""`triplane_expand` in Triton: the lattice written once; its gradient read once, by two skinny products.
+"""`triplane_expand` in Triton: both directions as skinny products, the lattice written once, its gradient read once.
 
-Forward: a program has a tile of times x columns x channels of one row of the lattice and computes the three
-convolutions it needs there and then: D multiply-adds a value for yt, D / times and D / columns for the others.
-Projecting the planes first would write and read N x C floats more: a quarter of what the lattice has in bytes at the
-full size, and a read of 4 bytes for each 2 written.
+Every lattice token has its latents: P, a row of 3 D values, the tokens of xy, yt and xt that it lies over. Then
+    lattice = P W' + sum of biases,       W: (C, 3 D), the three weights side by side;
+    U = G W,       (tokens, 3 D), G the lattice's gradient: dplanes are sums of U along time, height and width;
+    dW = G' [P | 1 1 1],       (C, 3 D + 3): the ones give the biases' gradients.
+3 D is 12 at the full size, one step of a tensor core, and P is gathered from the caches where it is needed. Nothing as
+wide as C is summed over an axis, or stored between kernels.
 
-Backward: all three gradients are linear in the lattice's gradient G (tokens x C), so nothing wide is summed over axes:
-    U = G [W_xy | W_yt | W_xt]            (tokens x 3 D): dplanes are its sums along time, height and width;
-    dW = G' [P_xy | P_yt | P_xt | 1 1 1]  (C x (3 D + 3)): each token's three latents, and ones for the biases.
-One kernel reads a tile of G for both products, on tensor cores in 16 bits; two small ones add the parts up. Bytes, for
-C 384 and D 4 in bf16, of G's: U 6 % for each block of channels, dW's parts 3 % to 13 %, both written and read once.
+Bytes, C channels of s bytes: forward C s written for each lattice token. Backward C s read; U, 12 D bytes for each
+block of channels, and for each of at most PROGRAMS programs (12 D + 12) C of dW, both written and read once. At the
+full size in bf16 and batch 1 that is 19 % and 17 % of G, each way; the second is constant in the batch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.partials import sum_partials
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.native import rows_dense
@@ -28,15 +29,14 @@ from pvdm_fast.native import rows_dense
 FORWARD = ConfigTable(
     "triplane_expand_forward",
     {
-        ("*", "*", "*"): Config({"TIMES": 8, "COLUMNS": 8, "CHANNELS": 128}),
-        ("*", "*", "float32"): Config({"TIMES": 8, "COLUMNS": 4, "CHANNELS": 128}),
-        ("interpreter", "*", "*"): Config({"TIMES": 4, "COLUMNS": 8, "CHANNELS": 64}),
-        ("interpreter", "*", "float32"): Config({"TIMES": 2, "COLUMNS": 4, "CHANNELS": 128}),
+        ("*", "*", "*"): Config({"ROWS": 64, "CHANNELS": 128}),
+        ("*", "*", "float32"): Config({"ROWS": 32, "CHANNELS": 64}),
+        ("interpreter", "*", "*"): Config({"ROWS": 64, "CHANNELS": 128}),
     },
     candidates=(
-        Config({"TIMES": 16, "COLUMNS": 4, "CHANNELS": 128}),
-        Config({"TIMES": 4, "COLUMNS": 8, "CHANNELS": 128}),
-        Config({"TIMES": 8, "COLUMNS": 16, "CHANNELS": 64}),
+        Config({"ROWS": 128, "CHANNELS": 128}, num_warps=8),
+        Config({"ROWS": 128, "CHANNELS": 64}),
+        Config({"ROWS": 64, "CHANNELS": 64}),
     ),
 )
 # PROGRAMS: about how many share the tokens, for each block of channels: each leaves 4 C (3 D + 3) bytes of dW.
@@ -56,55 +56,56 @@ PRODUCTS = ConfigTable(
 )
 AXIS_SUMS = ConfigTable(
     "triplane_expand_axis_sums",
-    {("*", "*", "*"): Config({"ROWS": 32}), ("interpreter", "*", "*"): Config({"ROWS": 64})},
-    candidates=(Config({"ROWS": 64}), Config({"ROWS": 16}, num_warps=2)),
+    {
+        ("*", "*", "*"): Config({"TOKENS": 8, "TERMS": 32}),
+        ("interpreter", "*", "*"): Config({"TOKENS": 32, "TERMS": 16}),
+    },
+    candidates=(Config({"TOKENS": 16, "TERMS": 32}), Config({"TOKENS": 4, "TERMS": 32}, num_warps=2)),
 )
 
 
 @triton.jit
+def _gather(planes, batch, token, side, batch_stride, token_stride, here, time, height, width, DEPTH: tl.constexpr):
+    """P of some lattice tokens: (rows, sides) in the dtype of planes; ones right of the 3 D latents, and where not
+    `here`."""
+    plane, d = side // DEPTH, side % DEPTH
+    t, h, w = token // (height * width), token // width % height, token % width
+    xy = h * width + w
+    yt = height * width + t * width + w
+    xt = height * width + time * width + t * height + h
+    source = tl.where(plane[None, :] == 0, xy[:, None], tl.where(plane[None, :] == 1, yt[:, None], xt[:, None]))
+    offset = (batch * batch_stride)[:, None] + source.to(tl.int64) * token_stride + d[None, :]
+    return tl.load(planes + offset, mask=here[:, None] & (plane < 3)[None, :], other=1.0)
+
+
+@triton.jit
+def _weights(weight, c, side, channels, DEPTH: tl.constexpr):
+    """W of some channels: (channels, sides); zeros right of the 3 D columns."""
+    plane, d = side // DEPTH, side % DEPTH
+    offset = (plane[None, :] * channels + c[:, None]) * DEPTH + d[None, :]
+    return tl.load(weight + offset, mask=(c < channels)[:, None] & (plane < 3)[None, :], other=0.0)
+
+
+@triton.jit
 def _forward(
-    planes, weight, bias, out, time, height, width, channels, batch_stride, token_stride,
-    DEPTH: tl.constexpr, TIMES: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    planes, weight, bias, out, tokens, tokens_in_all, time, height, width, channels, batch_stride, token_stride,
+    DEPTH: tl.constexpr, SIDES: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    # weight: (3, D, C) and bias: (3, C) here, float32.
     blocks = tl.cdiv(channels, CHANNELS)
-    index = tl.program_id(0)
-    c = index % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    index = index // blocks
-    blocks = tl.cdiv(width, COLUMNS)
-    w = index % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    index = index // blocks
-    h = index % height
-    index = index // height
-    blocks = tl.cdiv(time, TIMES)
-    t = index % blocks * TIMES + tl.arange(0, TIMES)
-    batch = (index // blocks).to(tl.int64)
-    here_t, here_w, here_c = t < time, w < width, c < channels
-    latents = planes + batch * batch_stride
-    yt_token = (height * width + t[:, None] * width + w[None, :]).to(tl.int64)
-    xt_token = (height * width + time * width + t * height + h).to(tl.int64)
-    xy_token = (h * width + w).to(tl.int64)
-    base = tl.load(bias + c, mask=here_c, other=0.0)
-    base += tl.load(bias + channels + c, mask=here_c, other=0.0)
-    base += tl.load(bias + 2 * channels + c, mask=here_c, other=0.0)
-    xy = tl.zeros([COLUMNS, CHANNELS], tl.float32) + base[None, :]
-    yt = tl.zeros([TIMES, COLUMNS, CHANNELS], tl.float32)
-    xt = tl.zeros([TIMES, CHANNELS], tl.float32)
-    for d in tl.static_range(DEPTH):
-        row = weight + d * channels + c
-        plane = DEPTH * channels
-        p = tl.load(latents + xy_token * token_stride + d, mask=here_w, other=0.0).to(tl.float32)
-        xy += p[:, None] * tl.load(row, mask=here_c, other=0.0)[None, :]
-        p = tl.load(
-            latents + yt_token * token_stride + d, mask=here_t[:, None] & here_w[None, :], other=0.0
-        ).to(tl.float32)  # fmt: skip
-        yt += p[:, :, None] * tl.load(row + plane, mask=here_c, other=0.0)[None, None, :]
-        p = tl.load(latents + xt_token * token_stride + d, mask=here_t, other=0.0).to(tl.float32)
-        xt += p[:, None] * tl.load(row + 2 * plane, mask=here_c, other=0.0)[None, :]
-    lattice = yt + xy[None, :, :] + xt[:, None, :]
-    token = ((batch * time + t.to(tl.int64)[:, None]) * height + h) * width + w[None, :]
-    inside = (here_t[:, None] & here_w[None, :])[:, :, None] & here_c[None, None, :]
-    tl.store(out + token[:, :, None] * channels + c[None, None, :], lattice.to(out.dtype.element_ty), mask=inside)
+    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    index = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    here, here_c = index < tokens_in_all, c < channels
+    batch, side = (index // tokens).to(tl.int64), tl.arange(0, SIDES)
+    latents = _gather(
+        planes, batch, index % tokens, side, batch_stride, token_stride, here, time, height, width, DEPTH
+    )  # fmt: skip
+    lattice = tl.dot(latents, tl.trans(_weights(weight, c, side, channels, DEPTH)), input_precision=PRECISION)
+    base = tl.load(bias + c, mask=here_c, other=0.0).to(tl.float32)
+    base += tl.load(bias + channels + c, mask=here_c, other=0.0).to(tl.float32)
+    base += tl.load(bias + 2 * channels + c, mask=here_c, other=0.0).to(tl.float32)
+    lattice += base[None, :]
+    target = out + index.to(tl.int64)[:, None] * channels + c[None, :]
+    tl.store(target, lattice.to(out.dtype.element_ty), mask=here[:, None] & here_c[None, :])
 
 
 @triton.jit
@@ -114,18 +115,12 @@ def _products(
     DEPTH: tl.constexpr, SIDES: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    # SIDES: 3 D + 3 columns [plane, d] and three of ones, padded to what a product needs.
     blocks = tl.cdiv(channels, CHANNELS)
     part, share = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     c = part * CHANNELS + tl.arange(0, CHANNELS)
     here_c = c < channels
     side = tl.arange(0, SIDES)
-    plane, d = side // DEPTH, side % DEPTH
-    w_tile = tl.load(
-        weight + (plane[None, :] * channels + c[:, None]) * DEPTH + d[None, :],
-        mask=here_c[:, None] & (plane < 3)[None, :],
-        other=0.0,
-    )
+    weights = _weights(weight, c, side, channels, DEPTH)
     dweight = tl.zeros([CHANNELS, SIDES], tl.float32)
     for tile in range(share, tl.cdiv(tokens_in_all, ROWS), PROGRAMS):
         index = tile * ROWS + tl.arange(0, ROWS)
@@ -136,22 +131,15 @@ def _products(
             mask=here[:, None] & here_c[None, :],
             other=0.0,
         )
-        u = tl.dot(g, w_tile, input_precision=PRECISION)
-        place = (part.to(tl.int64) * tokens_in_all + index)[:, None] * (3 * DEPTH) + side[None, :]
-        tl.store(parts + place, u, mask=here[:, None] & (plane < 3)[None, :])
-        t, h, w = token // (height * width), token // width % height, token % width
-        xy = h * width + w
-        yt = height * width + t * width + w
-        xt = height * width + time * width + t * height + h
-        source = tl.where(plane[None, :] == 0, xy[:, None], tl.where(plane[None, :] == 1, yt[:, None], xt[:, None]))
-        p = tl.load(
-            planes + batch[:, None] * planes_batch_stride + source.to(tl.int64) * planes_token_stride + d[None, :],
-            mask=here[:, None] & (plane < 3)[None, :],
-            other=1.0,  # the columns of ones
-        )
-        dweight += tl.dot(tl.trans(g), p, input_precision=PRECISION)
-    # As it is wanted in the end: weight (3, C, D), then bias (3, C).
-    ones = side - 3 * DEPTH
+        u = tl.dot(g, weights, input_precision=PRECISION)
+        place = (index + part.to(tl.int64) * tokens_in_all)[:, None] * (3 * DEPTH) + side[None, :]
+        tl.store(parts + place, u, mask=here[:, None] & (side < 3 * DEPTH)[None, :])
+        latents = _gather(
+            planes, batch, token, side, planes_batch_stride, planes_token_stride, here, time, height, width, DEPTH
+        )  # fmt: skip
+        dweight += tl.dot(tl.trans(g), latents, input_precision=PRECISION)
+    # In the order in which it is wanted: weight (3, C, D), then bias (3, C).
+    plane, d, ones = side // DEPTH, side % DEPTH, side - 3 * DEPTH
     target = tl.where(
         (ones < 0)[None, :],
         (plane[None, :] * channels + c[:, None]) * DEPTH + d[None, :],
@@ -163,61 +151,91 @@ def _products(
 
 @triton.jit
 def _axis_sums(
-    parts, dplanes, batches, time, height, width, blocks, DEPTH: tl.constexpr, SIDES: tl.constexpr, ROWS: tl.constexpr
-):
-    # A program has a block of one plane's tokens, of all batch elements: a token is the sum of `count` lattice tokens.
-    tokens = height * width + time * width + time * height
-    lattice = time * height * width
-    xy_programs = tl.cdiv(batches * height * width, ROWS)
-    yt_programs = tl.cdiv(batches * time * width, ROWS)
+    parts, dplanes, batches, time, height, width, blocks,
+    DEPTH: tl.constexpr, SIDES: tl.constexpr, TOKENS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    # A program has a block of one plane's tokens, of all batch elements; each is the sum of `count` lattice tokens,
+    # `step` apart, in each block of channels.
+    area = height * width
+    xy_programs = tl.cdiv(batches * area, TOKENS)
+    yt_programs = tl.cdiv(batches * time * width, TOKENS)
     index = tl.program_id(0)
-    plane = tl.where(index < xy_programs, 0, tl.where(index < xy_programs + yt_programs, 1, 2))
-    index -= tl.where(plane == 0, 0, tl.where(plane == 1, xy_programs, xy_programs + yt_programs))
-    rows = tl.where(plane == 2, height, tl.where(plane == 1, time, height))
-    rows = tl.where(plane == 2, time, rows)
-    columns = tl.where(plane == 2, height, width)
-    count = tl.where(plane == 0, time, tl.where(plane == 1, height, width))
-    step = tl.where(plane == 0, height * width, tl.where(plane == 1, width, 1))
-    row_step = tl.where(plane == 0, width, height * width)
-    column_step = tl.where(plane == 2, width, 1)
-    start = tl.where(plane == 0, 0, tl.where(plane == 1, height * width, (height + time) * width))
-    row = index * ROWS + tl.arange(0, ROWS)
-    here = row < batches * rows * columns
-    batch, place = (row // (rows * columns)).to(tl.int64), row % (rows * columns)
-    first = batch * lattice + place // columns * row_step + place % columns * column_step
+    if index < xy_programs:
+        plane, start, rows, columns, count = 0, 0, height, width, time
+        step, row_step, column_step = area, width, 1
+    elif index < xy_programs + yt_programs:
+        index -= xy_programs
+        plane, start, rows, columns, count = 1, area, time, width, height
+        step, row_step, column_step = width, area, 1
+    else:
+        index -= xy_programs + yt_programs
+        plane, start, rows, columns, count = 2, area + time * width, time, height, width
+        step, row_step, column_step = 1, area, width
+    token = index * TOKENS + tl.arange(0, TOKENS)
+    here = token < batches * rows * columns
+    batch, place = (token // (rows * columns)).to(tl.int64), token % (rows * columns)
+    first = batch * time * area + place // columns * row_step + place % columns * column_step
     d = tl.arange(0, SIDES)
-    inside = here[:, None] & (d < DEPTH)[None, :]
-    totals = tl.zeros([ROWS, SIDES], tl.float32)
-    for i in range(0, count * blocks):
-        token = first + i % count * step + (i // count).to(tl.int64) * lattice * batches
-        totals += tl.load(parts + token[:, None] * (3 * DEPTH) + plane * DEPTH + d[None, :], mask=inside, other=0.0)
+    totals = tl.zeros([TOKENS, TERMS, SIDES], tl.float32)
+    for begin in range(0, count * blocks, TERMS):
+        term = begin + tl.arange(0, TERMS)
+        offset = (term // count).to(tl.int64) * batches * time * area + term % count * step
+        source = (first[:, None] + offset[None, :])[:, :, None] * (3 * DEPTH) + plane * DEPTH + d[None, None, :]
+        inside = here[:, None, None] & (term < count * blocks)[None, :, None] & (d < DEPTH)[None, None, :]
+        totals += tl.load(parts + source, mask=inside, other=0.0)
+    tokens = area + time * (height + width)
     target = (batch * tokens + start + place)[:, None] * DEPTH + d[None, :]
-    tl.store(dplanes + target, totals.to(dplanes.dtype.element_ty), mask=inside)
+    result = tl.sum(totals, 1).to(dplanes.dtype.element_ty)
+    tl.store(dplanes + target, result, mask=here[:, None] & (d < DEPTH)[None, :])
 
 
-def _padded(size: int, least: int) -> int:
-    return max(least, int(triton.next_power_of_2(size)))
+def _sides(depth: int) -> int:
+    """Columns of P and three of ones, padded to what a product needs."""
+    return max(16, int(triton.next_power_of_2(3 * depth + 3)))
 
 
 def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int, width: int) -> Tensor:
     """planes: (B, N, D), weight: (3, C, D) and bias: (3, C) in packed order -> (B, T H W, C)."""
-    planes = rows_dense(planes)
+    planes, weight, bias = rows_dense(planes), weight.contiguous(), bias.contiguous()
     batch, _, depth = planes.shape
-    channels = weight.shape[1]
-    # Channels last, so that lanes read neighbours.
-    across = torch.empty(3, depth, channels, dtype=torch.float32, device=planes.device).copy_(weight.mT)
-    out = torch.empty(batch, time * height * width, channels, dtype=planes.dtype, device=planes.device)
+    tokens, channels = time * height * width, weight.shape[1]
+    out = torch.empty(batch, tokens, channels, dtype=planes.dtype, device=planes.device)
     config = FORWARD(planes.device, "any", planes.dtype)
-    tiles = triton.cdiv(time, config.blocks["TIMES"]) * height * triton.cdiv(width, config.blocks["COLUMNS"])
+    blocks = triton.cdiv(channels, config.blocks["CHANNELS"])
     launch(
         _forward,
-        (batch * tiles * triton.cdiv(channels, config.blocks["CHANNELS"]),),
-        *(planes, across, bias.float().contiguous(), out),
-        *(time, height, width, channels, planes.stride(0), planes.stride(1)),
+        (triton.cdiv(batch * tokens, config.blocks["ROWS"]) * blocks,),
+        *(planes, weight, bias, out),
+        *(tokens, batch * tokens, time, height, width, channels, planes.stride(0), planes.stride(1)),
         config=config,
         DEPTH=depth,
+        SIDES=_sides(depth),
+        PRECISION=dot_precision(),
     )
     return out
+
+
+def _products_of(
+    grad: Tensor, planes: Tensor, weight: Tensor, sizes: tuple[int, int, int], config: Config
+) -> tuple[Tensor, Tensor]:
+    """U (blocks of channels, B T H W, 3 D), and dW of each program, (programs, (3 D + 3) C), both float32."""
+    (batch, tokens, channels), depth = grad.shape, planes.shape[2]
+    blocks = triton.cdiv(channels, config.blocks["CHANNELS"])
+    shares = min(triton.cdiv(batch * tokens, config.blocks["ROWS"]), config.blocks["PROGRAMS"])
+    parts = torch.empty(blocks, batch * tokens, 3 * depth, dtype=torch.float32, device=grad.device)
+    partials = torch.empty(shares, (3 * depth + 3) * channels, dtype=torch.float32, device=grad.device)
+    launch(
+        _products,
+        (shares * blocks,),
+        *(grad, planes, weight, parts, partials),
+        *(tokens, batch * tokens, *sizes, channels),
+        *(*grad.stride()[:2], *planes.stride()[:2]),
+        config=config,
+        DEPTH=depth,
+        SIDES=_sides(depth),
+        PRECISION=dot_precision(),
+    )
+    return parts, partials
 
 
 def backward(
@@ -226,36 +244,21 @@ def backward(
     """Gradients of planes, weight and bias from grad: (B, T H W, C), which is read once."""
     layout = TriplaneLayout(time, height, width)
     grad, planes, weight = rows_dense(grad.to(planes.dtype)), rows_dense(planes), weight.contiguous()
-    (batch, tokens, channels), depth, device = grad.shape, planes.shape[2], grad.device
-    config = PRODUCTS(device, "any", grad.dtype)
-    blocks = triton.cdiv(channels, config.blocks["CHANNELS"])
-    shares = min(triton.cdiv(batch * tokens, config.blocks["ROWS"]), config.blocks["PROGRAMS"])
-    parts = torch.empty(blocks, batch * tokens, 3 * depth, dtype=torch.float32, device=device)
-    partials = torch.empty(shares, (3 * depth + 3) * channels, dtype=torch.float32, device=device)
-    single = grad.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    launch(
-        _products,
-        (shares * blocks,),
-        *(grad, planes, weight, parts, partials),
-        *(tokens, batch * tokens, time, height, width, channels),
-        *(*grad.stride()[:2], *planes.stride()[:2]),
-        config=config,
-        DEPTH=depth,
-        SIDES=_padded(3 * depth + 3, 16),
-        PRECISION="ieee" if single else "tf32",
-    )
+    (batch, _, depth), device = planes.shape, grad.device
+    parts, partials = _products_of(
+        grad, planes, weight, (time, height, width), PRODUCTS(device, "any", grad.dtype)
+    )  # fmt: skip
     dplanes = torch.empty(batch, layout.num_tokens, depth, dtype=planes.dtype, device=device)
     config = AXIS_SUMS(device, "any", grad.dtype)
-    programs = sum(triton.cdiv(batch * rows * columns, config.blocks["ROWS"]) for rows, columns in layout.planes)
     launch(
         _axis_sums,
-        (programs,),
-        *(parts, dplanes, batch, time, height, width, blocks),
+        (sum(triton.cdiv(batch * rows * columns, config.blocks["TOKENS"]) for rows, columns in layout.planes),),
+        *(parts, dplanes, batch, time, height, width, len(parts)),
         config=config,
         DEPTH=depth,
-        SIDES=_padded(depth, 1),
+        SIDES=int(triton.next_power_of_2(depth)),
     )
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-    dbias = torch.empty(3, channels, dtype=weight.dtype, device=device)
+    dbias = torch.empty(weight.shape[:2], dtype=weight.dtype, device=device)
     sum_partials(partials, dweight, dbias)
     return dplanes, dweight, dbias

@@ -36,10 +36,12 @@ PACKAGE = {
     "cuda": "pvdm_fast.native.cuda",
 }
 BACKENDS = tuple(PACKAGE)
+# Not among OPERATIONS: without gradient, and used only where a kernel serves it (pvdm_fast/ops/attention_block.py).
+FUSED = ("attention_block",)
 SERVED: dict[str, tuple[str, ...]] = {
-    "reference": OPERATIONS,
+    "reference": (*OPERATIONS, *FUSED),
     "cpu": OPERATIONS,
-    "triton": ("axial_attention", "geglu", "add_layer_norm", "triplane_slice", "triplane_expand"),
+    "triton": (*OPERATIONS, *FUSED),
     "cuda": ("triplane_expand",),
 }
 # What automatic choice tries, best first.
@@ -151,16 +153,27 @@ def choose(op: str, name: str, tensor: Tensor) -> ModuleType:
     return implementation(backend, op)
 
 
+@torch.compiler.assume_constant_result
+def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether `backend` is what computes `op` for tensors of this kind, where `name` (or "auto") is asked for."""
+    return backend == _first(op, name, device, dtype)
+
+
+@cache
+def _first(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    """The first backend of those asked for that serves an operation."""
+    sample = torch.empty(0, dtype=dtype, device=device)
+    asked = PREFERENCE.get(device, ("reference",)) if name == "auto" else (name,)
+    return next((backend for backend in asked if why_not(backend, op, sample) is None), None)
+
+
 @cache
 def automatic(op: str, device: str, dtype: torch.dtype) -> str:
     """The backend that automatic choice takes for an operation; logged once for each (the cache sees to that)."""
-    sample = torch.empty(0, dtype=dtype, device=device)
-    for backend in PREFERENCE.get(device, ("reference",)):
-        if why_not(backend, op, sample) is None:
-            level = logging.WARNING if device == "cuda" and backend == "reference" else logging.INFO
-            log.log(level, "%s on %s, %s: backend %s", op, device, str(dtype).removeprefix("torch."), backend)
-            return backend
-    return "reference"
+    backend = _first(op, "auto", device, dtype) or "reference"
+    level = logging.WARNING if device == "cuda" and backend == "reference" else logging.INFO
+    log.log(level, "%s on %s, %s: backend %s", op, device, str(dtype).removeprefix("torch."), backend)
+    return backend
 
 
 def report(device: str | None = None) -> dict[str, dict[str, str | None]]:

@@ -48,6 +48,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fps", type=float, default=8.0, metavar="X", help="frames a second (default: %(default)s)")
     parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay the denoiser's pass as a CUDA graph in every step; needs a GPU, and has not yet been run on one",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("samples.mp4"),
@@ -123,6 +128,7 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
             guidance=options.guidance,
             eta=options.eta,
             seed=options.seed,
+            cuda_graph=options.cuda_graph,
             progress=progress,
         )
     write(options.out, videos, options.fps)

@@ -80,7 +80,25 @@ class TriplaneAttention(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """x: (B, N, C) packed channels-last tokens -> (B, N, C)."""
+        if ops.fuses_attention_block(x, self.qkv.weight):
+            return self._attend_fused(x)
         return self._attend(x, PlaneLayout(((x.shape[1], 1),)))
+
+    def _attend_fused(self, x: Tensor) -> Tensor:
+        """What `forward_tokens` computes otherwise, in one operation."""
+        assert self.qkv.bias is not None and self.proj_out.bias is not None
+        return ops.attention_block(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            self.qkv.weight.squeeze(-1),
+            self.qkv.bias,
+            self.proj_out.weight.squeeze(-1),
+            self.proj_out.bias,
+            heads=self.num_heads,
+            groups=NORM_GROUPS,
+            eps=self.norm.eps,
+        )
 
     def _attend(self, x: Tensor, segments: PlaneLayout) -> Tensor:
         """Attention inside each plane of `segments`, whose tokens also share the statistics of the norm."""

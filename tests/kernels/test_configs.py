@@ -149,4 +149,5 @@ def test_launch_hands_on_everything() -> None:
     calls: list[Any] = []
     x = torch.ones(2)
     launch(Kernel(), (3, 4), x, 7, config=Config({"BLOCK": 8}, 2, 5), FLAG=True)
-    assert calls == [((3, 4), (x, 7), {"FLAG": True, "BLOCK": 8, "num_warps": 2, "num_stages": 5})]
+    expected = {"FLAG": True, "BLOCK": 8, "num_warps": 2, "num_stages": 5, "enable_fp_fusion": True}
+    assert calls == [((3, 4), (x, 7), expected)]

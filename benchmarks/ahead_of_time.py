@@ -1,0 +1,208 @@
+"""Triton kernels compiled as the networks launch them, for GPUs that need not be here, and what came out of it.
+
+Launchers run on the meta device with their launches watched; each launch goes through Triton's own specialisation and
+compiler, behind a driver that only names a target. Needs a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from pvdm_fast import backends
+from pvdm_fast.kernels import configs
+from pvdm_fast.kernels.configs import Key
+from pvdm_fast.kernels.launch import Config, options, watch
+from pvdm_fast.workload import Call
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "sm120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel. Registers are a thread's, spilled counts instructions (CUDA) or registers (AMD), shared is
+    in bytes, loads are those from global memory."""
+
+    kernel: str
+    architecture: str
+    dtype: str
+    config: str
+    num_warps: int
+    registers: int
+    spilled: int
+    shared: int
+    products: bool  # has a tl.dot
+    products_16_bit: bool
+    tensor_core_instructions: int
+    loads: int
+    wide_loads: int  # of 16 bytes
+
+
+class NamedTarget:
+    """Stands in for a GPU's driver: enough to compile, nothing to launch."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.architecture]
+
+    def get_current_device(self) -> str:
+        return self.architecture  # under which Triton keeps what it compiled
+
+    def get_current_stream(self, device: str | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def compile_launch(
+    architecture: str, kernel: Any, grid: tuple[int, ...], arguments: Iterable[Any], config: Config, **constants: Any
+) -> Any:
+    """The compiled kernel of one launch, specialised as on the device; tensors may be on the meta device."""
+    driver.set_active(NamedTarget(architecture))
+    return kernel.run(*arguments, grid=grid, warmup=True, **options(config, constants))
+
+
+def name_of(kernel: Any) -> str:
+    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__.strip('_')}"
+
+
+def dtype_of(arguments: Iterable[Any]) -> str:
+    """The dtype that a launch computes for: its narrowest tensor's, the first among equals."""
+    tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    return str(min(tensors, key=lambda t: t.element_size()).dtype).removeprefix("torch.")
+
+
+def run_on_meta(calls: Iterable[Call]) -> None:
+    for call in calls:
+        getattr(backends.implementation("triton", call.op), call.direction)(*call.inputs("meta"))
+
+
+def serving_entries(architecture: str, calls: Iterable[Call]) -> set[tuple[str, Key]]:
+    """The tables' entries that serve `calls` on `architecture`: (table, key of the entry)."""
+    with configs.assume(architecture), watch(lambda *launched: None):
+        run_on_meta(calls)
+        return {(name, table.entry_of(key)) for name, table in configs.TABLES.items() for key in table.asked}
+
+
+def compile_calls(architecture: str, calls: Iterable[Call], quick: bool = False) -> list[Resources]:
+    """Every kernel that `calls` launch on `architecture`, each once.
+
+    quick: of those that differ in sizes known when compiling, or in what divides them, only the first: one for each
+    kernel, configuration, and set of dtypes.
+    """
+    launches: list[tuple[Any, ...]] = []
+    with configs.assume(architecture), watch(lambda *launched: launches.append(launched)):
+        run_on_meta(calls)
+    seen: set[Any] = set()
+    found: list[Resources] = []
+    for kernel, grid, arguments, config, constants in launches:
+        dtypes = tuple(a.dtype if isinstance(a, Tensor) else a is None for a in arguments)
+        if quick and (name_of(kernel), str(config), dtypes) in seen:
+            continue
+        seen.add((name_of(kernel), str(config), dtypes))
+        compiled = compile_launch(architecture, kernel, grid, arguments, config, **constants)
+        if id(compiled) not in seen:  # Triton hands out the same object for the same specialisation
+            seen.add(id(compiled))
+            found.append(resources(compiled, architecture, name_of(kernel), dtype_of(arguments), config))
+    return found
+
+
+def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config: Config) -> Resources:
+    """Read what a compiled kernel takes from its machine code."""
+    products = [line for line in compiled.asm["ttir"].splitlines() if re.search(r"= tt\.dot\b", line)]
+    counts = _cuda(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
+    blocks = " ".join(f"{name.lower()} {size}" for name, size in config.blocks.items())
+    return Resources(
+        kernel=kernel,
+        architecture=architecture,
+        dtype=dtype,
+        config=f"{blocks}, {config.num_warps} warps, {config.num_stages} stages".strip(", "),
+        num_warps=config.num_warps,
+        shared=compiled.metadata.shared,
+        products=bool(products),
+        products_16_bit=any(re.search(r"tensor<[0-9x]*x(bf16|f16)[,>]", line) for line in products),
+        **counts,
+    )
+
+
+@cache
+def _cuobjdump() -> str:
+    import triton.backends.nvidia
+
+    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
+
+
+def _cuda(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_cuobjdump(), "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
+    code = re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, flags=re.MULTILINE
+    )
+    kinds = Counter(instruction.partition(".")[0] for instruction in code)
+    loads = [instruction for instruction in code if instruction.startswith(("LDG.", "LDGSTS."))]
+    return {
+        "registers": int(usage["REG"]),
+        "spilled": kinds["STL"] + kinds["LDL"] + (int(usage["STACK"]) > 0),
+        "tensor_core_instructions": sum(kinds[kind] for kind in TENSOR_CORES),
+        "loads": len(loads),
+        "wide_loads": sum(".128" in load for load in loads),
+    }
+
+
+def _amd(assembly: str) -> dict[str, int]:
+    def number(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])
+
+    loads = re.findall(r"^\s+(?:global|buffer)_load_(\w+)", assembly, flags=re.MULTILINE)
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("vgpr_spill_count") + (number("private_segment_fixed_size") > 0),
+        "tensor_core_instructions": len(re.findall(r"^\s+v_mfma", assembly, flags=re.MULTILINE)),
+        "loads": len(loads),
+        "wide_loads": sum("x4" in load for load in loads),
+    }
+
+
+def over_budget(found: Resources, narrow: Iterable[str] = ()) -> list[str]:
+    """What is wrong with a compiled kernel, in sentences; `narrow` are kernels that need no 16-byte loads."""
+    where = f"{found.kernel} for {found.architecture}, {found.dtype} ({found.config})"
+    limit = configs.SHARED_MEMORY[found.architecture] * 1024
+    most = 512 if found.architecture.startswith("gfx") else 255
+    problems = []
+    if found.spilled:
+        problems.append(f"{where} spills registers: make its blocks smaller, or give it more warps.")
+    if found.registers > most:
+        problems.append(f"{where} takes {found.registers} registers a thread, the most is {most}.")
+    if found.shared > limit:
+        problems.append(f"{where} takes {found.shared} bytes of shared memory, the most is {limit}.")
+    if found.products_16_bit and not found.tensor_core_instructions:
+        problems.append(f"{where} multiplies 16-bit matrices without tensor cores.")
+    if not found.products and found.loads and not found.wide_loads and found.kernel not in narrow:
+        problems.append(f"{where} is bound by memory, but has no 16-byte load.")
+    return problems

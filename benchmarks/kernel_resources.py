@@ -1,0 +1,173 @@
+"""What each Triton kernel takes on each family of GPUs, compiled without one: `python -m benchmarks.kernel_resources`.
+
+Compiles each kernel as the networks launch it, in every configuration that serves sm80, sm90, sm100, sm120 and gfx942,
+and holds it to a budget: no spilled registers, shared memory that the GPU has, tensor cores for 16-bit products,
+16-byte loads where memory is the bound. Also finds entries of the configuration tables that no launch uses. Exit code 1
+where something is over its budget. Speed is not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pvdm_fast import backends, workload
+from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.workload import Call
+
+if TYPE_CHECKING:
+    from benchmarks.ahead_of_time import Resources
+
+ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942")
+DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"
+BEGIN, END = "<!-- kernel resources: begin -->", "<!-- kernel resources: end -->"
+# Kernels bound by memory that need no 16-byte loads, and why.
+NARROW: dict[str, str] = {}
+
+
+def check_process() -> None:
+    """Raise UserError where nothing can be compiled."""
+    if find_spec("triton") is None:
+        raise UserError("Triton is not installed: pip install triton.")
+    if backends.interpreting():
+        raise UserError("TRITON_INTERPRET is set, so kernels are not compiled: unset it for this command.")
+
+
+def representative_calls() -> tuple[list[Call], list[Call]]:
+    """What networks ask of the operations: at full size in bfloat16 and float32; and in other ways.
+
+    The others are float16, mixed precision, the smaller presets, and heads up to 256 wide.
+    """
+    half, single = torch.bfloat16, torch.float32
+    full = workload.calls("base", half, batch=2)
+    others = [call.with_dtype(half, torch.float16) for call in full]
+    others += workload.calls("base", half, batch=2, mixed=True)
+    sizes: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("tiny", {}, {}),
+        ("small", {}, {}),
+        ("base", {"num_heads": 4}, {"channels": 1024, "head_dim": 128, "depth": 1}),
+        ("base", {"num_heads": 16}, {"channels": 2048, "head_dim": 256, "depth": 1}),
+    ]
+    for size, denoiser, autoencoder in sizes:
+        found = workload.calls(size, half, batch=2, denoiser=denoiser, autoencoder=autoencoder)
+        others += [call.with_dtype(half, dtype) for call in found for dtype in (half, single, torch.float16)]
+    main = dict.fromkeys([*full, *(call.with_dtype(half, single) for call in full)])
+    return list(main), [call for call in dict.fromkeys(others) if call not in main]
+
+
+def _compile(architecture: str, calls: list[Call], quick: bool) -> list[Resources]:
+    from benchmarks.ahead_of_time import compile_calls
+
+    return compile_calls(architecture, calls, quick)
+
+
+def compile_all(
+    architectures: Sequence[str], operations: Sequence[str], calls: Sequence[list[Call]], workers: int, quick: bool
+) -> list[Resources]:
+    """Compile everything, in processes of their own. quick: other ways than the main ones on the first GPU only."""
+    main, others = calls
+    tasks = []
+    for op in operations:
+        for architecture in architectures:
+            wanted = main if quick and architecture != architectures[0] else [*main, *others]
+            tasks.append((architecture, [call for call in wanted if call.op == op], quick))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return [row for found in pool.map(_compile, *zip(*tasks, strict=True)) for row in found]
+
+
+def unused_entries(calls: Iterable[Call]) -> list[str]:
+    """Entries of the tables that no launch uses, on any family; the one for everything else may be such."""
+    from benchmarks.ahead_of_time import serving_entries
+    from pvdm_fast.kernels.configs import ANY, TABLES
+
+    calls = [call for call in calls if call.op in backends.SERVED["triton"]]
+    serving = {entry for architecture in ARCHITECTURES for entry in serving_entries(architecture, calls)}
+    return [
+        f"The table of {name} has an entry for {'/'.join(key)} that no launch uses."
+        for name, table in TABLES.items()
+        for key in table.entries
+        if key[0] in (ANY, *ARCHITECTURES) and key != (ANY, ANY, ANY) and (name, key) not in serving
+    ]
+
+
+def table(rows: Iterable[Resources]) -> list[str]:
+    """Lines of Markdown: for each kernel and GPU family, the variant that takes most registers."""
+    groups: dict[tuple[str, str], list[Resources]] = defaultdict(list)
+    for row in rows:
+        groups[row.kernel, row.architecture].append(row)
+    lines = [
+        "| kernel | GPU | variants | registers | shared, KiB | tensor cores | 16-byte loads | most registers with |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kernel, architecture in sorted(groups, key=lambda key: (key[0], ARCHITECTURES.index(key[1]))):
+        group = groups[kernel, architecture]
+        worst = max(group, key=lambda row: (row.spilled, row.registers))
+        cores = "yes" if all(r.tensor_core_instructions for r in group if r.products_16_bit) else "no"
+        cores = cores if any(r.products_16_bit for r in group) else ""
+        loads = f"{min(r.wide_loads for r in group)}-{max(r.wide_loads for r in group)}"
+        lines.append(
+            f"| {kernel} | {architecture} | {len(group)} | {worst.registers} | "
+            f"{max(r.shared for r in group) / 1024:.1f} | {cores} | {loads} | {worst.dtype}, {worst.config} |"
+        )
+    return lines
+
+
+def write_docs(rows: Iterable[Resources], path: Path = DOCS) -> None:
+    """Put the table between the markers in docs/kernels.md."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{path} must have the lines {BEGIN} and {END} once each.")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    made = f"Made by `python -m benchmarks.kernel_resources --write-docs` with Triton {version('triton')}."
+    path.write_text("\n".join([head + BEGIN, made, "", *table(rows), END + tail]))
+
+
+class OverBudget(UserError):
+    """A kernel takes more than it may."""
+
+    exit_code = 1
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--operations", nargs="+", choices=backends.SERVED["triton"], default=backends.SERVED["triton"])
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--quick", action="store_true", help="each configuration once, not each variant of it")
+    options = parser.parse_args(arguments)
+    check_process()
+    from benchmarks.ahead_of_time import over_budget
+
+    calls = representative_calls()
+    rows = compile_all(options.architectures, options.operations, calls, options.workers, options.quick)
+    print("\n".join(table(rows)))
+    problems = [problem for row in rows for problem in over_budget(row, NARROW)]
+    if set(options.operations) == set(backends.SERVED["triton"]):
+        problems += unused_entries([*calls[0], *calls[1]])
+    print(f"{len(rows)} compiled kernels")
+    if options.write_docs:
+        write_docs(rows)
+    if problems:
+        raise OverBudget("\n".join(problems))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""`plane_conv` in Triton: one implicit matrix product for all planes, or the vendor's convolution where chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pvdm_fast.kernels.plane_conv_backward import backward
+from pvdm_fast.kernels.plane_conv_product import convolve, convolve_by_vendor, packed, vendor_is_chosen
+from pvdm_fast.native import rows_dense
+
+__all__ = ["backward", "forward"]
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
+    """x: (B, N, C), weight: (C', C, 3, 3), bias: (C') -> (B, N, C')."""
+    if vendor_is_chosen(x, weight.shape[0]):
+        return convolve_by_vendor(x, weight, bias, planes)
+    return convolve(x, packed(weight), rows_dense(bias), planes, mirrored=False)

@@ -1,0 +1,151 @@
+"""Gradients of `plane_conv`: of x the mirrored convolution, of the weight a product along the tokens, by taps.
+
+The weight's gradient takes rows (B N) as the inner axis: programs of few tiles share it, and a second kernel adds their
+parts in order and writes the result in the weight's own order, the taps innermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ANY, ConfigTable
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.plane_conv_product import (
+    NARROW,
+    TAPS,
+    convolve,
+    convolve_by_vendor,
+    packed,
+    parts_of,
+    precision,
+    readable,
+    tile,
+    vendor_is_chosen,
+)
+from pvdm_fast.kernels.planes import place_of
+
+
+def shape_class(channels: int, written: int, dtype: torch.dtype) -> str:
+    """The shape class of the weight's gradient: "exact" (float32), "narrow in", "narrow out" (16 channels), "wide"."""
+    if dtype == torch.float32:
+        return "exact"
+    return "narrow in" if channels <= NARROW else "narrow out" if written <= NARROW else "wide"
+
+
+# BLOCK_M written channels x BLOCK_N channels of x, BLOCK_K rows a step: shared memory as for the convolution.
+WEIGHT = ConfigTable(
+    "plane_conv_weight_gradient",
+    {
+        (ANY, ANY, ANY): tile(128, 128, 64, 8, 3),
+        (ANY, "exact", ANY): tile(64, 64, 16, 4, 3),
+        (ANY, "narrow in", ANY): tile(64, 16, 64, 4, 3),
+        (ANY, "narrow out", ANY): tile(16, 64, 64, 4, 3),
+        ("sm120", "wide", ANY): tile(128, 128, 64, 8, 2),
+        ("gfx942", "wide", ANY): tile(128, 128, 64, 8, 2),
+        ("gfx942", "exact", ANY): tile(64, 64, 16, 4, 2),
+        ("gfx942", "narrow in", ANY): tile(64, 16, 64, 4, 2),
+        ("gfx942", "narrow out", ANY): tile(16, 64, 64, 4, 2),
+        ("interpreter", ANY, ANY): tile(64, 64, 64, 4, 1),
+    },
+    candidates=tuple(
+        tile(m, n, k, warps, stages)
+        for m, n, warps in ((64, 64, 4), (128, 64, 4), (128, 128, 8))
+        for k in (32, 64)
+        for stages in (2, 3, 4)
+    ),
+)
+ARRANGE = ConfigTable(
+    "plane_conv_arrange",
+    {(ANY, ANY, ANY): Config({"BLOCK_C": 128})},
+    candidates=tuple(Config({"BLOCK_C": c}) for c in (64, 256)),
+)
+
+
+@triton.jit
+def _weight_gradient(
+    X, GRAD, PARTS, batch_stride, stride, channel_stride, grad_batch_stride, grad_stride, grad_channel_stride, rows,
+    channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of PARTS (parts, written, 9, channels), of one tap and one part's `steps` steps of BLOCK_K rows."""
+    across = tl.cdiv(channels, BLOCK_N)
+    out = (tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    channel = (tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    tap, part = tl.program_id(1), tl.program_id(2)
+    down, right = tap // 3 - 1, tap % 3 - 1
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(rows, BLOCK_K))):
+        row = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        b, token = (row // TOKENS).to(tl.int64), row % TOKENS
+        i, j, height, width = place_of(token, PLANES)
+        inside = (row < rows) & (i + down >= 0) & (i + down < height) & (j + right >= 0) & (j + right < width)
+        at = (b * grad_batch_stride + token.to(tl.int64) * grad_stride)[:, None]
+        mask = inside[:, None] & (out < written)[None, :]
+        grad = tl.load(GRAD + at + (out * grad_channel_stride)[None, :], mask=mask, other=0.0)
+        at = (b * batch_stride + (token + down * width + right).to(tl.int64) * stride)[:, None]
+        mask = inside[:, None] & (channel < channels)[None, :]
+        x = tl.load(X + at + (channel * channel_stride)[None, :], mask=mask, other=0.0)
+        total = tl.dot(tl.trans(grad), x, total, input_precision=PRECISION)
+    at = PARTS + ((part * written + out)[:, None] * 9 + tap) * channels + channel[None, :]
+    mask = (out < written)[:, None] & (channel < channels)[None, :]
+    tl.store(at, total.to(PARTS.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _arrange(PARTS, OUT, written, channels, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """OUT (written, channels, 9) = the sum of PARTS (COUNT, written, 9, channels); in float32, in order."""
+    out, tap = tl.program_id(1).to(tl.int64), tl.arange(0, 16)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (channel < channels)[:, None] & (tap < 9)[None, :]
+    at = PARTS + (out * 9 + tap)[None, :] * channels + channel[:, None]
+    total = tl.zeros([BLOCK_C, 16], tl.float32)
+    for part in tl.static_range(COUNT):
+        total += tl.load(at + tl.full([], part, tl.int64) * written * 9 * channels, mask=mask, other=0.0).to(tl.float32)
+    to = OUT + (out * channels + channel)[:, None] * 9 + tap[None, :]
+    tl.store(to, total.to(OUT.dtype.element_ty), mask=mask)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int]) -> Tensor:
+    """(C', C, 3, 3) contiguous, in the weight's dtype."""
+    (batch, tokens, channels), written = x.shape, grad.shape[2]
+    rows, x, grad = batch * tokens, readable(x), readable(grad)
+    config = WEIGHT(x.device, shape_class(channels, written, x.dtype), x.dtype)
+    tiles = triton.cdiv(written, config.blocks["BLOCK_M"]) * triton.cdiv(channels, config.blocks["BLOCK_N"])
+    steps = triton.cdiv(rows, config.blocks["BLOCK_K"])
+    parts = parts_of(x.device, tiles * TAPS, steps)
+    dtype = torch.float32 if parts > 1 else weight.dtype
+    pieces = x.new_empty(parts, written, TAPS, channels, dtype=dtype)
+    launch(
+        _weight_gradient,
+        (tiles, TAPS, parts),
+        *(x, grad, pieces, *x.stride(), *grad.stride(), rows, channels, written, triton.cdiv(steps, parts)),
+        config=config,
+        PLANES=tuple(planes),
+        TOKENS=tokens,
+        PRECISION=precision(x.dtype),
+    )
+    out = weight.new_empty(weight.shape)
+    config = ARRANGE(x.device, ANY, x.dtype)
+    grid = (triton.cdiv(channels, config.blocks["BLOCK_C"]), written)
+    launch(_arrange, grid, pieces, out, written, channels, config=config, COUNT=parts)
+    return out
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; the first two only where `needs` says so, else empty."""
+    grad = grad.to(x.dtype)
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
+    if needs[0] and vendor_is_chosen(grad, x.shape[2]):
+        dx = convolve_by_vendor(grad, weight.flip(2, 3).transpose(0, 1), None, planes)
+    elif needs[0]:
+        dx = convolve(grad, packed(weight), None, planes, mirrored=True)
+    if needs[1]:
+        dweight = weight_gradient(grad, x, weight, planes)
+    return dx, dweight, grad.sum((0, 1))

@@ -1,0 +1,251 @@
+"""The 3 x 3 convolution of all planes as one implicit matrix product, with zero borders at each plane's edge.
+
+Rows are the tokens of all planes and batch elements, the inner axis is 9 taps x input channels: unfolded rows are never
+in memory, a step of the loop reads the tokens' neighbours of one tap directly. The gradient of x is the same product
+with the taps mirrored. Weights are read with their input channels dense, PyTorch's
+channels_last format: a model kept in it (`model.to(memory_format=torch.channels_last)`) saves the copy that others
+need at every call. No copy is kept from one call to the next: it could go stale.
+
+Where there are too few programs for a GPU (the lower levels of a U-Net: few tokens, large weights), programs share the
+inner axis, and a second kernel adds their parts in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ANY, ConfigTable, architecture
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.planes import place_of
+from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.native import rows_dense
+
+TAPS = 9
+# Multiprocessors of a large GPU of each family: programs share the inner axis until there are as many as these.
+MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "sm120": 170, "gfx942": 304, "interpreter": 1}
+# So many programs share it at most, and so many steps are left to each at least.
+MOST_PARTS, LEAST_STEPS = 16, 4
+# Tensors of so few channels are read by whatever strides they have; wider ones are made dense first.
+NARROW = 16
+
+
+def shape_class(rows: int, channels: int, written: int, dtype: torch.dtype) -> str:
+    """The shape class of a product that reads rows x 9 channels and writes rows x `written`.
+
+    "exact": float32; "narrow in", "narrow out": at most 16 channels (the denoiser's first and last convolution);
+    "short": at most 64 rows, bound by reading the weight; "large": at least 128 tiles of 128 x 128, bound by
+    arithmetic; else "medium".
+    """
+    if dtype == torch.float32:
+        return "exact"
+    if channels <= NARROW:
+        return "narrow in"
+    if written <= NARROW:
+        return "narrow out"
+    if rows <= 64:
+        return "short"
+    return "large" if -(-rows // 128) * -(-written // 128) >= 128 else "medium"
+
+
+def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
+
+
+# A stage takes (BLOCK_M + BLOCK_N) BLOCK_K elements of shared memory: in 16 bits 32 KiB for 128 x 128 x 64, so four
+# stages fit 163 or 227 KiB, and three (sm120) 99. AMD keeps one stage in registers: of two, 32 KiB of its 64.
+# float32 multiplies exactly, outside the tensor cores: 64 x 64, 16 accumulators a thread.
+CONV = ConfigTable(
+    "plane_conv",
+    {
+        (ANY, ANY, ANY): tile(128, 64, 64, 4, 4),
+        (ANY, "exact", ANY): tile(64, 64, 32, 8, 3),
+        (ANY, "narrow in", ANY): tile(64, 64, 16, 4, 3),
+        (ANY, "narrow out", ANY): tile(64, 16, 64, 4, 4),
+        (ANY, "short", ANY): tile(32, 64, 128, 8, 4),
+        (ANY, "large", ANY): tile(128, 128, 64, 8, 4),
+        ("sm90", "large", ANY): tile(128, 256, 64, 8, 4),
+        ("sm100", "large", ANY): tile(128, 256, 64, 8, 4),
+        ("sm120", ANY, ANY): tile(128, 64, 64, 4, 3),
+        ("sm120", "exact", ANY): tile(64, 64, 32, 8, 3),
+        ("sm120", "narrow in", ANY): tile(64, 64, 16, 4, 3),
+        ("sm120", "narrow out", ANY): tile(64, 16, 64, 4, 3),
+        ("sm120", "short", ANY): tile(32, 64, 128, 8, 3),
+        ("sm120", "large", ANY): tile(128, 128, 64, 8, 2),
+        ("gfx942", ANY, ANY): tile(128, 64, 64, 4, 2),
+        ("gfx942", "exact", ANY): tile(64, 64, 32, 4, 2),
+        ("gfx942", "narrow in", ANY): tile(64, 64, 16, 4, 2),
+        ("gfx942", "narrow out", ANY): tile(64, 16, 64, 4, 2),
+        ("gfx942", "short", ANY): tile(32, 64, 128, 8, 2),
+        ("gfx942", "large", ANY): tile(128, 128, 64, 8, 2),
+        ("interpreter", ANY, ANY): tile(64, 64, 64, 4, 1),
+    },
+    candidates=tuple(
+        tile(m, n, k, warps, stages)
+        for m, n, k, warps in (
+            (32, 64, 128, 8),
+            (64, 64, 64, 4),
+            (128, 64, 64, 4),
+            (128, 128, 64, 8),
+            (128, 256, 64, 8),
+        )
+        for stages in (2, 3, 4)
+    ),
+)
+# The vendor's convolution (cuDNN) or this file's. Reasoned, not measured: three convolutions, their bias and copies
+# into and out of dense planes cost about 14 us of launches and 4 times the bytes of x at 3 TB/s; where a library on
+# Hopper and Blackwell (wgmma, TMA) reaches 600 and this kernel 400 TFLOP/s, that pays from about 8192 rows of 512
+# channels on. On the others both are fed by the same instructions.
+CHOICE = ConfigTable(
+    "plane_conv_choice",
+    {
+        (ANY, ANY, ANY): Config({"VENDOR": 0}),
+        ("sm90", "wide", ANY): Config({"VENDOR": 1}),
+        ("sm100", "wide", ANY): Config({"VENDOR": 1}),
+    },
+    candidates=(Config({"VENDOR": 0}), Config({"VENDOR": 1})),
+)
+
+
+def choice_class(rows: int, channels: int, written: int) -> str:
+    """The shape class of the choice: "wide" from 8192 rows on with at least 512 channels on both sides."""
+    return "wide" if rows >= 8192 and min(channels, written) >= 512 else "other"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies float32: exactly, unless PyTorch was allowed TF32. 16 bits: no difference."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def parts_of(device: torch.device, programs: int, steps: int) -> int:
+    """How many programs share the steps of a product that has `programs` tiles: a power of two."""
+    wanted = min(MOST_PARTS, MULTIPROCESSORS[architecture(device)] // programs, steps // LEAST_STEPS)
+    return 1 << (max(1, wanted).bit_length() - 1)
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` (B, N, C) as the kernels read it: any strides where it is narrow, else with dense channels."""
+    return x if x.shape[2] <= NARROW else rows_dense(x)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """(C', C, 3, 3) -> (C', 9, C) contiguous: a view where the weight is in channels_last format, else a copy."""
+    return weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+@triton.jit
+def _taps_inside(token, exists, PLANES: tl.constexpr):
+    """For each token: 9 bits, which taps' neighbours lie in its plane; and its plane's number of columns."""
+    i, j, rows, columns = place_of(token, PLANES)
+    bits = token * 0
+    for tap in tl.static_range(9):
+        row, column = i + (tap // 3 - 1), j + (tap % 3 - 1)
+        inside = exists & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        bits |= inside.to(tl.int32) << tap
+    return bits, columns
+
+
+@triton.jit
+def _convolve(
+    X, WEIGHT, BIAS, OUT, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows, channels,
+    written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of OUT (parts, rows, written): of one part's `steps` steps of the inner axis, 9 x channels / BLOCK_K.
+
+    weight_in, weight_tap, weight_out: strides of WEIGHT along x's channels, the taps and the written channels.
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(2)
+    token = row % TOKENS
+    bits, columns = _taps_inside(token, row < rows, PLANES)
+    x = X + (row // TOKENS).to(tl.int64) * batch_stride + token.to(tl.int64) * stride
+    weight = WEIGHT + column.to(tl.int64) * weight_out
+    blocks = tl.cdiv(channels, BLOCK_K)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(part * steps, tl.minimum((part + 1) * steps, 9 * blocks)):
+        tap = step // blocks
+        channel = (step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+        shift = ((tap // 3 - 1) * columns + (tap % 3 - 1)).to(tl.int64) * stride
+        mask = ((bits >> tap) & 1 != 0)[:, None] & (channel < channels)[None, :]
+        a = tl.load((x + shift)[:, None] + (channel * channel_stride)[None, :], mask=mask, other=0.0)
+        place = 8 - tap if MIRRORED else tap
+        mask = (channel < channels)[:, None] & (column < written)[None, :]
+        b = tl.load(weight[None, :] + (channel * weight_in + place * weight_tap)[:, None], mask=mask, other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    if BIAS is not None:
+        total += tl.load(BIAS + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
+    at = OUT + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
+    mask = (row < rows)[:, None] & (column < written)[None, :]
+    tl.store(at, total.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_parts(
+    PARTS, BIAS, OUT, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """OUT = BIAS + the sum of PARTS (COUNT, elements), elements = rows x written; in float32, in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < elements
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(COUNT):
+        total += tl.load(PARTS + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
+    if BIAS is not None:
+        total += tl.load(BIAS + at % written, mask=mask, other=0.0).to(tl.float32)
+    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=mask)
+
+
+ADD = ConfigTable(
+    "plane_conv_add",
+    {(ANY, ANY, ANY): Config({"BLOCK": 1024})},
+    candidates=tuple(Config({"BLOCK": b}) for b in (512, 2048)),
+)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[int], mirrored: bool) -> Tensor:
+    """x: (B, N, C), weight: (C', 9, C) contiguous -> (B, N, C'). mirrored: x is (B, N, C'), the result its gradient."""
+    (batch, tokens, channels), written = x.shape, weight.shape[2 if mirrored else 0]
+    rows, x = batch * tokens, readable(x)
+    config = CONV(x.device, shape_class(rows, channels, written, x.dtype), x.dtype)
+    grid = (triton.cdiv(rows, config.blocks["BLOCK_M"]), triton.cdiv(written, config.blocks["BLOCK_N"]))
+    steps = TAPS * triton.cdiv(channels, config.blocks["BLOCK_K"])
+    parts = parts_of(x.device, grid[0] * grid[1], steps)
+    out = x.new_empty(batch, tokens, written)
+    to = out if parts == 1 else x.new_empty(parts, rows, written, dtype=torch.float32)
+    outer, tap, inner = weight.stride()
+    launch(
+        _convolve,
+        (*grid, parts),
+        *(x, weight, bias if parts == 1 else None, to, *x.stride()),
+        *((outer, tap, inner) if mirrored else (inner, tap, outer)),
+        *(rows, channels, written, triton.cdiv(steps, parts)),
+        config=config,
+        PLANES=tuple(planes),
+        TOKENS=tokens,
+        MIRRORED=mirrored,
+        PRECISION=precision(x.dtype),
+    )
+    if parts > 1:
+        config = ADD(x.device, ANY, x.dtype)
+        grid = (triton.cdiv(out.numel(), config.blocks["BLOCK"]),)
+        launch(_add_parts, grid, to, bias, out, out.numel(), written, config=config, COUNT=parts)
+    return out
+
+
+def convolve_by_vendor(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[int]) -> Tensor:
+    """The same with PyTorch's convolution, plane by plane; weight: (C', C, 3, 3). Deterministic algorithms only."""
+    tf32 = precision(x.dtype) == "tf32"
+    options = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, False, True, True, tf32)
+    images = [plane.permute(0, 3, 1, 2) for plane in PlaneLayout.from_sizes(planes).split(x)]
+    written = [torch.ops.aten._convolution(image, weight, bias, *options) for image in images]
+    return torch.cat([image.permute(0, 2, 3, 1).flatten(1, 2) for image in written], dim=1)
+
+
+def vendor_is_chosen(x: Tensor, written: int) -> bool:
+    shape = choice_class(x.shape[0] * x.shape[1], x.shape[2], written)
+    return bool(CHOICE(x.device, shape, x.dtype).blocks["VENDOR"])

@@ -1,0 +1,238 @@
+"""`plane_norm`: GroupNorm of every plane with scale and shift, SiLU and x2 resampling; all planes in one launch.
+
+A program holds a tile of BLOCK_N tokens x BLOCK_G groups x BLOCK_W channels in registers (BLOCK_W: a group's channels,
+padded to a power of two). Two ways, by size:
+
+- whole: a plane's tokens of one or a few groups fit one tile. One launch: x is read once, statistics and result come
+  out of the registers.
+- in chunks: `_statistics` writes mean and sum of squared deviations of every chunk and group, then `_apply` reads x
+  again, joins the chunks of its plane (the same sum in every program, in the same order) and writes the result.
+
+Deviations are taken from the plane's first value of the group, an exact number near the mean, so that a mean far above
+the deviation costs no digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ANY, ConfigTable
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import silu
+from pvdm_fast.kernels.plane_norm_backward import backward
+from pvdm_fast.kernels.plane_norm_tiles import (
+    chunk_config,
+    constants_of,
+    count_chunks,
+    group_tile,
+    load_affine,
+    load_tile,
+    tile_class,
+    tiles_a_chunk,
+    whole_blocks,
+)  # fmt: skip
+from pvdm_fast.kernels.planes import chunk_of, chunks_of
+from pvdm_fast.native import rows_dense
+
+__all__ = ["backward", "forward"]
+
+# Most elements of a tile that holds a plane's tokens: 64 float32 a thread at 16 warps.
+WHOLE_TILE = 32768
+# Whole planes: 32 values a thread, 4 to 8 loads of 16 bytes in flight: they are bound by latency. (Two kernels of 64
+# values fit a multiprocessor's registers no better than one, so 32768 has them at 16 warps only because it must.)
+WHOLE = ConfigTable(
+    "plane_norm_whole",
+    {
+        (ANY, ANY, ANY): Config(num_warps=16),
+        (ANY, "tile4096", ANY): Config(num_warps=4),
+        (ANY, "tile8192", ANY): Config(num_warps=8),
+        ("gfx942", "tile8192", ANY): Config(num_warps=4),  # of 64 threads
+        ("gfx942", ANY, ANY): Config(num_warps=8),
+    },
+    candidates=tuple(Config(num_warps=w) for w in (2, 4, 8, 16)),
+)
+# Chunks: TILE elements, rows of at least CHANNELS channels: 256 bytes in 16 bits, whole lines of memory.
+CHUNKS = ConfigTable(
+    "plane_norm_chunks",
+    {(ANY, ANY, ANY): Config({"TILE": 8192, "CHANNELS": 128}, num_warps=8)},
+    candidates=tuple(
+        Config({"TILE": tile, "CHANNELS": channels}, num_warps=tile // 1024)
+        for tile in (4096, 8192, 16384)
+        for channels in (64, 128, 256)
+    ),
+)
+
+
+@triton.jit
+def _moments(x, origin, mask, count):
+    """Mean of x - origin and sum of squares around that mean, of each group (G) of a tile of `count` values a group."""
+    deviation = tl.where(mask, x - origin[None, :, None], 0.0)
+    mean = tl.sum(tl.sum(deviation, 2), 0) / count
+    deviation = tl.where(mask, deviation - mean[None, :, None], 0.0)
+    return mean, tl.sum(tl.sum(deviation * deviation, 2), 0)
+
+
+@triton.jit
+def _statistics(
+    X, PARTIALS, batch_stride, stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """PARTIALS (2, B, chunks, G) of chunks of TILES tiles: mean from the plane's first value, and squares around it."""
+    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    _, first, rows, columns, start = chunk_of(chunk, PLANES, TILES * BLOCK_N)
+    group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
+    x = X + b * batch_stride + first.to(tl.int64) * stride
+    origin = tl.load(x + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
+    tokens = rows * columns
+    mean, squares = tl.zeros([BLOCK_G], tl.float32), tl.zeros([BLOCK_G], tl.float32)
+    count = 0.0
+    for tile in range(TILES):
+        begin = ((chunk - start) * TILES + tile) * BLOCK_N
+        token = begin + tl.arange(0, BLOCK_N)
+        mask = (token < tokens)[:, None, None] & inside[None, :, :]
+        here = tl.maximum(tl.minimum(tokens - begin, BLOCK_N), 0).to(tl.float32) * WIDTH
+        values = load_tile(x, stride, token, channel, mask)
+        tile_mean, tile_squares = _moments(values, origin, mask, tl.maximum(here, 1.0))
+        step, total = tile_mean - mean, count + here
+        mean += step * (here / total)
+        squares += tile_squares + step * step * (count * here / total)
+        count = total
+    at = PARTIALS + (b * chunks + chunk) * GROUPS + group
+    tl.store(at, mean, mask=group < GROUPS)
+    tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, squares, mask=group < GROUPS)
+
+
+@triton.jit
+def _join(PARTIALS, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+          SIZE: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
+    """Mean (from the plane's first value) and sum of squares of a plane's groups (G), from its `own` <= OWN chunks."""
+    k = tl.arange(0, OWN)
+    mask = (k < own)[:, None] & (group < GROUPS)[None, :]
+    count = tl.maximum(tl.minimum(tokens - k * SIZE, SIZE), 0).to(tl.float32)[:, None] * WIDTH
+    at = PARTIALS + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
+    means = tl.load(at, mask=mask, other=0.0)
+    squares = tl.load(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, mask=mask, other=0.0)
+    mean = tl.sum(means * count, 0) / (tokens * WIDTH).to(tl.float32)
+    step = means - mean[None, :]
+    return mean, tl.sum(squares + step * step * count, 0)
+
+
+@triton.jit
+def _store_resampled(Y, y, begin, tokens, columns, channel, inside, CHANNELS: tl.constexpr, RESAMPLE: tl.constexpr,
+                     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
+    """Writes a tile: a plane's tokens from `begin` on (downwards, square by square). Y: of the resampled plane."""
+    n = begin + tl.arange(0, BLOCK_N)
+    if RESAMPLE < 0:
+        quarter: tl.constexpr = BLOCK_N // 4
+        y = tl.sum(tl.reshape(y, [quarter, 4, BLOCK_G, BLOCK_W]), 1) * 0.25
+        n = begin // 4 + tl.arange(0, quarter)
+        tokens = tokens // 4
+    mask = (n < tokens)[:, None, None] & inside[None, :, :]
+    if RESAMPLE > 0:
+        n = n // columns * 4 * columns + n % columns * 2
+    at = Y + n.to(tl.int64)[:, None, None] * CHANNELS + channel[None, :, :]
+    y = y.to(Y.dtype.element_ty)
+    tl.store(at, y, mask=mask)
+    if RESAMPLE > 0:
+        tl.store(at + CHANNELS, y, mask=mask)
+        tl.store(at + 2 * columns * CHANNELS, y, mask=mask)
+        tl.store(at + (2 * columns + 1) * CHANNELS, y, mask=mask)
+
+
+@triton.jit
+def _apply(
+    X, WEIGHT, BIAS, FILM, PARTIALS, Y, MEAN, RSTD, batch_stride, stride, film_stride, y_batch_stride, chunks, eps,
+    PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr,
+    SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Norms and writes one tile; statistics from the tile itself where PARTIALS is None: it is then a whole plane.
+
+    chunks, SIZE, OWN: of PARTIALS: chunks in all, tokens of one, and of one plane at most (padded).
+    """
+    b = tl.program_id(2).to(tl.int64)
+    plane, first, rows, columns, start = chunk_of(tl.program_id(0), PLANES, BLOCK_N)
+    group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
+    tokens = rows * columns
+    begin = (tl.program_id(0) - start) * BLOCK_N
+    n = begin + tl.arange(0, BLOCK_N)
+    token = n
+    if RESAMPLE < 0:  # square by square, so that a square's four tokens are neighbours in the tile
+        square, half = n // 4, columns // 2
+        token = (square // half * 2 + n % 4 // 2) * columns + square % half * 2 + n % 2
+    mask = (n < tokens)[:, None, None] & inside[None, :, :]
+    x = X + b * batch_stride + first.to(tl.int64) * stride
+    values = load_tile(x, stride, token, channel, mask)
+    origin = tl.load(x + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
+    if PARTIALS is None:
+        mean, squares = _moments(values, origin, mask, (tokens * WIDTH).to(tl.float32))
+    else:
+        initial, own = chunks_of(plane, PLANES, SIZE)
+        mean, squares = _join(PARTIALS, b, chunks, initial, own, tokens, group, GROUPS, WIDTH, SIZE, OWN)
+    rstd = tl.rsqrt(squares / (tokens * WIDTH).to(tl.float32) + eps)
+    at = (b * (len(PLANES) // 2) + plane) * GROUPS + group
+    if tl.program_id(0) == start:
+        tl.store(MEAN + at, origin + mean, mask=group < GROUPS)
+        tl.store(RSTD + at, rstd, mask=group < GROUPS)
+    gain, rest = load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, GROUPS * WIDTH)
+    y = ((values - origin[None, :, None]) - mean[None, :, None]) * (rstd[:, None] * gain)[None, :, :] + rest[None, :, :]
+    if ACTIVATION:
+        y = silu(y)
+    written = first * 4 if RESAMPLE > 0 else first // 4 if RESAMPLE < 0 else first
+    _store_resampled(
+        Y + b * y_batch_stride + written.to(tl.int64) * (GROUPS * WIDTH), y, begin, tokens, columns, channel, inside,
+        GROUPS * WIDTH, RESAMPLE, BLOCK_N, BLOCK_G, BLOCK_W,
+    )  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_shift: Tensor | None,
+    planes: Sequence[int],
+    groups: int,
+    eps: float,
+    activation: bool,
+    resample: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, planes, groups) float32. One launch, or two."""
+    batch, tokens, channels = x.shape
+    tokens = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
+    y = x.new_empty(batch, tokens, channels)
+    mean = x.new_empty(batch, len(planes) // 2, groups, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    x, film = rows_dense(x), None if scale_shift is None else rows_dense(scale_shift)
+    constants = constants_of(planes, channels, groups)
+    blocks = whole_blocks(x, planes, groups, WHOLE_TILE)
+    if blocks is not None:
+        config = replace(WHOLE(x.device, tile_class(math.prod(blocks.values())), x.dtype), blocks=blocks)
+        partials, chunks, size, own = None, 0, 1, 1
+    else:
+        config = chunk_config(CHUNKS, x, groups)
+        tiles = tiles_a_chunk(planes, config.blocks["BLOCK_N"])
+        size = tiles * config.blocks["BLOCK_N"]
+        chunks, own = sum(count_chunks(planes, size)), triton.next_power_of_2(max(count_chunks(planes, size)))
+        partials = x.new_empty(2, batch, chunks, groups, dtype=torch.float32)
+        grid = (chunks, -(-groups // config.blocks["BLOCK_G"]), batch)
+        launch(_statistics, grid, x, partials, *x.stride()[:2], chunks, config=config, TILES=tiles, **constants)
+    grid = (sum(count_chunks(planes, config.blocks["BLOCK_N"])), -(-groups // config.blocks["BLOCK_G"]), batch)
+    launch(
+        _apply,
+        grid,
+        *(x, rows_dense(weight), rows_dense(bias), film, partials, y, mean, rstd),
+        *(x.stride(0), x.stride(1), 0 if film is None else film.stride(0), y.stride(0), chunks, eps),
+        config=config,
+        ACTIVATION=activation,
+        RESAMPLE=resample,
+        SIZE=size,
+        OWN=own,
+        **constants,
+    )
+    return y, mean, rstd

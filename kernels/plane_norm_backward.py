@@ -1,0 +1,287 @@
+"""Gradients of `plane_norm`.
+
+With n = (x - mean) rstd, z = n gain + rest (weight, bias and FiLM folded) and dz the gradient of z:
+dx = rstd (gain dz - avg(gain dz) - n avg(gain dz n)), averages over a group's tokens and channels. Both averages, and
+the gradients of weight, bias and FiLM, follow from the sums over tokens of dz and of dz n for each channel, which a
+program writes for its tile. The gradient is read at its own resolution. As forward, planes are whole, or in chunks:
+
+- whole: `_input_gradient` (sums and dx from one reading of x and the gradient), `_parameter_gradients`.
+- in chunks: `_sums`, `_input_gradient` (reads again, joins the chunks' sums), `_parameter_gradients`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ANY, ConfigTable
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import silu_derivative
+from pvdm_fast.kernels.plane_norm_tiles import (
+    chunk_config,
+    constants_of,
+    count_chunks,
+    group_tile,
+    load_affine,
+    load_tile,
+    tile_class,
+    tiles_a_chunk,
+    whole_blocks,
+)  # fmt: skip
+from pvdm_fast.kernels.planes import chunk_of, chunks_of
+from pvdm_fast.native import rows_dense
+
+# Most elements of a tile that holds a plane's tokens: n and dz take 64 registers a thread at 16 warps.
+WHOLE_TILE = 16384
+
+# Whole planes: 16 values of x and of the gradient a thread, 32 in the largest tile.
+WHOLE = ConfigTable(
+    "plane_norm_backward_whole",
+    {
+        (ANY, ANY, ANY): Config(num_warps=16),
+        (ANY, "tile4096", ANY): Config(num_warps=8),
+        ("gfx942", ANY, ANY): Config(num_warps=8),  # of 64 threads
+        ("gfx942", "tile4096", ANY): Config(num_warps=4),
+    },
+    candidates=tuple(Config(num_warps=w) for w in (4, 8, 16)),
+)
+CHUNKS = ConfigTable(
+    "plane_norm_backward_chunks",
+    {(ANY, ANY, ANY): Config({"TILE": 4096, "CHANNELS": 128}, num_warps=8)},
+    candidates=tuple(
+        Config({"TILE": tile, "CHANNELS": channels}, num_warps=tile // 512)
+        for tile in (2048, 4096, 8192)
+        for channels in (64, 128, 256)
+    ),
+)
+# Sums of BLOCK_B batch elements x BLOCK_K chunks x BLOCK_C channels at a time.
+PARAMETERS = ConfigTable(
+    "plane_norm_parameter_gradients",
+    {(ANY, ANY, ANY): Config({"BLOCK_B": 4, "BLOCK_K": 16, "BLOCK_C": 32}, num_warps=4)},
+    candidates=tuple(Config({"BLOCK_B": b, "BLOCK_K": k, "BLOCK_C": 32}, 4) for b in (1, 4, 8) for k in (4, 16)),
+)
+
+
+@triton.jit
+def _load_gradient(GRAD, stride, token, columns, channel, mask, RESAMPLE: tl.constexpr):
+    """The gradient of a plane's tokens (N) before resampling: (N, G, W). GRAD: of the resampled plane."""
+    if RESAMPLE == 0:
+        return load_tile(GRAD, stride, token, channel, mask)
+    i, j = token // columns, token % columns
+    if RESAMPLE < 0:
+        return load_tile(GRAD, stride, i // 2 * (columns // 2) + j // 2, channel, mask) * 0.25
+    corner = 4 * i * columns + 2 * j
+    above = load_tile(GRAD, stride, corner, channel, mask) + load_tile(GRAD, stride, corner + 1, channel, mask)
+    corner += 2 * columns
+    return above + load_tile(GRAD, stride, corner, channel, mask) + load_tile(GRAD, stride, corner + 1, channel, mask)
+
+
+@triton.jit
+def _normed_and_gradient(
+    X, GRAD, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask,
+    ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr,
+):  # fmt: skip
+    """n and dz of a tile (N, G, W), both 0 outside the mask. X, GRAD: of the plane."""
+    x = load_tile(X, stride, token, channel, mask)
+    dz = _load_gradient(GRAD, grad_stride, token, columns, channel, mask, RESAMPLE)
+    n = tl.where(mask, (x - mean[None, :, None]) * rstd[None, :, None], 0.0)
+    if ACTIVATION:
+        dz = dz * silu_derivative(n * gain[None, :, :] + rest[None, :, :])
+    return n, dz
+
+
+@triton.jit
+def _of_plane(X, GRAD, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE: tl.constexpr):
+    """Pointers to a plane's first token, and to that of its resampled gradient."""
+    before = first * 4 if RESAMPLE > 0 else first // 4 if RESAMPLE < 0 else first
+    return X + b * batch_stride + first.to(tl.int64) * stride, (
+        GRAD + b * grad_batch_stride + before.to(tl.int64) * grad_stride
+    )
+
+
+@triton.jit
+def _load_statistics(MEAN, RSTD, b, plane, group, PLANES: tl.constexpr, GROUPS: tl.constexpr):
+    at = (b * (len(PLANES) // 2) + plane) * GROUPS + group
+    mean = tl.load(MEAN + at, mask=group < GROUPS, other=0.0)
+    return mean, tl.load(RSTD + at, mask=group < GROUPS, other=0.0)
+
+
+@triton.jit
+def _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, CHANNELS: tl.constexpr):
+    """Sums over tokens of dz (level) and of dz n (tilt), each (G, W), into SUMS (2, B, chunks, C)."""
+    at = SUMS + (b * chunks + chunk) * CHANNELS + channel
+    tl.store(at, level, mask=inside)
+    tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * CHANNELS, tilt, mask=inside)
+
+
+@triton.jit
+def _sums(
+    X, GRAD, WEIGHT, BIAS, FILM, MEAN, RSTD, SUMS, GROUP_SUMS, batch_stride, stride, grad_batch_stride, grad_stride,
+    film_stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    RESAMPLE: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Of chunks of TILES tiles: SUMS (2, B, chunks, C) of dz and dz n; GROUP_SUMS (2, B, chunks, G), times gain."""
+    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    plane, first, rows, columns, start = chunk_of(chunk, PLANES, TILES * BLOCK_N)
+    group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
+    mean, rstd = _load_statistics(MEAN, RSTD, b, plane, group, PLANES, GROUPS)
+    gain, rest = load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, GROUPS * WIDTH)
+    x, grad = _of_plane(X, GRAD, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE)
+    level, tilt = tl.zeros([BLOCK_G, BLOCK_W], tl.float32), tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
+    for tile in range(TILES):
+        token = ((chunk - start) * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (token < rows * columns)[:, None, None] & inside[None, :, :]
+        n, dz = _normed_and_gradient(
+            x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
+        )
+        level += tl.sum(dz, 0)
+        tilt += tl.sum(dz * n, 0)
+    _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, GROUPS * WIDTH)
+    at = GROUP_SUMS + (b * chunks + chunk) * GROUPS + group
+    tl.store(at, tl.sum(gain * level, 1), mask=group < GROUPS)
+    tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, tl.sum(gain * tilt, 1), mask=group < GROUPS)
+
+
+@triton.jit
+def _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+               OWN: tl.constexpr):  # fmt: skip
+    """Sums (G) of gain dz and of gain dz n over a plane's chunks."""
+    start, own = chunks_of(plane, PLANES, SIZE)
+    k = tl.arange(0, OWN)
+    mask = (k < own)[:, None] & (group < GROUPS)[None, :]
+    at = GROUP_SUMS + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
+    level = tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+    return level, tl.sum(tl.load(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, mask=mask, other=0.0), 0)
+
+
+@triton.jit
+def _input_gradient(
+    X, GRAD, WEIGHT, BIAS, FILM, MEAN, RSTD, SUMS, GROUP_SUMS, DX, batch_stride, stride, grad_batch_stride, grad_stride,
+    film_stride, dx_batch_stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr, SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Writes one tile of DX. Where GROUP_SUMS is None the tile is a whole plane, whose SUMS it writes too.
+
+    chunks, SIZE, OWN: of GROUP_SUMS: chunks in all, tokens of one, and of one plane at most (padded).
+    """
+    b = tl.program_id(2).to(tl.int64)
+    plane, first, rows, columns, start = chunk_of(tl.program_id(0), PLANES, BLOCK_N)
+    group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
+    mean, rstd = _load_statistics(MEAN, RSTD, b, plane, group, PLANES, GROUPS)
+    gain, rest = load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, GROUPS * WIDTH)
+    x, grad = _of_plane(X, GRAD, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE)
+    token = (tl.program_id(0) - start) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (token < rows * columns)[:, None, None] & inside[None, :, :]
+    n, dz = _normed_and_gradient(
+        x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
+    )
+    if GROUP_SUMS is None:
+        levels, tilts = tl.sum(dz, 0), tl.sum(dz * n, 0)
+        _store_sums(SUMS, b, plane, chunks, levels, tilts, channel, inside, GROUPS * WIDTH)
+        level, tilt = tl.sum(gain * levels, 1), tl.sum(gain * tilts, 1)
+    else:
+        level, tilt = _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES, GROUPS, SIZE, OWN)
+    scale = rstd / (rows * columns * WIDTH).to(tl.float32)
+    dx = dz * (rstd[:, None] * gain)[None, :, :] - ((scale * level)[None, :, None] + n * (scale * tilt)[None, :, None])
+    at = DX + b * dx_batch_stride + (first + token).to(tl.int64)[:, None, None] * (GROUPS * WIDTH) + channel[None, :, :]
+    tl.store(at, dx.to(DX.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _parameter_gradients(
+    SUMS, WEIGHT, BIAS, FILM, DWEIGHT, DBIAS, DFILM, film_stride, batch, chunks, channels,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Adds SUMS (2, B, chunks, C) over chunks and, for weight and bias, over the batch, always in the same order."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < channels
+    weight = tl.load(WEIGHT + channel, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)
+    dweight, dbias = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    for begin in range(0, batch, BLOCK_B):
+        b = (begin + tl.arange(0, BLOCK_B)).to(tl.int64)
+        level, tilt = tl.zeros([BLOCK_B, BLOCK_C], tl.float32), tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+        for chunk in range(0, chunks, BLOCK_K):
+            k = chunk + tl.arange(0, BLOCK_K)
+            mask = (b < batch)[:, None, None] & (k < chunks)[None, :, None] & inside[None, None, :]
+            at = SUMS + (b[:, None, None] * chunks + k[None, :, None]) * channels + channel[None, None, :]
+            level += tl.sum(tl.load(at, mask=mask, other=0.0), 1)
+            second = at + tl.full([], batch, tl.int64) * chunks * channels
+            tilt += tl.sum(tl.load(second, mask=mask, other=0.0), 1)
+        if FILM is not None:
+            mask = (b < batch)[:, None] & inside[None, :]
+            at = DFILM + b[:, None] * 2 * channels + channel[None, :]
+            tl.store(at, (tilt * weight[None, :] + level * bias[None, :]).to(DFILM.dtype.element_ty), mask=mask)
+            tl.store(at + channels, level.to(DFILM.dtype.element_ty), mask=mask)
+            film = FILM + b[:, None] * film_stride + channel[None, :]
+            scale = 1.0 + tl.load(film, mask=mask, other=0.0).to(tl.float32)
+            level, tilt = level * scale, tilt * scale
+        dweight += tl.sum(tilt, 0)
+        dbias += tl.sum(level, 0)
+    tl.store(DWEIGHT + channel, dweight.to(DWEIGHT.dtype.element_ty), mask=inside)
+    tl.store(DBIAS + channel, dbias.to(DBIAS.dtype.element_ty), mask=inside)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    planes: Sequence[int],
+    groups: int,
+    activation: bool,
+    resample: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, and of scale_shift (empty where there is none). Two launches, or three."""
+    batch, _, channels = x.shape
+    dx, dweight, dbias = x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    dfilm = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)
+    grad, x, weight, bias = (rows_dense(t) for t in (grad, x, weight, bias))
+    film = None if scale_shift is None else rows_dense(scale_shift)
+    film_stride = 0 if film is None else film.stride(0)
+    constants = {**constants_of(planes, channels, groups), "ACTIVATION": activation, "RESAMPLE": resample}
+    inputs = (grad, weight, bias, film, mean.contiguous(), rstd.contiguous())
+    strides = (x.stride(0), x.stride(1), grad.stride(0), grad.stride(1), film_stride)
+    blocks = whole_blocks(x, planes, groups, WHOLE_TILE)
+    if blocks is not None:
+        config = replace(WHOLE(x.device, tile_class(math.prod(blocks.values())), x.dtype), blocks=blocks)
+        chunks, size, own = len(planes) // 2, 1, 1
+        group_sums = None
+        sums = x.new_empty(2, batch, chunks, channels, dtype=torch.float32)
+    else:
+        config = chunk_config(CHUNKS, x, groups)
+        tiles = tiles_a_chunk(planes, config.blocks["BLOCK_N"])
+        size = tiles * config.blocks["BLOCK_N"]
+        chunks, own = sum(count_chunks(planes, size)), triton.next_power_of_2(max(count_chunks(planes, size)))
+        sums = x.new_empty(2, batch, chunks, channels, dtype=torch.float32)
+        group_sums = x.new_empty(2, batch, chunks, groups, dtype=torch.float32)
+        grid = (chunks, -(-groups // config.blocks["BLOCK_G"]), batch)
+        launch(_sums, grid, x, *inputs, sums, group_sums, *strides, chunks, config=config, TILES=tiles, **constants)
+    grid = (sum(count_chunks(planes, config.blocks["BLOCK_N"])), -(-groups // config.blocks["BLOCK_G"]), batch)
+    launch(
+        _input_gradient,
+        grid,
+        *(x, *inputs, sums, group_sums, dx, *strides, dx.stride(0), chunks),
+        config=config,
+        SIZE=size,
+        OWN=own,
+        **constants,
+    )
+    config = PARAMETERS(x.device, ANY, x.dtype)
+    launch(
+        _parameter_gradients,
+        (-(-channels // config.blocks["BLOCK_C"]),),
+        *(sums, weight, bias, film, dweight, dbias, dfilm, film_stride, batch, chunks, channels),
+        config=config,
+    )
+    return dx, dweight, dbias, dfilm

@@ -1,0 +1,101 @@
+"""Shared by the kernels of `plane_norm`, forward and backward: how planes are cut into tiles, and what a tile loads.
+
+A tile is BLOCK_N tokens x BLOCK_G groups x BLOCK_W channels (a group's channels, padded to a power of two), which a
+program holds in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.kernels.configs import ANY, ConfigTable
+from pvdm_fast.kernels.launch import Config
+
+# Programs that keep every multiprocessor of a large GPU busy: 132 of an H100, 148 of a B200, 304 of an MI300X.
+ENOUGH_PROGRAMS = 256
+# Chunks of a plane, at most: what `_apply` joins in one tile.
+MOST_CHUNKS = 64
+
+
+def tile_class(elements: int) -> str:
+    """The shape class of a tile: its elements, a power of two, no less than 4096."""
+    return f"tile{max(elements, 4096)}"
+
+
+def whole_blocks(x: Tensor, planes: Sequence[int], groups: int, most: int) -> dict[str, int] | None:
+    """The tile that holds a plane's tokens; None where it would be larger than `most` elements.
+
+    It takes in further groups while their channels make less than 32 bytes a token (what memory hands over at once),
+    if enough programs are left.
+    """
+    tokens = max(rows * columns for rows, columns in zip(planes[::2], planes[1::2], strict=True))
+    block_n, block_w = max(16, triton.next_power_of_2(tokens)), triton.next_power_of_2(x.shape[2] // groups)
+    block_g, programs = 1, x.shape[0] * len(planes) // 2 * groups
+    while (
+        block_g * block_w * x.element_size() < 32
+        and block_g < groups
+        and programs >= 2 * block_g * ENOUGH_PROGRAMS
+        and 2 * block_g * block_w * block_n <= most
+    ):
+        block_g *= 2
+    if block_n * block_g * block_w > most:
+        return None
+    return {"BLOCK_N": block_n, "BLOCK_G": block_g, "BLOCK_W": block_w}
+
+
+def chunk_config(table: ConfigTable, x: Tensor, groups: int) -> Config:
+    """The configuration of kernels that go by chunks, its TILE and CHANNELS turned into block sizes."""
+    config = table(x.device, ANY, x.dtype)
+    block_w = triton.next_power_of_2(x.shape[2] // groups)
+    block_g = max(1, min(config.blocks["CHANNELS"] // block_w, triton.next_power_of_2(groups)))
+    block_n = max(16, config.blocks["TILE"] // (block_g * block_w))
+    return replace(config, blocks={"BLOCK_N": block_n, "BLOCK_G": block_g, "BLOCK_W": block_w})
+
+
+def count_chunks(planes: Sequence[int], size: int) -> list[int]:
+    """The number of chunks of each plane."""
+    return [-(-rows * columns // size) for rows, columns in zip(planes[::2], planes[1::2], strict=True)]
+
+
+def tiles_a_chunk(planes: Sequence[int], block_n: int) -> int:
+    """How many tiles a chunk needs for no plane to have more than MOST_CHUNKS: a power of two."""
+    return triton.next_power_of_2(-(-max(count_chunks(planes, block_n)) // MOST_CHUNKS))
+
+
+def constants_of(planes: Sequence[int], channels: int, groups: int) -> dict[str, object]:
+    """Compile-time constants of every kernel of `plane_norm`."""
+    return {"PLANES": tuple(planes), "GROUPS": groups, "WIDTH": channels // groups}
+
+
+@triton.jit
+def group_tile(GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Of this program (its place is axis 1 of the grid): groups (G), their channels (G, W) and which of them exist."""
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    place = tl.arange(0, BLOCK_W)
+    channel = group[:, None] * WIDTH + place[None, :]
+    return group, channel, (group[:, None] < GROUPS) & (place[None, :] < WIDTH)
+
+
+@triton.jit
+def load_tile(X, stride, token, channel, mask):
+    """(N, G, W) values in float32, 0 outside the mask. X: the batch element's, stride: of tokens."""
+    at = token.to(tl.int64)[:, None, None] * stride + channel[None, :, :]
+    return tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, CHANNELS: tl.constexpr):
+    """weight (1 + scale) and bias (1 + scale) + shift, each (G, W) in float32."""
+    gain = tl.load(WEIGHT + channel, mask=inside, other=0.0).to(tl.float32)
+    rest = tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)
+    if FILM is not None:
+        film = FILM + b * film_stride + channel
+        scale = 1.0 + tl.load(film, mask=inside, other=0.0).to(tl.float32)
+        gain = gain * scale
+        rest = rest * scale + tl.load(film + CHANNELS, mask=inside, other=0.0).to(tl.float32)
+    return gain, rest

@@ -1,0 +1,119 @@
+"""`segment_attention` in Triton: launchers of the flash kernels, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import dot_precision
+from pvdm_fast.kernels.segment_attention_backward import DKDV, DQ, segment_attention_dkdv, segment_attention_dq
+from pvdm_fast.kernels.segment_attention_forward import FORWARD, SEGMENTS, segment_attention_forward
+from pvdm_fast.native import rows_dense
+
+WIDEST = 256  # head size: a block's rows of wider ones leave no room in a multiprocessor
+
+
+def padded(qkv: Tensor) -> int:
+    """The head size that kernels compute with: a power of two, at least the 16 of a tensor core's tile."""
+    return max(16, triton.next_power_of_2(qkv.shape[-1]))
+
+
+def shape_class(qkv: Tensor) -> str:
+    """ "d<head size>", the least of 32, 64, 128 and 256 that holds it; and "-few" where there are fewer queries than
+    would fill a large GPU with blocks of 128 of them (128 programs): N below 2048 at batch 1 with 8 heads."""
+    batch, tokens, _, heads, _ = qkv.shape
+    return f"d{max(32, padded(qkv))}" + ("-few" if batch * heads * tokens < 128 * 128 else "")
+
+
+def check_width(qkv: Tensor) -> None:
+    if qkv.shape[-1] > WIDEST:
+        raise ValueError(
+            f"segment_attention: the triton backend serves heads of up to {WIDEST} channels, not {qkv.shape[-1]}: "
+            "use more heads, or another backend."
+        )
+
+
+def constants(qkv: Tensor, offsets: Sequence[int], config: Config) -> dict[str, Any]:
+    """The compile-time arguments of all three kernels. EVEN: all blocks are full, so that nothing needs a mask."""
+    blocks = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
+    width = padded(qkv)
+    return {
+        "HEAD": qkv.shape[-1],
+        "WIDTH": width,
+        "EVEN": all((end - start) % block == 0 for start, end in pairwise(offsets) for block in blocks),
+        "PRECISION": dot_precision(),
+        "CHUNK": width,  # of the scores' sums: all at once, unless the configuration says otherwise
+    }
+
+
+def grids(offsets: Sequence[int], problems: int, block: int) -> Iterator[tuple[tuple[int], tuple[int, ...]]]:
+    """(grid, (blocks a problem, *bounds)) of each launch: SEGMENTS segments at a time, so that a triplane takes one."""
+    for first in range(0, len(offsets) - 1, SEGMENTS):
+        bounds = list(offsets[first : first + SEGMENTS + 1])
+        blocks = sum(triton.cdiv(end - start, block) for start, end in pairwise(bounds))
+        yield (blocks * problems,), (blocks, *bounds, *bounds[-1:] * (SEGMENTS + 1 - len(bounds)))
+
+
+def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """qkv: (B, N, 3, heads, d) -> out: (B, N, heads, d), log-sum-exp of the scores: (B, heads, N) float32.
+
+    Raises:
+        ValueError: heads of over 256 channels.
+    """
+    check_width(qkv)
+    batch, tokens, _, heads, width = qkv.shape
+    out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
+    qkv = rows_dense(qkv)
+    config = FORWARD(qkv.device, shape_class(qkv), qkv.dtype)
+    sign = float((scale > 0) - (scale < 0))
+    for grid, (blocks, *bounds) in grids(offsets, batch * heads, config.blocks["BLOCK_M"]):
+        launch(
+            segment_attention_forward,
+            grid,
+            *(qkv, out, lse, abs(scale) * math.log2(math.e) if sign else 1.0, sign, blocks, tokens, *bounds, heads),
+            *qkv.stride()[:4],
+            config=config,
+            **constants(qkv, offsets, config),
+        )
+    return out, lse
+
+
+def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> Tensor:
+    """The gradient of `qkv`, in its shape and memory order."""
+    batch, tokens, _, heads, _ = qkv.shape
+    dqkv = torch.empty_like(qkv)
+    written = dqkv if dqkv.stride(-1) == 1 else torch.empty_like(dqkv, memory_format=torch.contiguous_format)
+    delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
+    grad, qkv, out, lse = rows_dense(grad), rows_dense(qkv), out.contiguous(), lse.contiguous()
+    scales = (scale, scale * math.log2(math.e))
+    strides = (heads, *grad.stride()[:3], *qkv.stride()[:4])
+    d_batch, d_token, d_kind, d_head = written.stride()[:4]
+    config = DQ(qkv.device, shape_class(qkv), qkv.dtype)
+    for grid, (blocks, *bounds) in grids(offsets, batch * heads, config.blocks["BLOCK_M"]):
+        launch(
+            segment_attention_dq,
+            grid,
+            *(grad, qkv, out, lse, delta, written, *scales, blocks, tokens, *bounds),
+            *(*strides, d_batch, d_token, d_head),
+            config=config,
+            **constants(qkv, offsets, config),
+        )
+    config = DKDV(qkv.device, shape_class(qkv), qkv.dtype)
+    for grid, (blocks, *bounds) in grids(offsets, batch * heads, config.blocks["BLOCK_N"]):
+        launch(
+            segment_attention_dkdv,
+            grid,
+            *(grad, qkv, lse, delta, written, *scales, blocks, tokens, *bounds),
+            *(*strides, d_batch, d_token, d_kind, d_head),
+            config=config,
+            **constants(qkv, offsets, config),
+        )
+    return dqkv if written is dqkv else dqkv.copy_(written)

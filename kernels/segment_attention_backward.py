@@ -1,0 +1,192 @@
+"""Attention inside segments, backward: one kernel for the gradient of queries, one for that of keys and values.
+
+Both recompute the weights from the log-sum-exp that the forward pass kept. Each gradient is summed by the one program
+that stores it, in the order of tokens, so every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pvdm_fast.kernels.segment_attention_forward import (
+    BOUNDS,
+    load_rows,
+    locate,
+    scores_by_chunks,
+    store_rows,
+    table,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["blocks", "tokens", *BOUNDS])
+def segment_attention_dq(
+    grad, qkv, out, lse, delta, dqkv, scale, scale_log2, blocks, tokens, start, end0, end1, end2, heads,
+    grad_stride_batch, grad_stride_token, grad_stride_head,
+    stride_batch, stride_token, stride_kind, stride_head,
+    d_stride_batch, d_stride_token, d_stride_head,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The queries' part of dqkv; and delta (B, heads, N) = rowsum(dO . O), which the other kernel reads.
+
+    Grid: blocks of queries x heads x B. out and lse are contiguous, the others by strides.
+    """
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = problem // heads, problem % heads
+    segment_start, segment_end, first = locate(tl.program_id(0) % blocks, start, end0, end1, end2, BLOCK_M)
+    q_base = qkv + batch * stride_batch + head * stride_head
+    k_base, v_base = q_base + stride_kind, q_base + 2 * stride_kind
+    grad_base = grad + batch * grad_stride_batch + head * grad_stride_head
+    out_base = out + (batch * tokens * heads + head) * HEAD
+    g = load_rows(grad_base, first, segment_end, grad_stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+    o = load_rows(out_base, first, segment_end, heads * HEAD, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+    if CHUNK >= WIDTH:
+        q = load_rows(q_base, first, segment_end, stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < segment_end
+    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + problem * tokens + rows, d, mask=inside)
+    log = tl.load(lse + problem * tokens + rows, mask=inside, other=float("inf")) * LOG2_E
+    dq = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for key in range(segment_start, segment_end, BLOCK_N):
+        k = load_rows(k_base, key, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+        if CHUNK >= WIDTH:
+            v = load_rows(v_base, key, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        else:
+            scores = scores_by_chunks(
+                q_base, first, stride_token, k_base, key, stride_token, segment_end,
+                HEAD, BLOCK_M, BLOCK_N, WIDTH, CHUNK, EVEN, PRECISION,
+            )  # fmt: skip
+            dweights = scores_by_chunks(
+                grad_base, first, grad_stride_token, v_base, key, stride_token, segment_end,
+                HEAD, BLOCK_M, BLOCK_N, WIDTH, CHUNK, EVEN, PRECISION,
+            )  # fmt: skip
+        scores = scores * scale_log2 - log[:, None]
+        if not EVEN:  # a key that isn't there scores 0: against scores far below it, that would overflow
+            scores = tl.where((key + tl.arange(0, BLOCK_N) < segment_end)[None, :], scores, float("-inf"))
+        dscores = tl.exp2(scores) * (dweights - d[:, None])
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    dq_base = dqkv + batch * d_stride_batch + head * d_stride_head
+    store_rows(dq_base, first, segment_end, d_stride_token, dq * scale, HEAD, BLOCK_M, WIDTH)
+
+
+@triton.jit(do_not_specialize=["blocks", "tokens", *BOUNDS])
+def segment_attention_dkdv(
+    grad, qkv, lse, delta, dqkv, scale, scale_log2, blocks, tokens, start, end0, end1, end2, heads,
+    grad_stride_batch, grad_stride_token, grad_stride_head,
+    stride_batch, stride_token, stride_kind, stride_head,
+    d_stride_batch, d_stride_token, d_stride_kind, d_stride_head,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The keys' and the values' part of dqkv: dV = P'dO, dK = dS'Q. Grid: blocks of keys x heads x B."""
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = problem // heads, problem % heads
+    segment_start, segment_end, first = locate(tl.program_id(0) % blocks, start, end0, end1, end2, BLOCK_N)
+    q_base = qkv + batch * stride_batch + head * stride_head
+    grad_base = grad + batch * grad_stride_batch + head * grad_stride_head
+    k_base, v_base = q_base + stride_kind, q_base + 2 * stride_kind
+    if CHUNK >= WIDTH:
+        k = load_rows(k_base, first, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+        v = load_rows(v_base, first, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+    dk = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    dv = tl.zeros((BLOCK_N, WIDTH), tl.float32)
+    for query in range(segment_start, segment_end, BLOCK_M):
+        q = load_rows(q_base, query, segment_end, stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+        g = load_rows(grad_base, query, segment_end, grad_stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+        rows = query + tl.arange(0, BLOCK_M)
+        inside = rows < segment_end
+        # A query that isn't there has an infinite log, so no weights; keys that aren't there fill rows nobody stores.
+        log = tl.load(lse + problem * tokens + rows, mask=inside, other=float("inf")) * LOG2_E
+        d = tl.load(delta + problem * tokens + rows, mask=inside, other=0.0)
+        if CHUNK >= WIDTH:
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            dweights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        else:
+            scores = scores_by_chunks(
+                k_base, first, stride_token, q_base, query, stride_token, segment_end,
+                HEAD, BLOCK_N, BLOCK_M, WIDTH, CHUNK, EVEN, PRECISION,
+            )  # fmt: skip
+            dweights = scores_by_chunks(
+                v_base, first, stride_token, grad_base, query, grad_stride_token, segment_end,
+                HEAD, BLOCK_N, BLOCK_M, WIDTH, CHUNK, EVEN, PRECISION,
+            )  # fmt: skip
+        weights = tl.exp2(scores * scale_log2 - log[None, :])
+        dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
+        dscores = weights * (dweights - d[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk_base = dqkv + batch * d_stride_batch + head * d_stride_head + d_stride_kind
+    store_rows(dk_base, first, segment_end, d_stride_token, dk * scale, HEAD, BLOCK_N, WIDTH)
+    store_rows(dk_base + d_stride_kind, first, segment_end, d_stride_token, dv, HEAD, BLOCK_N, WIDTH)
+
+
+# Reasoned, not measured, as in the forward pass. A program of the second kernel holds two sums of BLOCK_N rows.
+DQ = table(
+    "segment_attention_dq",
+    {
+        ("*", "d32"): (128, 64, 8, 2),
+        ("*", "d64"): (128, 64, 8, 2),
+        ("*", "d128"): (64, 64, 8, 2),
+        ("*", "d256"): (64, 32, 8, 1),
+        ("sm90", "d128"): (128, 64, 8, 2),
+        ("sm90", "d256"): (32, 32, 8, 1),
+        ("sm100", "d128"): (128, 32, 8, 2),
+        ("gfx942", "d128"): (64, 32, 4, 2),
+        ("gfx942", "d256"): (32, 32, 4, 1),
+        ("*", "d32-few"): (32, 64, 4, 2),
+        ("*", "d64-few"): (32, 64, 4, 2),
+        ("*", "d128-few"): (16, 64, 4, 2),
+        ("*", "d256-few"): (16, 32, 4, 1),
+        ("interpreter", "*"): (64, 32, 1, 1),
+    },
+    {
+        ("*", "d32"): (32, 32, 4, 2),
+        ("*", "d64"): (32, 32, 4, 2),
+        ("*", "d128"): (32, 32, 8, 2),
+        ("*", "d256"): (32, 16, 8, 2),
+        ("gfx942", "d128"): (32, 32, 4, 2),
+        ("*", "d32-few"): (16, 32, 4, 2),
+        ("*", "d64-few"): (16, 32, 4, 2),
+        ("*", "d128-few"): (16, 32, 8, 2),
+        ("*", "d256-few"): (16, 16, 8, 2),
+        ("interpreter", "*"): (32, 64, 1, 1),
+    },
+)
+DKDV = table(
+    "segment_attention_dkdv",
+    {
+        ("*", "d32"): (64, 128, 8, 2),
+        ("*", "d64"): (64, 128, 8, 2),
+        ("*", "d128"): (64, 64, 8, 2),
+        ("*", "d256"): (32, 32, 8, 1),
+        ("sm90", "d128"): (32, 128, 8, 2),
+        ("sm100", "d32"): (32, 128, 8, 2),
+        ("sm100", "d128"): (32, 128, 8, 2),
+        ("gfx942", "d32"): (64, 64, 4, 2),
+        ("gfx942", "d64"): (64, 64, 4, 2),
+        ("gfx942", "d128"): (32, 64, 4, 2),
+        ("gfx942", "d256"): (16, 32, 4, 1),
+        ("*", "d32-few"): (64, 32, 4, 2),
+        ("*", "d64-few"): (64, 32, 4, 2),
+        ("*", "d128-few"): (32, 16, 4, 2),
+        ("*", "d256-few"): (16, 16, 4, 1),
+        ("interpreter", "*"): (64, 32, 1, 1),
+    },
+    {
+        ("*", "d32"): (32, 32, 8, 2),
+        ("*", "d64"): (32, 32, 4, 2),
+        ("*", "d128"): (32, 32, 8, 2),
+        ("*", "d256"): (16, 16, 8, 2),
+        ("gfx942", "d128"): (16, 32, 8, 2),
+        ("*", "d32-few"): (32, 16, 4, 2),
+        ("*", "d64-few"): (32, 16, 4, 2),
+        ("*", "d128-few"): (32, 16, 8, 2),
+        ("*", "d256-few"): (16, 16, 8, 2),
+        ("interpreter", "*"): (32, 64, 1, 1),
+    },
+)

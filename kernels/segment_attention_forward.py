@@ -1,0 +1,186 @@
+"""Attention inside segments, forward: a flash kernel, one program a block of queries of one head."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pvdm_fast.kernels.configs import ConfigTable
+from pvdm_fast.kernels.launch import Config
+
+Sizes = tuple[int, ...]  # BLOCK_M, BLOCK_N, warps, stages
+
+
+def table(name: str, sixteen: dict[tuple[str, str], Sizes], float32: dict[tuple[str, str], Sizes]) -> ConfigTable:
+    """The configurations of one kernel by (architecture, shape class), for 16-bit values and for float32.
+
+    float32 products are not computed by tensor cores on NVIDIA GPUs (unless TF32 is allowed): operands come into
+    registers whole, so the blocks are small, and scores of heads over 32 are summed by chunks.
+    """
+    entries = {("*", "*", "*"): Config({"BLOCK_M": 16, "BLOCK_N": 16, "CHUNK": 32}, 4, 1)}
+    for (where, shape), (m, n, warps, stages) in sixteen.items():
+        for dtype in ("bfloat16", "float16"):
+            entries[where, shape, dtype] = Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+    for (where, shape), (m, n, warps, stages) in float32.items():
+        entries[where, shape, "float32"] = Config({"BLOCK_M": m, "BLOCK_N": n, "CHUNK": 32}, warps, stages)
+    candidates = tuple(
+        Config({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
+        for m in (32, 64, 128)
+        for n in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (1, 2, 3)
+    )
+    return ConfigTable(name, entries, candidates)
+
+
+# How many segments one launch takes. Their bounds are plain integers of the launch, not a table in memory: nothing has
+# to be sent to the device, and no program waits for a load to know its place. Three: the planes of a triplane.
+SEGMENTS = 3
+BOUNDS = ["start", "end0", "end1", "end2"]  # change with every layout: never compiled into a kernel
+
+
+@triton.jit
+def locate(block, start, end0, end1, end2, BLOCK: tl.constexpr):
+    """Where the `block`-th block of BLOCK tokens lies: (start, end) of its segment, and its first token.
+
+    Segments are start..end0..end1..end2 (the last ones may be empty), and no block reaches over a segment's end.
+    """
+    blocks0 = tl.cdiv(end0 - start, BLOCK)
+    blocks1 = blocks0 + tl.cdiv(end1 - end0, BLOCK)
+    in_first, in_third = block < blocks0, block >= blocks1
+    segment_start = tl.where(in_first, start, tl.where(in_third, end1, end0))
+    segment_end = tl.where(in_first, end0, tl.where(in_third, end2, end1))
+    before = tl.where(in_first, 0, tl.where(in_third, blocks1, blocks0))
+    return segment_start, segment_end, segment_start + (block - before) * BLOCK
+
+
+@triton.jit
+def load_rows(
+    base, first, end, stride, head, ROWS: tl.constexpr, WIDTH: tl.constexpr, DENSE: tl.constexpr, EVEN: tl.constexpr
+):
+    """(ROWS, WIDTH): rows `first`... of a matrix; zeros from row `end` on (EVEN: there are none) and from column `head`
+    on, which WIDTH pads (DENSE: there are none)."""
+    rows, columns = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if EVEN and DENSE:
+        tile = tl.load(pointers)
+    elif EVEN:
+        tile = tl.load(pointers, mask=(columns < head)[None, :], other=0.0)
+    elif DENSE:
+        tile = tl.load(pointers, mask=(rows < end)[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=(rows < end)[:, None] & (columns < head)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def scores_by_chunks(
+    a_base, a_first, a_stride, b_base, b_first, b_stride, end,
+    HEAD: tl.constexpr, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(ROWS_A, ROWS_B): rows of a times rows of b, CHUNK columns at a time, each loaded when it is used.
+
+    For wide heads in float32: whole rows as operands that stay over the loop around this would not fit the registers.
+    """
+    products = tl.zeros((ROWS_A, ROWS_B), tl.float32)
+    for column in tl.range(0, WIDTH, CHUNK, loop_unroll_factor=1):
+        a = load_rows(a_base + column, a_first, end, a_stride, HEAD - column, ROWS_A, CHUNK, HEAD == WIDTH, EVEN)
+        b = load_rows(b_base + column, b_first, end, b_stride, HEAD - column, ROWS_B, CHUNK, HEAD == WIDTH, EVEN)
+        products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def store_rows(base, first, end, stride, tile, HEAD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `load_rows`, in the dtype of `base`."""
+    rows, columns = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    mask = (rows < end)[:, None] & (columns < HEAD)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["blocks", "tokens", *BOUNDS])
+def segment_attention_forward(
+    qkv, out, lse, scale_log2, sign, blocks, tokens, start, end0, end1, end2,
+    heads, stride_batch, stride_token, stride_kind, stride_head, HEAD: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """qkv (B, N, 3, heads, HEAD) by strides -> out (B, N, heads, HEAD) and lse (B, heads, N), contiguous.
+
+    Grid: blocks of queries x heads x B, the blocks of one head side by side: they share its keys and values in the L2.
+    scale_log2 is positive, and sign is that of the scale: the scale may then follow the maximum of a row, and costs no
+    multiplication of its own.
+    """
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = problem // heads, problem % heads
+    segment_start, segment_end, first = locate(tl.program_id(0) % blocks, start, end0, end1, end2, BLOCK_M)
+    q_base = qkv + batch * stride_batch + head * stride_head
+    k_base, v_base = q_base + stride_kind, q_base + 2 * stride_kind
+    if CHUNK >= WIDTH:
+        q = load_rows(q_base, first, segment_end, stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+        q = (q.to(tl.float32) * sign).to(q.dtype)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for key in range(segment_start, segment_end, BLOCK_N):
+        if CHUNK >= WIDTH:
+            k = load_rows(k_base, key, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        else:
+            scores = sign * scores_by_chunks(
+                q_base, first, stride_token, k_base, key, stride_token, segment_end,
+                HEAD, BLOCK_M, BLOCK_N, WIDTH, CHUNK, EVEN, PRECISION,
+            )  # fmt: skip
+        if not EVEN:
+            scores = tl.where((key + tl.arange(0, BLOCK_N) < segment_end)[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - higher[:, None])
+        decay = tl.exp2(highest - higher)
+        total = total * decay + tl.sum(weights, 1)
+        v = load_rows(v_base, key, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+        sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
+        highest = higher
+    rows = first + tl.arange(0, BLOCK_M)
+    natural = (highest + tl.log2(total)) * 0.6931471805599453  # ln 2
+    tl.store(lse + problem * tokens + rows, natural, mask=rows < segment_end)
+    out_base = out + (batch * tokens * heads + head) * HEAD
+    store_rows(out_base, first, segment_end, heads * HEAD, sums / total[:, None], HEAD, BLOCK_M, WIDTH)
+
+
+# Reasoned, not measured. 128 queries give a tensor core of any kind full tiles, and each key read serves 128 of them;
+# 8 warps wherever 4 would not hold the sums in registers (compiled for every architecture here without spills). Where
+# shared memory allows (sm90, sm100), 128 keys at a time halve the number of rescalings. "-few": one program a
+# multiprocessor counts for more than what each of them reads again from the L2.
+FORWARD = table(
+    "segment_attention_forward",
+    {
+        ("*", "d32"): (128, 64, 4, 2),
+        ("*", "d64"): (128, 64, 8, 2),
+        ("*", "d128"): (128, 64, 8, 2),
+        ("*", "d256"): (64, 32, 8, 2),
+        ("sm80", "d32"): (128, 64, 4, 3),
+        ("sm80", "d64"): (128, 64, 4, 3),
+        ("sm90", "d32"): (128, 128, 8, 3),
+        ("sm90", "d64"): (128, 128, 8, 3),
+        ("sm90", "d128"): (128, 128, 8, 2),
+        ("sm100", "d32"): (128, 128, 8, 3),
+        ("sm100", "d64"): (128, 128, 8, 3),
+        ("*", "d32-few"): (32, 64, 4, 2),
+        ("*", "d64-few"): (32, 64, 4, 2),
+        ("*", "d128-few"): (16, 64, 4, 2),
+        ("*", "d256-few"): (16, 32, 4, 2),
+        ("interpreter", "*"): (64, 32, 1, 1),
+    },
+    {
+        ("*", "d32"): (64, 32, 4, 2),
+        ("*", "d64"): (64, 32, 4, 2),
+        ("*", "d128"): (32, 32, 4, 2),
+        ("*", "d256"): (32, 32, 8, 2),
+        ("*", "d32-few"): (32, 32, 4, 2),
+        ("*", "d64-few"): (32, 32, 8, 2),
+        ("*", "d128-few"): (16, 32, 4, 2),
+        ("*", "d256-few"): (16, 32, 8, 2),
+        ("interpreter", "*"): (32, 64, 1, 1),
+    },
+)

@@ -1,0 +1,55 @@
+"""Kernels with planted faults, and one without, compiled ahead of time: prints what the budget finds, as JSON.
+
+Run by test_ahead_of_time.py in a process without TRITON_INTERPRET.
+"""
+
+import json
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.ahead_of_time import compile_launch, over_budget, resources
+from pvdm_fast.kernels.launch import Config
+
+
+@triton.jit
+def product(x, y, z, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
+    m, k, n = tl.arange(0, M), tl.arange(0, K), tl.arange(0, N)
+    left, right = tl.load(x + m[:, None] * K + k[None, :]), tl.load(y + k[:, None] * N + n[None, :])
+    tl.store(z + m[:, None] * N + n[None, :], tl.dot(left, right, input_precision="ieee").to(tl.bfloat16))
+
+
+@triton.jit
+def square(x, y, stride, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i * stride) * 2.0)
+
+
+def compiled(architecture, kernel, tensors, config, *numbers):
+    made = compile_launch(architecture, kernel, (1,), (*tensors, *numbers), config)
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    return resources(made, architecture, kernel.fn.__name__, dtype, config)
+
+
+def main():
+    half, single = (torch.empty(1 << 20, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
+    good = Config({"M": 64, "K": 64, "N": 64})
+    found = {}
+    for architecture in ("sm80", "sm100", "gfx942"):
+        by_hand = compiled(architecture, product, [single] * 3, good)  # in full precision: multiplied one by one
+        kernels = {
+            "good product": compiled(architecture, product, [half] * 3, good),
+            "spills": compiled(architecture, product, [half] * 3, Config({"M": 256, "K": 64, "N": 128}, num_warps=1)),
+            "shared memory": compiled(architecture, product, [half] * 3, Config({"M": 128, "K": 512, "N": 256}, 8)),
+            "tensor cores": replace(by_hand, products_16_bit=True),
+            "good copy": compiled(architecture, square, [single] * 2, Config({"BLOCK": 1024}), 1),
+            "16-byte load": compiled(architecture, square, [single] * 2, Config({"BLOCK": 1024}), 3),
+        }
+        found[architecture] = {name: over_budget(kernel) for name, kernel in kernels.items()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
