@@ -12,7 +12,8 @@ def keep_freed_memory() -> bool:
 
     It gives blocks above 32 MiB back at once, and the kernel zeroes every page anew when they are taken again. A full
     training pass of the base denoiser on a CPU thereby spent 18 % of its CPU time in the kernel (339,000 page faults;
-    with this, 2,800 and none), for the same peak. A program's own choice: commands call it, importing the package does not.
+    with this, 2,800 and none), for the same peak. A program's own choice: commands call it, importing the package does
+    not.
 
     Returns:
         Whether there was a malloc to ask; False on systems without glibc, where nothing changes.

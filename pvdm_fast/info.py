@@ -125,8 +125,8 @@ def _table(operations: dict[str, dict[str, str | None]]) -> list[str]:
     return rows + [f"  [{i}] {note}" for i, note in enumerate(notes, start=1)]
 
 
-def describe(facts: dict[str, Any]) -> str:
-    """`collect()`'s facts as text."""
+def machine(facts: dict[str, Any]) -> list[str]:
+    """What `collect()` found, but for the table of operations, as lines of text."""
     cpu, gpu = facts["cpu"], facts["gpu"]
     lines = ["Versions"]
     versions = {name: value for name, value in facts["versions"].items() if name != "torch_cuda"}
@@ -141,9 +141,12 @@ def describe(facts: dict[str, Any]) -> str:
     if gpu["devices"] and not gpu["usable_by_torch"]:
         lines.append("  PyTorch can't use it: install a CUDA build of PyTorch")
     lines += ["", "Build", *_build_lines(facts["build"]), "", "Backends"]
-    lines += [f"  {name:<10} {reason or 'runs here'}" for name, reason in facts["backends"].items()]
-    lines += ["", "Operations", *_table(facts["operations"])]
-    return "\n".join(lines)
+    return lines + [f"  {name:<10} {reason or 'runs here'}" for name, reason in facts["backends"].items()]
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """`collect()`'s facts as text."""
+    return "\n".join([*machine(facts), "", "Operations", *_table(facts["operations"])])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
