@@ -262,8 +262,8 @@ def record_backends() -> Iterator[dict[str, str]]:
     original = backends.choose
     names = {package: name for name, package in backends.PACKAGE.items()}
 
-    def choose(op: str, name: str, tensor: Tensor) -> Any:
-        module = original(op, name, tensor)
+    def choose(op: str, name: str, inputs: Sequence[Any]) -> Any:
+        module = original(op, name, inputs)
         served[op] = names.get(module.__name__.rpartition(".")[0], module.__name__)
         return module
 

@@ -134,7 +134,7 @@ void attention_backward(TensorView grad, TensorView qkv, TensorView query, Tenso
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of pvdm_fast; call them through pvdm_fast.native.cpu.";
-  m.attr("abi") = 2;
+  m.attr("abi") = 3;
   m.def("isa", [] { return pvdm::isa_name(pvdm::current_isa()); });
   m.def("isas", &pvdm::usable_isas);
   m.def("set_isa", &pvdm::set_isa);

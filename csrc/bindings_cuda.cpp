@@ -195,7 +195,7 @@ PYBIND11_MODULE(_emulated, m) {
 PYBIND11_MODULE(_cuda, m) {
 #endif
   m.doc() = "CUDA kernels of pvdm_fast; call them through pvdm_fast.native.cuda.";
-  m.attr("abi") = 2;
+  m.attr("abi") = 3;
   m.def("triplane_expand_workspace", [](int64_t batch, int64_t channels, int64_t time, int64_t height, int64_t width) {
     return cuda::triplane_expand_workspace(batch, channels, {time, height, width});
   });
@@ -214,6 +214,7 @@ PYBIND11_MODULE(_cuda, m) {
         });
   m.def("plane_norm_forward", &norm_forward);
   m.def("plane_norm_backward", &norm_backward);
+  m.def("attention_shared_memory", &cuda::attention_shared_memory);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
 }

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +44,30 @@ SERVED: dict[str, tuple[str, ...]] = {
     "reference": (*OPERATIONS, *FUSED),
     "cpu": OPERATIONS,
     "triton": (*OPERATIONS, *FUSED),
-    "cuda": ("triplane_expand",),
+    "cuda": ("segment_attention", "axial_attention", "plane_norm", "triplane_slice", "triplane_expand"),
 }
-# What automatic choice tries, best first.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # where a backend's tensors must be
+
+# What automatic choice tries, best first; on a GPU that is reasoned from the instructions and launches of both kernels,
+# not measured.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+ATTENTION = ("segment_attention", "axial_attention")
+
+
+def triton_first(op: str, dtype: torch.dtype, capability: tuple[int, int], tf32: bool) -> bool:
+    """Whether Triton's kernel goes before that of CUDA C++ on a GPU of this compute capability.
+
+    Args:
+        tf32: whether PyTorch may use it for float32 products.
+    """
+    if op in ATTENTION:
+        # Triton takes the matrix instructions of Hopper (9.x) and of Blackwell's data centre GPUs (10.x), which have
+        # about twice the rate of the mma.sync that the CUDA kernels use and that is the best of 8.x and 12.x; and tf32,
+        # where the CUDA kernels compute float32 without tensor cores.
+        return capability[0] in (9, 10) or (dtype == torch.float32 and tf32)
+    # One launch forward and two backward against three and four: at one clip these tensors take microseconds.
+    return op == "plane_norm"
 
 
 class BackendError(RuntimeError):
@@ -126,7 +147,7 @@ def why_not(backend: str, op: str, tensor: Tensor | None = None) -> str | None:
         return reason
     if tensor is None or backend == "reference":
         return None
-    device = "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"
+    device = "cpu" if backend == "triton" and interpreting() else DEVICE[backend]
     if tensor.device.type != device:
         return f"its tensors must be on {device}, not {tensor.device.type}: move them, or use auto."
     if tensor.dtype not in KERNEL_DTYPES:
@@ -139,41 +160,72 @@ def implementation(backend: str, op: str) -> ModuleType:
     return import_module(f"{PACKAGE[backend]}.{op}")
 
 
-def choose(op: str, name: str, tensor: Tensor) -> ModuleType:
-    """The module that computes `op` for `tensor`: the backend called `name`, or with "auto" the best that serves.
+def refusal(backend: str, op: str, inputs: Sequence[Any]) -> str | None:
+    """Why `backend`, which serves `op` here, can't for these arguments of either direction, by the limits that its
+    launcher states; None where it can."""
+    limits = getattr(implementation(backend, op), "refusal", None)
+    return limits(*inputs) if limits else None
+
+
+def choose(op: str, name: str, inputs: Sequence[Any]) -> ModuleType:
+    """The module that computes `op` for `inputs`: the backend called `name`, or with "auto" the best that serves.
+
+    Args:
+        inputs: the arguments of either direction, a tensor first.
 
     Raises:
-        BackendError: a backend asked for by name cannot serve this operation or tensor.
+        BackendError: a backend asked for by name cannot serve this operation or these arguments.
     """
+    tensor = inputs[0]
     if name != "auto":
-        if reason := why_not(name, op, tensor):
+        if reason := why_not(name, op, tensor) or refusal(name, op, inputs):
             raise BackendError(f"Backend {name!r} was asked for, but cannot serve {op}: {reason}")
         return implementation(name, op)
-    backend = automatic(op, tensor.device.type, tensor.dtype)
-    return implementation(backend, op)
+    for backend in ranking(op, tensor.device, tensor.dtype, _tf32(tensor)):
+        reason = refusal(backend, op, inputs)
+        if reason is None:
+            _log_choice(op, tensor.device.type, tensor.dtype, backend)
+            return implementation(backend, op)
+        _log_refusal(op, backend, reason)
+    raise AssertionError("The reference refuses nothing.")
+
+
+def _tf32(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 @torch.compiler.assume_constant_result
 def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) -> bool:
     """Whether `backend` is what computes `op` for tensors of this kind, where `name` (or "auto") is asked for."""
-    return backend == _first(op, name, device, dtype)
+    if name == "auto":
+        return ranking(op, torch.device(device), dtype)[0] == backend
+    return name == backend and why_not(name, op, torch.empty(0, dtype=dtype, device=device)) is None
 
 
 @cache
-def _first(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
-    """The first backend of those asked for that serves an operation."""
+def ranking(op: str, device: torch.device, dtype: torch.dtype, tf32: bool = False) -> tuple[str, ...]:
+    """The backends that serve `op` on `device`, best first; the reference always does."""
     sample = torch.empty(0, dtype=dtype, device=device)
-    asked = PREFERENCE.get(device, ("reference",)) if name == "auto" else (name,)
-    return next((backend for backend in asked if why_not(backend, op, sample) is None), None)
+    order = PREFERENCE.get(device.type, ("reference",))
+    if device.type == "cuda" and triton_first(op, dtype, torch.cuda.get_device_capability(device), tf32):
+        order = tuple(sorted(order, key=("triton", "cuda", "reference").index))
+    return tuple(backend for backend in order if why_not(backend, op, sample) is None)
 
 
-@cache
-def automatic(op: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that automatic choice takes for an operation; logged once for each (the cache sees to that)."""
-    backend = _first(op, "auto", device, dtype) or "reference"
+@cache  # so that each is logged once
+def _log_choice(op: str, device: str, dtype: torch.dtype, backend: str) -> None:
     level = logging.WARNING if device == "cuda" and backend == "reference" else logging.INFO
     log.log(level, "%s on %s, %s: backend %s", op, device, str(dtype).removeprefix("torch."), backend)
-    return backend
+
+
+@cache
+def _log_refusal(op: str, backend: str, reason: str) -> None:
+    log.info("%s: not backend %s: %s", op, backend, reason)
+
+
+def automatic(op: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that automatic choice takes for an operation, unless its arguments are beyond that one's limits."""
+    return ranking(op, torch.device(device), dtype)[0]
 
 
 def report(device: str | None = None) -> dict[str, dict[str, str | None]]:

@@ -133,8 +133,8 @@ def _table(operations: dict[str, dict[str, str | None]]) -> list[str]:
     return rows + [f"  [{i}] {note}" for i, note in enumerate(notes, start=1)]
 
 
-def describe(facts: dict[str, Any]) -> str:
-    """`collect()`'s facts as text."""
+def machine(facts: dict[str, Any]) -> list[str]:
+    """What `collect()` found, but for the table of operations, as lines of text."""
     cpu, gpu, triton = facts["cpu"], facts["gpu"], facts["triton"]
     lines = ["Versions"]
     versions = {name: value for name, value in facts["versions"].items() if name != "torch_cuda"}
@@ -153,9 +153,12 @@ def describe(facts: dict[str, Any]) -> str:
     measured = "" if triton["user_table_present"] else "none, python -m pvdm_fast.tune would write "
     lines += [f"  configurations measured here: {measured}{triton['user_table']}"]
     lines += ["", "Build", *_build_lines(facts["build"]), "", "Backends"]
-    lines += [f"  {name:<10} {reason or 'runs here'}" for name, reason in facts["backends"].items()]
-    lines += ["", "Operations", *_table(facts["operations"])]
-    return "\n".join(lines)
+    return lines + [f"  {name:<10} {reason or 'runs here'}" for name, reason in facts["backends"].items()]
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """`collect()`'s facts as text."""
+    return "\n".join([*machine(facts), "", "Operations", *_table(facts["operations"])])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pvdm_fast import TriplaneLayout, backends, ops, use_backend
+from pvdm_fast import TriplaneLayout, backends, native, ops, use_backend
 from pvdm_fast.backends import BACKENDS, OPERATIONS, SERVED, BackendError
 
 LAYOUT = TriplaneLayout(2, 3, 4)
@@ -103,7 +103,7 @@ def test_backend_by_name_does_not_fall_back() -> None:
 def test_backward_asks_for_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
     choose = backends.choose
-    monkeypatch.setattr(backends, "choose", lambda op, name, t: (chosen.append((op, name)), choose(op, name, t))[1])
+    monkeypatch.setattr(backends, "choose", lambda op, name, i: (chosen.append((op, name)), choose(op, name, i))[1])
     x = torch.randn(2, 6, requires_grad=True)
     with use_backend("reference"):
         y = ops.geglu(x)
@@ -114,7 +114,7 @@ def test_backward_asks_for_the_backend_of_the_forward(monkeypatch: pytest.Monkey
 def test_compiled_code_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
     choose = backends.choose
-    monkeypatch.setattr(backends, "choose", lambda op, name, t: (chosen.append(name), choose(op, name, t))[1])
+    monkeypatch.setattr(backends, "choose", lambda op, name, i: (chosen.append(name), choose(op, name, i))[1])
     torch._dynamo.reset()
     compiled = torch.compile(ops.geglu, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 6)
@@ -126,7 +126,7 @@ def test_compiled_code_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    backends.automatic.cache_clear()
+    backends._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="pvdm_fast"):
         expand()
         expand()
@@ -163,3 +163,51 @@ def test_report_covers_everything() -> None:
 
 def test_served_operations_exist() -> None:
     assert all(op in (*OPERATIONS, *backends.FUSED) for served in SERVED.values() for op in served)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "capability", "tf32", "first"),
+    [
+        ("segment_attention", torch.bfloat16, (8, 0), False, "cuda"),
+        ("segment_attention", torch.bfloat16, (9, 0), False, "triton"),
+        ("axial_attention", torch.float16, (10, 0), False, "triton"),
+        ("axial_attention", torch.float16, (12, 0), False, "cuda"),
+        ("segment_attention", torch.float32, (8, 6), False, "cuda"),
+        ("segment_attention", torch.float32, (8, 6), True, "triton"),
+        ("plane_norm", torch.float32, (8, 0), False, "triton"),
+        ("triplane_expand", torch.float32, (9, 0), True, "cuda"),
+        ("geglu", torch.float32, (8, 0), False, "triton"),
+    ],
+)
+def test_choice_between_the_gpu_backends(
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    tf32: bool,
+    first: str,
+) -> None:
+    monkeypatch.setattr(backends, "why_not", lambda backend, op, _: None if op in SERVED[backend] else "no kernel")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
+    assert backends.ranking.__wrapped__(op, torch.device("cuda"), dtype, tf32)[0] == first
+
+
+def test_targets_that_run_on_a_gpu() -> None:
+    targets = ["sm_80", "sm_86", "sm_90a", "sm_120f", "ptx_80"]
+    assert native.runs_on(targets, (8, 0)) and native.runs_on(targets, (8, 9))
+    assert native.runs_on(["sm_86"], (8, 9)) and not native.runs_on(["sm_86"], (8, 0))
+    assert native.runs_on(["sm_90a"], (9, 0)) and not native.runs_on(["sm_90"], (10, 0))
+    assert native.runs_on(["sm_120f"], (12, 1)) and not native.runs_on(["sm_120a"], (12, 1))
+    assert native.runs_on(["ptx_90"], (10, 0)) and not native.runs_on(["ptx_90"], (8, 9))
+    assert not native.runs_on(["ptx_90a"], (10, 0)) and not native.runs_on([], (9, 0))
+    assert not native.runs_on(targets, (7, 5))
+
+
+def test_gpu_that_the_extension_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    message = native._gpu_reason(["sm_80", "ptx_80"])
+    assert message is not None
+    assert "built for sm_80, ptx_80" in message and "7.5" in message and "TORCH_CUDA_ARCH_LIST" in message
+    assert native._gpu_reason(["sm_75"]) is None

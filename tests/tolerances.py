@@ -31,5 +31,10 @@ BFLOAT16_FACTOR = 2.0
 # each of two or three roundings in a row, relative: 3 x 3.9e-3 and 3 x 4.9e-4 at most.
 ATTENTION_16_BIT = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 
+# A whole network in 16 bits by another backend: no farther from the golden values than the reference in the same dtype,
+# times this. Every operation of either rounds to 16 bits, in another order of sums, so that the errors are two draws of
+# the same noise over millions of values.
+NETWORK_16_BIT = 1.25
+
 # A float32 norm of values around 1000 with a spread of 1: the values themselves are only known to 6e-5.
 NORM_OF_LARGE_MEAN = 1e-4

@@ -22,4 +22,8 @@ void attention_backward(const AttentionInputs& in, const TensorView& grad, const
     vector_attention_backward(in, grad, out, lse, delta, dqkv, dquery, place);
 }
 
+int64_t attention_shared_memory(int64_t width, bool tensor_cores, bool backward) {
+  return tensor_cores ? matrix_attention_shared(width, backward) : vector_attention_shared();
+}
+
 }  // namespace pvdm::cuda

@@ -27,4 +27,7 @@ void attention_backward(const AttentionInputs& in, const TensorView& grad, const
                         const TensorView& delta, const TensorView& dqkv, const TensorView& dquery, bool tensor_cores,
                         const Place& place);
 
+// The most bytes of shared memory that a launch asks for, beside what is static: with tensor cores, heads of `width`.
+int64_t attention_shared_memory(int64_t width, bool tensor_cores, bool backward);
+
 }  // namespace pvdm::cuda

@@ -284,6 +284,14 @@ struct Work {
 
 }  // namespace
 
+int64_t matrix_attention_shared(int64_t width, bool backward) {
+  size_t bytes = 0;
+  PVDM_WITH_DEPTH(width, depth, {
+    bytes = backward ? shared_bytes<depth>(2, backward_rows<depth>) : shared_bytes<depth>(1, stage_rows<depth>);
+  })
+  return static_cast<int64_t>(bytes);
+}
+
 void matrix_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
                               const Place& place) {
   const Work w(in);

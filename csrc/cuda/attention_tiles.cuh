@@ -119,8 +119,8 @@ __device__ __forceinline__ void store_values(const Values<depth>& values, T* to,
         x = a * cos[at] + b * sin[at + 1];
         y = b * cos[at + 1] - a * sin[at];
       }
-      const uint32_t bits = pack_pair<T>(x, y);
-      memcpy(to + row * row_stride + c, &bits, 4);
+      // By memcpy it would be four stores of a byte each.
+      *reinterpret_cast<uint32_t*>(to + row * row_stride + c) = pack_pair<T>(x, y);
     }
   }
 }

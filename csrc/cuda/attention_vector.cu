@@ -374,6 +374,8 @@ struct Work {
 
 }  // namespace
 
+int64_t vector_attention_shared() { return sizeof(float) * shared_floats; }
+
 void vector_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
                               const Place& place) {
   const Work w(in);

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2  # raised with every change of a binding's arguments; the extensions carry the number they were built with
+ABI = 3  # raised with every change of a binding's arguments; the extensions carry the number they were built with
 REINSTALL = "install pvdm_fast again (pip install -e . in its source folder)"
 
 
@@ -60,9 +61,35 @@ def availability(name: str) -> str | None:
             module.isa()  # raises where PVDM_FAST_CPU_ISA asks for what this CPU has not
     except (ExtensionError, ValueError) as error:
         return str(error)
-    if name == "cuda" and not torch.cuda.is_available():
-        return "no GPU is available to PyTorch: run on a machine with one, with a CUDA build of PyTorch."
-    return None
+    return None if name == "cpu" else _gpu_reason(build_info().get("_cuda", {}).get("targets", ()))
+
+
+def _gpu_reason(targets: Sequence[str]) -> str | None:
+    if torch.version.hip or not torch.cuda.is_available():
+        return "no NVIDIA GPU is available to PyTorch: run on a machine with one, with a CUDA build of PyTorch."
+    capability = torch.cuda.get_device_capability()
+    if runs_on(targets, capability):
+        return None
+    return (
+        f"it was built for {', '.join(targets)}, the GPU has compute capability {capability[0]}.{capability[1]}: "
+        f"{REINSTALL}, with TORCH_CUDA_ARCH_LIST naming it (8.0 or newer)."
+    )
+
+
+def runs_on(targets: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for `targets` ("sm_90", "ptx_120", ...) runs on a GPU of this compute capability.
+
+    Machine code runs within its major version from its minor one on, PTX everywhere from there on. What ends in "a"
+    runs on that version only, in "f" within its family, which is taken for the major version here.
+    """
+    for target in targets:
+        kind, _, version = target.partition("_")
+        built = (int(version.rstrip("af")[:-1]), int(version.rstrip("af")[-1]))
+        exact, later = built == capability, capability >= built
+        same_major = later and capability[0] == built[0]
+        if exact or (not version.endswith("a") and (same_major or (later and kind == "ptx" and version.isdigit()))):
+            return True
+    return False
 
 
 def rows_dense(x: Tensor) -> Tensor:

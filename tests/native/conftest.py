@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
+from native import emulated
 from native.inputs import poisoned_empty
 from torch import Tensor
 
@@ -29,3 +32,19 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Tensor, "new_empty", lambda self, *size, **options: poisoned_empty(*size, **{"dtype": self.dtype, **options})
     )
+
+
+@pytest.fixture(scope="session")
+def emulated_device(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA kernels built for the host, once a session."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return emulated.load(emulated.build(tmp_path_factory.mktemp("emulated")))
+
+
+@pytest.fixture(scope="module")
+def device(emulated_device: ModuleType) -> Iterator[ModuleType]:
+    """The stand-in, in the place of `pvdm_fast._cuda`, with the host as its device."""
+    with pytest.MonkeyPatch.context() as patch:
+        emulated.replace_device(patch, emulated_device)
+        yield emulated_device

@@ -5,42 +5,39 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
 import pytest
 
+from pvdm_fast import backends
 from pvdm_fast.native.cuda import attention, plane_norm, triplane_expand, triplane_slice
 
 ROOT = Path(__file__).resolve().parents[2]
+CUDA_SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+KERNELS = (ROOT / "csrc" / "bindings_cuda.cpp", *CUDA_SOURCES)
+BACKEND = "cuda-emulated"
 
 
-KERNELS = (ROOT / "csrc" / "bindings_cuda.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+def compile_for_host(output: Path, flags: tuple[str, ...], sources: tuple[Path, ...]) -> Path:
+    """Compile .cu files (and others) with g++, and link them to `output`."""
+    command = ["g++", "-std=c++17", "-pthread", "-O1", "-g", "-DPVDM_EMULATE", f"-I{ROOT / 'csrc'}", *flags]
+    command += ["-Wno-unknown-pragmas", "-x", "c++", *map(str, sources), "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return output
 
 
 def build(
     folder: Path, flags: tuple[str, ...] = (), sources: tuple[Path, ...] = KERNELS, name: str = "_emulated"
 ) -> Path:
-    """Compile the CUDA kernels and their bindings, or other `sources`, with g++; returns the extension's path."""
-    output = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = [
-        "g++",
-        "-std=c++17",
-        "-pthread",
-        "-O1",
-        "-g",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-DPVDM_EMULATE",
-        *flags,
-    ]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    command += ["-Wno-unknown-pragmas", "-x", "c++", *map(str, sources), "-o", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return output
+    """Compile the CUDA kernels and their bindings, or other `sources`, as a Python extension; returns its path."""
+    module = ("-fPIC", "-shared", "-fvisibility=hidden", f"-I{pybind11.get_include()}")
+    module += (f"-I{sysconfig.get_paths()['include']}", *flags)
+    return compile_for_host(folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", module, sources)
 
 
 def load(path: Path) -> ModuleType:
@@ -57,3 +54,23 @@ def replace_device(patch: pytest.MonkeyPatch, module: ModuleType) -> None:
     for launcher in (attention, plane_norm, triplane_expand, triplane_slice):
         patch.setattr(launcher, "extension", lambda name: module)
         patch.setattr(launcher, "place", lambda tensor: (0, 0))
+
+
+@contextmanager
+def registered(module: ModuleType) -> Iterator[None]:
+    """Within this, "cuda-emulated" is a backend for tensors on the CPU: the launchers of "cuda" with the stand-in.
+
+    `use_backend("cuda-emulated")` asks for it; automatic choice takes it where it serves, else the reference.
+    """
+    unavailable = backends.unavailable
+    with pytest.MonkeyPatch.context() as patch:
+        replace_device(patch, module)
+        patch.setattr(backends, "BACKENDS", (*backends.BACKENDS, BACKEND))
+        patch.setattr(backends, "unavailable", lambda name: None if name == BACKEND else unavailable(name))
+        patch.setitem(backends.PACKAGE, BACKEND, backends.PACKAGE["cuda"])
+        patch.setitem(backends.SERVED, BACKEND, backends.SERVED["cuda"])
+        patch.setitem(backends.DEVICE, BACKEND, "cpu")
+        patch.setitem(backends.PREFERENCE, "cpu", (BACKEND, "reference"))
+        backends.ranking.cache_clear()
+        yield
+    backends.ranking.cache_clear()

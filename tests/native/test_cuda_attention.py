@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
 from comparison import assert_close
-from native import emulated
 from native.inputs import DTYPES, poisoned_empty
 from tolerances import ATTENTION_16_BIT, OPERATION
 from torch import Tensor
@@ -20,16 +18,7 @@ from pvdm_fast.nn.axial_transformer import time_rotation
 from pvdm_fast.reference import axial_attention as axial_reference
 from pvdm_fast.reference import segment_attention as segment_reference
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    module = emulated.load(emulated.build(tmp_path_factory.mktemp("emulated")))
-    with pytest.MonkeyPatch.context() as patch:
-        emulated.replace_device(patch, module)
-        yield module
 
 
 def tolerance(dtype: torch.dtype, matrix: bool) -> float:

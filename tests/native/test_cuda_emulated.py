@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -13,9 +10,7 @@ import torch
 from comparison import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import emulated
 from native.inputs import DTYPES, poisoned_empty, transposed
-from native.sanitizers import FLAGS, run_sanitized
 from tolerances import OPERATION
 from torch import Tensor
 
@@ -24,22 +19,7 @@ from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.native.cuda import triplane_expand as kernels
 from pvdm_fast.reference import triplane_expand as reference
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 SCHEDULES = (0, 1, 2)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulated.build(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture(scope="module")
-def device(built: Path) -> Iterator[ModuleType]:
-    """The stand-in, in the place of `pvdm_fast._cuda`, with the host as its device."""
-    module = emulated.load(built)
-    with pytest.MonkeyPatch.context() as patch:
-        emulated.replace_device(patch, module)
-        yield module
 
 
 def inputs(sizes: tuple[int, int, int], channels: int, depth: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -123,14 +103,6 @@ def test_arguments_are_checked(device: ModuleType) -> None:
         kernels.forward(planes[:, 1:], weight, bias, 2, 3, 4)
     with pytest.raises(ValueError, match="workspace"):
         device.triplane_expand_sums(torch.zeros(1, 24, 8), torch.zeros(1, 26, 8), torch.zeros(5), *(2, 3, 4), *(0, 0))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.system() != "Linux", reason="AddressSanitizer is preloaded")
-def test_addresses(tmp_path: Path) -> None:
-    """Every access of both directions stays inside its tensors and workspaces (AddressSanitizer)."""
-    module = emulated.build(tmp_path, FLAGS)
-    run_sanitized(Path(__file__).with_name("sanitized_cuda.py"), module)
 
 
 def test_extension_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

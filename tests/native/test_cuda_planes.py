@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from comparison import assert_close
-from native import emulated
 from native.inputs import DTYPES, poisoned_empty, transposed
 from tolerances import NORM_OF_LARGE_MEAN, OPERATION
 from torch import Tensor
@@ -20,16 +18,7 @@ from pvdm_fast.native.cuda import plane_norm, triplane_slice
 from pvdm_fast.reference import plane_norm as norm_reference
 from pvdm_fast.reference import triplane_slice as slice_reference
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 ODD, EVEN = TriplaneLayout(3, 5, 7), TriplaneLayout(4, 6, 10)
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    module = emulated.load(emulated.build(tmp_path_factory.mktemp("emulated")))
-    with pytest.MonkeyPatch.context() as patch:
-        emulated.replace_device(patch, module)
-        yield module
 
 
 def compare(

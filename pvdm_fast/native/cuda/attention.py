@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,17 @@ MATRIX_WIDTH = 128  # the widest head of the tensor cores' kernel
 # Tokens of a segment from which tensor cores are used: 16 queries fill a warp's tile, but a block takes 64, and below
 # that most of its products are masked. Reasoned, not measured.
 MATRIX_LENGTH = 64
+MOST_WIDTH, MOST_SEGMENTS = 256, 32  # of the kernels: channels of a head; segments in their arguments
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction (a tensor of heads first, offsets a list) are beyond the kernels."""
+    offsets = next((value for value in inputs if isinstance(value, (list, tuple))), ())
+    if inputs[0].shape[-1] > MOST_WIDTH:
+        return f"it takes heads of at most {MOST_WIDTH} channels, not {inputs[0].shape[-1]}: use another backend."
+    if len(offsets) > MOST_SEGMENTS + 1:
+        return f"it takes at most {MOST_SEGMENTS} segments, not {len(offsets) - 1}: use another backend."
+    return None
 
 
 def aligned(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.native.cuda import attention
+from pvdm_fast.native.cuda.attention import refusal as refusal
 from pvdm_fast.native.sequences import sequences_of, sequences_to_fill
 
 

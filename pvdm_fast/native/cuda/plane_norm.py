@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvdm_fast.native import extension, rows_dense
 from pvdm_fast.native.cuda import parameter, place
+
+MOST_PLANES = 32  # of the kernels, whose arguments hold all sizes
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction, the planes' sizes a list, are beyond the kernels."""
+    planes = next(value for value in inputs if isinstance(value, (list, tuple)))
+    if len(planes) // 2 > MOST_PLANES:
+        return f"it takes at most {MOST_PLANES} planes, not {len(planes) // 2}: use another backend."
+    return None
 
 
 def _workspace(x: Tensor, groups: int, planes: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.native.cuda import attention
+from pvdm_fast.native.cuda.attention import refusal as refusal
 
 
 def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:

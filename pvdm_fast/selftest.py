@@ -1,0 +1,213 @@
+"""Compares every backend that runs here with the reference, in about a minute: `python -m pvdm_fast.selftest`.
+
+Forward and every gradient of every operation, in float32, bfloat16 and float16, against the float64 reference on the
+CPU. What it prints says what was compared where: attach it to a report about a GPU. The exit code is 1 where something
+failed. On a GPU the first run also compiles Triton's kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvdm_fast import backends, info, ops
+from pvdm_fast.backends import KERNEL_DTYPES, OPERATIONS, use_backend
+from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.layout import PlaneLayout, TriplaneLayout
+
+# Relative 2-norm of the difference. Results are rounded once to their dtype: half a unit in the last place, and in
+# float32 the sums of some thousand terms. Attention by tensor cores also rounds what lies between its two products, and
+# convolution's gradient is a sum of rounded parts: two or three roundings.
+ONCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+THRICE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
+ROUNDED_BETWEEN = ("segment_attention", "axial_attention", "plane_conv")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of the differentiable tensors by name, and the operation on them."""
+
+    op: str
+    shapes: dict[str, tuple[int, ...]]
+    run: Callable[..., Any]
+
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        draws = {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in self.shapes.items()}
+        return {n: draw.to(dtype) for n, draw in draws.items()}
+
+
+def _segments(heads: int, width: int, offsets: Sequence[int]) -> Case:
+    shapes = {"qkv": (2, offsets[-1], 3, heads, width)}
+    return Case("segment_attention", shapes, lambda qkv: ops.segment_attention(qkv, offsets))
+
+
+def _axis(axis: str, lattice: tuple[int, int, int], width: int) -> Case:
+    length = lattice[0] if axis == "time" else lattice[1] * lattice[2]
+    angles = torch.linspace(0, 3, length * width).reshape(length, width)
+    return Case(
+        "axial_attention",
+        {"qkv": (1, *lattice, 3, 2, width)},
+        lambda qkv: ops.axial_attention(qkv, axis, (angles.sin().to(qkv.device), angles.cos().to(qkv.device))),
+    )
+
+
+def _single(lattice: tuple[int, int, int], width: int) -> Case:
+    shapes = {"qkv": (1, *lattice, 2, 2, width), "query": (1, 1, *lattice[1:], 2, width)}
+    return Case("axial_attention", shapes, lambda qkv, query: ops.axial_attention(qkv, "time", query=query))
+
+
+def _norm(layout: PlaneLayout, channels: int, film: bool, **options: Any) -> Case:
+    shapes: dict[str, tuple[int, ...]] = {"x": (2, layout.num_tokens, channels), "weight": (channels,)}
+    shapes |= {"bias": (channels,)} | ({"scale_shift": (2, 2 * channels)} if film else {})
+    return Case("plane_norm", shapes, lambda x, **others: ops.plane_norm(x, layout, groups=4, **others, **options))
+
+
+def _conv(layout: PlaneLayout, channels: int, written: int) -> Case:
+    shapes = {"x": (2, layout.num_tokens, channels), "weight": (written, channels, 3, 3), "bias": (written,)}
+    return Case("plane_conv", shapes, lambda x, weight, bias: ops.plane_conv(x, layout, weight, bias))
+
+
+def _slice(layout: TriplaneLayout, plane: str, length: int, channels: int) -> Case:
+    shapes = {"x": (2, layout.num_lattice_tokens, channels), "token": (channels,), "positions": (length + 1, channels)}
+    return Case("triplane_slice", shapes, lambda x, **others: ops.triplane_slice(x, layout, plane, **others))
+
+
+def _expand(layout: TriplaneLayout, channels: int) -> Case:
+    shapes = {"planes": (2, layout.num_tokens, 4), "weight": (3, channels, 4), "bias": (3, channels)}
+    return Case("triplane_expand", shapes, lambda planes, **others: ops.triplane_expand(planes, layout, **others))
+
+
+def _geglu(channels: int) -> Case:
+    return Case("geglu", {"x": (2, 65, 2 * channels)}, ops.geglu)
+
+
+def _add_norm(channels: int) -> Case:
+    shapes = {"x": (2, 65, channels), "residual": (2, 65, channels), "weight": (channels,), "bias": (channels,)}
+    return Case("add_layer_norm", shapes, ops.add_layer_norm)
+
+
+ODD, EVEN = TriplaneLayout(3, 5, 7), TriplaneLayout(4, 8, 12)
+# Odd sizes that no kernel's blocks divide, and sizes like the networks', which tensor cores take.
+CASES = (
+    *(_segments(2, 8, ODD.offsets), _segments(4, 32, [0, 176]), _segments(1, 64, [0, 96, 144, 176])),
+    *(
+        _axis("time", (3, 5, 7), 8),
+        _axis("time", (16, 4, 4), 64),
+        _axis("space", (2, 8, 12), 64),
+        _single((9, 5, 7), 48),
+    ),
+    *(_norm(ODD, 12, False), _norm(EVEN, 64, True, activation=True), _norm(PlaneLayout(((176, 1),)), 128, False)),
+    *(_norm(ODD, 24, True, activation=True, resample="up"), _norm(EVEN, 32, False, activation=True, resample="down")),
+    *(_conv(ODD, 5, 6), _conv(EVEN, 64, 32)),
+    *(_slice(ODD, "xy", 3, 12), _slice(ODD, "yt", 5, 12), _slice(EVEN, "xt", 12, 64)),
+    *(_expand(ODD, 21), _expand(EVEN, 64), _geglu(12), _geglu(256), _add_norm(12), _add_norm(384)),
+)
+
+
+def run(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Results and gradients, on the CPU; incoming gradients are random numbers of `dtype`."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    results = case.run(**leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype) for r in results]
+    gradients = torch.autograd.grad(
+        results, list(leaves.values()), [d.to(r) for d, r in zip(draws, results, strict=True)]
+    )
+    return [tensor.detach().cpu() for tensor in (*results, *gradients)]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative, in the 2-norm; infinite where a value is not finite or the shape is another."""
+    if actual.shape != expected.shape or not torch.isfinite(actual).all():
+        return float("inf")
+    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def compare(op: str, backend: str, dtype: torch.dtype, device: str) -> tuple[float, str]:
+    """The worst error of an operation's cases, and what went wrong ("" where all is well)."""
+    worst = 0.0
+    for case in CASES:
+        if case.op != op:
+            continue
+        inputs = case.inputs(dtype)
+        with use_backend("reference"):
+            expected = run(case, {name: tensor.double() for name, tensor in inputs.items()}, dtype)
+        there = {name: tensor.to(device) for name, tensor in inputs.items()}
+        try:
+            with use_backend(backend):
+                actual, again = run(case, there, dtype), run(case, there, dtype)
+        except Exception as problem:  # whatever a kernel or compiler raises is the finding
+            return float("inf"), f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+        worst = max(worst, *(error(a, e) for a, e in zip(actual, expected, strict=True)))
+        if not all(torch.equal(a, b) for a, b in zip(actual, again, strict=True)):
+            return worst, f"a second run gave other bits (shapes {list(case.shapes.values())})"
+    return worst, "" if worst <= allowed(op, dtype) else "too far from the reference"
+
+
+def allowed(op: str, dtype: torch.dtype) -> float:
+    return (THRICE if op in ROUNDED_BETWEEN else ONCE)[dtype]
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No tf32 in float32 products, so that their errors can be told from faults."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+def check(device: str) -> int:
+    """Print a line for each operation, backend and dtype. Returns how many failed."""
+    failed = 0
+    print(f"{'operation':<18}{'backend':<9}{'dtype':<10}{'error':<9}{'allowed':<9}")
+    for backend in backends.BACKENDS[1:]:
+        for op in OPERATIONS:
+            line = f"{op:<18}{backend:<9}"
+            if reason := backends.why_not(backend, op, torch.empty(0, device=device)):
+                print(f"{line}not run: {reason}")
+                continue
+            for dtype in KERNEL_DTYPES:
+                worst, problem = compare(op, backend, dtype, device)
+                failed += bool(problem)
+                name = str(dtype).removeprefix("torch.")
+                result = f"{name:<10}{worst:<9.1e}{allowed(op, dtype):<9.1e}"
+                print(line + result + (f"FAILED: {problem}" if problem else "ok"), flush=True)
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pvdm_fast.selftest", description=__doc__)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default here: {default}")
+    device = parser.parse_args(arguments).device
+    failed = 0
+
+    def test() -> None:
+        nonlocal failed
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("No GPU is available to PyTorch: run with --device cpu, or on a machine with one.")
+        print(*info.machine(info.collect()), "", sep="\n")
+        with full_float32():
+            failed = check(device)
+        print(f"\n{failed} failed" if failed else "\nall that ran is right")
+
+    return run_command(test) or int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

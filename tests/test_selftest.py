@@ -1,0 +1,70 @@
+"""`python -m pvdm_fast.selftest`: what a user with a GPU runs first."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pvdm_fast import backends, selftest
+from pvdm_fast.backends import KERNEL_DTYPES, OPERATIONS
+from pvdm_fast.reference import geglu
+
+
+def test_every_operation_has_cases() -> None:
+    assert {case.op for case in selftest.CASES} == set(OPERATIONS)
+
+
+@pytest.mark.slow
+def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if reason := backends.unavailable("cpu"):
+        pytest.skip(reason)
+    monkeypatch.setattr(backends, "BACKENDS", ("reference", "cpu", "cuda"))  # Triton's interpreter has its own tests
+    assert selftest.main(["--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "all that ran is right" in text and "Versions" in text and torch.__version__ in text
+    lines = [line.split() for line in text.splitlines()]
+    for op in OPERATIONS:
+        for dtype in KERNEL_DTYPES:
+            (line,) = [line for line in lines if line[:3] == [op, "cpu", str(dtype).removeprefix("torch.")]]
+            assert line[5:] == ["ok"] and 0 <= float(line[3]) <= float(line[4])
+        assert any(line[:4] == [op, "cuda", "not", "run:"] for line in lines)
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
+    """A backend "cpu" whose geglu has another backward pass."""
+    module = SimpleNamespace(forward=geglu.forward, backward=backward)
+    real = backends.implementation
+
+    def implementation(backend: str, op: str) -> ModuleType | SimpleNamespace:
+        return module if (backend, op) == ("cpu", "geglu") else real(backend, op)
+
+    monkeypatch.setattr(backends, "unavailable", lambda backend: None if backend == "cpu" else "not here.")
+    monkeypatch.setattr(backends, "implementation", implementation)
+    monkeypatch.setattr(selftest, "OPERATIONS", ("geglu",))
+
+
+@pytest.mark.parametrize(
+    ("backward", "message"),
+    [
+        (lambda grad, x: 1.1 * geglu.backward(grad, x), "too far from the reference"),
+        (lambda grad, x: geglu.backward(grad, x) / 0, "too far from the reference"),
+        (lambda grad, x: geglu.backward(grad, x) * (1 + 1e-7 * torch.rand(())), "a second run gave other bits"),
+        (lambda grad, x: geglu.backward(grad, x[:0]), "RuntimeError: "),
+    ],
+)
+def test_wrong_kernels_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backward: Any, message: str
+) -> None:
+    faulty(monkeypatch, backward)
+    monkeypatch.setattr(selftest, "KERNEL_DTYPES", (torch.float32,))
+    assert selftest.check("cpu") == 1
+    assert f"FAILED: {message}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert selftest.main(["--device", "cuda"]) == 2
+    assert "run with --device cpu" in capsys.readouterr().err
