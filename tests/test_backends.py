@@ -49,10 +49,10 @@ def test_unknown_name() -> None:
 @pytest.fixture
 def fresh_reasons() -> Iterator[None]:
     """Why a backend can't run is found out once a process: again for this test, and again after it."""
-    for found in (backends.unavailable, backends.automatic):
+    for found in (backends.unavailable, backends.ranking):
         found.cache_clear()
     yield
-    for found in (backends.unavailable, backends.automatic):
+    for found in (backends.unavailable, backends.ranking):
         found.cache_clear()
 
 
