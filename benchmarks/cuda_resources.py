@@ -153,7 +153,7 @@ _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)
 
 def code_of(library: Path) -> Iterator[tuple[str, str, list[tuple[int, str, str]]]]:
     """(GPU, mangled name, instructions as (address, name, operands)) of each kernel."""
-    gpu, name, code = "", "", []  # type: ignore[var-annotated]
+    gpu, name, code = "", "", []
     for line in _lines(cuobjdump(), "--dump-sass", str(library)):
         if match := _INSTRUCTION.match(line):
             code.append((int(match[1], 16), match[2], match[3]))

@@ -45,7 +45,7 @@ class Case:
 
 
 def _segments(heads: int, width: int, offsets: Sequence[int]) -> Case:
-    shapes = {"qkv": (2, offsets[-1], 3, heads, width)}
+    shapes: dict[str, tuple[int, ...]] = {"qkv": (2, offsets[-1], 3, heads, width)}
     return Case("segment_attention", shapes, lambda qkv: ops.segment_attention(qkv, offsets))
 
 
@@ -160,7 +160,7 @@ def allowed(op: str, dtype: torch.dtype) -> float:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """No tf32 in float32 products, so that their errors can be told from faults."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:
         switch.allow_tf32 = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels then run on the CPU, checked
 
 import pytest
@@ -23,8 +25,10 @@ def _seed() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What needs so much memory runs only where it is asked for."""
-    if "huge" in config.getoption("markexpr"):
-        return
-    for item in items:
-        if item.get_closest_marker("huge"):
-            item.add_marker(pytest.mark.skip(reason="needs 15 GB of memory: run with -m huge"))
+    reasons = {"huge": "needs 15 GB of memory", "exhaustive": "takes ten minutes"}
+    for name, reason in reasons.items():
+        if name in config.getoption("markexpr"):
+            continue
+        for item in items:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"{reason}: run with -m {name}"))

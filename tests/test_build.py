@@ -168,6 +168,8 @@ def test_cuda_kernels_do_not_spill(tmp_path: Path) -> None:
     """ptxas reports no spills and no stack for any kernel, on the oldest and the newest target."""
     toolkit = build_tools.find_toolkit()
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        if "__global__" not in source.read_text():
+            continue
         command = [toolkit.nvcc, "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
         for target in ("80", "120"):
             result = subprocess.run(

@@ -29,7 +29,7 @@ def test_two_commands_come_first() -> None:
     """CI runs the first two bash blocks; each is one line."""
     first, second = blocks("bash")
     assert first == "pip install -e . && python -m pvdm_fast.train\n"
-    assert second == 'pip install -e ".[test]" && pytest\n'
+    assert second == 'pip install -e ".[test]" && pytest -n auto --dist loadfile\n'
     assert README.index(second) < 2500, "the commands belong on the first screen"
 
 

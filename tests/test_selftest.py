@@ -41,7 +41,9 @@ def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
     def implementation(backend: str, op: str) -> ModuleType | SimpleNamespace:
         return module if (backend, op) == ("cpu", "geglu") else real(backend, op)
 
-    monkeypatch.setattr(backends, "unavailable", lambda backend: None if backend == "cpu" else "not here.")
+    monkeypatch.setattr(
+        backends, "unavailable", lambda backend: None if backend in ("cpu", "reference") else "not here."
+    )
     monkeypatch.setattr(backends, "implementation", implementation)
     monkeypatch.setattr(selftest, "OPERATIONS", ("geglu",))
 

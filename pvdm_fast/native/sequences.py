@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ def sequences_of(x: Tensor, axis: str) -> Tensor:
 def sequences_to_fill(like: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     """What kernels fill, and its sequences, which share its memory: `like` itself where its strides allow."""
     sequences = sequences_of(like, axis)
-    if torch._C._is_alias_of(sequences, like):  # shares its memory, known of tensors without memory too
+    torch_c: Any = torch._C
+    if torch_c._is_alias_of(sequences, like):  # shares its memory, known of tensors without memory too
         return like, sequences
     dense = torch.empty_like(like, memory_format=torch.contiguous_format)
     return dense, sequences_of(dense, axis)

@@ -53,7 +53,7 @@ def test_planted_faults_are_found(
         assert any(fault in problem for problem in planted[architecture][fault]), planted[architecture]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kernel_on_every_target() -> None:
     """All configurations that serve; entries of tables that nothing uses are problems too."""
     result = run("-m", "benchmarks.kernel_resources", "--quick")

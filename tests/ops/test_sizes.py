@@ -45,7 +45,7 @@ def check(case: Case, backend: str, dtype: torch.dtype) -> None:
     inputs = case.inputs(dtype)
     with use_backend("reference"):
         expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
-    device = "cpu" if backend == "cpu" else "cuda"
+    device = "cuda" if backend == "cuda" or (backend == "triton" and not backends.interpreting()) else "cpu"
     with use_backend(backend):
         actual = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype)
     for what, exact in expected.items():
