@@ -66,7 +66,7 @@ def test_no_nvcc_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(build_tools, "USUAL_TOOLKIT", tmp_path)
-    with pytest.raises(Unbuildable, match="no nvcc found .*: install the CUDA toolkit and install again"):
+    with pytest.raises(Unbuildable, match=r"no nvcc found .*: install the CUDA toolkit and install again"):
         build_tools.find_toolkit()
 
 
