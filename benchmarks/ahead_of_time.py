@@ -23,6 +23,7 @@ from triton.runtime import driver
 
 from pvdm_fast import backends
 from pvdm_fast.kernels import configs
+from pvdm_fast.kernels.configs import Key
 from pvdm_fast.kernels.launch import Config, options, watch
 from pvdm_fast.workload import Call
 
@@ -34,8 +35,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
-# Of a table's entries, by table and by "architecture/shape class/dtype" with its stars.
-Asked = dict[str, set[str]]
 
 
 @dataclass(frozen=True)
@@ -95,20 +94,39 @@ def dtype_of(arguments: Iterable[Any]) -> str:
     return str(min(tensors, key=lambda t: t.element_size()).dtype).removeprefix("torch.")
 
 
-def compile_calls(architecture: str, calls: Iterable[Call]) -> tuple[list[Resources], Asked]:
-    """Every kernel that `calls` launch on `architecture`, each once, and the entries of the tables that served."""
+def run_on_meta(calls: Iterable[Call]) -> None:
+    for call in calls:
+        getattr(backends.implementation("triton", call.op), call.direction)(*call.inputs("meta"))
+
+
+def serving_entries(architecture: str, calls: Iterable[Call]) -> set[tuple[str, Key]]:
+    """The tables' entries that serve `calls` on `architecture`: (table, key of the entry)."""
+    with configs.assume(architecture), watch(lambda *launched: None):
+        run_on_meta(calls)
+        return {(name, table.entry_of(key)) for name, table in configs.TABLES.items() for key in table.asked}
+
+
+def compile_calls(architecture: str, calls: Iterable[Call], quick: bool = False) -> list[Resources]:
+    """Every kernel that `calls` launch on `architecture`, each once.
+
+    quick: of those that differ in sizes known when compiling, or in what divides them, only the first: one for each
+    kernel, configuration, and set of dtypes.
+    """
     launches: list[tuple[Any, ...]] = []
     with configs.assume(architecture), watch(lambda *launched: launches.append(launched)):
-        for call in calls:
-            module = backends.implementation("triton", call.op)
-            getattr(module, call.direction)(*call.inputs("meta"))
-        asked = {name: {"/".join(table.entry_of(key)) for key in table.asked} for name, table in configs.TABLES.items()}
-    found: dict[int, Resources] = {}
+        run_on_meta(calls)
+    seen: set[Any] = set()
+    found: list[Resources] = []
     for kernel, grid, arguments, config, constants in launches:
+        dtypes = tuple(a.dtype if isinstance(a, Tensor) else a is None for a in arguments)
+        if quick and (name_of(kernel), str(config), dtypes) in seen:
+            continue
+        seen.add((name_of(kernel), str(config), dtypes))
         compiled = compile_launch(architecture, kernel, grid, arguments, config, **constants)
-        if id(compiled) not in found:  # Triton hands out the same object for the same specialisation
-            found[id(compiled)] = resources(compiled, architecture, name_of(kernel), dtype_of(arguments), config)
-    return list(found.values()), asked
+        if id(compiled) not in seen:  # Triton hands out the same object for the same specialisation
+            seen.add(id(compiled))
+            found.append(resources(compiled, architecture, name_of(kernel), dtype_of(arguments), config))
+    return found
 
 
 def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config: Config) -> Resources:

@@ -33,7 +33,8 @@ class Setting:
     """What a case is set up for.
 
     size: "tiny", "small" or "base". device: "cpu" or "cuda". compiled: add torch.compile of the eager computation as a
-    rival. shapes_only: draw no numbers (for a FakeTensorMode). overrides: of the models' configs, for scaling.
+    rival. shapes_only: draw no numbers (for a FakeTensorMode). overrides: of the models' configs, for scaling. values:
+    the dtype that inputs and weights are exact in, by default the setting's own.
     """
 
     size: str = "small"
@@ -44,6 +45,7 @@ class Setting:
     batch: int = 0
     denoiser_overrides: tuple[tuple[str, Any], ...] = ()
     autoencoder_overrides: tuple[tuple[str, Any], ...] = ()
+    values: torch.dtype | None = None
 
     @property
     def clips(self) -> int:
@@ -74,11 +76,15 @@ class Setting:
         return TriplaneLayout(config["frames"], config["height"] // p, config["width"] // p)
 
     def draw(self, *shape: int, seed: int = 0) -> Tensor:
-        """Standard normal float32 numbers that are exact in the setting's dtype (none where shapes alone matter)."""
+        """Standard normal float32 numbers (none where shapes alone matter)."""
         if self.shapes_only:
             return torch.empty(shape, device=self.device)
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).to(self.dtype).float().to(self.device)
+        return self.rounded(torch.randn(shape, generator=generator)).float().to(self.device)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x in the dtype that inputs and weights are exact in."""
+        return x.to(self.values or self.dtype)
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,8 @@ def assemble(
     """Runners of operations: `forms` ("ours" and "eager" among them) on the same inputs and parameters."""
 
     def runner(form: Form, dtype: torch.dtype, compiled: bool = False) -> Runner:
-        inputs = [x.to(dtype, copy=True).requires_grad_() for x in form.inputs]
-        weights = {name: p.to(dtype, copy=True).requires_grad_() for name, p in parameters.items()}
+        inputs = [setting.rounded(x).to(dtype, copy=True).requires_grad_() for x in form.inputs]
+        weights = {name: setting.rounded(p).to(dtype, copy=True).requires_grad_() for name, p in parameters.items()}
         function = torch.compile(form.function) if compiled else form.function
         return Runner(_bound(function, inputs, weights), inputs, weights, form.pack_inputs, form.pack_results)
 
@@ -162,7 +168,7 @@ def assemble_modules(setting: Setting, shape: str, make: Mapping[str, Callable[[
         module.train()
         parameters: dict[str, Tensor] = dict(sorted(module.named_parameters()))
         dtype = next(iter(parameters.values())).dtype
-        inputs = [x.to(dtype, copy=True).requires_grad_() for x in network.inputs]
+        inputs = [setting.rounded(x).to(dtype, copy=True).requires_grad_() for x in network.inputs]
         call = torch.compile(network.call) if compiled else network.call
         bound = _bound(lambda *xs: call(module, *xs), inputs, {})
         return Runner(bound, inputs, parameters, network.pack_inputs, network.pack_results)
@@ -197,7 +203,7 @@ def _prepared(setting: Setting, shape: str, runners: dict[str, Runner], flops: f
 
 
 def random_state(module: nn.Module, setting: Setting) -> dict[str, Tensor]:
-    """Float32 weights, exact in the setting's dtype: unit variance through layers, norms around 1; buffers zero."""
+    """Float32 weights, rounded as the setting says: unit variance through layers, norms around 1; buffers zero."""
     parameters = dict(module.named_parameters())
     state = {}
     for index, (name, tensor) in enumerate(module.state_dict().items()):
@@ -209,7 +215,7 @@ def random_state(module: nn.Module, setting: Setting) -> dict[str, Tensor]:
             r = r.mul_(0.9 / math.sqrt(r[0].numel()))
         else:
             r = r.mul_(0.1).add_(1.0 if name.endswith("weight") else 0.0)
-        state[name] = r.to(setting.dtype).float()
+        state[name] = setting.rounded(r).float()
     return state
 
 

@@ -101,6 +101,37 @@ def axial_attention_space(setting: Setting) -> Prepared:
     return _axial_attention(setting, "space")
 
 
+@register("axial_attention/single query", "operation")
+def axial_attention_query(setting: Setting) -> Prepared:
+    """The last layer of the projection to the xy plane: one query a sequence."""
+    layout, heads = setting.lattice, eager_autoencoder.PROJECTION_HEADS
+    width = setting.autoencoder["channels"] // 8
+    count, length = setting.clips * layout.height * layout.width, layout.time + 1
+    query = setting.draw(count, 1, heads * width, seed=1)
+    kv = setting.draw(count, length, 2 * heads * width)
+
+    def ours(query: Tensor, kv: Tensor) -> Tensor:
+        sequences = kv.view(count, length, 1, 1, 2, heads, width)
+        return ops.axial_attention(sequences, "time", query=query.view(count, 1, 1, 1, heads, width)).view(count, 1, -1)
+
+    def form(variant: Variant) -> Form:
+        def function(query: Tensor, kv: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, *kv.chunk(2, dim=-1)))
+            if variant.sdpa:
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return ((q @ k.mT * width**-0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+        return Form(function, [query, kv], pack)
+
+    def pack(tensors: Sequence[Tensor]) -> Tensor:
+        query, kv = tensors
+        return torch.cat((query, *kv.chunk(2, dim=-1)), dim=1)
+
+    flops = floors.attention(count, 1, length, heads * width)
+    shape = f"{count} sequences of {length}, heads {heads} x {width}"
+    return assemble(setting, shape, {"ours": Form(ours, [query, kv], pack), **with_variants(form)}, {}, flops)
+
+
 @register("axial_attention/projection", "operation")
 def axial_attention_projection(setting: Setting) -> Prepared:
     """The sequences of the projection to the xy plane: T + 1 long, no rotation, all queries."""
@@ -175,7 +206,7 @@ def plane_conv(setting: Setting) -> Prepared:
     layout, channels = setting.layout, setting.denoiser["model_channels"]
     tokens = setting.draw(setting.clips, layout.num_tokens, channels)
     weight = setting.draw(channels, channels, 3, 3, seed=1) / (9 * channels) ** 0.5
-    parameters = {"weight": weight.to(setting.dtype).float(), "bias": setting.draw(channels, seed=2)}
+    parameters = {"weight": weight, "bias": setting.draw(channels, seed=2)}
 
     def per_plane(*arguments: Tensor) -> list[Tensor]:
         *planes, weight, bias = arguments

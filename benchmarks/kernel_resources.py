@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +27,7 @@ from pvdm_fast.errors import UserError, run_command
 from pvdm_fast.workload import Call
 
 if TYPE_CHECKING:
-    from benchmarks.ahead_of_time import Asked, Resources
+    from benchmarks.ahead_of_time import Resources
 
 ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942")
 DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -44,55 +44,60 @@ def check_process() -> None:
         raise UserError("TRITON_INTERPRET is set, so kernels are not compiled: unset it for this command.")
 
 
-def representative_calls() -> list[Call]:
-    """What the networks ask for: full size in each dtype and in mixed precision; the smaller sizes in bfloat16."""
-    half = torch.bfloat16
+def representative_calls() -> tuple[list[Call], list[Call]]:
+    """What networks ask of the operations: at full size in bfloat16 and float32; and in other ways.
+
+    The others are float16, mixed precision, the smaller presets, and heads up to 256 wide.
+    """
+    half, single = torch.bfloat16, torch.float32
     full = workload.calls("base", half, batch=2)
-    found = dict.fromkeys(full)
-    for dtype in (torch.float32, torch.float16):
-        found |= dict.fromkeys(call.with_dtype(half, dtype) for call in full)
-    found |= dict.fromkeys(workload.calls("base", half, batch=2, mixed=True))
-    for size in ("tiny", "small"):
-        found |= dict.fromkeys(workload.calls(size, half, batch=2))
-    return list(found)
+    others = [call.with_dtype(half, torch.float16) for call in full]
+    others += workload.calls("base", half, batch=2, mixed=True)
+    sizes: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("tiny", {}, {}),
+        ("small", {}, {}),
+        ("base", {"num_heads": 4}, {"channels": 1024, "head_dim": 128, "depth": 1}),
+        ("base", {"num_heads": 16}, {"channels": 2048, "head_dim": 256, "depth": 1}),
+    ]
+    for size, denoiser, autoencoder in sizes:
+        found = workload.calls(size, half, batch=2, denoiser=denoiser, autoencoder=autoencoder)
+        others += [call.with_dtype(half, dtype) for call in found for dtype in (half, single, torch.float16)]
+    main = dict.fromkeys([*full, *(call.with_dtype(half, single) for call in full)])
+    return list(main), [call for call in dict.fromkeys(others) if call not in main]
 
 
-def _compile(architecture: str, calls: list[Call]) -> tuple[list[Resources], Asked]:
+def _compile(architecture: str, calls: list[Call], quick: bool) -> list[Resources]:
     from benchmarks.ahead_of_time import compile_calls
 
-    return compile_calls(architecture, calls)
+    return compile_calls(architecture, calls, quick)
 
 
 def compile_all(
-    architectures: Sequence[str], operations: Sequence[str], workers: int
-) -> tuple[list[Resources], dict[str, set[str]]]:
-    """Compile everything, in processes of its own; the compiled kernels, and the table entries that served."""
-    by_operation: dict[str, list[Call]] = {op: [] for op in operations}
-    for call in representative_calls():
-        if call.op in by_operation:
-            by_operation[call.op].append(call)
-    tasks = [(architecture, calls) for calls in by_operation.values() for architecture in architectures]
-    rows: list[Resources] = []
-    served: dict[str, set[str]] = defaultdict(set)
+    architectures: Sequence[str], operations: Sequence[str], calls: Sequence[list[Call]], workers: int, quick: bool
+) -> list[Resources]:
+    """Compile everything, in processes of their own. quick: other ways than the main ones on the first GPU only."""
+    main, others = calls
+    tasks = []
+    for op in operations:
+        for architecture in architectures:
+            wanted = main if quick and architecture != architectures[0] else [*main, *others]
+            tasks.append((architecture, [call for call in wanted if call.op == op], quick))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for found, asked in pool.map(_compile, *zip(*tasks, strict=True)):
-            rows += found
-            for name, entries in asked.items():
-                served[name] |= entries
-    return rows, served
+        return [row for found in pool.map(_compile, *zip(*tasks, strict=True)) for row in found]
 
 
-def unused_entries(served: dict[str, set[str]], architectures: Iterable[str]) -> list[str]:
-    """Entries of the tables for `architectures` that no launch uses; the one for everything else may be such."""
+def unused_entries(calls: Iterable[Call]) -> list[str]:
+    """Entries of the tables that no launch uses, on any family; the one for everything else may be such."""
+    from benchmarks.ahead_of_time import serving_entries
     from pvdm_fast.kernels.configs import ANY, TABLES
 
-    for op in backends.SERVED["triton"]:
-        backends.implementation("triton", op)
+    calls = [call for call in calls if call.op in backends.SERVED["triton"]]
+    serving = {entry for architecture in ARCHITECTURES for entry in serving_entries(architecture, calls)}
     return [
         f"The table of {name} has an entry for {'/'.join(key)} that no launch uses."
         for name, table in TABLES.items()
         for key in table.entries
-        if key[0] in (ANY, *architectures) and key != (ANY, ANY, ANY) and "/".join(key) not in served.get(name, ())
+        if key[0] in (ANY, *ARCHITECTURES) and key != (ANY, ANY, ANY) and (name, key) not in serving
     ]
 
 
@@ -129,32 +134,40 @@ def write_docs(rows: Iterable[Resources], path: Path = DOCS) -> None:
     path.write_text("\n".join([head + BEGIN, made, "", *table(rows), END + tail]))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+class OverBudget(UserError):
+    """A kernel takes more than it may."""
+
+    exit_code = 1
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/kernels.md")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--operations", nargs="+", choices=backends.OPERATIONS, default=backends.SERVED["triton"])
+    parser.add_argument("--operations", nargs="+", choices=backends.SERVED["triton"], default=backends.SERVED["triton"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--quick", action="store_true", help="each configuration once, not each variant of it")
     options = parser.parse_args(arguments)
     check_process()
     from benchmarks.ahead_of_time import over_budget
 
-    rows, served = compile_all(options.architectures, options.operations, options.workers)
+    calls = representative_calls()
+    rows = compile_all(options.architectures, options.operations, calls, options.workers, options.quick)
     print("\n".join(table(rows)))
     problems = [problem for row in rows for problem in over_budget(row, NARROW)]
     if set(options.operations) == set(backends.SERVED["triton"]):
-        problems += unused_entries(served, options.architectures)
-    print(f"\n{len(rows)} compiled kernels, {len(problems)} problems", *problems, sep="\n")
+        problems += unused_entries([*calls[0], *calls[1]])
+    print(f"{len(rows)} compiled kernels")
     if options.write_docs:
         write_docs(rows)
-    return 1 if problems else 0
+    if problems:
+        raise OverBudget("\n".join(problems))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    code = 0
-
-    def run() -> None:
-        global code
-        code = main()
-
-    sys.exit(run_command(run) or code)
+    sys.exit(main())

@@ -121,16 +121,16 @@ class ConfigTable:
         found = _tuned().get(self.name, {}).get("/".join(key))
         if found is None:
             return None
-        blocks = self.entries[self.entry_of(key)].blocks
+        known = {frozenset(config.blocks) for config in (*self.entries.values(), *self.candidates)}
         try:
             config = Config(**found)
             numbers = [*config.blocks.values(), config.num_warps, config.num_stages]
-            fits = set(config.blocks) == set(blocks) and all(type(number) is int for number in numbers)
+            fits = frozenset(config.blocks) in known and all(type(number) is int for number in numbers)
         except (TypeError, AttributeError):
             fits = False
         if not fits:
             raise UserError(
                 f"{user_table()} configures {self.name} for {'/'.join(key)} in a way that this version's kernel does "
-                f"not know (its blocks are {', '.join(blocks) or 'none'}): {REMEDY}."
+                f"not know (its blocks are {', '.join(self.entries[self.entry_of(key)].blocks) or 'none'}): {REMEDY}."
             )
         return config

@@ -1,4 +1,4 @@
-"""`plane_conv` in Triton: an implicit matrix product over all planes, or the vendor's convolution where that should win."""
+"""`plane_conv` in Triton: one implicit matrix product for all planes, or the vendor's convolution where chosen."""
 
 from __future__ import annotations
 

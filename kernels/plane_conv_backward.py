@@ -74,8 +74,8 @@ def _weight_gradient(
 ):  # fmt: skip
     """One tile of PARTS (parts, written, 9, channels), of one tap and one part's `steps` steps of BLOCK_K rows."""
     across = tl.cdiv(channels, BLOCK_N)
-    out = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = (tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    channel = (tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     tap, part = tl.program_id(1), tl.program_id(2)
     down, right = tap // 3 - 1, tap % 3 - 1
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -91,7 +91,7 @@ def _weight_gradient(
         mask = inside[:, None] & (channel < channels)[None, :]
         x = tl.load(X + at + (channel * channel_stride)[None, :], mask=mask, other=0.0)
         total = tl.dot(tl.trans(grad), x, total, input_precision=PRECISION)
-    at = PARTS + ((part.to(tl.int64) * written + out)[:, None] * 9 + tap) * channels + channel[None, :]
+    at = PARTS + ((part * written + out)[:, None] * 9 + tap) * channels + channel[None, :]
     mask = (out < written)[:, None] & (channel < channels)[None, :]
     tl.store(at, total.to(PARTS.dtype.element_ty), mask=mask)
 

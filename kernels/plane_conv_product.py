@@ -86,28 +86,27 @@ CONV = ConfigTable(
     },
     candidates=tuple(
         tile(m, n, k, warps, stages)
-        for m, n, k, warps in ((32, 64, 128, 8), (64, 64, 64, 4), (128, 64, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8))
+        for m, n, k, warps in (
+            (32, 64, 128, 8),
+            (64, 64, 64, 4),
+            (128, 64, 64, 4),
+            (128, 128, 64, 8),
+            (128, 256, 64, 8),
+        )
         for stages in (2, 3, 4)
     ),
 )
-# The vendor's convolution (cuDNN) or this file's. Reasoned, not measured: three convolutions, their bias and copies
-# into and out of dense planes cost about 14 us of launches and 4 times the bytes of x at 3 TB/s; where a library on
-# Hopper and Blackwell (wgmma, TMA) reaches 600 and this kernel 400 TFLOP/s, that pays from about 8192 rows of 512
-# channels on. On the others both are fed by the same instructions.
+# The vendor's convolution (cuDNN) is taken from ROWS rows on, with CHANNELS channels or more on both sides. Reasoned,
+# not measured: three convolutions, their bias and copies into and out of dense planes cost about 14 us of launches and
+# 4 times the bytes of x at 3 TB/s; where a library on Hopper and Blackwell (wgmma, TMA) reaches 600 and this kernel 400
+# TFLOP/s, that pays from about 8192 rows of 512 channels on. On the others both are fed by the same instructions.
+NEVER, ALWAYS = Config({"ROWS": 1 << 62, "CHANNELS": 1}), Config({"ROWS": 1, "CHANNELS": 1})
+LARGE = Config({"ROWS": 8192, "CHANNELS": 512})
 CHOICE = ConfigTable(
     "plane_conv_choice",
-    {
-        (ANY, ANY, ANY): Config({"VENDOR": 0}),
-        ("sm90", "wide", ANY): Config({"VENDOR": 1}),
-        ("sm100", "wide", ANY): Config({"VENDOR": 1}),
-    },
-    candidates=(Config({"VENDOR": 0}), Config({"VENDOR": 1})),
+    {(ANY, ANY, ANY): NEVER, ("sm90", ANY, ANY): LARGE, ("sm100", ANY, ANY): LARGE},
+    candidates=(NEVER, ALWAYS),
 )
-
-
-def choice_class(rows: int, channels: int, written: int) -> str:
-    """The shape class of the choice: "wide" from 8192 rows on with at least 512 channels on both sides."""
-    return "wide" if rows >= 8192 and min(channels, written) >= 512 else "other"
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -164,7 +163,7 @@ def _convolve(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(part * steps, tl.minimum((part + 1) * steps, 9 * blocks)):
         tap = step // blocks
-        channel = step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        channel = (step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
         shift = ((tap // 3 - 1) * columns + (tap % 3 - 1)).to(tl.int64) * stride
         mask = ((bits >> tap) & 1 != 0)[:, None] & (channel < channels)[None, :]
         a = tl.load((x + shift)[:, None] + (channel * channel_stride)[None, :], mask=mask, other=0.0)
@@ -188,14 +187,16 @@ def _add_parts(
     mask = at < elements
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(COUNT):
-        total += tl.load(PARTS + part * elements + at, mask=mask, other=0.0)
+        total += tl.load(PARTS + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
     if BIAS is not None:
         total += tl.load(BIAS + at % written, mask=mask, other=0.0).to(tl.float32)
     tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=mask)
 
 
 ADD = ConfigTable(
-    "plane_conv_add", {(ANY, ANY, ANY): Config({"BLOCK": 1024})}, candidates=tuple(Config({"BLOCK": b}) for b in (512, 2048))
+    "plane_conv_add",
+    {(ANY, ANY, ANY): Config({"BLOCK": 1024})},
+    candidates=tuple(Config({"BLOCK": b}) for b in (512, 2048)),
 )
 
 
@@ -239,5 +240,7 @@ def convolve_by_vendor(x: Tensor, weight: Tensor, bias: Tensor | None, planes: S
 
 
 def vendor_is_chosen(x: Tensor, written: int) -> bool:
-    shape = choice_class(x.shape[0] * x.shape[1], x.shape[2], written)
-    return bool(CHOICE(x.device, shape, x.dtype).blocks["VENDOR"])
+    """Whether the convolution of `x` (B, N, C) to `written` channels goes to `convolve_by_vendor`."""
+    rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+    least = CHOICE(x.device, shape_class(rows, channels, written, x.dtype), x.dtype).blocks
+    return rows >= least["ROWS"] and min(channels, written) >= least["CHANNELS"]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import silu
 from pvdm_fast.kernels.plane_norm_backward import backward
 from pvdm_fast.kernels.plane_norm_tiles import (
     chunk_config,
@@ -182,7 +183,7 @@ def _apply(
     gain, rest = load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, GROUPS * WIDTH)
     y = ((values - origin[None, :, None]) - mean[None, :, None]) * (rstd[:, None] * gain)[None, :, :] + rest[None, :, :]
     if ACTIVATION:
-        y = y * tl.sigmoid(y)
+        y = silu(y)
     written = first * 4 if RESAMPLE > 0 else first // 4 if RESAMPLE < 0 else first
     _store_resampled(
         Y + b * y_batch_stride + written.to(tl.int64) * (GROUPS * WIDTH), y, begin, tokens, columns, channel, inside,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import silu_derivative
 from pvdm_fast.kernels.plane_norm_tiles import (
     chunk_config,
     constants_of,
@@ -91,9 +92,7 @@ def _normed_and_gradient(
     dz = _load_gradient(GRAD, grad_stride, token, columns, channel, mask, RESAMPLE)
     n = tl.where(mask, (x - mean[None, :, None]) * rstd[None, :, None], 0.0)
     if ACTIVATION:
-        z = n * gain[None, :, :] + rest[None, :, :]
-        s = tl.sigmoid(z)
-        dz = dz * (s + z * s * (1.0 - s))
+        dz = dz * silu_derivative(n * gain[None, :, :] + rest[None, :, :])
     return n, dz
 
 

@@ -10,10 +10,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h; a threshold of -1 becomes t
 def keep_freed_memory() -> bool:
     """Ask glibc's malloc to keep freed memory for the next allocation, for the rest of this process.
 
-    It gives blocks above 32 MiB back at once, and the kernel zeroes every page anew when they are taken again. A full
-    training pass of the base denoiser on a CPU thereby spent 18 % of its CPU time in the kernel (339,000 page faults;
-    with this, 2,800 and none), for the same peak. A program's own choice: commands call it, importing the package does
-    not.
+    It gives large blocks back at once, and the kernel zeroes every page anew when they are taken again. A training pass
+    of the base denoiser on a CPU thereby spent 18 % of its CPU time in the kernel (339,000 page faults; with this 2,800
+    and no measurable time), for the same peak. A program's own choice: commands call it, importing the package doesn't.
 
     Returns:
         Whether there was a malloc to ask; False on systems without glibc, where nothing changes.

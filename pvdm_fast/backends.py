@@ -38,10 +38,12 @@ PACKAGE = {
     "cuda": "pvdm_fast.native.cuda",
 }
 BACKENDS = tuple(PACKAGE)
+# Not among OPERATIONS: without gradient, and used only where a kernel serves it (pvdm_fast/ops/attention_block.py).
+FUSED = ("attention_block",)
 SERVED: dict[str, tuple[str, ...]] = {
-    "reference": OPERATIONS,
+    "reference": (*OPERATIONS, *FUSED),
     "cpu": OPERATIONS,
-    "triton": OPERATIONS,
+    "triton": (*OPERATIONS, *FUSED),
     "cuda": ("segment_attention", "axial_attention", "plane_norm", "triplane_slice", "triplane_expand"),
 }
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -190,6 +192,14 @@ def choose(op: str, name: str, inputs: Sequence[Any]) -> ModuleType:
 
 def _tf32(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+@torch.compiler.assume_constant_result
+def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether `backend` is what computes `op` for tensors of this kind, where `name` (or "auto") is asked for."""
+    if name == "auto":
+        return ranking(op, torch.device(device), dtype)[0] == backend
+    return name == backend and why_not(name, op, torch.empty(0, dtype=dtype, device=device)) is None
 
 
 @cache

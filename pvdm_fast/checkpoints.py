@@ -222,7 +222,15 @@ def to_release(model: Autoencoder | Denoiser) -> dict[str, Tensor]:
     """The release's state dict of a model, its buffers included; loadable by the release's own code.
 
     A model that came from `load_release_*` gives back the names it was loaded with, bit for bit.
+
+    Raises:
+        CheckpointError: a denoiser with learned positions, or one that predicts v: the release has neither.
     """
+    if model.config.get("positions") or model.config.get("prediction", "noise") != "noise":
+        raise CheckpointError(
+            "The release has no denoiser with learned positions or the prediction v: train one with positions=False "
+            'and prediction="noise".'
+        )
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     names: dict[str, str] | None = getattr(model, "release_names", None)
     if names is None:

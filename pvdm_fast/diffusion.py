@@ -45,8 +45,9 @@ def diffusion_loss(
     condition: Tensor,
     noise: Tensor,
     timestep: Tensor,
+    prediction: str = "noise",
 ) -> Tensor:
-    """Mean squared error of the predicted noise, a float32 scalar.
+    """Mean squared error of the predicted noise, or of v, a float32 scalar.
 
     Args:
         denoiser: called as ``denoiser(noisy, timestep, condition=condition).sample``.
@@ -54,10 +55,15 @@ def diffusion_loss(
         condition: latents of the preceding clips (B, D, N); zeros where there is none.
         noise: standard normal (B, D, N).
         timestep: (B,) int64 in [0, 1000).
+        prediction: "noise", or "v": the error of the v = sqrt(a) noise - sqrt(1 - a) latent that goes with the
+            predicted noise, which is the noise's error divided by sqrt(a).
     """
     noisy = schedule.q_sample(target, noise, timestep)
     predicted: Tensor = denoiser(noisy, timestep, condition=condition).sample  # type: ignore[attr-defined]
-    return F.mse_loss(predicted.float(), noise.float())
+    if prediction == "noise":
+        return F.mse_loss(predicted.float(), noise.float())
+    error = (predicted.float() - noise.float()).square().flatten(1).mean(1)
+    return (error / schedule.alphas_cumprod[timestep]).mean()
 
 
 def joint_batch(

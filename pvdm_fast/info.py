@@ -14,6 +14,7 @@ import torch
 
 import pvdm_fast
 from pvdm_fast import backends, native
+from pvdm_fast.kernels.configs import user_table
 
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "accelerate", "safetensors", "av", "nvidia-ml-py", "tensorboard")
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -71,6 +72,12 @@ def gpu_facts() -> dict[str, Any]:
         pynvml.nvmlShutdown()
 
 
+def triton_facts() -> dict[str, Any]:
+    """Whether Triton's kernels would be interpreted, and the file of configurations that were measured here."""
+    path = user_table()
+    return {"interpreter": backends.interpreting(), "user_table": str(path), "user_table_present": path.exists()}
+
+
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
@@ -86,6 +93,7 @@ def collect() -> dict[str, Any]:
         },
         "cpu": cpu_facts(),
         "gpu": gpu_facts() | {"usable_by_torch": torch.cuda.is_available()},
+        "triton": triton_facts(),
         "build": native.build_info(),
         "backends": {name: backends.unavailable(name) for name in backends.BACKENDS},
         "operations": backends.report(),
@@ -127,7 +135,7 @@ def _table(operations: dict[str, dict[str, str | None]]) -> list[str]:
 
 def machine(facts: dict[str, Any]) -> list[str]:
     """What `collect()` found, but for the table of operations, as lines of text."""
-    cpu, gpu = facts["cpu"], facts["gpu"]
+    cpu, gpu, triton = facts["cpu"], facts["gpu"], facts["triton"]
     lines = ["Versions"]
     versions = {name: value for name, value in facts["versions"].items() if name != "torch_cuda"}
     lines += [f"  {name:<14} {value or 'not installed'}" for name, value in versions.items()]
@@ -140,6 +148,10 @@ def machine(facts: dict[str, Any]) -> list[str]:
     ] or [f"  none: {gpu.get('reason', 'the driver lists none.')}"]
     if gpu["devices"] and not gpu["usable_by_torch"]:
         lines.append("  PyTorch can't use it: install a CUDA build of PyTorch")
+    lines += ["", "Triton", f"  {facts['versions']['triton'] or 'not installed'}"]
+    lines += ["  TRITON_INTERPRET is set: kernels run in the interpreter, on the CPU"] if triton["interpreter"] else []
+    measured = "" if triton["user_table_present"] else "none, python -m pvdm_fast.tune would write "
+    lines += [f"  configurations measured here: {measured}{triton['user_table']}"]
     lines += ["", "Build", *_build_lines(facts["build"]), "", "Backends"]
     return lines + [f"  {name:<10} {reason or 'runs here'}" for name, reason in facts["backends"].items()]
 

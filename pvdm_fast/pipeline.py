@@ -29,11 +29,16 @@ class NoiseSource:
 
 
 def predict_noise(
-    denoiser: Denoiser, latent: Tensor, timestep: int, condition: Tensor | None = None, guidance: float = 0.0
+    denoiser: Denoiser, latent: Tensor, timestep: int | Tensor, condition: Tensor | None = None, guidance: float = 0.0
 ) -> Tensor:
-    """Predicted noise (B, D, N); with guidance w it is (1 + w) eps(condition) - w eps(zeros), in one batched pass."""
-    batch = latent.shape[0]
-    times = torch.full((batch,), timestep, dtype=torch.long, device=latent.device)
+    """Predicted noise (B, D, N), in the denoiser's dtype.
+
+    With guidance w it is (1 + w) eps(condition) - w eps(zeros), in one batched pass.
+    """
+    batch, latent = latent.shape[0], latent.to(next(denoiser.parameters()).dtype)
+    times = timestep
+    if not isinstance(times, Tensor):
+        times = torch.full((batch,), times, dtype=torch.long, device=latent.device)
     if condition is None or guidance == 0:
         return denoiser(latent, times, condition=condition).sample
     both = torch.cat([condition, torch.zeros_like(condition)])
@@ -53,6 +58,7 @@ def sample_latents(
     condition: Tensor | None = None,
     guidance: float = 0.0,
     eta: float = 1.0,
+    predict: Callable[..., Tensor] = predict_noise,
     progress: Progress | None = None,
 ) -> Tensor:
     """Denoise latents from pure noise.
@@ -66,6 +72,7 @@ def sample_latents(
         condition: latents (B, D, N) of the clips before, or None.
         guidance: weight w of :func:`predict_noise`; without a condition it changes nothing.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
+        predict: what predicts the noise, with the arguments of :func:`predict_noise`.
         progress: called as ``progress(steps done, steps)``.
 
     Returns:
@@ -75,7 +82,7 @@ def sample_latents(
     scheduler.set_timesteps(steps, device=device)
     latent = noise(shape).to(device)
     for done, timestep in enumerate(scheduler.timesteps.tolist(), start=1):
-        predicted = predict_noise(denoiser, latent, timestep, condition, guidance).float()
+        predicted = predict(denoiser, latent, timestep, condition, guidance).float()
         latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
         if progress is not None:
             progress(done, steps)
@@ -111,6 +118,7 @@ def sample_video(
     guidance: float = 0.0,
     eta: float = 1.0,
     seed: int = 0,
+    cuda_graph: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """Videos of any length: the model's clips one after the other, each conditioned on the latent of the one before.
@@ -122,19 +130,22 @@ def sample_video(
         steps, guidance, eta: as for :func:`sample_latents`; the first clip has no condition.
         scheduler: "ddim", "ddpm" or "dpm++".
         seed: decides everything: the same seed gives the same videos on the same machine.
+        cuda_graph: capture the denoiser's pass as a CUDA graph and replay it in every step. Not yet run on a GPU.
         progress: called as ``progress(steps done, steps in all)``.
 
     Returns:
         (B, 3, frames, H, W) float32 in [-1, 1], on the CPU.
 
     Raises:
-        UserError: the two models don't belong together, or a number is out of range.
+        UserError: the two models don't belong together, or a number is out of range; a CUDA graph without a GPU.
     """
+    from pvdm_fast.cuda_graph import graphed_prediction
     from pvdm_fast.schedulers import make_scheduler
 
     check_pair(autoencoder, denoiser)
     if clips < 1 or frames < 1:
         raise UserError(f"clips and frames must be at least 1, not {clips} and {frames}")
+    predict = graphed_prediction(denoiser) if cuda_graph else predict_noise
     layout = denoiser.layout
     shape = (clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
     rounds = math.ceil(frames / layout.time)
@@ -156,9 +167,10 @@ def sample_video(
             condition=latent,
             guidance=guidance,
             eta=eta,
+            predict=predict,
             progress=report,
         )
-        videos.append(autoencoder.decode(latent).sample.float().cpu())
+        videos.append(autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu())
     return torch.cat(videos, dim=2)[:, :, :frames]
 
 

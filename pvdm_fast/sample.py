@@ -49,6 +49,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fps", type=float, default=8.0, metavar="X", help="frames a second (default: %(default)s)")
     parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     parser.add_argument(
+        "--dtype",
+        default="fp32",
+        metavar="{fp32,bf16}",
+        help="of weights and activations; a CPU without bf16 units takes fp32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay the denoiser's pass as a CUDA graph in every step; needs a GPU, and has not yet been run on one",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("samples.mp4"),
@@ -58,19 +69,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_models(run: Path, device: str) -> tuple[Autoencoder, Denoiser]:
-    """The models of a run in eval mode; raises UserError where one is missing."""
+def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denoiser]:
+    """The models of a run in eval mode, in float32 or bfloat16; raises UserError where one is missing."""
     import torch
 
     from pvdm_fast.models import Autoencoder, Denoiser
+    from pvdm_fast.precision import bfloat16_serves
 
     for name in ("autoencoder", "denoiser"):
         if not (run / name / "config.json").is_file():
             raise UserError(f"there is no trained {name} in {run / name}: train it, or finish with --resume {run}")
     place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
+    low = dtype == "bf16" and bfloat16_serves(place, "--dtype bf16")
+    compute = torch.bfloat16 if low else torch.float32
     return (
-        Autoencoder.from_pretrained(run / "autoencoder").to(place).eval(),
-        Denoiser.from_pretrained(run / "denoiser").to(place).eval(),
+        Autoencoder.from_pretrained(run / "autoencoder", torch_dtype=compute).to(place).eval(),
+        Denoiser.from_pretrained(run / "denoiser", torch_dtype=compute).to(place).eval(),
     )
 
 
@@ -105,9 +119,11 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"cannot write {options.out}: its name must end in {', '.join(SUFFIXES)}")
     if options.device not in ("auto", "cpu"):
         raise UserError(f"--device must be auto or cpu, not {options.device!r}")
+    if options.dtype not in ("fp32", "bf16"):
+        raise UserError(f"--dtype must be fp32 or bf16, not {options.dtype!r}")
     if not options.fps > 0:
         raise UserError(f"--fps must be positive, not {options.fps}")
-    autoencoder, denoiser = load_models(options.run, options.device)
+    autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
     with make_bar("sampling", options.steps) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -124,6 +140,7 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
             guidance=options.guidance,
             eta=options.eta,
             seed=options.seed,
+            cuda_graph=options.cuda_graph,
             progress=progress,
         )
     write(options.out, videos, options.fps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pvdm_fast.allocator import keep_freed_memory
 from pvdm_fast.errors import run_command
 
 
@@ -20,7 +19,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         run_training(request)
 
-    keep_freed_memory()
     return run_command(train)
 
 

@@ -5,7 +5,8 @@ The kernels are tuned for these calls (`pvdm_fast.tune`) and compiled ahead of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pvdm_fast import backends
 from pvdm_fast.models.presets import DENOISER, preset
 
 Fill = Callable[[Tensor], Tensor]
@@ -94,13 +96,21 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def calls(size: str, dtype: torch.dtype, batch: int = 1, mixed: bool = False) -> list[Call]:
-    """All different calls that both networks of a preset make, forward and backward.
+def calls(
+    size: str,
+    dtype: torch.dtype,
+    batch: int = 1,
+    mixed: bool = False,
+    denoiser: dict[str, Any] | None = None,
+    autoencoder: dict[str, Any] | None = None,
+) -> list[Call]:
+    """All different calls that both networks of a preset make where Triton serves: without gradient, then with.
 
     Args:
         size: a preset: "tiny", "small", "base".
         dtype: of weights and activations; with `mixed`, autocast's, the weights being float32.
         batch: clips.
+        denoiser, autoencoder: arguments of theirs in place of the preset's.
 
     Raises:
         ValueError: no preset of that name.
@@ -113,15 +123,28 @@ def calls(size: str, dtype: torch.dtype, batch: int = 1, mixed: bool = False) ->
         torch.set_default_dtype(torch.float32 if mixed else dtype)
         with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=mixed):
             for network, inputs in (
-                (Denoiser.from_preset(size), _denoiser_inputs),
-                (Autoencoder.from_preset(size), _autoencoder_inputs),
+                (Denoiser.from_preset(size, **(denoiser or {})), _denoiser_inputs),
+                (Autoencoder.from_preset(size, **(autoencoder or {})), _autoencoder_inputs),
             ):
-                with recorder:
+                with recorder, _served_by_triton():
+                    with torch.no_grad():
+                        network(*inputs(network, batch))
                     sample = network(*inputs(network, batch)).sample
                     torch.autograd.grad(sample, list(network.parameters()), torch.empty_like(sample), allow_unused=True)
     finally:
         torch.set_default_dtype(default)
     return list(recorder.calls)
+
+
+@contextmanager
+def _served_by_triton() -> Iterator[None]:
+    """The networks ask whether a kernel serves before they fuse: yes, though Triton may not run here."""
+    before = backends.serves
+    backends.serves = lambda backend, op, *_: op in backends.SERVED[backend]
+    try:
+        yield
+    finally:
+        backends.serves = before
 
 
 def _denoiser_inputs(network: Any, batch: int) -> tuple[Tensor, ...]:

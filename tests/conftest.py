@@ -19,3 +19,12 @@ if find_spec("triton"):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs so much memory runs only where it is asked for."""
+    if "huge" in config.getoption("markexpr"):
+        return
+    for item in items:
+        if item.get_closest_marker("huge"):
+            item.add_marker(pytest.mark.skip(reason="needs 15 GB of memory: run with -m huge"))

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -45,12 +46,48 @@ def test_unknown_name() -> None:
         use_backend("gpu")
 
 
+@pytest.fixture
+def fresh_reasons() -> Iterator[None]:
+    """Why a backend can't run is found out once a process: again for this test, and again after it."""
+    for found in (backends.unavailable, backends.ranking):
+        found.cache_clear()
+    yield
+    for found in (backends.unavailable, backends.ranking):
+        found.cache_clear()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_backend_by_name_that_cannot_run_raises(name: str) -> None:
+def test_backend_by_name_that_cannot_run_raises(
+    name: str, fresh_reasons: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(BackendError, match=rf"Backend '{name}' cannot run here: .*"):
         use_backend(name)
     assert backends.requested() == "auto"
+
+
+def test_triton_not_installed(fresh_reasons: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"Backend 'triton' cannot run here: triton is not installed: pip install"):
+        use_backend("triton")
+    assert all("not installed" in str(row["triton"]) for row in backends.report("cpu").values())
+
+
+def test_everything_else_works_without_triton() -> None:
+    """The package, its choice of backends and an operation, where `import triton` fails."""
+    code = """
+import sys
+sys.modules["triton"] = None  # what makes `import triton` an ImportError
+import torch, pvdm_fast
+from pvdm_fast import info, ops, tune
+print(ops.geglu(torch.ones(1, 4)).shape)
+info.main([])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("torch.Size([1, 2])")
 
 
 def test_backend_by_name_does_not_fall_back() -> None:
@@ -125,7 +162,7 @@ def test_report_covers_everything() -> None:
 
 
 def test_served_operations_exist() -> None:
-    assert all(op in OPERATIONS for served in SERVED.values() for op in served)
+    assert all(op in (*OPERATIONS, *backends.FUSED) for served in SERVED.values() for op in served)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,25 @@ def test_text_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
         reason = backends.unavailable(backend)
         assert reason is None or reason in text
     assert "chosen automatically" in text
+
+
+def test_triton(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its version, whether it interprets, and where measured configurations are."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(info, "installed_version", lambda name: "3.9.0" if name == "triton" else None)
+    table = tmp_path / "pvdm_fast" / "triton.json"
+    info.main([])
+    text = capsys.readouterr().out
+    assert "Triton\n  3.9.0\n  TRITON_INTERPRET is set" in text
+    assert f"measured here: none, python -m pvdm_fast.tune would write {table}" in text
+    table.parent.mkdir()
+    table.write_text("{}")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    info.main([])
+    text = capsys.readouterr().out
+    assert "TRITON_INTERPRET" not in text.partition("Triton\n")[2].partition("Build")[0]
+    assert f"measured here: {table}" in text
+    assert info.triton_facts() == {"interpreter": False, "user_table": str(table), "user_table_present": True}
 
 
 def test_build_facts() -> None:

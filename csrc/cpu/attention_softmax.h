@@ -74,6 +74,15 @@ PVDM_INLINE float sum_of(Vec x) {
   return sum;
 }
 
+// Whether any number is so large that its own rounding is felt in an exponent.
+PVDM_INLINE bool any_huge(Vec x) {
+  const Ints huge = (x > 0x1p24f) | (x < -0x1p24f);
+  int64_t words[lanes / 2], all = 0;
+  memcpy(words, &huge, sizeof words);
+  for (int64_t word : words) all |= word;
+  return all != 0;
+}
+
 // A block of scores becomes probabilities, in place, relative to the maximum so far. Keys x queries, rows of
 // block_queries; `vectors` of queries. maximum, total: of each query; factor: what earlier sums must be multiplied with.
 // Pairs: rows 2i and 2i + 1 end up side by side in row i.
@@ -90,10 +99,15 @@ void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, boo
     for (; j < keys; j++) tops[0] = larger(tops[0], load(s + j * block_queries));
     Vec top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])) * scale;
     if (!first) top = larger(load(maximum + v * lanes), top);
+    float by = scale;
+    if (any_huge(top)) {  // one operation may keep s * scale exact, while top is rounded: by 128 at 3e9
+      for (j = 0; j < keys; j++) store(s + j * block_queries, load(s + j * block_queries) * scale);
+      by = 1;
+    }
     Vec sums[2] = {};
     for (j = 0; j + 2 <= keys; j += 2) {
-      const Vec a = exp2<Op>(load(s + j * block_queries) * scale - top);
-      const Vec b = exp2<Op>(load(s + (j + 1) * block_queries) * scale - top);
+      const Vec a = exp2<Op>(load(s + j * block_queries) * by - top);
+      const Vec b = exp2<Op>(load(s + (j + 1) * block_queries) * by - top);
       sums[0] += a;
       sums[1] += b;
 #if defined(PVDM_ISA_AVX512BF16)
@@ -106,7 +120,7 @@ void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, boo
       store(s + (j + 1) * block_queries, b);
     }
     if (j < keys) {
-      const Vec a = exp2<Op>(load(s + j * block_queries) * scale - top);
+      const Vec a = exp2<Op>(load(s + j * block_queries) * by - top);
       sums[0] += a;
 #if defined(PVDM_ISA_AVX512BF16)
       store(s + j / Op::step * block_queries, Op::step == 2 ? paired(a, Vec{}) : a);

@@ -15,6 +15,7 @@ from pvdm_fast import ops
 from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, preset
 from pvdm_fast.nn import AxialTransformer, PlaneProjection
+from pvdm_fast.nn.linear import Linear, linear
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
                 )
         layout = self.layout = TriplaneLayout(frames, height // patch_size, width // patch_size)
         self.encoder = AxialTransformer(channels, depth, num_heads, head_dim)
-        self.encoder.to_patch_embedding = nn.Linear(3 * patch_size**2, channels)
+        self.encoder.to_patch_embedding = Linear(3 * patch_size**2, channels)
         self.decoder = AxialTransformer(channels, depth, num_heads, head_dim)
         self.to_pixel = nn.ModuleDict({"1": nn.ConvTranspose2d(channels, 3, patch_size, stride=patch_size)})
         self.register_buffer("coords", torch.linspace(-1, 1, frames)[:, None])  # only kept for release state dicts
@@ -106,7 +107,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         p, layout = self.config.patch_size, self.layout
         patches = video.unflatten(4, (layout.width, p)).unflatten(3, (layout.height, p))  # (B, 3, T, h, p, w, p)
         patches = patches.permute(0, 2, 3, 5, 4, 6, 1).reshape(video.shape[0], layout.num_lattice_tokens, -1)
-        to_tokens = cast(nn.Linear, self.encoder.to_patch_embedding)
+        to_tokens = cast(Linear, self.encoder.to_patch_embedding)
         lattice = self.encoder(to_tokens(patches), layout)
         planes = []
         for name in PLANE_NAMES:
@@ -114,7 +115,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
             sequences = ops.triplane_slice(lattice, layout, name, token.flatten(), positions.squeeze(0))
             plane = getattr(self, f"{name}_quant_attn")(sequences)
             to_latent = getattr(self, f"pre_{name}")
-            planes.append(nn.functional.linear(plane, to_latent.weight.flatten(1), to_latent.bias))
+            planes.append(linear(plane, to_latent.weight.flatten(1), to_latent.bias))
         return EncoderOutput(latent=torch.cat(planes, dim=1).tanh().transpose(1, 2).contiguous())
 
     def decode(self, latent: Tensor) -> AutoencoderOutput:
@@ -141,7 +142,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         lattice = ops.triplane_expand(latent.transpose(1, 2), layout, weight, bias)
         lattice = self.decoder(lattice, layout)
         to_pixel = cast(nn.ConvTranspose2d, self.to_pixel["1"])
-        pixels = lattice @ to_pixel.weight.flatten(1).to(lattice.dtype)  # (B, T h w, 3 p p)
+        pixels = linear(lattice, to_pixel.weight.flatten(1).t())  # (B, T h w, 3 p p)
         pixels = pixels.view(latent.shape[0], layout.time, layout.height, layout.width, 3, p, p)
         pixels = pixels + cast(Tensor, to_pixel.bias)[:, None, None].to(pixels.dtype)
         pixels = pixels.permute(0, 4, 1, 2, 5, 3, 6).reshape(

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.utils.checkpoint
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from pvdm_fast.diffusion import NoiseSchedule
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.models.presets import DENOISER, preset
 from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention
@@ -34,6 +34,25 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
+class PlanePositions(nn.Module):
+    """Learned vectors that say where a token is: one for each row, column and time, shared by the planes that have
+    that axis, and one for each plane. Without them the planes, which share all other weights, can tell neither each
+    other nor matching places apart except by what they hold."""
+
+    def __init__(self, layout: TriplaneLayout, channels: int) -> None:
+        super().__init__()
+        self.time = nn.Parameter(0.5 * torch.randn(layout.time, channels))
+        self.height = nn.Parameter(0.5 * torch.randn(layout.height, channels))
+        self.width = nn.Parameter(0.5 * torch.randn(layout.width, channels))
+        self.plane = nn.Parameter(0.5 * torch.randn(3, channels))
+
+    def forward(self) -> Tensor:
+        """(N, C), in the order of the packed tokens."""
+        axes = ((self.height, self.width), (self.time, self.width), (self.time, self.height))
+        planes = [rows[:, None] + columns + plane for (rows, columns), plane in zip(axes, self.plane, strict=True)]
+        return torch.cat([plane.flatten(0, 1) for plane in planes])
+
+
 class Denoiser(ModelMixin, ConfigMixin):
     """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
 
@@ -43,9 +62,13 @@ class Denoiser(ModelMixin, ConfigMixin):
         model_channels: of the first level, a multiple of 32. channel_mult: factor of each level.
         num_res_blocks: residual blocks a level. attention_resolutions: downsampling factors (1, 2, 4, ...) at which
             planes attend to themselves too. num_heads: of every attention.
+        positions: learned positions of the tokens, which the release doesn't have.
+        prediction: what the network itself puts out: "noise" (the release's), or "v" = sqrt(a) noise - sqrt(1 - a)
+            latent (Salimans and Ho 2022), a being the noise level's alphas_cumprod. `forward` returns the noise in
+            either case; but from v it is exact where there is nothing but noise.
 
     Raises:
-        ValueError: sizes that don't divide.
+        ValueError: sizes that don't divide; an unknown prediction.
     """
 
     _supports_gradient_checkpointing = True
@@ -62,17 +85,24 @@ class Denoiser(ModelMixin, ConfigMixin):
         num_res_blocks: int = 2,
         attention_resolutions: Sequence[int] = (4, 2, 1),
         num_heads: int = 8,
+        positions: bool = False,
+        prediction: str = "noise",
     ) -> None:
         super().__init__()
+        if prediction not in ("noise", "v"):
+            raise ValueError(f'The prediction must be "noise" or "v", not {prediction!r}.')
         self.layout = TriplaneLayout(time, height, width)
         self.layout.downsample(2 ** (len(channel_mult) - 1))
-        self.gradient_checkpointing = False
         embedding = 4 * model_channels
         self.zeros: Tensor
         self.register_buffer("zeros", torch.zeros(1, latent_channels, self.layout.num_tokens))
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+        if prediction == "v":  # as bits: floats would be rounded when the model is moved to bfloat16
+            levels = NoiseSchedule.create().alphas_cumprod.view(torch.int32)
+            self.register_buffer("noise_levels", levels, persistent=False)
+        self.position_vectors = PlanePositions(self.layout, model_channels) if positions else None
         self._build_input(embedding)
         self._build_middle(embedding)
         self._build_output(embedding)
@@ -143,7 +173,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
         Args:
             latent: (B, D, N) packed noisy planes. Differentiable.
-            timestep: (B,), or one number for all.
+            timestep: (B,), or one number for all; for the prediction "v" whole numbers in [0, 1000).
             condition: (B, D, N), the latent of the clip before; None: unconditional (zeros). Differentiable.
 
         Returns:
@@ -164,12 +194,18 @@ class Denoiser(ModelMixin, ConfigMixin):
         embedding = timestep_embedding(timestep, self.config.model_channels)
         embedding = self.time_embed(embedding.to(self.zeros.dtype))
         tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)
-        return DenoiserOutput(sample=self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype))
+        sample = self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype)
+        if self.config.prediction == "v":
+            level = self.noise_levels.view(torch.float32)[timestep].view(-1, 1, 1)
+            sample = (level.sqrt() * sample + (1 - level).sqrt() * latent).to(latent.dtype)
+        return DenoiserOutput(sample=sample)
 
     def _unet(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, N, 2 D) -> (B, N, D)."""
         layout: PlaneLayout = self.layout
         x = cast(nn.ModuleList, self.input_blocks[0])[0](x, layout)
+        if self.position_vectors is not None:
+            x = x + self.position_vectors().to(x.dtype)
         skips = [x]
         for block, attention in zip(self.input_blocks[1:], self.input_attns[1:], strict=True):
             x, layout = self._run_block(block, attention, x, embedding, layout)
@@ -183,16 +219,11 @@ class Denoiser(ModelMixin, ConfigMixin):
     def _run_block(
         self, block: nn.Module, attention: nn.Module, x: Tensor, embedding: Tensor, layout: PlaneLayout
     ) -> tuple[Tensor, PlaneLayout]:
-        """A block's modules, then the attention across planes; recomputed in the backward pass where asked for."""
+        """A block's modules, then the attention across planes."""
         for module in cast(nn.ModuleList, block):
             if isinstance(module, ResidualBlock):
-                x = self._run(module, x, embedding, layout)
+                x = module(x, embedding, layout)
                 layout = module.output_layout(layout)
             else:
-                x = self._run(cast(PlaneAttention, module).forward_planes, x, layout)
-        return self._run(cast(TriplaneAttention, attention).forward_tokens, x), layout
-
-    def _run(self, function: Any, *arguments: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
+                x = cast(PlaneAttention, module).forward_planes(x, layout)
+        return cast(TriplaneAttention, attention).forward_tokens(x), layout

@@ -16,7 +16,7 @@ AUTOENCODER: dict[str, dict[str, Any]] = {
 DENOISER: dict[str, dict[str, Any]] = {
     "tiny": dict(
         time=8, height=8, width=8, model_channels=64, channel_mult=[1], num_res_blocks=1,
-        attention_resolutions=[], num_heads=4,
+        attention_resolutions=[], num_heads=4, positions=True, prediction="v",
     ),
     "small": dict(
         time=16, height=16, width=16, model_channels=128, channel_mult=[1, 2, 3], num_res_blocks=2,

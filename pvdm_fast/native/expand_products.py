@@ -7,6 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.native.cpu import gemm
 
 
 def products(sums: Tensor, planes: Tensor, weight: Tensor, layout: TriplaneLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,7 +21,11 @@ def products(sums: Tensor, planes: Tensor, weight: Tensor, layout: TriplaneLayou
     for plane, (start, stop) in enumerate(pairwise(layout.offsets)):
         part = sums[:, start:stop].flatten(0, 1)
         latent = planes[:, start:stop].float().flatten(0, 1)
-        dplanes[:, start:stop] = (part @ weight[plane].float()).unflatten(0, (batch, stop - start))
-        dweight[plane] = part.mT @ latent
+        matrix = weight[plane].float()
+        if part.device.type == "cpu":
+            dlatent, dweight[plane] = gemm.linear(part, matrix.t()), gemm.weight_gradient(part, latent)
+        else:
+            dlatent, dweight[plane] = part @ matrix, part.mT @ latent
+        dplanes[:, start:stop] = dlatent.unflatten(0, (batch, stop - start))
         dbias[plane] = part.sum(0)
     return dplanes, dweight, dbias

@@ -17,7 +17,7 @@ def sequences_of(x: Tensor, axis: str) -> Tensor:
 def sequences_to_fill(like: Tensor, axis: str) -> tuple[Tensor, Tensor]:
     """What kernels fill, and its sequences, which share its memory: `like` itself where its strides allow."""
     sequences = sequences_of(like, axis)
-    if sequences.data_ptr() == like.data_ptr():
+    if torch._C._is_alias_of(sequences, like):  # shares its memory, known of tensors without memory too
         return like, sequences
     dense = torch.empty_like(like, memory_format=torch.contiguous_format)
     return dense, sequences_of(dense, axis)

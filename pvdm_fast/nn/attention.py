@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvdm_fast import ops
 from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.nn import checkpointing
+from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.planes import NORM_GROUPS, PlaneNorm
 
 
@@ -25,6 +26,9 @@ class TriplaneAttention(nn.Module):
         channels: C, a multiple of 32.
         num_heads: of the attention; divides C.
         num_head_channels: where given (not -1), the width of a head instead, from which num_heads follows.
+
+    Attributes:
+        gradient_checkpointing: set, the block keeps its input alone for the backward pass and is computed again there.
 
     Raises:
         ValueError: sizes that don't divide.
@@ -43,6 +47,7 @@ class TriplaneAttention(nn.Module):
             )
         self.channels = channels
         self.num_heads = num_heads
+        self.gradient_checkpointing = False
         self.norm = PlaneNorm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
@@ -80,16 +85,34 @@ class TriplaneAttention(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """x: (B, N, C) packed channels-last tokens -> (B, N, C)."""
-        return self._attend(x, PlaneLayout(((x.shape[1], 1),)))
+        if ops.fuses_attention_block(x, self.qkv.weight):
+            return self._attend_fused(x)
+        return checkpointing.run(self, self._attend, x, PlaneLayout(((x.shape[1], 1),)))
+
+    def _attend_fused(self, x: Tensor) -> Tensor:
+        """What `forward_tokens` computes otherwise, in one operation."""
+        assert self.qkv.bias is not None and self.proj_out.bias is not None
+        return ops.attention_block(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            self.qkv.weight.squeeze(-1),
+            self.qkv.bias,
+            self.proj_out.weight.squeeze(-1),
+            self.proj_out.bias,
+            heads=self.num_heads,
+            groups=NORM_GROUPS,
+            eps=self.norm.eps,
+        )
 
     def _attend(self, x: Tensor, segments: PlaneLayout) -> Tensor:
         """Attention inside each plane of `segments`, whose tokens also share the statistics of the norm."""
         batch, tokens, channels = x.shape
-        qkv = F.linear(self.norm(x, segments), self.qkv.weight.squeeze(-1), self.qkv.bias)
+        qkv = linear(self.norm(x, segments), self.qkv.weight.squeeze(-1), self.qkv.bias)
         # Channels are ordered head by head, each its q, k, v; the operation wants (B, N, 3, heads, d).
         qkv = qkv.view(batch, tokens, self.num_heads, 3, channels // self.num_heads).transpose(2, 3)
         attended = ops.segment_attention(qkv, segments.offsets).flatten(2)
-        return x + F.linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
 
 
 class PlaneAttention(TriplaneAttention):
@@ -97,4 +120,4 @@ class PlaneAttention(TriplaneAttention):
 
     def forward_planes(self, x: Tensor, layout: PlaneLayout) -> Tensor:
         """x: (B, N, C) packed tokens of `layout` -> (B, N, C)."""
-        return self._attend(x, layout)
+        return checkpointing.run(self, self._attend, x, layout)

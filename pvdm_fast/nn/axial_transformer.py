@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import cast
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from pvdm_fast import ops
 from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.nn import checkpointing
+from pvdm_fast.nn.linear import Linear
+from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward
 
 Tables = tuple[Tensor, Tensor]
 
@@ -63,11 +65,12 @@ class PreNorm(nn.Module):
 
     def forward(self, stream: Tensor, branch: Tensor | None, *arguments: object) -> tuple[Tensor, Tensor]:
         """stream, branch: (..., C) -> the stream with `branch` added, and fn of its norm."""
+        parameters = self.norm.weight, self.norm.bias, self.norm.eps
         if branch is None:
-            stream, normed = ops.add_layer_norm(stream, None, self.norm.weight, self.norm.bias)
+            stream, values = ops.add_layer_norm(stream, None, *parameters)
         else:
-            stream, normed = ops.add_layer_norm(branch, stream, self.norm.weight, self.norm.bias)
-        return stream, self.fn(normed, *arguments)
+            stream, values = ops.add_layer_norm(branch, stream, *parameters)
+        return stream, self.fn(Normed(values, stream, *parameters), *arguments)
 
 
 class AxialAttention(nn.Module):
@@ -77,15 +80,16 @@ class AxialAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_width, self.axis = num_heads, head_width, axis
         inner = num_heads * head_width
-        self.to_qkv = nn.Linear(channels, 3 * inner, bias=False)
-        self.to_out = nn.ModuleDict({"0": nn.Linear(inner, channels)})
+        self.to_qkv = Linear(channels, 3 * inner, bias=False)
+        self.to_out = nn.ModuleDict({"0": Linear(inner, channels)})
 
-    def forward(self, x: Tensor, layout: TriplaneLayout, rotation: Tables) -> Tensor:
+    def forward(self, x: Normed, layout: TriplaneLayout, rotation: Tables) -> Tensor:
         """x: (B, T H W, C) -> (B, T H W, C)."""
-        lattice = (layout.time, layout.height, layout.width)
-        qkv = self.to_qkv(x).view(x.shape[0], *lattice, 3, self.num_heads, self.head_width)
-        attended = ops.axial_attention(qkv, self.axis, rotation)
-        return self.to_out["0"](attended.flatten(-2).flatten(1, 3))
+        batch, places = len(x.values), layout.height * layout.width
+        frames = (batch * layout.time, 1) if self.axis == "space" else (batch, layout.time)
+        sequences = Sequences(*frames, places, self.axis)
+        attended = attention(x, self.to_qkv.weight, self.num_heads, sequences, rotation)
+        return self.to_out["0"](attended.view(*x.values.shape[:2], -1))
 
 
 class GatedFeedForward(nn.Module):
@@ -93,10 +97,10 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.ModuleDict({"0": nn.Linear(channels, 8 * channels), "3": nn.Linear(4 * channels, channels)})
+        self.net = nn.ModuleDict({"0": Linear(channels, 8 * channels), "3": Linear(4 * channels, channels)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net["3"](ops.geglu(self.net["0"](x)))
+    def forward(self, x: Normed) -> Tensor:
+        return feed_forward(x, cast(Linear, self.net["0"]), cast(Linear, self.net["3"]), "geglu")
 
 
 class ReleaseTable(nn.Module):
@@ -115,6 +119,9 @@ class AxialTransformer(nn.Module):
 
     Args:
         channels: C. depth: layers. num_heads, head_width: of the attentions; head_width a multiple of 4.
+
+    Attributes:
+        gradient_checkpointing: set, each layer keeps its input alone for the backward pass and is computed again there.
     """
 
     def __init__(self, channels: int, depth: int, num_heads: int, head_width: int) -> None:
@@ -142,11 +149,7 @@ class AxialTransformer(nn.Module):
         space_tables = space_rotation(layout.height, layout.width, self.head_width, x.device)
         branch: Tensor | None = None
         for layer in self.layers:
-            arguments: tuple[Any, ...] = (layer, x, branch, layout, time_tables, space_tables)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, branch = torch.utils.checkpoint.checkpoint(_run_layer, *arguments, use_reentrant=False)
-            else:
-                x, branch = _run_layer(*arguments)
+            x, branch = checkpointing.run(self, _run_layer, layer, x, branch, layout, time_tables, space_tables)
         return x if branch is None else x + branch
 
 

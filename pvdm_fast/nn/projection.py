@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
-import torch
-import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from pvdm_fast import ops
+from pvdm_fast.nn import checkpointing
 from pvdm_fast.nn.axial_transformer import PreNorm
+from pvdm_fast.nn.linear import Linear, linear
+from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward
 
 HEADS = 4
 
@@ -22,22 +22,20 @@ class SequenceAttention(nn.Module):
         super().__init__()
         self.head_width = channels // 8
         self.inner = HEADS * self.head_width
-        self.to_qkv = nn.Linear(channels, 3 * self.inner, bias=False)
-        self.to_out = nn.ModuleDict({"0": nn.Linear(self.inner, channels)})
+        self.to_qkv = Linear(channels, 3 * self.inner, bias=False)
+        self.to_out = nn.ModuleDict({"0": Linear(self.inner, channels)})
 
-    def forward(self, x: Tensor, first_only: bool) -> Tensor:
+    def forward(self, x: Normed, first_only: bool) -> Tensor:
         """x: (S, L, C) -> (S, L, C), or (S, 1, C) with `first_only`: the query of element 0 alone."""
-        sequences, length, _ = x.shape
+        sequences, length, _ = x.values.shape
         weight = self.to_qkv.weight
-        parts, query = 3, None
         if first_only:
-            parts = 2
-            query = F.linear(x[:, :1], weight[: self.inner]).view(sequences, 1, 1, 1, HEADS, self.head_width)
-            weight = weight[self.inner :]
-        qkv = F.linear(x, weight).view(sequences, length, 1, 1, parts, HEADS, self.head_width)
-        return self.to_out["0"](
-            ops.axial_attention(qkv, "time", query=query).flatten(1).view(sequences, -1, self.inner)
-        )
+            query = linear(x.values[:, :1], weight[: self.inner]).view(sequences, 1, 1, 1, HEADS, self.head_width)
+            kv = linear(x.values, weight[self.inner :]).view(sequences, length, 1, 1, 2, HEADS, self.head_width)
+            attended = ops.axial_attention(kv, "time", query=query)
+        else:
+            attended = attention(x, weight, HEADS, Sequences(sequences, length, 1, "time"))
+        return self.to_out["0"](attended.view(sequences, -1, self.inner))
 
 
 class FeedForward(nn.Module):
@@ -45,16 +43,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.net = nn.ModuleDict({"0": nn.Linear(channels, hidden), "3": nn.Linear(hidden, channels)})
+        self.net = nn.ModuleDict({"0": Linear(channels, hidden), "3": Linear(hidden, channels)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net["3"](F.gelu(self.net["0"](x)))
+    def forward(self, x: Normed) -> Tensor:
+        return feed_forward(x, cast(Linear, self.net["0"]), cast(Linear, self.net["3"]), "gelu")
 
 
 class PlaneProjection(nn.Module):
     """Pre-norm transformer layers over sequences, of which element 0 is kept (the release: 4 layers, hidden 512).
 
     Only element 0 of the last layer is read, so its query, output projection and feed-forward run for that alone.
+
+    Attributes:
+        gradient_checkpointing: set, each layer keeps its input alone for the backward pass and is computed again there.
     """
 
     def __init__(self, channels: int, depth: int = 4, hidden: int = 512) -> None:
@@ -77,11 +78,7 @@ class PlaneProjection(nn.Module):
         x = x.flatten(0, 1)
         branch: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            arguments: tuple[Any, ...] = (layer, x, branch, index == len(self.layers) - 1)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, branch = torch.utils.checkpoint.checkpoint(_run_layer, *arguments, use_reentrant=False)
-            else:
-                x, branch = _run_layer(*arguments)
+            x, branch = checkpointing.run(self, _run_layer, layer, x, branch, index == len(self.layers) - 1)
         return (x if branch is None else x + branch)[:, 0].unflatten(0, (batch, places))
 
 

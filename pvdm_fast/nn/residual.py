@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.nn import checkpointing
+from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.planes import PlaneConv, PlaneNorm
 from pvdm_fast.reference.plane_resample import resample_planes
 
@@ -20,11 +21,15 @@ class ResidualBlock(nn.Module):
         channels, out_channels: multiples of 32.
         embedding_channels: width of the time embedding.
         resample: None, "up" or "down": sides of every plane x2 or / 2, on the skip path too.
+
+    Attributes:
+        gradient_checkpointing: set, the block keeps its inputs alone for the backward pass and is computed again there.
     """
 
     def __init__(self, channels: int, embedding_channels: int, out_channels: int, resample: str | None = None) -> None:
         super().__init__()
         self.resample = resample
+        self.gradient_checkpointing = False
         self.in_layers = nn.ModuleDict({"0": PlaneNorm(channels), "2": PlaneConv(channels, out_channels)})
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_channels, 2 * out_channels))
         self.out_layers = nn.ModuleDict(
@@ -39,6 +44,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, layout: PlaneLayout) -> Tensor:
         """x: (B, N, C) packed tokens of `layout`, embedding: (B, E) -> (B, N', C') of `output_layout(layout)`."""
+        return checkpointing.run(self, self._compute, x, embedding, layout)
+
+    def _compute(self, x: Tensor, embedding: Tensor, layout: PlaneLayout) -> Tensor:
         after = self.output_layout(layout)
         h = self.in_layers["0"](x, layout, activation=True, resample=self.resample)
         h = self.in_layers["2"](h, after)
@@ -47,5 +55,5 @@ class ResidualBlock(nn.Module):
         if self.resample is not None:
             x = resample_planes(x, layout, 1 if self.resample == "up" else -1)
         if isinstance(self.skip_connection, nn.Conv2d):
-            x = F.linear(x, self.skip_connection.weight.flatten(1), self.skip_connection.bias)
+            x = linear(x, self.skip_connection.weight.flatten(1), self.skip_connection.bias)
         return x + h

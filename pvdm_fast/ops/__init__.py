@@ -1,6 +1,7 @@
 """The operations, differentiable and registered as `torch.ops.pvdm_fast.<op>`; backends plug in behind them."""
 
 from pvdm_fast.ops.add_layer_norm import add_layer_norm
+from pvdm_fast.ops.attention_block import attention_block, fuses_attention_block
 from pvdm_fast.ops.axial_attention import axial_attention
 from pvdm_fast.ops.geglu import geglu
 from pvdm_fast.ops.plane_conv import plane_conv
@@ -11,7 +12,9 @@ from pvdm_fast.ops.triplane_slice import triplane_slice
 
 __all__ = [
     "add_layer_norm",
+    "attention_block",
     "axial_attention",
+    "fuses_attention_block",
     "geglu",
     "plane_conv",
     "plane_norm",

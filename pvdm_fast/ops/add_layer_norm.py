@@ -80,7 +80,8 @@ def add_layer_norm(
         x.numel() > 0
         and weight.shape == bias.shape == x.shape[-1:]
         and (residual is None or residual.shape == x.shape),
-        f"add_layer_norm: x is {tuple(x.shape)}, so a residual must have that shape, and weight and bias its last.",
+        f"add_layer_norm: x must not be empty; it is {tuple(x.shape)}, so a residual must have that shape, and weight "
+        "and bias its last.",
     )
     total, normed, _, _ = torch.ops.pvdm_fast.add_layer_norm(x, residual, weight, bias, eps, backends.requested())
     return (x if residual is None else total), normed

@@ -64,6 +64,13 @@ def register(
     torch.library.register_autograd(f"pvdm_fast::{op}", formula, setup_context=setup, lib=_library)
 
 
+def register_inference(op: str, *, schema: str, fake: Callable[..., Any]) -> None:
+    """Define `op` without a gradient. `fake` takes the arguments without the trailing backend."""
+    _library.define(f"{op}{schema}")
+    _library.impl(op, _dispatch(op, "forward"), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pvdm_fast::{op}", lambda *a: fake(*a[:-1]), lib=_library)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device = tensors[0].device.type

@@ -66,7 +66,8 @@ def triplane_slice(x: Tensor, layout: TriplaneLayout, plane: str, token: Tensor,
     length = dict(xy=layout.time, yt=layout.height, xt=layout.width)[plane]
     expect(
         x.dim() == 3 and x.numel() > 0 and x.shape[1] == layout.num_lattice_tokens,
-        f"triplane_slice: x must be (B, {layout.num_lattice_tokens}, C) for {layout}, not {tuple(x.shape)}.",
+        f"triplane_slice: x must be (B, {layout.num_lattice_tokens}, C) for {layout} and not empty, "
+        f"not {tuple(x.shape)}.",
     )
     channels = x.shape[-1]
     expect(

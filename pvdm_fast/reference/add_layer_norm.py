@@ -28,10 +28,10 @@ def backward(
     """Gradients of the sum (so of x and residual alike), weight and bias."""
     tw, g, w, mean, rstd = wide(total, grad_normed, weight, mean, rstd)
     normed = (tw - mean[..., None]) * rstd[..., None]
-    rows = tuple(range(g.dim() - 1))
     dn = g * w
     averages = dn.mean(-1, keepdim=True) + normed * (dn * normed).mean(-1, keepdim=True)
     dx = rstd[..., None] * (dn - averages)
     if grad_total is not None:
         dx = dx + grad_total
-    return dx.to(total.dtype).contiguous(), (g * normed).sum(rows).to(weight.dtype), g.sum(rows).to(weight.dtype)
+    dweight, dbias = (t.reshape(-1, t.shape[-1]).sum(0).to(weight.dtype) for t in (g * normed, g))
+    return dx.to(total.dtype).contiguous(), dweight, dbias

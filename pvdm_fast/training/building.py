@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.precision import bfloat16_serves
 from pvdm_fast.training.config import TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size
@@ -33,11 +34,15 @@ DENOISER_SIZES = ("model_channels", "channel_mult", "num_res_blocks", "attention
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, for one process; raises UserError where the precision doesn't fit the device."""
+    """Accelerate, for one process; bf16 only where it serves. Raises UserError for a precision that doesn't fit."""
     from accelerate import Accelerator
 
+    precision = config.mixed_precision
+    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
+    if precision == "bf16" and not bfloat16_serves(device, "--mixed-precision bf16"):
+        precision = "no"
     try:
-        accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
+        accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=precision)
     except ValueError as error:
         raise UserError(f"--mixed-precision {config.mixed_precision} cannot be used here: {error}") from error
     if accelerator.num_processes > 1:

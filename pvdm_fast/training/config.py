@@ -71,6 +71,9 @@ class AutoencoderOptions(StageOptions):
     num_heads: int | None = option(None, "attention heads", minimum=1)
     head_dim: int | None = option(None, "channels of an attention head", minimum=1)
     latent_channels: int | None = option(None, "channels of the latent planes", minimum=1)
+    loss: Literal["l1", "l2"] = option(
+        "l1", "l1: 4 times the mean absolute error, the release's; l2: 16 times the mean squared error"
+    )
     latent_noise: float = option(
         0.0, "standard deviation of noise on the latent in training: what is sampled later is never exact", minimum=0
     )
@@ -112,7 +115,9 @@ class TrainConfig:
     )
     seed: int = option(0, "seed of weights, clips and noise", minimum=0)
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "compute in 16 bits where that is safe")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
+    )
     save_every: int = option(1000, "steps between checkpoints", minimum=1, resumable=True)
     preview_every: int = option(5000, "steps between sample videos and held-out scores", minimum=1, resumable=True)
     held_out_clips: int = option(16, "held-out clips that are scored", minimum=1, resumable=True)
@@ -136,15 +141,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autoencoder": {
             "steps": 4000,
             "batch_size": 4,
+            "loss": "l2",
             "latent_noise": 0.2,
-            "learning_rate": 3e-3,
+            "learning_rate": 5e-3,
+            "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
         },
         "diffusion": {
-            "steps": 5000,
+            "steps": 4400,
             "batch_size": 8,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
+            "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
             "conditional_probability": 0.3,

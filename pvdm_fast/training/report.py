@@ -19,6 +19,8 @@ from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import video_size
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from pvdm_fast.models import Autoencoder
 
 NAMED_FILES = 10
@@ -35,7 +37,7 @@ class Plan:
         return "\n".join(f"{label:<10} {text}" for label, text in [*self.lines, ("run folder", str(run))])
 
 
-def make_plan(config: TrainConfig, autoencoder: Autoencoder, device: torch.device) -> Plan:
+def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accelerator) -> Plan:
     """Describe a run before anything is written; finds out what doesn't fit (UserError, DataError)."""
     stages = STAGES if config.stage == "all" else (config.stage,)
     frames, height, width = video_size(autoencoder)
@@ -52,8 +54,8 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, device: torch.devic
     work = ", then ".join(f"{name} {getattr(config, name).steps} steps" for name in stages)
     lines = [
         ("training", f"{work} (preset {config.preset})"),
-        ("machine", _machine(device, config)),
-        ("backends", _backends(device)),
+        ("machine", _machine(accelerator)),
+        ("backends", _backends(accelerator.device)),
         ("models", models),
         ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
         ("data", data.description),
@@ -65,11 +67,11 @@ def _count(model: torch.nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M"
 
 
-def _machine(device: torch.device, config: TrainConfig) -> str:
+def _machine(accelerator: Accelerator) -> str:
     where = f"{torch.get_num_threads()} threads of {os.cpu_count()} CPU cores"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    precision = {"no": "float32"}.get(config.mixed_precision, config.mixed_precision)
+    if accelerator.device.type == "cuda":
+        where = torch.cuda.get_device_name(accelerator.device)
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return f"{where}, PyTorch {torch.__version__}, {precision}"
 
 

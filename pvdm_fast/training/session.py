@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pvdm_fast.allocator import keep_freed_memory
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.pipeline import sample_video
 from pvdm_fast.training import checkpoint, previews, report
@@ -29,10 +30,11 @@ def run_training(request: Request) -> RunFolder:
     Raises:
         UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
     """
+    keep_freed_memory()
     config = resumed_config(request) if request.resume else make_config(request.changes)
     accelerator = make_accelerator(config)
     found = existing_autoencoder(config, request.resume)
-    plan = report.make_plan(config, found or empty_autoencoder(config), accelerator.device)
+    plan = report.make_plan(config, found or empty_autoencoder(config), accelerator)
     if request.resume:
         run = RunFolder.existing(request.resume)
         run.write_config(config)

@@ -18,7 +18,7 @@ from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainCon
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
 
-L1_WEIGHT = 4.0
+L1_WEIGHT, L2_WEIGHT = 4.0, 16.0
 
 
 class Stage(ABC):
@@ -69,7 +69,7 @@ def video_size(autoencoder: Autoencoder) -> tuple[int, int, int]:
 
 
 class AutoencoderStage(Stage):
-    """Reconstruction: 4 times the mean absolute error, with a little noise on the latent where the options say so."""
+    """Reconstruction: the mean absolute or squared error, with noise on the latent where the options say so."""
 
     name = "autoencoder"
 
@@ -83,7 +83,10 @@ class AutoencoderStage(Stage):
         if self.options.latent_noise > 0:
             shape = (len(video), int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
             noise = self.options.latent_noise * torch.randn(shape, generator=generator).to(video.device)
-        return L1_WEIGHT * F.l1_loss(model(video, noise).sample.float(), video)
+        sample = model(video, noise).sample.float()
+        if self.options.loss == "l1":
+            return L1_WEIGHT * F.l1_loss(sample, video)
+        return L2_WEIGHT * F.mse_loss(sample, video)
 
     def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
         """``psnr``: of reconstructions, in dB, averaged over clips."""
@@ -106,7 +109,7 @@ class DiffusionStage(Stage):
         frames, self.height, self.width = video_size(autoencoder)
         self.clip_frames = 2 * frames
         self.conditional_probability = config.diffusion.conditional_probability
-        self.ema = EMAModel(denoiser.parameters(), decay=config.diffusion.ema_decay)
+        self.ema = EMAModel(denoiser.parameters(), decay=config.diffusion.ema_decay, foreach=True)
         self.schedule = NoiseSchedule.create()
 
     def to(self, device: torch.device) -> None:
@@ -119,7 +122,8 @@ class DiffusionStage(Stage):
             target, condition = joint_batch(video, self._encode, self.conditional_probability, generator)
         noise = torch.randn(target.shape, generator=generator).to(target.device)
         timestep = torch.randint(TRAIN_STEPS, (len(target),), generator=generator).to(target.device)
-        return diffusion_loss(model, self.schedule, target, condition, noise, timestep)
+        prediction = str(self.model.config["prediction"])
+        return diffusion_loss(model, self.schedule, target, condition, noise, timestep, prediction)
 
     def _encode(self, video: Tensor) -> Tensor:
         return self.autoencoder.encode(video).latent.float()

@@ -68,6 +68,7 @@ class Trainer:
             lr=options.learning_rate,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
+            fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
 

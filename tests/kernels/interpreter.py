@@ -17,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from pvdm_fast.backends import OPERATIONS
+from pvdm_fast import backends
 
 NOBODY, SEVERAL = -1, -2  # in place of a program's number
 # What is changed or used here of the interpreter, which promises none of it.
@@ -333,10 +331,11 @@ def poisoning(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _poison_launchers() -> None:
-    for op in OPERATIONS:
-        if find_spec(f"pvdm_fast.kernels.{op}"):
-            module = import_module(f"pvdm_fast.kernels.{op}")
-            module.forward, module.backward = poisoning(module.forward), poisoning(module.backward)
+    for op in backends.SERVED["triton"]:
+        module = backends.implementation("triton", op)
+        for direction in ("forward", "backward"):
+            if hasattr(module, direction):  # what is fused for inference has no backward
+                setattr(module, direction, poisoning(getattr(module, direction)))
 
 
 def install() -> None:

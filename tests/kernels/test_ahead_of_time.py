@@ -56,7 +56,7 @@ def test_planted_faults_are_found(
 @pytest.mark.slow
 def test_every_kernel_on_every_target() -> None:
     """All configurations that serve; entries of tables that nothing uses are problems too."""
-    result = run("-m", "benchmarks.kernel_resources")
+    result = run("-m", "benchmarks.kernel_resources", "--quick")
     assert result.returncode == 0, result.stdout + result.stderr
     kernels = {line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")}
     assert {kernel.partition(".")[0] for kernel in kernels} >= set(SERVED["triton"])
@@ -67,7 +67,7 @@ def test_every_kernel_on_every_target() -> None:
 
 def test_refuses_the_interpreter() -> None:
     with pytest.raises(UserError, match="TRITON_INTERPRET is set, so kernels are not compiled: unset it"):
-        kernel_resources.main([])
+        kernel_resources.run([])
 
 
 def test_writes_between_the_marks(tmp_path: Path) -> None:

@@ -178,7 +178,8 @@ def test_unwritten_output(dtype: torch.dtype, allocate: Callable[[Tensor], Tenso
 def test_launchers_are_poisoned() -> None:
     for op in backends.SERVED["triton"]:
         module = backends.implementation("triton", op)
-        assert hasattr(module.forward, "__wrapped__") and hasattr(module.backward, "__wrapped__")
+        assert hasattr(module.forward, "__wrapped__")
+        assert op in backends.FUSED or hasattr(module.backward, "__wrapped__")
 
 
 @triton.jit

@@ -45,7 +45,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, most_chunks: int = 64, tile: int = 256)
     for module in (plane_norm, plane_norm_backward):
         monkeypatch.setattr(module, "WHOLE_TILE", 0)
         monkeypatch.setattr(module.CHUNKS, "entries", {(ANY, ANY, ANY): Config({"TILE": tile, "CHANNELS": 8})})
-        monkeypatch.setattr(module.CHUNKS, "_chosen", {})
+        monkeypatch.setattr(module.CHUNKS, "asked", {})
 
 
 def wide(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -69,7 +69,8 @@ def test_widths(width: int) -> None:
 @pytest.mark.parametrize("offsets", [[0, 1], [0, 35, 50, 71], [0, 1, 70, 71, 72, 90], [0, 64, 128], [0, 128, 192, 256]])
 def test_segments(offsets: list[int]) -> None:
     """One token, unequal segments, more of them than one launch takes, and blocks that are all full (unmasked)."""
-    check(by_head(offsets[-1], 2, 16, batch=1), torch.randn(1, offsets[-1], 2, 16), offsets, 0.25)
+    for width in (16, 40):
+        check(by_head(offsets[-1], 1, width, batch=1), torch.randn(1, offsets[-1], 1, width), offsets, 0.25)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,6 +118,7 @@ def test_same_bits_again(dtype: torch.dtype) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # in rows of absent keys, which nobody stores
 def test_scores_far_below_0() -> None:
     """A key that isn't there scores 0, here e^400 times every real one: it must not count in any kernel."""
     qkv = torch.ones(1, 40, 1, 3, 16)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from comparison import assert_close
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.memory import saved_bytes
 from pvdm_fast import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 
@@ -145,6 +147,8 @@ def test_resolution_not_divisible_by_the_patch() -> None:
 def test_layout_not_divisible_by_the_levels() -> None:
     with pytest.raises(ValueError, match="7 is not divisible by 2"):
         Denoiser(**{**UNET, "width": 7})
+    with pytest.raises(ValueError, match='must be "noise" or "v", not \'x0\''):
+        Denoiser(**UNET, prediction="x0")
 
 
 def test_inputs_that_do_not_fit() -> None:
@@ -160,3 +164,61 @@ def test_inputs_that_do_not_fit() -> None:
         unet(latent[..., 1:], 3)
     with pytest.raises(ValueError, match="condition must be"):
         unet(latent, 3, latent[:1])
+
+
+def test_learned_positions_tell_places_and_planes_apart() -> None:
+    """With them, tokens that hold the same values differ, in the order of the packed planes; and they are trained."""
+    model = Denoiser(**UNET, positions=True)
+    vectors = model.position_vectors
+    assert vectors is not None
+    packed = vectors()
+    xy, yt, xt = model.layout.split(packed, dim=0)
+    expected = (
+        vectors.height[1] + vectors.width[2] + vectors.plane[0],
+        vectors.time[1] + vectors.width[2] + vectors.plane[1],
+        vectors.time[1] + vectors.height[2] + vectors.plane[2],
+    )
+    for plane, value in zip((xy, yt, xt), expected, strict=True):
+        assert torch.allclose(plane[1, 2], value)
+    model = randomised(model)
+    model(torch.randn(2, 4, model.layout.num_tokens), 3).sample.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in vectors.parameters())
+
+
+def weigh_full_size(model: Autoencoder) -> int:
+    """Bytes kept for the backward pass of one clip of 16 x 256 x 256; shapes alone are run."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.load_state_dict({name: torch.empty(t.shape) for name, t in model.state_dict().items()}, assign=True)
+        video = torch.empty(1, 3, 16, 256, 256, requires_grad=True)
+        return saved_bytes(lambda: [model(video).sample], list(model.parameters()))
+
+
+def test_memory_of_the_full_size_autoencoder() -> None:
+    """3.0 GiB, the release's own code 23.1; 1.3 GiB where every layer is computed again."""
+    with torch.device("meta"):
+        model = Autoencoder.from_preset("base")
+    stored = weigh_full_size(model)
+    assert stored < 3.1 * 2**30
+    model.decoder.gradient_checkpointing = True
+    mixed = weigh_full_size(model)
+    model.enable_gradient_checkpointing()
+    recomputed = weigh_full_size(model)
+    assert recomputed < 1.4 * 2**30
+    assert recomputed < mixed - 2**29 < stored - 2**30  # the option works block by block
+
+
+def test_checkpointing_single_blocks_of_the_denoiser() -> None:
+    unet = randomised(Denoiser(**UNET))
+    inputs = torch.randn(1, 4, unet.layout.num_tokens), torch.tensor([7])
+
+    def weight() -> int:
+        return saved_bytes(lambda: [unet(*inputs).sample], list(unet.parameters()))
+
+    stored, expected = weight(), gradients(unet, *inputs)
+    for block in (unet.middle_block[0], unet.mid_attn, unet.input_blocks[2][0]):
+        before = weight()
+        block.gradient_checkpointing = True
+        assert weight() < before
+    assert all(torch.equal(a, b) for a, b in zip(gradients(unet, *inputs), expected, strict=True))
+    unet.enable_gradient_checkpointing()
+    assert weight() < 0.7 * stored

@@ -1,7 +1,11 @@
-"""Run by test_cpu_build.py under AddressSanitizer and UBSan: every CPU kernel, each instruction set and dtype."""
+"""Run by test_cpu_build.py under the sanitizers: every CPU kernel, each instruction set and dtype.
+
+Arguments: the extension, and how many threads a kernel gets. With "race" after them, only the planted race.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 
@@ -68,9 +72,6 @@ def attention(dtype: torch.dtype) -> None:
     axial_attention.backward(out, kv, query, None, None, out, lse, "time", 0.3)
 
 
-torch.set_num_threads(3)
-
-
 def conv(dtype: torch.dtype) -> None:
     sizes = [5, 7, 3, 7, 1, 1]
     for channels, written in ((1, 2), (5, 3), (20, 16)):
@@ -95,7 +96,14 @@ def sequences(dtype: torch.dtype) -> None:
         triplane_slice.backward(out, token, positions, plane, 3, 5, 7)
 
 
-torch.set_num_threads(2)
+threads = int(sys.argv[2])
+if sys.argv[3:] == ["race"]:
+    ctypes.CDLL(sys.argv[1]).planted_race(threads)
+    sys.exit()
+torch.set_num_threads(1)  # PyTorch's own threads are not what is looked at
+torch.get_num_threads = lambda: threads  # what launchers ask
+if hasattr(ctypes.CDLL(sys.argv[1]), "no_race"):
+    assert ctypes.CDLL(sys.argv[1]).no_race(threads) == 1000
 for isa in module.isas():
     module.set_isa(isa)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

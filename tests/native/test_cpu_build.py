@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
-from native.sanitizers import FLAGS, run_sanitized
+from native.sanitizers import FLAGS, RACE, THREAD_FLAGS, run_sanitized, run_thread_sanitized, thread_sanitizer
 
 from pvdm_fast import native
 
@@ -48,19 +48,46 @@ def without(flags: str, isas: list[str]) -> str:
     return " ".join(flag for flag in flags.split(" ") if flag not in {f"-DPVDM_HAVE_{isa.upper()}" for isa in isas})
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
-def test_sanitizers(tmp_path: Path) -> None:
-    """Every kernel and dtype under AddressSanitizer and UBSan, in the plain set and this machine's best."""
+def build_instrumented(folder: Path, flags: tuple[str, ...], *extra: Path) -> Path:
+    """The extension in the plain set and this machine's best, with `flags` and the sources `extra`; its path."""
     include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
-    extension = build_tools.cpu_extension(tmp_path / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
-    extension.link += " " + " ".join(FLAGS)
+    extension = build_tools.cpu_extension(folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
+    extension.link += " " + " ".join(flags)
     used = ("plain", native.extension("_cpu").isas()[-1])
     left_out = [isa for isa in build_tools.isa_flags() if isa not in used]
     extension.objects = {
-        name: (source, rule, f"{without(flags, left_out)} -O1 -g {' '.join(FLAGS)}")
-        for name, (source, rule, flags) in extension.objects.items()
+        name: (source, rule, f"{without(flags_of, left_out)} -O1 -g {' '.join(flags)}")
+        for name, (source, rule, flags_of) in extension.objects.items()
         if not name.endswith(tuple(f"_{isa}" for isa in left_out))
     }
-    build_tools.run_ninja(extension, tmp_path / "objects")
-    run_sanitized(Path(__file__).with_name("sanitized_cpu.py"), extension.output)
+    extension.objects |= {path.stem: (path, "cxx", f"-O1 -g {' '.join(flags)}") for path in extra}
+    build_tools.run_ninja(extension, folder / "objects")
+    return extension.output
+
+
+needs_extension = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
+SCRIPT = Path(__file__).with_name("sanitized_cpu.py")
+
+
+@pytest.mark.slow
+@needs_extension
+def test_addresses_and_undefined_behaviour(tmp_path: Path) -> None:
+    """Every kernel and dtype under AddressSanitizer and UBSan."""
+    run_sanitized(SCRIPT, build_instrumented(tmp_path, FLAGS), 2)
+
+
+@pytest.fixture(scope="module")
+def built_for_threads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    thread_sanitizer()
+    return build_instrumented(tmp_path_factory.mktemp("threads"), THREAD_FLAGS, SCRIPT.with_name("planted_race.cpp"))
+
+
+@pytest.mark.slow
+@needs_extension
+@pytest.mark.skipif(platform.system() != "Linux", reason="ThreadSanitizer is preloaded as on Linux")
+def test_threads(built_for_threads: Path) -> None:
+    """No kernel has a data race: ThreadSanitizer finds none in any, and finds the one that is planted."""
+    planted = run_thread_sanitized(SCRIPT, built_for_threads, 3, "race")
+    assert planted.returncode == RACE and "planted_race.cpp:9" in planted.stderr, planted.stderr[-3000:]
+    result = run_thread_sanitized(SCRIPT, built_for_threads, 3)
+    assert result.returncode == 0 and "clean" in result.stdout, result.stderr[-6000:]

@@ -1,4 +1,4 @@
-"""One small case of every operation, in any dtype, at odd and unequal sizes: the inputs of the tests beside it."""
+"""One small case of every operation, in any dtype, at odd and unequal sizes: what the tests run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,29 @@ class Case:
         return 1 + 0.2 * values if name == "weight" and len(shape) == 1 else values
 
 
-def _rotation(length: int, width: int) -> tuple[Tensor, Tensor]:
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+
+
+def run_with_gradients(
+    case: Case, inputs: dict[str, Tensor], rounded_to: torch.dtype, change: Callable[[Tensor], Tensor] = lambda t: t
+) -> dict[str, Tensor]:
+    """Results and gradients by name; incoming gradients are the same for every backend, laid out by `change`."""
+    inputs = leaves(inputs)
+    results = as_tuple(case.run(**inputs))
+    generator = torch.Generator().manual_seed(7)
+    draws = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(rounded_to) for r in results]
+    incoming = [change(draw.to(r)) for draw, r in zip(draws, results, strict=True)]
+    gradients = torch.autograd.grad(results, list(inputs.values()), incoming)
+    found = {f"output {i}": r.detach() for i, r in enumerate(results)}
+    return found | {f"gradient of {n}": g for n, g in zip(inputs, gradients, strict=True)}
+
+
+def rotation(length: int, width: int) -> tuple[Tensor, Tensor]:
     angles = torch.linspace(0, 3, length * width).reshape(length, width)
     return angles.sin(), angles.cos()
 
@@ -48,7 +70,7 @@ def _norm(layout: PlaneLayout, **options: Any) -> Callable[..., Tensor]:
 
 def _attention_along(axis: str) -> Callable[..., Tensor]:
     length = LAYOUT.time if axis == "time" else LAYOUT.height * LAYOUT.width
-    return lambda qkv: ops.axial_attention(qkv, axis, _rotation(length, 8))
+    return lambda qkv: ops.axial_attention(qkv, axis, rotation(length, 8))
 
 
 N, TOKENS, C = LAYOUT.num_tokens, LAYOUT.num_lattice_tokens, 12

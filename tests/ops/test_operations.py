@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
-from ops.cases import CASES, Case
+from ops.cases import CASES, Case, as_tuple, leaves, run_with_gradients
 from tolerances import CONV_SUM, OPERATION
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,26 +20,6 @@ everywhere = pytest.mark.parametrize("name", CASES)
 
 def test_every_operation_has_a_case() -> None:
     assert {case.op for case in CASES.values()} == set(OPERATIONS)
-
-
-def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
-def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-
-
-def run_with_gradients(case: Case, inputs: dict[str, Tensor], rounded_to: torch.dtype) -> dict[str, Tensor]:
-    """Results and gradients by name; the incoming gradients are random, the same for every backend."""
-    inputs = leaves(inputs)
-    results = as_tuple(case.run(**inputs))
-    generator = torch.Generator().manual_seed(7)
-    draws = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(rounded_to) for r in results]
-    incoming = [draw.to(r) for draw, r in zip(draws, results, strict=True)]
-    gradients = torch.autograd.grad(results, list(inputs.values()), incoming)
-    found = {f"output {i}": r.detach() for i, r in enumerate(results)}
-    return found | {f"gradient of {n}": g for n, g in zip(inputs, gradients, strict=True)}
 
 
 @everywhere
@@ -137,8 +117,8 @@ def test_backend_equals_reference(name: str, backend: str, dtype: torch.dtype, f
         expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
     device = "cuda" if backend == "cuda" or (backend == "triton" and not backends.interpreting()) else "cpu"
     with use_backend(backend):
-        actual = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype)
-        again = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype)
+        actual = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype, change)
+        again = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype, change)
     for what, tensor in actual.items():
         assert tensor.dtype == dtype
         assert torch.equal(tensor, again[what]), f"{what} differs on a second run"

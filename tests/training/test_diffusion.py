@@ -57,6 +57,24 @@ def test_the_loss_is_zero_for_a_denoiser_that_knows_the_noise() -> None:
     assert loss == 0
 
 
+def test_v_is_the_same_prediction_and_weighs_its_error() -> None:
+    """A network that puts out v gives the noise; the loss of v is that of the noise over alphas_cumprod."""
+    schedule, shape = NoiseSchedule.create(), (2, 4, 12)
+    model = Denoiser(time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_heads=2, prediction="v")
+    latent, noise, zeros = torch.rand(shape) * 2 - 1, torch.randn(shape), torch.zeros(shape)
+    timestep = torch.tensor([3, 990])
+    level = schedule.alphas_cumprod[timestep].view(-1, 1, 1)
+    v = level.sqrt() * noise - (1 - level).sqrt() * latent
+    model._unet = lambda tokens, embedding: v.transpose(1, 2)  # type: ignore[method-assign]
+    assert torch.allclose(model(schedule.q_sample(latent, noise, timestep), timestep).sample, noise, atol=1e-5)
+    arguments = (schedule, latent, zeros, noise, timestep)
+    assert diffusion_loss(model, *arguments, "v") < 1e-6
+    wrong = torch.full(shape, 0.1)
+    model._unet = lambda tokens, embedding: (v + wrong).transpose(1, 2)  # type: ignore[method-assign]
+    assert diffusion_loss(model, *arguments, "v").item() == pytest.approx(0.01, rel=1e-3)
+    assert diffusion_loss(model, *arguments).item() == pytest.approx(0.01 * level.mean().item(), rel=1e-3)
+
+
 def frame_numbers(video: Tensor) -> Tensor:
     """A stand-in encoder whose latents (b, 1, T) are the numbers of the frames."""
     return video[:, :1, :, 0, 0]
@@ -117,3 +135,17 @@ def test_noise_on_the_latent_reaches_the_decoder() -> None:
     assert loss(0.0, 1) == loss(0.0, 2)
     assert loss(0.5, 1) == loss(0.5, 1)
     assert len({loss(0.0, 1), loss(0.5, 1), loss(0.5, 2)}) == 3
+
+
+def test_the_autoencoders_losses_of_a_known_error() -> None:
+    """An error of 0.5 everywhere: 4 x 0.5 and 16 x 0.25."""
+    from pvdm_fast.models import Autoencoder
+    from pvdm_fast.training.config import make_config
+    from pvdm_fast.training.stages import AutoencoderStage
+
+    sizes = dict(frames=2, height=8, width=8, patch_size=4, channels=16, depth=1, num_heads=1, head_dim=8)
+    model, video = Autoencoder(**sizes), torch.rand(2, 3, 2, 8, 8)
+    for name, expected in (("l1", 2.0), ("l2", 4.0)):
+        stage = AutoencoderStage(make_config({"autoencoder.loss": name, "autoencoder.latent_noise": 0.0}), model)
+        loss = stage.loss(lambda clip, noise: SimpleNamespace(sample=clip + 0.5), video, torch.Generator())  # type: ignore[arg-type]
+        assert loss.item() == pytest.approx(expected)

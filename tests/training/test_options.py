@@ -170,6 +170,7 @@ def test_samples_have_the_asked_for_size(finished: Path, tmp_path: Path, capsys:
         (["--frame", "3"], "no option --frame; did you mean '--frames'?"),
         (["--device", "tpu"], "--device must be auto or cpu"),
         (["--fps", "0"], "--fps must be positive"),
+        (["--dtype", "fp8"], "--dtype must be fp32 or bf16, not 'fp8'"),
     ],
 )
 def test_mistakes_in_sampling_are_one_sentence(

@@ -165,6 +165,8 @@ class ChainDenoiser(OracleDenoiser):
 class FlatAutoencoder:
     """Decodes a latent to frames that all have its first value."""
 
+    dtype = torch.float32
+
     def __init__(self, layout: TriplaneLayout) -> None:
         self.layout, self.config = layout, {"latent_channels": 2}
 

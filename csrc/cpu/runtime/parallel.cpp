@@ -6,6 +6,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#ifdef PVDM_PARALLEL_STD_THREAD
+#include <thread>
+#include <vector>
+#endif
 
 namespace pvdm {
 namespace {
@@ -23,13 +27,20 @@ void run_parallel(int threads, int64_t units, Task task, const void* context) {
     task(context, 0, units, 0);
     return;
   }
+  const auto run = [=](int part) { task(context, units * part / threads, units * (part + 1) / threads, part); };
+#ifdef PVDM_PARALLEL_STD_THREAD  // for ThreadSanitizer, which doesn't see OpenMP's threads join
+  std::vector<std::thread> others;
+  for (int part = 1; part < threads; part++) others.emplace_back(run, part);
+  run(0);
+  for (auto& other : others) other.join();
+#else
 #pragma omp parallel num_threads(threads)
   {
     // OpenMP may give fewer threads than asked for: the ranges still cover everything.
     const int given = omp_get_num_threads();
-    for (int part = omp_get_thread_num(); part < threads; part += given)
-      task(context, units * part / threads, units * (part + 1) / threads, part);
+    for (int part = omp_get_thread_num(); part < threads; part += given) run(part);
   }
+#endif
 }
 
 Buffer::Buffer(int64_t bytes) {

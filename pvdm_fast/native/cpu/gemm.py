@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from pvdm_fast.precision import cpu_multiplies_bfloat16
+
 
 @cache
 def _onednn() -> bool:
@@ -21,15 +23,10 @@ def _onednn() -> bool:
         return False
 
 
-@cache
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products of tensors of `dtype` run fast and accurately: bfloat16 where the CPU multiplies it
     (in float32 sums), otherwise float32. float16 is widened: torch's float16 product runs at 2-25 GFLOP/s a core."""
-    if dtype == torch.bfloat16:
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-            return dtype
-    return torch.float32
+    return dtype if dtype == torch.bfloat16 and cpu_multiplies_bfloat16() else torch.float32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -41,3 +38,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _onednn():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad.T @ x for grad: (R, M), x: (R, K) -> (M, K), contiguous.
+
+    oneDNN transposes its first factor in memory, so the narrower one is put there: for (2048, 512) and (2048, 64) that
+    takes 1.1 ms instead of 1.7 (torch.mm: 1.9), for (2048, 192) and (2048, 4) 0.05 instead of 0.26 (0.35).
+    """
+    if grad.shape[1] <= x.shape[1]:
+        return linear(grad.t(), x.t())
+    return linear(x.t(), grad.t()).t().contiguous()

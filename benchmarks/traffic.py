@@ -1,0 +1,328 @@
+"""What our kernels and the release's way of computing launch and move: `python -m benchmarks.traffic --write-docs`.
+
+Computed, not measured. Both networks run by shapes alone, at full size, and every operation that reaches PyTorch is
+counted; for each operation of this package its Triton launcher runs too, its launches watched. The rules, the same for
+both sides:
+
+- **Launches.** Each ATen operation that computes or copies is one launch; views and allocations are none. Some ATen
+  operations launch several kernels in truth (a group norm three), so the count of the release's way is a lower bound.
+  Of ours, each launch of a kernel is one, and so is each ATen operation in a launcher.
+- **Bytes.** A launch reads each tensor given to it once and writes each result once: what a kernel reads again is taken
+  to come from a cache. A tensor expanded by stride 0 counts what is in memory.
+- **Least bytes** (of operations and blocks): inputs, weights, results and their gradients once each, as if all between
+  stayed in registers; in a backward pass every input counts, also where its gradient has no need of it.
+- **FLOPs.** Products only, as each side computes them; a multiply-add is 2.
+- **Least time.** For each operation the longer of its bytes at the memory's speed and its FLOPs at the peak of bf16,
+  summed: no launch costs anything, so it is the more beaten the smaller the operations are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks import floors
+from benchmarks.cases import Case, Setting, all_cases
+from benchmarks.measure import Runner
+from pvdm_fast import backends
+from pvdm_fast.errors import UserError, run_command
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+MARKER = "traffic"
+# Bytes and bf16 FLOPs a second. H100: as measured elsewhere on one; A100: assumed, of its 2.0 TB/s and 312 TFLOP/s.
+GPUS = {"H100": (3.0e12, 790e12), "A100": (1.5e12, 260e12)}
+ARCHITECTURE = "sm90"  # whose configurations decide how many programs, and so partial sums, there are
+ALLOCATIONS = ("empty", "new_empty", "lift_fresh", "_unsafe_view", "_local_scalar_dense")
+RUNNERS = ("ours", "eager", "sdpa")
+WITH_VALUES = ("sampler step",)  # a scheduler reads numbers, so shapes alone don't run; it is two denoiser passes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One operation: its launches, the bytes they move, the FLOPs of its products."""
+
+    name: str
+    launches: int
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum over a sequence of items; seconds at least, by GPU."""
+
+    launches: int
+    bytes: int
+    flops: int
+    seconds: dict[str, float]
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> Total:
+        seconds = {
+            gpu: sum(max(item.bytes / bandwidth, item.flops / peak) for item in items)
+            for gpu, (bandwidth, peak) in GPUS.items()
+        }
+        return cls(sum(i.launches for i in items), sum(i.bytes for i in items), sum(i.flops for i in items), seconds)
+
+
+def size_in_memory(tensor: Tensor) -> int:
+    """Bytes of the distinct elements of a tensor."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count * tensor.element_size()
+
+
+def distinct_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among `values`, one that is given twice counted once."""
+    tensors = {
+        (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), t.stride()): t
+        for t in tree_iter(tuple(values))
+        if isinstance(t, Tensor)
+    }
+    return sum(map(size_in_memory, tensors.values()))
+
+
+def is_launch(function: Any) -> bool:
+    """Whether an operation computes or copies: no view, no allocation, none of PyTorch's own questions (prim)."""
+    returns = function._schema.returns
+    view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    name = function._schema.name.partition("::")[2]
+    return function.namespace == "aten" and not view and not name.startswith(ALLOCATIONS)
+
+
+def aten_item(function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> Item:
+    """Reads its arguments and writes its results; what is overwritten unread (copy_, fill_, zero_) only the latter."""
+    name = function._schema.name.partition("::")[2]
+    overwrites = name in ("copy_", "fill_", "zero_")
+    read = distinct_bytes((arguments[1:] if overwrites else arguments, options))
+    flops = flop_registry.get(function._overloadpacket)
+    return Item(
+        name=name,
+        launches=1,
+        bytes=read + distinct_bytes([result]),
+        flops=int(flops(*arguments, **options, out_val=result)) if flops else 0,
+    )
+
+
+def operation_flops(op: str, direction: str, inputs: Sequence[Any]) -> int:
+    """FLOPs of the products of one of this package's operations, as its Triton kernels compute them.
+
+    A fused attention multiplies queries and keys again in its backward pass: 5 products to the forward's 2.
+    """
+    backward = direction == "backward"
+    tensors = inputs[1:] if backward else inputs
+    if op == "segment_attention":
+        batch, _, _, heads, width = tensors[0].shape
+        offsets = next(value for value in inputs if isinstance(value, (list, tuple)))
+        forward = sum(
+            floors.attention(batch, end - start, end - start, heads * width) for start, end in pairwise(offsets)
+        )
+        return forward * 5 // 2 if backward else forward
+    if op == "axial_attention":
+        batch, time, height, width, _, heads, size = tensors[0].shape
+        along_time = next(value for value in inputs if isinstance(value, str)) == "time"
+        sequences, length = (height * width, time) if along_time else (time, height * width)
+        queries = length if tensors[1] is None else 1
+        forward = floors.attention(batch * sequences, queries, length, heads * size)
+        return forward * 5 // 2 if backward else forward
+    if op == "attention_block":
+        batch, tokens, channels = inputs[0].shape
+        return batch * floors.attention_block(tokens, [tokens], channels)
+    if op == "plane_conv":
+        x, weight = tensors[:2]
+        forward = floors.conv(x.shape[0] * x.shape[1], weight.shape[1], weight.shape[0])
+        return forward * sum(inputs[-1]) if backward else forward
+    if op == "triplane_expand":
+        planes, weight, *rest = tensors
+        time, height, width = rest[-3:]
+        forward = floors.linear(planes.shape[0] * time * height * width, 3 * planes.shape[2], weight.shape[1])
+        return 2 * forward if backward else forward
+    return 0
+
+
+class Traffic(TorchDispatchMode):
+    """Collects an Item for every operation that reaches PyTorch while it is on, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: list[Item] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.namespace == "pvdm_fast":
+            self.items.append(self._operation(function._schema.name.partition("::")[2], args))
+            return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if is_launch(function):
+            self.items.append(aten_item(function, args, kwargs or {}, result))
+        return result
+
+    @staticmethod
+    def _operation(name: str, arguments: tuple[Any, ...]) -> Item:
+        """What the Triton launcher of an operation launches for these arguments."""
+        from pvdm_fast.kernels.launch import watch
+
+        op = name.removesuffix("_backward")
+        direction = "forward" if op == name else "backward"
+        *inputs, _backend = arguments
+        moved: list[int] = []
+        with Traffic() as glue, watch(lambda kernel, grid, given, *_: moved.append(distinct_bytes(given))):
+            getattr(backends.implementation("triton", op), direction)(*inputs)
+        return Item(
+            name=name,
+            launches=len(moved) + len(glue.items),
+            bytes=sum(moved) + sum(item.bytes for item in glue.items),
+            flops=operation_flops(op, direction, inputs),
+        )
+
+
+def count(run: Callable[[], object]) -> list[Item]:
+    """The items of `run()`; under a FakeTensorMode nothing is computed."""
+    with Traffic() as traffic:
+        run()
+    return traffic.items
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Tensors without values; everything that is chosen by device is chosen as on ARCHITECTURE with Triton.
+
+    Raises:
+        UserError: Triton is absent.
+    """
+    if find_spec("triton") is None:
+        raise UserError("Triton is not installed, so its launches cannot be counted: pip install triton.")
+    from pvdm_fast.kernels import configs
+
+    with ExitStack() as stack:
+        stack.enter_context(configs.assume(ARCHITECTURE))
+        stack.enter_context(patch.object(backends, "serves", lambda backend, op, *_: op in backends.SERVED[backend]))
+        stack.enter_context(FakeTensorMode())
+        yield
+
+
+def count_runner(runner: Runner, direction: str) -> Total:
+    """What one direction of a runner launches and moves."""
+    if direction != "forward":
+        runner.gradients = [torch.empty_like(result) for result in runner.run()]
+    return Total.of(count(runner.step(direction)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A direction of a case, by each runner; floor: what it needs at least."""
+
+    case: Case
+    direction: str
+    shape: str
+    totals: dict[str, Total]
+    floor: floors.Work
+
+
+def rows_of(case: Case, setting: Setting) -> list[Row]:
+    """Count every direction of a case; "both" only where a case has no backward of its own."""
+    directions = [d for d in case.directions if d != "both" or "backward" not in case.directions]
+    with shapes_alone():
+        prepared = case.prepare(replace(setting, shapes_only=True))
+        prepared.written = sum(result.nbytes for result in prepared.runners["ours"].infer())
+        found = {
+            direction: {
+                name: count_runner(prepared.runners[name], direction) for name in RUNNERS if name in prepared.runners
+            }
+            for direction in directions
+        }
+        return [Row(case, d, prepared.shape, totals, prepared.work(d)) for d, totals in found.items()]
+
+
+def operations_table(rows: Iterable[Row]) -> list[str]:
+    """Lines of Markdown: bytes of single operations and blocks against the least there can be."""
+    lines = [
+        "| operation | direction | shape | least, MB | ours, MB | eager, MB | eager / ours | launches ours / eager |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ours, eager = row.totals["ours"], row.totals["eager"]
+        lines.append(
+            f"| {row.case.name} | {row.direction} | {row.shape} | {row.floor.bytes / 1e6:.1f} | "
+            f"{ours.bytes / 1e6:.1f} | {eager.bytes / 1e6:.1f} | {eager.bytes / ours.bytes:.1f}× | "
+            f"{ours.launches} / {eager.launches} |"
+        )
+    return lines
+
+
+def networks_table(rows: Iterable[Row]) -> list[str]:
+    """Lines of Markdown: launches, bytes, FLOPs and least times of whole networks."""
+    names = {"ours": "ours", "eager": "release's way", "sdpa": "release's way with SDPA"}
+    lines = [
+        f"| network | direction | computed by | launches | GB moved | TFLOP | {' | '.join(f'{g}, ms' for g in GPUS)} |",
+        f"| --- | --- | --- | --- | --- | --- |{' --- |' * len(GPUS)}",
+    ]
+    for row in rows:
+        direction = "forward and backward" if row.direction == "both" else row.direction
+        for name, total in row.totals.items():
+            times = " | ".join(f"{1e3 * total.seconds[gpu]:.2f}" for gpu in GPUS)
+            lines.append(
+                f"| {row.case.name} | {direction} | {names[name]} | {total.launches} | {total.bytes / 1e9:.2f} | "
+                f"{total.flops / 1e12:.2f} | {times} |"
+            )
+    return lines
+
+
+def report(setting: Setting, only: str = "") -> str:
+    """The tables, in Markdown, of the cases whose names contain `only`."""
+    cases = [case for name, case in all_cases().items() if only in name and name not in WITH_VALUES]
+    rows = [row for case in cases for row in rows_of(case, setting)]
+    rates = "; ".join(f"{gpu} {b / 1e12:.1f} TB/s and {f / 1e12:.0f} TFLOP/s" for gpu, (b, f) in GPUS.items())
+    lines = [
+        f"**Computed, not measured**: no GPU has run this. Size {setting.size}, batch {setting.clips}, "
+        f"{str(setting.dtype).removeprefix('torch.')}, configurations of {ARCHITECTURE}. Least times assume {rates}, "
+        "and nothing for a launch. The rules are in `benchmarks/traffic.py`.",
+        "",
+        *networks_table(row for row in rows if row.case.kind == "network"),
+        "",
+        *operations_table(row for row in rows if row.case.kind != "network"),
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.traffic",
+        description="Count launches, bytes and FLOPs of our kernels and of the release's way. Computed, not measured.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--size", choices=("tiny", "small", "base"), default="base", help="of the networks")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
+    parser.add_argument("--write-docs", action="store_true", help=f"write the tables to {DOCUMENT.name}")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    text = report(Setting(options.size, torch.bfloat16), options.only)
+    print(text)
+    if options.write_docs:
+        from benchmarks.report import write_between
+
+        DOCUMENT.write_text(write_between(DOCUMENT.read_text(), MARKER, text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

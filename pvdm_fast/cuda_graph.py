@@ -1,0 +1,93 @@
+"""The denoiser's pass of a sampling step as a CUDA graph: all its launches handed to the GPU at once.
+
+Not yet run on a GPU: what is tested is which calls are made, and that replaying them gives the same latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.errors import UserError
+from pvdm_fast.pipeline import predict_noise
+
+if TYPE_CHECKING:
+    from pvdm_fast.models import Denoiser
+
+WARM_UP_PASSES = 3  # before capturing: kernels are compiled, library handles and workspaces made
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph with the tensors it reads and the one it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    latent: Tensor
+    times: Tensor
+    condition: Tensor | None
+    predicted: Tensor
+
+
+class GraphedPrediction:
+    """`predict_noise` of one denoiser, captured once for each shape of its arguments, then replayed.
+
+    The denoiser must stay where it is, in eval mode. A captured graph keeps the memory of its activations for itself.
+    """
+
+    def __init__(self) -> None:
+        self._captured: dict[tuple[object, ...], _Captured] = {}
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        latent: Tensor,
+        timestep: int,
+        condition: Tensor | None = None,
+        guidance: float = 0.0,
+    ) -> Tensor:
+        """As `predict_noise`, without gradients; the result is the caller's to keep."""
+        key = (denoiser, tuple(latent.shape), latent.dtype, None if condition is None else condition.dtype, guidance)
+        with torch.no_grad():
+            if key not in self._captured:
+                with torch.cuda.device(latent.device):
+                    self._captured[key] = self._capture(denoiser, latent, condition, guidance)
+            captured = self._captured[key]
+            captured.latent.copy_(latent)
+            captured.times.fill_(timestep)
+            if captured.condition is not None and condition is not None:
+                captured.condition.copy_(condition)
+            captured.graph.replay()
+            return captured.predicted.clone()
+
+    @staticmethod
+    def _capture(denoiser: Denoiser, latent: Tensor, condition: Tensor | None, guidance: float) -> _Captured:
+        static = latent.clone()
+        times = torch.zeros(len(latent), dtype=torch.long, device=latent.device)
+        kept = None if condition is None else condition.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP_PASSES):
+                predict_noise(denoiser, static, times, kept, guidance)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            predicted = predict_noise(denoiser, static, times, kept, guidance)
+        return _Captured(graph, static, times, kept, predicted)
+
+
+def graphed_prediction(denoiser: Denoiser) -> GraphedPrediction:
+    """What predicts noise by CUDA graphs.
+
+    Raises:
+        UserError: the denoiser is on no CUDA GPU.
+    """
+    device = next(denoiser.parameters()).device
+    if device.type != "cuda":
+        raise UserError(
+            f"CUDA graphs need a CUDA GPU, but the denoiser is on {device}: sample without --cuda-graph (cuda_graph)"
+        )
+    return GraphedPrediction()

@@ -1,0 +1,18 @@
+"""Recomputation of whole blocks in the backward pass, as an option of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+
+def run(block: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments); where block.gradient_checkpointing is set, only the arguments are kept for the backward
+    pass, which computes the function again."""
+    if block.gradient_checkpointing and torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)

@@ -1,0 +1,99 @@
+"""The denoiser's cross-plane attention block as one operation, for sampling: few tokens, few clips, no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvdm_fast import backends
+from pvdm_fast.ops.registry import expect, register_inference
+
+# Where launches, not bytes or products, are what takes time. Every program of the fused projection norms all tokens of
+# its clip: with more clips that costs more than the launches and bytes it saves.
+MOST_TOKENS = 128
+MOST_CLIPS = 2
+
+
+def _fake(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    heads: int,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+register_inference(
+    "attention_block",
+    schema="(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight,"
+    " Tensor proj_bias, int heads, int groups, float eps, str backend) -> Tensor",
+    fake=_fake,
+)
+
+
+def fuses_attention_block(x: Tensor, weight: Tensor) -> bool:
+    """Whether `attention_block` should take x (B, N, C), of a block whose weights are like `weight`: nothing wants a
+    gradient, a kernel serves it, and N <= 128, B <= 2."""
+    return (
+        not torch.is_grad_enabled()
+        and x.shape[0] <= MOST_CLIPS
+        and x.shape[1] <= MOST_TOKENS
+        and x.dtype == weight.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+        and backends.serves("triton", "attention_block", backends.requested(), x.device.type, x.dtype)
+    )
+
+
+def attention_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    *,
+    heads: int,
+    groups: int = 32,
+    eps: float = 1e-5,
+) -> Tensor:
+    """x + projection(attention(qkv(GroupNorm(x)))), all tokens with all (PVDM, section 3.2). Not differentiable.
+
+    Args:
+        x: (B, N, C), any strides; N up to 128. float32, bfloat16, float16, as all weights.
+        norm_weight, norm_bias: (C) of the norm, whose statistics are over all tokens of a group of channels.
+        qkv_weight, qkv_bias: (3C, C), (3C): channels head by head, each its q, k, v.
+        proj_weight, proj_bias: (C, C), (C).
+        heads, groups: each divides C.
+
+    Returns:
+        (B, N, C), contiguous.
+
+    Raises:
+        ValueError: shapes that don't fit, or more tokens.
+    """
+    expect(
+        x.dim() == 3 and x.numel() > 0 and x.shape[1] <= MOST_TOKENS,
+        f"attention_block: x must be (B, N, C) with N up to {MOST_TOKENS}, not empty; got {tuple(x.shape)}.",
+    )
+    channels = x.shape[-1]
+    expect(
+        channels % heads == 0 and channels % groups == 0,
+        f"attention_block: {heads} heads and {groups} groups must divide the {channels} channels.",
+    )
+    shapes = [tuple(t.shape) for t in (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)]
+    c = channels
+    expected = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,)]
+    expect(shapes == expected, f"attention_block: the weights must have shapes {expected}, but have {shapes}.")
+    weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    expect(
+        all(w.dtype == x.dtype for w in weights),
+        f"attention_block: the weights must be {x.dtype} as x, but are {[w.dtype for w in weights]}.",
+    )
+    return torch.ops.pvdm_fast.attention_block(x, *weights, heads, groups, eps, backends.requested())

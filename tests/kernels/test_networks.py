@@ -1,0 +1,53 @@
+"""Both networks with every operation on triton, forward and backward, against the values of the authors' release."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from comparison import assert_close
+from golden_tools import load_case
+from models.test_golden import check_gradients
+from tolerances import GOLDEN_NETWORK
+
+from pvdm_fast import TriplaneLayout, backends, use_backend
+from pvdm_fast.checkpoints import load_release_autoencoder, load_release_denoiser
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not backends.interpreting(), reason="needs Triton's interpreter"),
+]
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def _on_triton() -> Iterator[None]:
+    """Asked for by name, so that an operation it doesn't serve is an error."""
+    with use_backend("triton"):
+        yield
+
+
+def test_denoiser() -> None:
+    case = load_case("unet_small")
+    state = {f"module.diffusion_model.{name}": tensor for name, tensor in case.parameters().items()}
+    layout = TriplaneLayout(**case.meta["layout"])
+    model = load_release_denoiser(state, layout=layout, num_heads=case.meta["config"]["num_heads"])
+    x = case.input("x").requires_grad_()
+    y = model(x, torch.tensor(case.meta["t"])).sample
+    assert_close(y, case.tensors["output.unconditional"], GOLDEN_NETWORK)
+    y.backward(case.draw("grad_output", tuple(y.shape)))
+    check_gradients(case, model, {"x": x}, GOLDEN_NETWORK)
+
+
+def test_autoencoder() -> None:
+    case = load_case("autoencoder_small")
+    config = case.meta["ddconfig"]
+    model = load_release_autoencoder(case.parameters(), frames=config["timesteps"], resolution=config["resolution"])
+    video = case.draw("input.video", (1, 3, 16, 48, 48)).tanh().requires_grad_()
+    latent = model.encode(video).latent
+    assert_close(latent, case.tensors["output.latent"], GOLDEN_NETWORK)
+    frames = model.decode(latent).sample.transpose(1, 2).flatten(0, 1)  # the release's form, (B T, 3, H, W)
+    assert_close(frames, case.tensors["output.reconstruction"], GOLDEN_NETWORK)
+    frames.backward(case.draw("grad_output", tuple(frames.shape)))
+    check_gradients(case, model, {"video": video}, GOLDEN_NETWORK)
