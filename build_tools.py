@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CUDA_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+USUAL_TOOLKIT = Path("/usr/local/cuda")
 CUDA_MINIMUM = (12, 8)  # the first toolkit that knows 10.0 and 12.0
 ARCH_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0+PTX"}
 
@@ -105,6 +106,17 @@ def arch_flags(targets: list[str], ptx: list[str]) -> str:
     return " ".join(flags)
 
 
+def check_targets(nvcc: str, targets: list[str]) -> None:
+    """Raise Unbuildable where a compiler doesn't know a target."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    known = [code.removeprefix("sm_") for code in listed if code.startswith("sm_")]
+    if unknown := [target for target in targets if known and target not in known]:
+        raise Unbuildable(
+            f"TORCH_CUDA_ARCH_LIST asks for sm_{', sm_'.join(unknown)}, which {nvcc} does not know: it can build for "
+            f"sm_{', sm_'.join(known)}"
+        )
+
+
 @dataclass
 class Toolkit:
     """A CUDA toolkit: its compiler, root folder and version."""
@@ -122,7 +134,7 @@ def find_toolkit() -> Toolkit:
         Unbuildable: no nvcc, or one too old, or one that doesn't run.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    usual = Path("/usr/local/cuda")
+    usual = USUAL_TOOLKIT
     if home:
         root, nvcc = Path(home), str(Path(home) / "bin" / "nvcc")
         if not Path(nvcc).exists():

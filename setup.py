@@ -42,6 +42,7 @@ def build_cuda(output: Path, folder: Path) -> dict[str, Any]:
     toolkit = build_tools.find_toolkit()
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(build_tools.CUDA_TARGETS)
     targets, ptx = build_tools.parse_arch_list(asked)
+    build_tools.check_targets(toolkit.nvcc, targets)
     extension = build_tools.cuda_extension(output, python_flags(), toolkit, build_tools.arch_flags(targets, ptx))
     build_tools.run_ninja(extension, folder, toolkit.nvcc)
     version = ".".join(map(str, toolkit.version))

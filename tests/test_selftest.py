@@ -24,13 +24,13 @@ def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(backends, "BACKENDS", ("reference", "cpu", "cuda"))  # Triton's interpreter has its own tests
     assert selftest.main(["--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert "all that ran is right" in text and "Versions" in text and torch.__version__ in text
+    assert f"All {3 * len(OPERATIONS)} are right." in text and "Versions" in text and torch.__version__ in text
     lines = [line.split() for line in text.splitlines()]
     for op in OPERATIONS:
         for dtype in KERNEL_DTYPES:
             (line,) = [line for line in lines if line[:3] == [op, "cpu", str(dtype).removeprefix("torch.")]]
             assert line[5:] == ["ok"] and 0 <= float(line[3]) <= float(line[4])
-        assert any(line[:4] == [op, "cuda", "not", "run:"] for line in lines)
+    assert torch.cuda.is_available() or ["all", "cuda", "not", "run:"] in [line[:4] for line in lines]
 
 
 def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
@@ -62,8 +62,16 @@ def test_wrong_kernels_fail(
 ) -> None:
     faulty(monkeypatch, backward)
     monkeypatch.setattr(selftest, "KERNEL_DTYPES", (torch.float32,))
-    assert selftest.check("cpu") == 1
-    assert f"FAILED: {message}" in capsys.readouterr().out
+    assert selftest.main(["--device", "cpu"]) == 1
+    output = capsys.readouterr()
+    assert f"FAILED: {message}" in output.out
+    assert "error: 1 of 1 are wrong." in output.err
+
+
+def test_nothing_to_compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(backends, "unavailable", lambda backend: "not here.")
+    assert selftest.main(["--device", "cpu"]) == 2
+    assert "nothing was compared" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -122,7 +122,6 @@ __device__ __forceinline__ float sum_parts(float x, int parts) {
   return x;
 }
 
-
 // What a thread owns: a row of a sequence. Rows that aren't there own nothing, but take part in shuffles and barriers.
 struct Owner {
   int part, sequence, row;

@@ -31,6 +31,8 @@ struct PlaneTable {
 PlaneTable table_of(const Planes& planes) {
   if (planes.count > max_planes)
     throw std::invalid_argument("The CUDA kernels take at most 32 planes; use another backend.");
+  if (planes.offset(planes.count) > INT32_MAX / 4)
+    throw std::invalid_argument("The CUDA kernels take planes of at most 2^29 tokens; use another backend.");
   PlaneTable t{static_cast<int>(planes.count), 0, 0, {}, {}, {}};
   for (int p = 0; p < t.count; p++) {
     t.columns[p] = static_cast<int>(planes.columns(p));

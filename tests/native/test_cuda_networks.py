@@ -1,4 +1,4 @@
-"""The backend "cuda-emulated" (conftest.py's `emulated_backend`): operations and whole networks on the CUDA kernels."""
+"""The backend "cuda-emulated" (`emulated.registered`): operations and whole networks on the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -33,25 +33,29 @@ def device(emulated_device: ModuleType) -> Iterator[ModuleType]:
         yield emulated_device
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def kernels() -> list[tuple[str, torch.dtype, bool]]:
+    """(case, dtype, whether by tensor cores), which are for attention in 16 bits."""
+    served = [(name, case.op) for name, case in CASES.items() if case.op in SERVED["cuda"]]
+    halves = [(name, dtype, True) for name, op in served if op in ATTENTION for dtype in KERNEL_DTYPES[1:]]
+    return [(name, dtype, False) for name, _ in served for dtype in KERNEL_DTYPES] + halves
+
+
+@pytest.mark.parametrize(("name", "dtype", "matrix"), kernels())
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.op in SERVED["cuda"]])
-@pytest.mark.parametrize("matrix", [False, True])
 def test_equals_reference(
     monkeypatch: pytest.MonkeyPatch, name: str, form: str, dtype: torch.dtype, matrix: bool
 ) -> None:
     """As tests/ops/test_operations.py tests every backend, through the registered operation; also by tensor cores."""
     case = CASES[name]
-    if matrix and (case.op not in ATTENTION or dtype == torch.float32):
-        pytest.skip("tensor cores are for attention in 16 bits")
     monkeypatch.setattr(attention, "MATRIX_LENGTH", 1 if matrix else 1 << 30)
     inputs = {n: FORMS[form](t) for n, t in case.inputs(dtype).items()}
     with use_backend("reference"):
         expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
     with use_backend(emulated.BACKEND):
         actual = run_with_gradients(case, inputs, dtype)
+        again = run_with_gradients(case, inputs, dtype)
     for what, tensor in actual.items():
-        assert tensor.dtype == dtype
+        assert tensor.dtype == dtype and torch.equal(tensor, again[what])
         assert_close(tensor, expected[what], ATTENTION_16_BIT[dtype] if matrix else tolerance_of(case.op, what, dtype))
 
 
