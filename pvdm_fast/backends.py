@@ -153,7 +153,6 @@ def choose(op: str, name: str, tensor: Tensor) -> ModuleType:
     return implementation(backend, op)
 
 
-@torch.compiler.assume_constant_result
 def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) -> bool:
     """Whether `backend` is what computes `op` for tensors of this kind, where `name` (or "auto") is asked for."""
     return backend == _first(op, name, device, dtype)
