@@ -1,8 +1,9 @@
 """`axial_attention` in Triton, forward and backward: three variants, by the number of queries and of tokens.
 
-One query a sequence: axial_attention_query.py. Whole sequences of up to 64 tokens: axial_attention_short.py, one launch
-forward and one backward. Longer ones: axial_attention_long.py, one launch forward, two backward, and one more in each
-for the rotation. An axis is a pair of strides; nothing is rearranged. No atomics: results are the same on every run.
+One query a sequence: axial_attention_query.py. Sequences of up to 64 tokens, as far as they fit a program's registers:
+axial_attention_short.py, one launch forward and one backward. Longer ones: axial_attention_long.py, one launch forward,
+two backward, and one more in each for the rotation. An axis is a pair of strides; nothing is rearranged. No atomics:
+results are the same on every run.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def forward(
     filled = sequences_of(out, axis)
     if query is not None:
         single.forward(sequences_of(query, axis), sequences, filled, lse, scale)
-    elif length <= short.LONGEST:
+    elif short.serves(length, width, kv.dtype):
         short.forward(sequences, *_tables(sin, cos), filled, lse, scale)
     else:
         long.forward(sequences, *_tables(sin, cos), filled, lse, scale)
@@ -65,7 +66,7 @@ def backward(
         )
     else:
         dquery = kv.new_empty(0)
-        if sequences.shape[2] <= short.LONGEST:
+        if short.serves(sequences.shape[2], kv.shape[-1], kv.dtype):
             short.backward(incoming, sequences, *_tables(sin, cos), lse, dsequences, scale)
         else:
             long_backward.backward(incoming, sequences, *_tables(sin, cos), outputs, lse, dsequences, scale)

@@ -3,8 +3,8 @@
 Queries are rotated where they are loaded, once. Keys are not: every block of queries goes through all keys, and the
 float32 tables are 8 bytes a key element against its 2 of 16 bits. For 128 queries and 64 keys of d 64 that is 32 KiB
 of tables for about 1000 cycles of products and exponentials: with k and v 48 bytes a cycle for each multiprocessor,
-more than an H100's L2 delivers. A first kernel therefore writes rotated keys (backward: and queries) to a buffer: at 1024
-tokens that is an eighth of forward's time at the memory's speed, less in backward.
+more than an H100's L2 delivers. A first kernel therefore writes rotated keys (backward: and queries) to a buffer: at
+1024 tokens about an eighth of forward's time at the memory's speed, less in backward.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.lattice import padded, precision, sequence_offset, strides_of, width_class
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.rotation import rotate
+
+
+def blocks(queries: int, keys: int, warps: int, stages: int) -> Config:
+    return Config({"BLOCK_M": queries, "BLOCK_N": keys}, warps, stages)
 
 
 @triton.jit
@@ -103,8 +107,42 @@ def forward_kernel(
     tl.store(lse + pair.to(tl.int64) * length + rows, natural, mask=rows < length)
 
 
-ROTATE = ConfigTable("axial_attention_rotate", {("*", "*", "*"): Config({"BLOCK": 32}, 4, 1)})
-FORWARD = ConfigTable("axial_attention_long_forward", {("*", "*", "*"): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)})
+# A thread holds 16 columns of one or two rows, and as many of both tables.
+ROTATE = ConfigTable(
+    "axial_attention_rotate",
+    {("*", "*", "*"): Config({"BLOCK": 8}, 4, 1)}
+    | {("*", f"d{width}", "*"): Config({"BLOCK": 2048 // width}, 4, 1) for width in (32, 64, 128, 256)},
+)
+# Large blocks of queries: each goes through all keys and values. Eight warps hold the accumulators of 128 queries where
+# four spill (sm_100, sm_120); on gfx942 eight warps of 64 leave a thread half the registers. Products in float32
+# (without TF32) hold operands in registers too: smaller blocks. In the interpreter, several blocks at a test's sizes.
+FORWARD = ConfigTable(
+    "axial_attention_long_forward",
+    {
+        ("*", "*", "*"): blocks(64, 64, 4, 2),
+        ("*", "d32", "*"): blocks(128, 64, 8, 3),
+        ("*", "d64", "*"): blocks(128, 64, 8, 3),
+        ("*", "d128", "*"): blocks(128, 64, 8, 2),
+        ("*", "d256", "*"): blocks(64, 32, 8, 2),
+        ("*", "*", "float32"): blocks(64, 32, 8, 2),
+        ("*", "d32", "float32"): blocks(64, 32, 8, 2),
+        ("*", "d64", "float32"): blocks(64, 32, 8, 2),
+        ("*", "d128", "float32"): blocks(64, 32, 8, 2),
+        ("*", "d256", "float32"): blocks(16, 32, 8, 1),
+        ("gfx942", "*", "*"): blocks(64, 64, 4, 2),
+        ("gfx942", "*", "float32"): blocks(64, 32, 8, 2),
+        ("gfx942", "d32", "*"): blocks(128, 64, 4, 2),
+        ("gfx942", "d64", "*"): blocks(128, 64, 4, 2),
+        ("gfx942", "d256", "*"): blocks(64, 32, 8, 2),
+        ("gfx942", "d32", "float32"): blocks(64, 32, 8, 2),
+        ("gfx942", "d64", "float32"): blocks(64, 32, 8, 2),
+        ("gfx942", "d256", "float32"): blocks(16, 32, 4, 1),
+        ("interpreter", "*", "*"): blocks(64, 64, 4, 2),
+    },
+    tuple(
+        blocks(m, n, warps, stages) for m in (64, 128) for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3)
+    ),
+)
 
 
 def rotated(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:

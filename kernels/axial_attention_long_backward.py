@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvdm_fast.kernels.axial_attention_long import rotated
+from pvdm_fast.kernels.axial_attention_long import blocks, rotated
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.lattice import padded, precision, sequence_offset, strides_of, width_class
-from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.launch import launch
 from pvdm_fast.kernels.rotation import rotate_back
 
 
@@ -134,8 +134,50 @@ def key_kernel(
     tl.store(dk + offsets, dk_tile.to(dk.dtype.element_ty), mask=inside)
 
 
-QUERY = ConfigTable("axial_attention_long_query", {("*", "*", "*"): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)})
-KEY = ConfigTable("axial_attention_long_key", {("*", "*", "*"): Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2)})
+# As in forward; two accumulators and three tiles of operands make the key kernel's blocks of queries smaller still.
+QUERY = ConfigTable(
+    "axial_attention_long_query",
+    {
+        ("*", "*", "*"): blocks(64, 64, 4, 2),
+        ("*", "d128", "*"): blocks(64, 64, 8, 2),
+        ("*", "d256", "*"): blocks(32, 32, 8, 1),
+        ("*", "*", "float32"): blocks(32, 32, 8, 2),
+        ("*", "d128", "float32"): blocks(32, 32, 8, 2),
+        ("*", "d256", "float32"): blocks(16, 16, 8, 1),
+        ("gfx942", "d128", "*"): blocks(64, 32, 4, 2),
+        ("gfx942", "d128", "float32"): blocks(32, 32, 4, 1),
+        ("gfx942", "d256", "*"): blocks(32, 32, 4, 1),
+        ("gfx942", "d256", "float32"): blocks(16, 16, 4, 1),
+    },
+    tuple(blocks(m, n, warps, stages) for m in (64, 128) for n in (32, 64) for warps in (4, 8) for stages in (1, 2)),
+)
+KEY = ConfigTable(
+    "axial_attention_long_key",
+    {
+        ("*", "*", "*"): blocks(32, 64, 4, 2),
+        ("*", "d128", "*"): blocks(32, 64, 8, 2),
+        ("*", "d256", "*"): blocks(32, 32, 8, 1),
+        ("*", "*", "float32"): blocks(32, 32, 8, 2),
+        ("*", "d128", "float32"): blocks(32, 16, 8, 1),
+        ("*", "d256", "float32"): blocks(16, 16, 8, 1),
+        **{
+            key: config
+            for architecture in ("sm90", "sm100")
+            for width in ("d32", "d64")
+            for key, config in (
+                ((architecture, width, "*"), blocks(64, 128, 8, 2)),
+                ((architecture, width, "float32"), blocks(32, 32, 8, 2)),
+            )
+        },
+        ("gfx942", "*", "float32"): blocks(32, 32, 4, 1),
+        ("gfx942", "*", "*"): blocks(32, 64, 4, 2),
+        ("gfx942", "d128", "*"): blocks(32, 64, 4, 2),
+        ("gfx942", "d128", "float32"): blocks(16, 32, 4, 1),
+        ("gfx942", "d256", "*"): blocks(32, 32, 4, 1),
+        ("gfx942", "d256", "float32"): blocks(16, 16, 4, 1),
+    },
+    tuple(blocks(m, n, warps, stages) for m in (32, 64) for n in (64, 128) for warps in (4, 8) for stages in (1, 2)),
+)
 
 
 def backward(

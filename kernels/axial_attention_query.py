@@ -118,7 +118,7 @@ BACKWARD = ConfigTable(
 
 
 def forward(query: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """query: (B, places, 1, heads, d), kv: (B, places, L, 2, heads, d); fills out: like query, lse: (B, places, heads, 1)."""
+    """query: (B, places, 1, heads, d), kv: (B, places, L, 2, heads, d); fills out: like query, and lse: one a query."""
     batch, places, length, _, heads, width = kv.shape
     config = FORWARD(kv.device, width_class(width), kv.dtype)
     k, v = kv.unbind(3)

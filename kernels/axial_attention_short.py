@@ -121,13 +121,34 @@ def backward_kernel(
     tl.store(dk + offsets, dk_tile.to(dk.dtype.element_ty), mask=inside)
 
 
+def serves(length: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether a tile of a whole sequence fits a program's registers in backward: up to 64 tokens of 128 columns in 16
+    bits, or a quarter of that in float32, whose products (without TF32) hold their operands in registers."""
+    rows = max(16, triton.next_power_of_2(length))
+    return rows <= LONGEST and rows * padded(width) <= (2048 if dtype == torch.float32 else 8192)
+
+
 def shape_class(length: int, width: int) -> str:
     """ "16-d64": lengths up to 16, 32 or 64, then `width_class`."""
     return f"{max(16, triton.next_power_of_2(length))}-{width_class(width)}"
 
 
-FORWARD = ConfigTable("axial_attention_short_forward", {("*", "*", "*"): Config({"BLOCK": 64}, 4, 1)})
-BACKWARD = ConfigTable("axial_attention_short_backward", {("*", "*", "*"): Config({"BLOCK": 64}, 4, 1)})
+# 64 rows: four warps of a tensor core's 16, and 24 KiB of loads in flight for each program of d 64. Eight warps where
+# four would spill in backward. Float32: the fewest rows, as every row more is another product for each.
+ENTRIES = {
+    ("*", "*", "*"): Config({"BLOCK": 64}, 4, 1),
+    **{("*", f"{length}-d128", "*"): Config({"BLOCK": 64}, 8, 1) for length in (16, 32, 64)},
+    **{("*", f"{length}-d256", "*"): Config({"BLOCK": 32}, 8, 1) for length in (16, 32)},
+    ("*", "16-d32", "float32"): Config({"BLOCK": 32}, 4, 1),
+    ("*", "32-d32", "float32"): Config({"BLOCK": 32}, 4, 1),
+    ("*", "64-d32", "float32"): Config({"BLOCK": 64}, 8, 1),
+    ("*", "16-d64", "float32"): Config({"BLOCK": 16}, 4, 1),
+    ("*", "32-d64", "float32"): Config({"BLOCK": 32}, 8, 1),
+    ("*", "16-d128", "float32"): Config({"BLOCK": 16}, 8, 1),
+}
+CANDIDATES = tuple(Config({"BLOCK": rows}, warps, 1) for rows in (64, 128) for warps in (4, 8))
+FORWARD = ConfigTable("axial_attention_short_forward", ENTRIES, CANDIDATES)
+BACKWARD = ConfigTable("axial_attention_short_backward", ENTRIES, CANDIDATES)
 
 
 def forward(kv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
