@@ -96,24 +96,17 @@ CONV = ConfigTable(
         for stages in (2, 3, 4)
     ),
 )
-# The vendor's convolution (cuDNN) or this file's. Reasoned, not measured: three convolutions, their bias and copies
-# into and out of dense planes cost about 14 us of launches and 4 times the bytes of x at 3 TB/s; where a library on
-# Hopper and Blackwell (wgmma, TMA) reaches 600 and this kernel 400 TFLOP/s, that pays from about 8192 rows of 512
-# channels on. On the others both are fed by the same instructions.
+# The vendor's convolution (cuDNN) is taken from ROWS rows on, with CHANNELS channels or more on both sides. Reasoned,
+# not measured: three convolutions, their bias and copies into and out of dense planes cost about 14 us of launches and
+# 4 times the bytes of x at 3 TB/s; where a library on Hopper and Blackwell (wgmma, TMA) reaches 600 and this kernel 400
+# TFLOP/s, that pays from about 8192 rows of 512 channels on. On the others both are fed by the same instructions.
+NEVER, ALWAYS = Config({"ROWS": 1 << 62, "CHANNELS": 1}), Config({"ROWS": 1, "CHANNELS": 1})
+LARGE = Config({"ROWS": 8192, "CHANNELS": 512})
 CHOICE = ConfigTable(
     "plane_conv_choice",
-    {
-        (ANY, ANY, ANY): Config({"VENDOR": 0}),
-        ("sm90", "wide", ANY): Config({"VENDOR": 1}),
-        ("sm100", "wide", ANY): Config({"VENDOR": 1}),
-    },
-    candidates=(Config({"VENDOR": 0}), Config({"VENDOR": 1})),
+    {(ANY, ANY, ANY): NEVER, ("sm90", ANY, ANY): LARGE, ("sm100", ANY, ANY): LARGE},
+    candidates=(NEVER, ALWAYS),
 )
-
-
-def choice_class(rows: int, channels: int, written: int) -> str:
-    """The shape class of the choice: "wide" from 8192 rows on with at least 512 channels on both sides."""
-    return "wide" if rows >= 8192 and min(channels, written) >= 512 else "other"
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -247,5 +240,7 @@ def convolve_by_vendor(x: Tensor, weight: Tensor, bias: Tensor | None, planes: S
 
 
 def vendor_is_chosen(x: Tensor, written: int) -> bool:
-    shape = choice_class(x.shape[0] * x.shape[1], x.shape[2], written)
-    return bool(CHOICE(x.device, shape, x.dtype).blocks["VENDOR"])
+    """Whether the convolution of `x` (B, N, C) to `written` channels goes to `convolve_by_vendor`."""
+    rows, channels = x.shape[0] * x.shape[1], x.shape[2]
+    least = CHOICE(x.device, shape_class(rows, channels, written, x.dtype), x.dtype).blocks
+    return rows >= least["ROWS"] and min(channels, written) >= least["CHANNELS"]

@@ -139,7 +139,7 @@ def test_only_what_is_needed(needs: tuple[bool, bool]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vendor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """The vendor's convolution, where the table chooses it: the same results; only the weight's gradient is ours."""
-    configure(monkeypatch, plane_conv_product.CHOICE, Config({"VENDOR": 1}))
+    configure(monkeypatch, plane_conv_product.CHOICE, plane_conv_product.ALWAYS)
     x, weight, bias, grad = draw(ODD, 20, 12, dtype)
     check(x, weight.to(memory_format=torch.channels_last), bias, grad, ODD)
     check(*draw(ODD, 12, 20, dtype), ODD)
