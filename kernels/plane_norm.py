@@ -45,16 +45,21 @@ __all__ = ["backward", "forward"]
 
 # Most elements of a tile that holds a plane's tokens: 64 float32 a thread at 16 warps.
 WHOLE_TILE = 32768
-# Whole planes: 32 values a thread, 4 to 8 loads of 16 bytes in flight: they are bound by latency. (Two kernels of 64
-# values fit a multiprocessor's registers no better than one, so 32768 has them at 16 warps only because it must.)
+# Whole planes: 8 to 32 values a thread (64 in the largest tile), several loads of 16 bytes in flight: they are bound by
+# latency, and larger planes have enough values for more warps.
 WHOLE = ConfigTable(
     "plane_norm_whole",
     {
         (ANY, ANY, ANY): Config(num_warps=16),
+        (ANY, "tile1024", ANY): Config(num_warps=2),
+        (ANY, "tile2048", ANY): Config(num_warps=4),
         (ANY, "tile4096", ANY): Config(num_warps=4),
         (ANY, "tile8192", ANY): Config(num_warps=8),
-        ("gfx942", "tile8192", ANY): Config(num_warps=4),  # of 64 threads
-        ("gfx942", ANY, ANY): Config(num_warps=8),
+        ("gfx942", ANY, ANY): Config(num_warps=8),  # of 64 threads
+        ("gfx942", "tile1024", ANY): Config(num_warps=1),
+        ("gfx942", "tile2048", ANY): Config(num_warps=2),
+        ("gfx942", "tile4096", ANY): Config(num_warps=4),
+        ("gfx942", "tile8192", ANY): Config(num_warps=4),
     },
     candidates=tuple(Config(num_warps=w) for w in (2, 4, 8, 16)),
 )

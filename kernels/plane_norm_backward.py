@@ -40,13 +40,17 @@ from pvdm_fast.native import rows_dense
 # Most elements of a tile that holds a plane's tokens: n and dz take 64 registers a thread at 16 warps.
 WHOLE_TILE = 16384
 
-# Whole planes: 16 values of x and of the gradient a thread, 32 in the largest tile.
+# Whole planes: 8 or 16 values of x and of the gradient a thread, 32 in the largest tile.
 WHOLE = ConfigTable(
     "plane_norm_backward_whole",
     {
         (ANY, ANY, ANY): Config(num_warps=16),
+        (ANY, "tile1024", ANY): Config(num_warps=2),
+        (ANY, "tile2048", ANY): Config(num_warps=4),
         (ANY, "tile4096", ANY): Config(num_warps=8),
         ("gfx942", ANY, ANY): Config(num_warps=8),  # of 64 threads
+        ("gfx942", "tile1024", ANY): Config(num_warps=1),
+        ("gfx942", "tile2048", ANY): Config(num_warps=2),
         ("gfx942", "tile4096", ANY): Config(num_warps=4),
     },
     candidates=tuple(Config(num_warps=w) for w in (4, 8, 16)),

@@ -23,8 +23,8 @@ MOST_CHUNKS = 64
 
 
 def tile_class(elements: int) -> str:
-    """The shape class of a tile: its elements, a power of two, no less than 4096."""
-    return f"tile{max(elements, 4096)}"
+    """The shape class of a tile: its elements, a power of two, no less than 1024."""
+    return f"tile{max(elements, 1024)}"
 
 
 def whole_blocks(x: Tensor, planes: Sequence[int], groups: int, most: int) -> dict[str, int] | None:

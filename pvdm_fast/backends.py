@@ -194,7 +194,6 @@ def _tf32(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
-@torch.compiler.assume_constant_result
 def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) -> bool:
     """Whether `backend` is what computes `op` for tensors of this kind, where `name` (or "auto") is asked for."""
     if name == "auto":

@@ -39,9 +39,10 @@ register_inference(
 
 def fuses_attention_block(x: Tensor, weight: Tensor) -> bool:
     """Whether `attention_block` should take x (B, N, C), of a block whose weights are like `weight`: nothing wants a
-    gradient, a kernel serves it, and N <= 128, B <= 2."""
+    gradient, a kernel serves it, and N <= 128, B <= 2. Not under torch.compile, which fuses by itself."""
     return (
-        not torch.is_grad_enabled()
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
         and x.shape[0] <= MOST_CLIPS
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == weight.dtype

@@ -103,7 +103,7 @@ def test_denoiser_block_without_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
             assert_close(attention(x), expected, OPERATION[torch.float32])
             compiled = torch.compile(attention.forward_tokens, fullgraph=True, backend="aot_eager")
             assert_close(compiled(x.transpose(1, 2)).transpose(1, 2), expected, OPERATION[torch.float32])
-    assert len(calls) == 2
+    assert len(calls) == 1, "torch.compile fuses by itself"
 
 
 @pytest.mark.parametrize("why", ["gradient", "clips", "tokens", "planes", "autocast", "backend"])
