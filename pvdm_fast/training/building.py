@@ -11,6 +11,7 @@ import torch
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
+from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size
@@ -56,7 +57,8 @@ def make_stage(name: str, config: TrainConfig, run: RunFolder) -> Stage:
     if name == "autoencoder":
         autoencoder = make_autoencoder(config)
         model: Autoencoder | Denoiser = autoencoder
-        stage: Stage = AutoencoderStage(config, autoencoder)
+        kind = SecondPhaseStage if wants_second_phase(config) else AutoencoderStage
+        stage: Stage = kind(config, autoencoder)
     else:
         autoencoder = load_autoencoder(run.autoencoder)
         model = denoiser = make_denoiser(config, autoencoder)
