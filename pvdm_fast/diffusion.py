@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pvdm_fast.shares import Share
+
 TRAIN_STEPS = 1000
 BETA_START = 0.0015
 BETA_END = 0.0195
@@ -71,6 +73,7 @@ def joint_batch(
     encode: Callable[[Tensor], Tensor],
     conditional_probability: float,
     generator: torch.Generator,
+    share: Share = Share(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
     """Targets and conditions of the joint unconditional and conditional training.
 
@@ -82,6 +85,7 @@ def joint_batch(
         encode: maps videos (b, 3, T, H, W) to latents (b, D, N).
         conditional_probability: between 0 and 1.
         generator: a CPU generator, the only source of randomness.
+        share: which clips of a global batch ``video`` holds.
 
     Returns:
         target and condition, both (B, D, N).
@@ -93,8 +97,8 @@ def joint_batch(
     if frames % 2:
         raise ValueError(f"joint training needs clips of 2T frames, but these have {frames}")
     half = frames // 2
-    conditional = torch.rand(batch, generator=generator) < conditional_probability
-    starts = torch.randint(0, half + 1, (batch,), generator=generator)
+    conditional = share.of(torch.rand(share.world * batch, generator=generator)) < conditional_probability
+    starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator)).clone()
     starts[conditional] = half
     windows = [clip[:, start : start + half] for clip, start in zip(video, starts.tolist(), strict=True)]
     preceding = [clip[:, :half] for clip, keep in zip(video, conditional.tolist(), strict=True) if keep]

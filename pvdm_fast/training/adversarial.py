@@ -13,8 +13,9 @@ from pvdm_fast.diffusion import psnr
 from pvdm_fast.errors import UserError
 from pvdm_fast.losses.lpips import LPIPS, MINIMUM_SIZE, load_lpips
 from pvdm_fast.losses.patchgan import Discriminators, frames_of
+from pvdm_fast.shares import Share
 from pvdm_fast.training.config import AdversarialOptions, TrainConfig
-from pvdm_fast.training.stages import AutoencoderStage
+from pvdm_fast.training.stages import WHOLE, AutoencoderStage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,6 +50,10 @@ def check_second_phase(config: TrainConfig, height: int, width: int) -> list[tup
             raise UserError(
                 f"--adversarial-start {options.start} is never reached in {config.autoencoder.steps} steps: raise "
                 "--autoencoder-steps, or start earlier"
+            )
+        if config.fsdp and options.adaptive:
+            raise UserError(
+                "--fsdp cuts the last layer, whose gradient the adaptive weight needs: choose --no-adversarial-adaptive"
             )
         if options.r1 > 0 and options.norm == "batch":
             raise UserError(
@@ -100,7 +105,7 @@ class Adversary:
                 )
             self.nets = nn.SyncBatchNorm.convert_sync_batchnorm(self.nets)
         self.nets.to(accelerator.device)
-        self.prepared = accelerator.prepare(self.nets)
+        self.prepared = accelerator.prepare_model(self.nets)
         self.optimizer = torch.optim.AdamW(
             self.nets.parameters(), lr=self.options.learning_rate, betas=BETAS, fused=True
         )
@@ -171,9 +176,10 @@ class SecondPhaseStage(AutoencoderStage):
         if self.adversary is not None:
             self.adversary.optimizer.zero_grad(set_to_none=True)
 
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
-        sample = self.reconstruct(model, video, generator)
-        frames = torch.randint(self.clip_frames, (len(video),), generator=generator).to(video.device)
+    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
+        sample = self.reconstruct(model, video, generator, share)
+        frames = share.of(torch.randint(self.clip_frames, (share.world * len(video),), generator=generator))
+        frames = frames.to(video.device)
         leaf = sample.detach().requires_grad_()
         value = self._reconstruction_loss(leaf, video, frames)
         gradient = self._gradient(value, leaf)
