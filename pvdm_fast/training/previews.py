@@ -64,13 +64,14 @@ def write_loss_curves(path: Path, records: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(5 * pictures, 3.5), layout="constrained")
     every_axes = np.atleast_1d(figure.subplots(1, pictures))
     for axes, stage in zip(every_axes, stages, strict=False):
-        chosen = [item for item in records if item["stage"] == stage]
-        name = "reconstruction" if any("reconstruction" in item for item in chosen) else "loss"
-        _draw(axes, chosen, name, "tab:blue")
-        axes.set(title=stage, xlabel="step", ylabel=name, yscale="log")
+        points = [
+            (item["step"], item.get("reconstruction", item.get("loss"))) for item in records if item["stage"] == stage
+        ]
+        _draw(axes, points, "tab:blue")
+        axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
     if second_phase:
         for number, name in enumerate(ADVERSARIAL_VALUES):
-            _draw(every_axes[-1], records, name, f"C{number}")
+            _draw(every_axes[-1], [(item["step"], item.get(name)) for item in records], f"C{number}", name)
         every_axes[-1].set(title="adversarial phase", xlabel="step")
         every_axes[-1].legend(fontsize=8)
     for axes in every_axes:
@@ -78,15 +79,14 @@ def write_loss_curves(path: Path, records: list[dict[str, Any]]) -> None:
     _save_figure(figure, path)
 
 
-def _draw(axes: Any, records: list[dict[str, Any]], name: str, colour: str) -> None:
-    """A recorded value over the steps, pale, and its running mean."""
-    points = [(item["step"], item[name]) for item in records if item.get(name) is not None]
-    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+def _draw(axes: Any, points: list[tuple[int, float | None]], colour: str, label: str | None = None) -> None:
+    """A recorded value over the steps, pale, and its running mean; steps without a value are left out."""
+    steps, values = np.array([point for point in points if point[1] is not None], dtype=float).reshape(-1, 2).T
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
     width = max(1, len(values) // 40)
     if len(values) >= width:
         axes.plot(
-            steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour, label=name
+            steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour, label=label
         )
 
 
