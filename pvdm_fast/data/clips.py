@@ -18,6 +18,7 @@ from pvdm_fast.data.layouts import Found, Video, find_videos
 from pvdm_fast.data.shapes import draw_scene
 from pvdm_fast.data.transforms import fit, to_video
 from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, counted_index, packet_index, read_frames
+from pvdm_fast.data.watch import READ_TIMEOUT, reading
 
 SYNTHETIC = "synthetic:shapes"
 SYNTHETIC_LENGTH = {"train": 4096, "test": 256}
@@ -53,6 +54,7 @@ class ClipSpec:
     split: str = "train"
     seed: int = 0
     flip: bool = False
+    read_timeout: float = READ_TIMEOUT
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "stride"):
@@ -60,6 +62,8 @@ class ClipSpec:
                 raise DataError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.split not in SYNTHETIC_LENGTH:
             raise DataError(f'no split "{self.split}": choose "train" or "test"')
+        if self.read_timeout < 0:
+            raise DataError(f"read_timeout must be at least 0 seconds, got {self.read_timeout:g}")
 
 
 class ClipDataset(torch.utils.data.Dataset[Item], ABC):
@@ -77,6 +81,9 @@ class ClipDataset(torch.utils.data.Dataset[Item], ABC):
     @abstractmethod
     def __getitem__(self, draw: int) -> Item: ...
 
+    def set_aside(self, file: str, reason: str) -> None:  # noqa: B027
+        """Leave a file out from now on, as if it had been found unreadable for ``reason``."""
+
 
 class FolderClips(ClipDataset):
     """Clips from videos on disk.
@@ -88,6 +95,10 @@ class FolderClips(ClipDataset):
     def __init__(self, root: Path, found: Found, spec: ClipSpec) -> None:
         self.root, self.videos, self.description, self.spec = root, found.videos, found.description, spec
         self._indices = IndexCache()
+        self._set_aside: dict[str, str] = {}
+
+    def set_aside(self, file: str, reason: str) -> None:
+        self._set_aside[file] = reason
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -101,7 +112,10 @@ class FolderClips(ClipDataset):
         for turn in range(len(self)):
             video = self.videos[order[(position + turn) % len(self)]]
             try:
-                window, frames = self._clip(video, draw)
+                if str(video.path) in self._set_aside:
+                    raise UnreadableVideo(self._set_aside[str(video.path)])
+                with reading(str(video.path), self.spec.read_timeout):
+                    window, frames = self._clip(video, draw)
             except UnreadableVideo as reason:
                 skipped.append((str(video.path), str(reason)))
                 continue
@@ -175,20 +189,22 @@ def open_dataset(
     split: str = "train",
     seed: int = 0,
     flip: bool = False,
+    read_timeout: float = READ_TIMEOUT,
 ) -> ClipDataset:
     """Clips from ``"synthetic:shapes"``, a folder (layout detected, see :mod:`pvdm_fast.data.layouts`) or one file.
 
     ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
     holds other videos, cropped at the centre and never mirrored. Raises :class:`DataError` when no video can be used;
-    one clip is read to find out.
+    one clip is read to find out. A file that takes longer than ``read_timeout`` seconds (0: no limit) is skipped; see
+    :mod:`pvdm_fast.data.watch` for what that can interrupt.
     """
-    spec = ClipSpec(frames, height, width, stride, split, seed, flip)
+    spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout)
     if str(source).startswith("synthetic:"):
         if str(source) != SYNTHETIC:
             raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
         return SyntheticClips(spec)
     root = Path(source)
-    dataset = FolderClips(root, find_videos(root, split, lambda video: _is_long_enough(video, frames)), spec)
+    dataset = FolderClips(root, find_videos(root, split, lambda video: _is_long_enough(video, spec)), spec)
     dataset[0]
     return dataset
 
@@ -202,10 +218,12 @@ def collate(items: Sequence[Item]) -> Batch:
     }
 
 
-def _is_long_enough(video: Video, frames: int) -> bool:
-    """Whether a video has ``frames`` frames, as far as can be told without decoding."""
+def _is_long_enough(video: Video, spec: ClipSpec) -> bool:
+    """Whether a video has the frames of a clip, as far as can be told without decoding."""
     try:
-        return (len(list_frames(video.path)) if video.is_folder else packet_index(video.path).frames) >= frames
+        with reading(str(video.path), spec.read_timeout):
+            count = len(list_frames(video.path)) if video.is_folder else packet_index(video.path).frames
+        return count >= spec.frames
     except UnreadableVideo:
         return False
 

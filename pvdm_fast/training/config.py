@@ -42,6 +42,9 @@ class VideoOptions:
     flip: bool = option(False, "mirror half of the training clips left to right")
     fps: float = option(8.0, "frames a second of the videos written", minimum=0.1, resumable=True)
     workers: int = option(2, "processes that read clips ahead; 0 reads in the main process", minimum=0, resumable=True)
+    read_timeout: float = option(
+        120.0, "seconds after which a file that cannot be read is left out; 0: no limit", minimum=0, resumable=True
+    )
 
 
 @dataclass

@@ -49,7 +49,14 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
         with torch.device("meta"):
             models += f", denoiser {_count(make_denoiser(config, autoencoder))}"
     data = open_dataset(
-        config.data, frames=clip_frames, height=height, width=width, stride=config.video.stride, seed=config.seed
+        config.data,
+        frames=clip_frames,
+        height=height,
+        width=width,
+        stride=config.video.stride,
+        seed=config.seed,
+        flip=config.video.flip,
+        read_timeout=config.video.read_timeout,
     )
     work = ", then ".join(f"{name} {getattr(config, name).steps} steps" for name in stages)
     lines = [
