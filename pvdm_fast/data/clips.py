@@ -28,18 +28,21 @@ Skipped = list[tuple[str, str]]
 
 
 class Item(TypedDict):
-    """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; files skipped, with reasons."""
+    """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; the name of its class, if it has
+    one; files skipped, with reasons. Of cached latents ``video`` is float32 (windows, D, N): see LatentClips."""
 
     video: torch.Tensor
     name: str
+    label: str | None
     skipped: Skipped
 
 
 class Batch(TypedDict):
-    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1]."""
+    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1]; or cached latents, (B, windows, D, N)."""
 
     video: torch.Tensor
     names: list[str]
+    labels: list[str | None]
     skipped: Skipped
 
 
@@ -81,7 +84,7 @@ class ClipDataset(torch.utils.data.Dataset[Item], ABC):
     @abstractmethod
     def __getitem__(self, draw: int) -> Item: ...
 
-    def set_aside(self, file: str, reason: str) -> None:  # noqa: B027
+    def set_aside(self, file: str, reason: str) -> None:
         """Leave a file out from now on, as if it had been found unreadable for ``reason``."""
 
 
@@ -119,7 +122,8 @@ class FolderClips(ClipDataset):
             except UnreadableVideo as reason:
                 skipped.append((str(video.path), str(reason)))
                 continue
-            return {"video": to_video(frames), "name": f"{video.name}@{window.start}", "skipped": skipped}
+            name = f"{video.name}@{window.start}"
+            return {"video": to_video(frames), "name": name, "label": video.label, "skipped": skipped}
         raise DataError(_none_usable(self.root, self.description, skipped))
 
     def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray]]:
@@ -176,7 +180,7 @@ class SyntheticClips(ClipDataset):
         mirrored = spec.flip and spec.split == "train" and bool(rng.random() < 0.5)
         frames = scene.render(spec.frames, spec.height, spec.width, spec.stride)
         video = to_video(frames[:, :, ::-1] if mirrored else frames)
-        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "skipped": []}
+        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "label": None, "skipped": []}
 
 
 def open_dataset(
@@ -193,17 +197,23 @@ def open_dataset(
 ) -> ClipDataset:
     """Clips from ``"synthetic:shapes"``, a folder (layout detected, see :mod:`pvdm_fast.data.layouts`) or one file.
 
+    A folder that ``python -m pvdm_fast.encode`` wrote gives latents: :class:`pvdm_fast.data.latents.LatentClips`.
+
     ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
     holds other videos, cropped at the centre and never mirrored. Raises :class:`DataError` when no video can be used;
     one clip is read to find out. A file that takes longer than ``read_timeout`` seconds (0: no limit) is skipped; see
     :mod:`pvdm_fast.data.watch` for what that can interrupt.
     """
+    from pvdm_fast.data.latents import LatentClips, is_latents
+
     spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout)
     if str(source).startswith("synthetic:"):
         if str(source) != SYNTHETIC:
             raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
         return SyntheticClips(spec)
     root = Path(source)
+    if is_latents(root):
+        return LatentClips(root, spec)
     dataset = FolderClips(root, find_videos(root, split, lambda video: _is_long_enough(video, spec)), spec)
     dataset[0]
     return dataset
@@ -214,6 +224,7 @@ def collate(items: Sequence[Item]) -> Batch:
     return {
         "video": torch.stack([item["video"] for item in items]),
         "names": [item["name"] for item in items],
+        "labels": [item["label"] for item in items],
         "skipped": [entry for item in items for entry in item["skipped"]],
     }
 

@@ -174,9 +174,7 @@ def make_loader(
     reader, or was twice in hand when the system killed it, is set aside. After three replacements without a batch
     :class:`DataError` is raised.
     """
-    return ClipLoader(
-        dataset, DrawBatches(batch_size, start_draw, rank, world), workers=workers, pin_memory=pin_memory
-    )
+    return ClipLoader(dataset, DrawBatches(batch_size, start_draw, rank, world), workers=workers, pin_memory=pin_memory)
 
 
 def _prepare_worker(notes: Notes, worker: int) -> None:

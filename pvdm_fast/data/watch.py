@@ -75,7 +75,11 @@ def reading(name: str, seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _interrupted(seconds: float) -> Iterator[None]:
-    if not seconds or threading.current_thread() is not threading.main_thread() or any(signal.getitimer(signal.ITIMER_REAL)):
+    if (
+        not seconds
+        or threading.current_thread() is not threading.main_thread()
+        or any(signal.getitimer(signal.ITIMER_REAL))
+    ):
         yield
         return
 

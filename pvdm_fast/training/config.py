@@ -111,7 +111,9 @@ class TrainConfig:
     preset: Literal["tiny", "small", "base"] = option("tiny", "sizes of the models and matching hyper-parameters")
     stage: Literal["autoencoder", "diffusion", "all"] = option("all", "what to train", resumable=True)
     data: str = option(
-        "synthetic:shapes", "a folder of videos, of frame folders, UCF-101 or SkyTimelapse", resumable=True
+        "synthetic:shapes",
+        "a folder of videos, of frame folders, UCF-101, SkyTimelapse, or of latents (python -m pvdm_fast.encode)",
+        resumable=True,
     )
     autoencoder_from: str | None = option(
         None, "with --stage diffusion: the run, or the model folder, whose autoencoder to use"

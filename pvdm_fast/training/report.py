@@ -13,7 +13,7 @@ import torch
 from pvdm_fast import backends
 from pvdm_fast.data import open_dataset
 from pvdm_fast.errors import UserError
-from pvdm_fast.training.building import make_denoiser
+from pvdm_fast.training.building import check_latents, make_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import video_size
@@ -58,6 +58,7 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
         flip=config.video.flip,
         read_timeout=config.video.read_timeout,
     )
+    check_latents(data, stages, autoencoder)
     work = ", then ".join(f"{name} {getattr(config, name).steps} steps" for name in stages)
     lines = [
         ("training", f"{work} (preset {config.preset})"),

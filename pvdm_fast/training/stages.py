@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, psnr
+from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, joint_latents, psnr
 from pvdm_fast.pipeline import check_pair
 from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
 
@@ -118,8 +118,12 @@ class DiffusionStage(Stage):
         self.schedule = NoiseSchedule.create(device)
 
     def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
-        with torch.no_grad():
-            target, condition = joint_batch(video, self._encode, self.conditional_probability, generator)
+        """Also of cached latents (B, windows, D, N)."""
+        if video.dim() == 4:
+            target, condition = joint_latents(video, self.clip_frames // 2, self.conditional_probability, generator)
+        else:
+            with torch.no_grad():
+                target, condition = joint_batch(video, self._encode, self.conditional_probability, generator)
         noise = torch.randn(target.shape, generator=generator).to(target.device)
         timestep = torch.randint(TRAIN_STEPS, (len(target),), generator=generator).to(target.device)
         prediction = str(self.model.config["prediction"])

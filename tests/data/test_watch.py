@@ -92,7 +92,7 @@ class Deeds(ClipDataset):
             with reading(name, self.spec.read_timeout):
                 self.deed()
         skipped = [(name, self.reasons[name])] if name in self.reasons else []
-        return {"video": torch.full((3, 1, 1, 1), float(draw)), "name": name, "skipped": skipped}
+        return {"video": torch.full((3, 1, 1, 1), float(draw)), "name": name, "label": None, "skipped": skipped}
 
 
 def assert_nothing_lost(found: list[Batch]) -> None:
