@@ -52,7 +52,7 @@ class StageOptions:
     """What both stages share."""
 
     steps: int = option(10_000, "optimizer steps", minimum=1, resumable=True)
-    batch_size: int = option(8, "clips a forward pass", minimum=1)
+    batch_size: int = option(8, "clips a forward pass, of all processes together", minimum=1)
     accumulate: int = option(1, "forward passes whose gradients are averaged for one optimizer step", minimum=1)
     learning_rate: float = option(1e-4, "highest learning rate", minimum=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up; cosine ends near 0")
@@ -122,6 +122,9 @@ class TrainConfig:
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
+    )
+    fsdp: bool = option(
+        False, "with several processes: cut weights and optimizer state among them (FSDP2)", resumable=True
     )
     save_every: int = option(1000, "steps between checkpoints", minimum=1, resumable=True)
     preview_every: int = option(5000, "steps between sample videos and held-out scores", minimum=1, resumable=True)

@@ -79,6 +79,8 @@ def _machine(accelerator: Accelerator) -> str:
     where = f"{torch.get_num_threads()} threads of {os.cpu_count()} CPU cores"
     if accelerator.device.type == "cuda":
         where = torch.cuda.get_device_name(accelerator.device)
+    if accelerator.num_processes > 1:
+        where = f"{accelerator.num_processes} processes, here {where}"
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return f"{where}, PyTorch {torch.__version__}, {precision}"
 
