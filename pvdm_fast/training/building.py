@@ -21,6 +21,7 @@ from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, v
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from pvdm_fast.data import ClipDataset
     from pvdm_fast.models import Autoencoder, Denoiser
 
 AUTOENCODER_SIZES = (
@@ -166,6 +167,22 @@ def existing_autoencoder(config: TrainConfig, resume: Path | None) -> Autoencode
         if want is not None and want != have:
             raise UserError(f"--{name} is {want}, but the autoencoder in {place} was made for {have}")
     return autoencoder
+
+
+def check_latents(data: ClipDataset, stages: tuple[str, ...], autoencoder: Autoencoder) -> None:
+    """Raises UserError for cached latents that another autoencoder made, or that another stage would need."""
+    from pvdm_fast.data.latents import LatentClips, fingerprint
+
+    if not isinstance(data, LatentClips):
+        return
+    if stages != ("diffusion",):
+        raise UserError(f"{data.root} holds cached latents, which serve --stage diffusion only")
+    made_by, used = data.settings.autoencoder, fingerprint(autoencoder)
+    if made_by != used:
+        raise UserError(
+            f"the latents in {data.root} were made by another autoencoder ({made_by[:12]}) than the one to be used "
+            f"({used[:12]}): encode the clips with this one, or name that one with --autoencoder-from"
+        )
 
 
 def empty_autoencoder(config: TrainConfig) -> Autoencoder:

@@ -183,6 +183,7 @@ class Trainer:
             split=split,
             seed=self.config.seed,
             flip=video.flip,
+            read_timeout=video.read_timeout,
         )
 
     def batches(self) -> Iterator[Batch]:
