@@ -11,6 +11,7 @@ import torch
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
+from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.processes import TIMEOUT
 from pvdm_fast.training.run_folder import RunFolder
@@ -20,6 +21,7 @@ from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, v
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from pvdm_fast.data import ClipDataset
     from pvdm_fast.models import Autoencoder, Denoiser
 
 AUTOENCODER_SIZES = (
@@ -93,11 +95,9 @@ def make_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acce
         model.enable_gradient_checkpointing()
     if config.fsdp and accelerator.num_processes > 1:
         shard(model, accelerator.device, accelerator.num_processes)
-    return (
-        AutoencoderStage(config, autoencoder)
-        if name == "autoencoder"
-        else DiffusionStage(config, autoencoder, denoiser)
-    )
+    if name == "diffusion":
+        return DiffusionStage(config, autoencoder, denoiser)
+    return (SecondPhaseStage if wants_second_phase(config) else AutoencoderStage)(config, autoencoder)
 
 
 @contextmanager
@@ -167,6 +167,22 @@ def existing_autoencoder(config: TrainConfig, resume: Path | None) -> Autoencode
         if want is not None and want != have:
             raise UserError(f"--{name} is {want}, but the autoencoder in {place} was made for {have}")
     return autoencoder
+
+
+def check_latents(data: ClipDataset, stages: tuple[str, ...], autoencoder: Autoencoder) -> None:
+    """Raises UserError for cached latents that another autoencoder made, or that another stage would need."""
+    from pvdm_fast.data.latents import LatentClips, fingerprint
+
+    if not isinstance(data, LatentClips):
+        return
+    if stages != ("diffusion",):
+        raise UserError(f"{data.root} holds cached latents, which serve --stage diffusion only")
+    made_by, used = data.settings.autoencoder, fingerprint(autoencoder)
+    if made_by != used:
+        raise UserError(
+            f"the latents in {data.root} were made by another autoencoder ({made_by[:12]}) than the one to be used "
+            f"({used[:12]}): encode the clips with this one, or name that one with --autoencoder-from"
+        )
 
 
 def empty_autoencoder(config: TrainConfig) -> Autoencoder:

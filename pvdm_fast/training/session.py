@@ -184,11 +184,16 @@ def show(trainer: Trainer) -> dict[str, float]:
     autoencoder: Any = stage.model if isinstance(stage, AutoencoderStage) else stage.autoencoder  # type: ignore[attr-defined]
     with torch.no_grad(), stage.evaluation_weights(), trainer.accelerator.autocast():
         frames = video_size(autoencoder)[0]
-        originals = next(trainer.held_out())[: previews.SHOWN_CLIPS, :, :frames]
-        reconstructions = autoencoder.decode(autoencoder.encode(originals).latent).sample.float()
+        clips = next(trainer.held_out())[: previews.SHOWN_CLIPS]
+        cached = clips.dim() == 4  # latents
+        latents = clips[:, 0] if cached else autoencoder.encode(clips[:, :, :frames]).latent
+        reconstructions = autoencoder.decode(latents).sample.float()
+        originals = clips[:, :, :frames]
         rows = []
-        for index in range(min(3, len(originals))):
-            rows += [("held-out clip", originals[index]), ("its reconstruction", reconstructions[index])]
+        for index in range(min(3, len(clips))):
+            if not cached:
+                rows.append(("held-out clip", originals[index]))
+            rows.append(("held-out latents, decoded" if cached else "its reconstruction", reconstructions[index]))
         if isinstance(stage, DiffusionStage):
             samples = sample_video(
                 autoencoder,

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, psnr
+from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, joint_latents, psnr
 from pvdm_fast.pipeline import check_pair
 from pvdm_fast.shares import Share
 from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
 from pvdm_fast.training.sharding import cut_like, local, of_parts
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from pvdm_fast.models import Autoencoder, Denoiser
 
 L1_WEIGHT, L2_WEIGHT = 4.0, 16.0
@@ -48,8 +50,21 @@ class Stage(ABC):
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Move what is not trained; the model itself is moved by accelerate."""
 
+    def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027
+        """Make ready what is trained beside the model."""
+
+    def before_step(self, step: int) -> None:  # noqa: B027
+        """Called before the losses of step number ``step``, counted from 0."""
+
+    def after_backward(self) -> None:  # noqa: B027
+        """Called after the backward pass of each batch of a step."""
+
     def after_step(self) -> None:  # noqa: B027
-        """Called after each optimizer step."""
+        """Called after each optimizer step; not where it was left out."""
+
+    def values(self) -> dict[str, float | None]:
+        """What to record of the step just taken, beside its loss."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond model and optimizer."""
@@ -85,12 +100,20 @@ class AutoencoderStage(Stage):
         self.clip_frames, self.height, self.width = video_size(autoencoder)
 
     def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
+        return self.pixel_loss(self.reconstruct(model, video, generator, share), video)
+
+    def reconstruct(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share) -> Tensor:
+        """The reconstruction in training, float32."""
         noise = None
         if self.options.latent_noise > 0:
             clips = share.world * len(video)
             shape = (clips, int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
             noise = self.options.latent_noise * share.of(torch.randn(shape, generator=generator)).to(video.device)
-        sample = model(video, noise).sample.float()
+        sample: Tensor = model(video, noise).sample
+        return sample.float()
+
+    def pixel_loss(self, sample: Tensor, video: Tensor) -> Tensor:
+        """The loss that compares pixels, weighted."""
         if self.options.loss == "l1":
             return L1_WEIGHT * F.l1_loss(sample, video)
         return L2_WEIGHT * F.mse_loss(sample, video)
@@ -126,8 +149,13 @@ class DiffusionStage(Stage):
         self.schedule = NoiseSchedule.create(device)
 
     def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
-        with torch.no_grad():
-            target, condition = joint_batch(video, self._encode, self.conditional_probability, generator, share)
+        """Also of cached latents (B, windows, D, N)."""
+        probability = self.conditional_probability
+        if video.dim() == 4:
+            target, condition = joint_latents(video, self.clip_frames // 2, probability, generator, share)
+        else:
+            with torch.no_grad():
+                target, condition = joint_batch(video, self._encode, probability, generator, share)
         clips = share.world * len(target)
         noise = share.of(torch.randn((clips, *target.shape[1:]), generator=generator)).to(target.device)
         timestep = share.of(torch.randint(TRAIN_STEPS, (clips,), generator=generator)).to(target.device)
