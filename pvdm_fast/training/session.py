@@ -90,7 +90,7 @@ def resumed_folder(request: Request) -> Path | None:
     if request.resume is not None or not starts_again():
         return request.resume
     if request.run is None:
-        raise UserError("a job that is started again after a failure must know its folder: name it with --run")
+        raise UserError("a job that is started again after a failure must know its folder: name it with --run-dir")
     return request.run if RunFolder(request.run).config.exists() else None
 
 

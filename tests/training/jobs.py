@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -22,24 +22,33 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start_job(arguments: Sequence[str], log: Path, world: int = 2) -> list[ForkServerProcess]:
-    """``pvdm_fast.train`` in ``world`` processes; each writes what it prints to ``log`` with its rank appended."""
+def start_job(
+    arguments: Sequence[str], log: Path, world: int = 2, before: Callable[[], None] | None = None
+) -> list[ForkServerProcess]:
+    """``pvdm_fast.train`` in ``world`` processes; each writes what it prints to ``log`` with its rank appended.
+
+    ``before`` is called in each of them first.
+    """
     port = free_port()
     processes = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         environment = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        process = CONTEXT.Process(target=_run, args=(list(arguments), log.with_name(f"{log.name}{rank}"), environment))
+        process = CONTEXT.Process(
+            target=_run, args=(list(arguments), log.with_name(f"{log.name}{rank}"), environment, before)
+        )
         process.start()
         processes.append(process)
     return processes
 
 
-def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+def _run(arguments: list[str], log: Path, environment: dict[str, str], before: Callable[[], None] | None) -> None:
     os.environ.update(environment, OMP_NUM_THREADS="1")
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if before is not None:
+        before()
     sys.exit(main(arguments))
 
 
@@ -54,9 +63,9 @@ def finish(processes: Sequence[ForkServerProcess], seconds: float = 120) -> list
     return codes
 
 
-def run_job(arguments: Sequence[str], log: Path, world: int = 2) -> str:
+def run_job(arguments: Sequence[str], log: Path, world: int = 2, before: Callable[[], None] | None = None) -> str:
     """Run a job that must succeed; returns what its main process printed."""
-    codes = finish(start_job(arguments, log, world))
+    codes = finish(start_job(arguments, log, world, before))
     texts = [log.with_name(f"{log.name}{rank}").read_text() for rank in range(world)]
     assert codes == [0] * world, "\n".join(texts)
     return texts[0]
