@@ -18,7 +18,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation import features
 from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.features import FeatureNetwork
-from pvdm_fast.evaluation.passes import MAX_PSNR
+from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.processes import Process
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.info import cpu_facts, installed_version
@@ -117,7 +117,12 @@ def make_protocol(
         "windows": "video by a seeded permutation of the split, again from its start where clips outnumber videos; "
         "window drawn uniformly inside the video; too short videos passed over",
     }
-    sampling = {name: getattr(request, name) for name in ("scheduler", "steps", "eta", "guidance", "seed")}
+    sampling = {
+        "samples": count_samples(request, subject, network),
+        "frames": list(request.frames),
+        **{name: getattr(request, name) for name in ("scheduler", "steps", "eta", "guidance", "seed", "batch_size")},
+        "noise": "drawn on the CPU, from one generator a batch, seeded by the seed and the batch's first sample",
+    }
     network_facts = None
     if network is not None:
         network_facts = {
@@ -127,6 +132,14 @@ def make_protocol(
             "input": features.INPUT,
         }
     return Protocol(data, subject.facts(), sampling, network_facts, environment(process))
+
+
+def count_samples(request: Request, subject: Subject, network: FeatureNetwork | None) -> int:
+    """How many samples are made: without features only those that are shown."""
+    if subject.denoiser is None:
+        return 0
+    wanted = request.clips if request.samples is None else request.samples
+    return wanted if network else min(wanted, SHOWN)
 
 
 def environment(process: Process) -> dict[str, Any]:

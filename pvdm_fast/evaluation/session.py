@@ -16,7 +16,6 @@ from pvdm_fast.evaluation.clips import open_clips
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.moments import Gaussian, frechet_distance
 from pvdm_fast.evaluation.passes import (
-    SHOWN,
     Outcome,
     Pass,
     measure_real_clips,
@@ -50,9 +49,7 @@ class Evaluation:
 
     @property
     def samples(self) -> int:
-        """How many are made: without features only those that are shown."""
-        wanted = self.request.clips if self.request.samples is None else self.request.samples
-        return 0 if self.subject.denoiser is None else wanted if self.network else min(wanted, SHOWN)
+        return int(self.protocol.sampling["samples"])
 
     def passes(self) -> dict[str, Pass]:
         """By name: "reconstruction", "real-16" for each other length with features, "samples"."""
@@ -64,7 +61,7 @@ class Evaluation:
                 measure = measure_real_clips(self.datasets[frames], network, request.workers)  # type: ignore[arg-type]
                 made[f"real-{frames}"] = self._data_pass(f"real-{frames}", measure, frames=frames)
         if self.samples:
-            identity = self.protocol.identity("model", "sampling", "features", frames=request.frames)
+            identity = self.protocol.identity("model", "sampling", "features")
             measure = measure_samples(self.subject, network, request.frames, self.protocol.sampling)
             made["samples"] = Pass("samples", self.samples, request.batch_size, identity, measure)
         return made
@@ -196,7 +193,9 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
     caveats = []
     clips, videos = evaluation.request.clips, len(evaluation.datasets[evaluation.subject.frames])
     if clips > videos:
-        caveats.append(f"{clips} clips of {videos} videos: several windows of a video are counted each")
+        caveats.append(
+            f"{clips} clips of {videos} videos: a video counts more than once, with other windows if it has any"
+        )
     if evaluation.network is not None:
         fewest = min(clips, evaluation.samples or clips)
         if fewest < PUBLISHED_CLIPS:
