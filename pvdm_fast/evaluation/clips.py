@@ -55,7 +55,7 @@ def read_batches(dataset: ClipDataset, batches: Sequence[Sequence[int]], workers
     yield from ClipLoader(
         DataLoader(
             dataset,  # type: ignore[arg-type]  # typed as the dataset of items, not of batches
-            batch_sampler=batches,
+            batch_sampler=[list(batch) for batch in batches],
             num_workers=workers,
             collate_fn=collate,
             worker_init_fn=_one_thread,

@@ -219,7 +219,9 @@ def write(evaluation: Evaluation, result: dict[str, Any], outcomes: dict[str, Ou
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        videos = {name: outcomes[name].folder for name in ("reconstruction", "samples") if name in outcomes}
+        videos: dict[str, Path] = {
+            name: outcomes[name].folder for name in ("reconstruction", "samples") if name in outcomes
+        }
         with whole_file(folder / "report.html") as temporary:
             write_report(temporary, document, videos, evaluation.subject.run.read_metrics())
     except OSError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pvdm_fast.evaluate import main, parse
+from pvdm_fast.evaluate import main, make_parser
 from pvdm_fast.evaluation.features import I3D_SHA256
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
@@ -23,7 +23,7 @@ def test_there_are_three() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_runs(command: str, run: Path, network: list[str], tmp_path: Path) -> None:
     arguments = shlex.split(command)
-    parse(arguments)
+    make_parser().parse_args(arguments)
     if "--features" in arguments:
         assert arguments[arguments.index("--features-sha256") + 1] == I3D_SHA256
         arguments += network

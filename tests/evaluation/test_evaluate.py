@@ -7,12 +7,14 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from published import by_scipy
@@ -55,20 +57,24 @@ def clips(frames: int, count: int) -> torch.Tensor:
 def test_its_numbers_are_those_computed_by_hand(whole: Path, run: Path, network: list[str]) -> None:
     subject, extract = load_subject(run, CPU, "fp32"), FeatureNetwork(Path(network[1]), network[3], CPU)
     original = clips(4, 18)
-    result = subject.reconstruct(original)
+    result = torch.cat([subject.reconstruct(batch) for batch in original.split(4)])
+
+    def features(videos: torch.Tensor) -> np.ndarray:
+        return torch.cat([extract(batch) for batch in videos.split(4)]).numpy()
+
     found = results(whole)["results"]
     reconstruction = found["reconstruction"]
     for name, values in (("psnr", psnr(result, original).double()), ("ssim", ssim(result, original))):
-        assert reconstruction[name]["mean"] == pytest.approx(float(values.mean()), rel=1e-6)
-        assert reconstruction[name]["standard_error"] == pytest.approx(float(values.std() / 18**0.5), rel=1e-4)
-    distance = by_scipy(extract(original).numpy(), extract(result).numpy())
-    assert reconstruction["frechet_distance"] == pytest.approx(distance, rel=FRECHET + 1e-4)
+        assert reconstruction[name]["mean"] == pytest.approx(float(values.mean()), rel=SUM_ORDER)
+        assert reconstruction[name]["standard_error"] == pytest.approx(float(values.std() / 18**0.5))
+    distance = by_scipy(features(original), features(result))
+    assert reconstruction["frechet_distance"] == pytest.approx(distance, rel=FRECHET)
     options = json.loads((whole / "evaluation.json").read_text())["protocol"]["sampling"]
     batches = [range(first, min(first + 4, 10)) for first in range(0, 10, 4)]
     samples = torch.cat([passes.sample_batch(subject, batch, 6, options) for batch in batches])
     for frames in (4, 6):
-        distance = by_scipy(extract(clips(frames, 18)).numpy(), extract(samples[:, :, :frames]).numpy())
-        assert found["generation"][str(frames)]["frechet_distance"] == pytest.approx(distance, rel=FRECHET + 1e-4)
+        distance = by_scipy(features(clips(frames, 18)), features(samples[:, :, :frames]))
+        assert found["generation"][str(frames)]["frechet_distance"] == pytest.approx(distance, rel=FRECHET)
 
 
 def test_the_protocol_is_written_with_the_numbers(whole: Path, run: Path, network: list[str]) -> None:
@@ -112,7 +118,7 @@ class Crash(BaseException):
     """Nothing catches this: what is in memory is lost."""
 
 
-@pytest.mark.parametrize("calls", [3, 9, 14])
+@pytest.mark.parametrize("calls", [3, 14])
 def test_a_crash_anywhere_changes_no_bit(
     calls: int, whole: Path, run: Path, network: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,17 +142,24 @@ def test_a_crash_anywhere_changes_no_bit(
     assert results(tmp_path) == results(whole)
 
 
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    """``python -m pvdm_fast.evaluate`` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pvdm_fast.evaluate", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
 def test_a_killed_evaluation_goes_on(whole: Path, run: Path, network: list[str], tmp_path: Path) -> None:
     arguments = [str(run), *QUICK, *network, "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pvdm_fast.evaluate", *arguments],
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    process = start(arguments, OMP_NUM_THREADS=str(torch.get_num_threads()))
     while process.poll() is None and not list(tmp_path.glob("statistics/*/part-0.safetensors")):
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.communicate()
     assert main(arguments) == 0
     assert results(tmp_path) == results(whole)
 
@@ -174,16 +187,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
 def test_two_processes_give_what_one_gives(whole: Path, run: Path, network: list[str], tmp_path: Path) -> None:
     arguments = [str(run), *QUICK, *network, "--out", str(tmp_path)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "pvdm_fast.evaluate", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("written:") == 1, "one process speaks"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):  # what torchrun sets, without the seconds that itself takes to start
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        processes.append(start(arguments, **place))
+    spoken = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], spoken
+    assert "written:" in spoken[0] and "written:" not in spoken[1], "one process speaks"
     assert len(list(tmp_path.glob("statistics/*/part-1.safetensors"))) == 3, "both had a share of each pass"
     two, one = results(tmp_path), results(whole)
     assert two["protocol"]["environment"].pop("processes") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -17,10 +18,10 @@ from pvdm_fast.evaluation.curves import MAX_POINTS, curves, thinned
 from pvdm_fast.evaluation.report import flat, score_rows, write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
+FLAGS = shlex.split(
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars"
-).split(" ")
+    "--disable-component-update --disable-sync --hide-scrollbars --virtual-time-budget=3000"
+)
 
 
 def page_after_loading(page: Path, profile: Path) -> str:
@@ -29,7 +30,7 @@ def page_after_loading(page: Path, profile: Path) -> str:
     if browser is None:
         pytest.skip(f"no browser is installed: looked for {', '.join(BROWSERS)}")
     done = subprocess.run(
-        [browser, *FLAGS, f"--user-data-dir={profile}", "--timeout=20000", "--dump-dom", page.as_uri()],
+        [browser, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
