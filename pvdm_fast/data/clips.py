@@ -18,6 +18,7 @@ from pvdm_fast.data.layouts import Found, Video, find_videos
 from pvdm_fast.data.shapes import draw_scene
 from pvdm_fast.data.transforms import fit, to_video
 from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, counted_index, packet_index, read_frames
+from pvdm_fast.data.watch import READ_TIMEOUT, reading
 
 SYNTHETIC = "synthetic:shapes"
 SYNTHETIC_LENGTH = {"train": 4096, "test": 256}
@@ -27,18 +28,21 @@ Skipped = list[tuple[str, str]]
 
 
 class Item(TypedDict):
-    """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; files skipped, with reasons."""
+    """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; the name of its class, if it has
+    one; files skipped, with reasons. Of cached latents ``video`` is float32 (windows, D, N): see LatentClips."""
 
     video: torch.Tensor
     name: str
+    label: str | None
     skipped: Skipped
 
 
 class Batch(TypedDict):
-    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1]."""
+    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1]; or cached latents, (B, windows, D, N)."""
 
     video: torch.Tensor
     names: list[str]
+    labels: list[str | None]
     skipped: Skipped
 
 
@@ -53,6 +57,7 @@ class ClipSpec:
     split: str = "train"
     seed: int = 0
     flip: bool = False
+    read_timeout: float = READ_TIMEOUT
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "stride"):
@@ -60,6 +65,8 @@ class ClipSpec:
                 raise DataError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.split not in SYNTHETIC_LENGTH:
             raise DataError(f'no split "{self.split}": choose "train" or "test"')
+        if self.read_timeout < 0:
+            raise DataError(f"read_timeout must be at least 0 seconds, got {self.read_timeout:g}")
 
 
 class ClipDataset(torch.utils.data.Dataset[Item], ABC):
@@ -77,6 +84,9 @@ class ClipDataset(torch.utils.data.Dataset[Item], ABC):
     @abstractmethod
     def __getitem__(self, draw: int) -> Item: ...
 
+    def set_aside(self, file: str, reason: str) -> None:
+        """Leave a file out from now on, as if it had been found unreadable for ``reason``."""
+
 
 class FolderClips(ClipDataset):
     """Clips from videos on disk.
@@ -88,6 +98,10 @@ class FolderClips(ClipDataset):
     def __init__(self, root: Path, found: Found, spec: ClipSpec) -> None:
         self.root, self.videos, self.description, self.spec = root, found.videos, found.description, spec
         self._indices = IndexCache()
+        self._set_aside: dict[str, str] = {}
+
+    def set_aside(self, file: str, reason: str) -> None:
+        self._set_aside[file] = reason
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -101,11 +115,15 @@ class FolderClips(ClipDataset):
         for turn in range(len(self)):
             video = self.videos[order[(position + turn) % len(self)]]
             try:
-                window, frames = self._clip(video, draw)
+                if str(video.path) in self._set_aside:
+                    raise UnreadableVideo(self._set_aside[str(video.path)])
+                with reading(str(video.path), self.spec.read_timeout):
+                    window, frames = self._clip(video, draw)
             except UnreadableVideo as reason:
                 skipped.append((str(video.path), str(reason)))
                 continue
-            return {"video": to_video(frames), "name": f"{video.name}@{window.start}", "skipped": skipped}
+            name = f"{video.name}@{window.start}"
+            return {"video": to_video(frames), "name": name, "label": video.label, "skipped": skipped}
         raise DataError(_none_usable(self.root, self.description, skipped))
 
     def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray]]:
@@ -162,7 +180,7 @@ class SyntheticClips(ClipDataset):
         mirrored = spec.flip and spec.split == "train" and bool(rng.random() < 0.5)
         frames = scene.render(spec.frames, spec.height, spec.width, spec.stride)
         video = to_video(frames[:, :, ::-1] if mirrored else frames)
-        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "skipped": []}
+        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "label": None, "skipped": []}
 
 
 def open_dataset(
@@ -175,20 +193,28 @@ def open_dataset(
     split: str = "train",
     seed: int = 0,
     flip: bool = False,
+    read_timeout: float = READ_TIMEOUT,
 ) -> ClipDataset:
     """Clips from ``"synthetic:shapes"``, a folder (layout detected, see :mod:`pvdm_fast.data.layouts`) or one file.
 
+    A folder that ``python -m pvdm_fast.encode`` wrote gives latents: :class:`pvdm_fast.data.latents.LatentClips`.
+
     ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
     holds other videos, cropped at the centre and never mirrored. Raises :class:`DataError` when no video can be used;
-    one clip is read to find out.
+    one clip is read to find out. A file that takes longer than ``read_timeout`` seconds (0: no limit) is skipped; see
+    :mod:`pvdm_fast.data.watch` for what that can interrupt.
     """
-    spec = ClipSpec(frames, height, width, stride, split, seed, flip)
+    from pvdm_fast.data.latents import LatentClips, is_latents
+
+    spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout)
     if str(source).startswith("synthetic:"):
         if str(source) != SYNTHETIC:
             raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
         return SyntheticClips(spec)
     root = Path(source)
-    dataset = FolderClips(root, find_videos(root, split, lambda video: _is_long_enough(video, frames)), spec)
+    if is_latents(root):
+        return LatentClips(root, spec)
+    dataset = FolderClips(root, find_videos(root, split, lambda video: _is_long_enough(video, spec)), spec)
     dataset[0]
     return dataset
 
@@ -198,14 +224,17 @@ def collate(items: Sequence[Item]) -> Batch:
     return {
         "video": torch.stack([item["video"] for item in items]),
         "names": [item["name"] for item in items],
+        "labels": [item["label"] for item in items],
         "skipped": [entry for item in items for entry in item["skipped"]],
     }
 
 
-def _is_long_enough(video: Video, frames: int) -> bool:
-    """Whether a video has ``frames`` frames, as far as can be told without decoding."""
+def _is_long_enough(video: Video, spec: ClipSpec) -> bool:
+    """Whether a video has the frames of a clip, as far as can be told without decoding."""
     try:
-        return (len(list_frames(video.path)) if video.is_folder else packet_index(video.path).frames) >= frames
+        with reading(str(video.path), spec.read_timeout):
+            count = len(list_frames(video.path)) if video.is_folder else packet_index(video.path).frames
+        return count >= spec.frames
     except UnreadableVideo:
         return False
 

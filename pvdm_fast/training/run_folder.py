@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,12 @@ class RunFolder:
         self.denoiser = path / "denoiser"
         self.metrics = path / "metrics.jsonl"
         self.results_file = path / "results.json"
+        self.lock = path / "trainer.lock"
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     @staticmethod
-    def create(path: Path | None, config: TrainConfig) -> RunFolder:
-        """A new folder with its config.yaml; without ``path`` it is runs/DATE-TIME.
+    def create(path: Path | None) -> RunFolder:
+        """A new folder; without ``path`` it is runs/DATE-TIME.
 
         Raises:
             UserError: the folder already holds something, or cannot be written.
@@ -43,7 +47,6 @@ class RunFolder:
             if run.path.is_dir() and any(run.path.iterdir()):
                 raise UserError(f"the folder {run.path} is not empty: give a new one with --run")
             run.path.mkdir(parents=True, exist_ok=True)
-            run.write_config(config)
         except OSError as error:
             raise UserError(f"cannot write the run folder {run.path}: {error.strerror}") from error
         return run
@@ -59,9 +62,38 @@ class RunFolder:
     def read_config(self) -> TrainConfig:
         return make_config(read_changes(self.config))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainers out of the folder; the kernel ends that when this process dies, however it dies.
+
+        Raises:
+            UserError: another trainer is at work in the folder, or it cannot be written.
+        """
+        try:
+            file = self.lock.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from error
+        with file:
+            try:
+                # Not flock: data workers would inherit that, and outlive a killed trainer by some seconds.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise UserError(
+                    f"another trainer ({file.read()}) is at work in {self.path}: wait until it ends, stop it, or name "
+                    "another folder with --run"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+            yield
+
     def write_config(self, config: TrainConfig) -> None:
-        with whole_file(self.config) as temporary:
-            temporary.write_text(to_yaml(config), encoding="utf-8")
+        try:
+            with whole_file(self.config) as temporary:
+                temporary.write_text(to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl; raises UserError when the disk is full."""

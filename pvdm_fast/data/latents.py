@@ -1,0 +1,232 @@
+"""Latents made once and read by the diffusion stage: sharded safetensors, and an index that says what they are.
+
+A folder of latents holds ``settings.json`` (what is encoded, and how: written first), ``train-00000.safetensors``,
+``test-00000.safetensors`` and so on, and ``index.json``, which is written when every shard is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pvdm_fast.data.clips import ClipDataset, ClipSpec, Item, Skipped
+from pvdm_fast.data.draws import epoch_order
+from pvdm_fast.data.errors import DataError
+
+if TYPE_CHECKING:
+    from pvdm_fast.models import Autoencoder
+
+FORMAT = "pvdm_fast latents 1"
+SETTINGS, INDEX = "settings.json", "index.json"
+SPLITS = ("train", "test")
+MOMENTS = ("sum", "squares", "minimum", "maximum")
+OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a folder of latents holds; every process that writes to it must have the same.
+
+    ``autoencoder`` is its :func:`fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of
+    T; ``train_clips`` and ``test_clips`` are the draws 0, 1, ... of ``data``, ``shard_clips`` of them in a shard.
+    """
+
+    autoencoder: str
+    data: str
+    description: str
+    frames: int
+    height: int
+    width: int
+    stride: int
+    seed: int
+    flip: bool
+    windows: int
+    channels: int
+    tokens: int
+    train_clips: int
+    test_clips: int
+    shard_clips: int
+    format: str = FORMAT
+
+    def shards(self) -> Iterator[Shard]:
+        for split in SPLITS:
+            clips = getattr(self, f"{split}_clips")
+            for number, first in enumerate(range(0, clips, self.shard_clips)):
+                yield Shard(split, number, range(first, min(clips, first + self.shard_clips)))
+
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of latents: which draws of which split."""
+
+    split: str
+    number: int
+    draws: range
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:05d}.safetensors"
+
+
+def fingerprint(autoencoder: Autoencoder) -> str:
+    """SHA-256 of an autoencoder's sizes and weights, whatever file they came from."""
+    sizes = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def shard_problem(path: Path, shard: Shard, settings: Settings) -> str | None:
+    """Why a file is not this shard, whole; None where it is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            if _about(file)["settings"] != settings.hash():
+                return "it was written with other settings"
+            shape = tuple(file.get_slice("latents").get_shape())
+    except FileNotFoundError:
+        return "it is missing"
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        return f"it cannot be read ({error})"
+    expected = (len(shard.draws), settings.windows, settings.channels, settings.tokens)
+    return None if shape == expected else f"it holds {shape} instead of {expected}"
+
+
+def read_index(root: Path) -> Settings:
+    """The settings of a complete folder of latents; raises :class:`DataError` where it is none."""
+    try:
+        index = json.loads((root / INDEX).read_text(encoding="utf-8"))
+        if index["settings"]["format"] != FORMAT:
+            raise DataError(f"{root / INDEX} is of the format {index['settings']['format']!r}, not {FORMAT!r}")
+        return Settings(**index["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {root / INDEX}: {error}; make the latents with pvdm_fast.encode") from error
+
+
+def is_latents(root: Path) -> bool:
+    """Whether a folder was written by ``python -m pvdm_fast.encode``; raises DataError where it isn't finished."""
+    if not (root / SETTINGS).is_file():
+        return False
+    if not (root / INDEX).is_file():
+        raise DataError(f"the latents in {root} are not complete: run the same pvdm_fast.encode command again")
+    return True
+
+
+class LatentClips(ClipDataset):
+    """Cached latents by draw number; an item's ``video`` is float32 (windows, D, N).
+
+    The first ``len`` draws are those draws of the videos that were encoded; after them come other orders of the same.
+    """
+
+    def __init__(self, root: Path, spec: ClipSpec) -> None:
+        self.root, self.spec = root, spec
+        self.settings = settings = read_index(root)
+        for name in ("frames", "height", "width", "stride", "flip"):
+            have, want = getattr(settings, name), getattr(spec, name)
+            if have != want:
+                raise DataError(
+                    f"the latents in {root} are of clips with {name} {have}, but {name} {want} is asked for"
+                )
+        self.shards = [shard for shard in settings.shards() if shard.split == spec.split]
+        self.description = (
+            f"cached latents of {settings.data}: {len(self)} clips of {settings.frames} frames in the {spec.split} "
+            f"split, {settings.windows} windows each, by the autoencoder {settings.autoencoder[:12]}"
+        )
+        if len(self) == 0:
+            raise DataError(f"the latents in {root} hold no clips of the {spec.split} split")
+
+    def __len__(self) -> int:
+        return int(getattr(self.settings, f"{self.spec.split}_clips"))
+
+    def __getitem__(self, draw: int) -> Item:
+        if draw < 0:
+            raise IndexError(f"draw numbers begin at 0, got {draw}")
+        epoch, place = divmod(draw, len(self))
+        if epoch:
+            place = int(epoch_order(len(self), self.spec.seed, epoch)[place])
+        number, row = divmod(place, self.settings.shard_clips)
+        shard = self.shards[number]
+        path = self.root / shard.name
+        try:
+            file, names, labels = _opened(path, self.settings.hash())
+            latents = file.get_slice("latents")[row]
+        except Exception as error:  # whatever a damaged file provokes
+            problem = shard_problem(path, shard, self.settings) or error
+            raise DataError(f"the shard {path} cannot be used: {problem}; delete it and encode again") from error
+        return {"video": latents, "name": names[row], "label": labels[row], "skipped": []}
+
+
+@lru_cache(OPEN_SHARDS)
+def _opened(path: Path, settings: str) -> tuple[Any, list[str], list[str | None]]:
+    """A shard, its clips' names and labels; one of other settings is refused."""
+    from safetensors import safe_open
+
+    file = safe_open(path, "pt")
+    about = _about(file)
+    if about["settings"] != settings:
+        raise DataError("it was written with other settings")
+    return file, about["names"], about["labels"]
+
+
+def _about(file: Any) -> dict[str, Any]:
+    """What a shard says of itself; one entry, since safetensors writes several in any order."""
+    return dict(json.loads((file.metadata() or {})["about"]))
+
+
+def shard_tensors(latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a shard holds: latents float32 (n, windows, D, N), and per channel what the statistics are made of."""
+    exact = latents.double().transpose(0, 2).flatten(1)  # (D, n * windows * N)
+    values = (exact.sum(1), exact.square().sum(1), exact.amin(1), exact.amax(1))
+    return {"latents": latents.contiguous(), **dict(zip(MOMENTS, values, strict=True))}
+
+
+def shard_metadata(settings: Settings, names: list[str], labels: list[str | None], skipped: Skipped) -> dict[str, str]:
+    about = {"settings": settings.hash(), "names": names, "labels": labels, "skipped": skipped}
+    return {"about": json.dumps(about)}
+
+
+def make_index(root: Path, settings: Settings) -> dict[str, Any]:
+    """The index of a complete folder: settings, shards, labels, and each channel's statistics over both splits."""
+    from safetensors import safe_open
+
+    moments: list[dict[str, torch.Tensor]] = []
+    labels: set[str] = set()
+    unreadable: dict[str, str] = {}
+    for shard in settings.shards():
+        with safe_open(root / shard.name, "pt") as file:
+            moments.append({name: file.get_tensor(name) for name in MOMENTS})
+            about = _about(file)
+        labels.update(label for label in about["labels"] if label is not None)
+        unreadable.update(about["skipped"])
+    count = (settings.train_clips + settings.test_clips) * settings.windows * settings.tokens
+    stacked = {name: torch.stack([part[name] for part in moments]) for name in MOMENTS}
+    mean = stacked["sum"].sum(0) / count
+    deviation = (stacked["squares"].sum(0) / count - mean.square()).clamp(min=0).sqrt()
+    statistics = {
+        "mean": mean,
+        "standard_deviation": deviation,
+        "minimum": stacked["minimum"].amin(0),
+        "maximum": stacked["maximum"].amax(0),
+    }
+    return {
+        "settings": asdict(settings),
+        "shards": [{"file": shard.name, "clips": len(shard.draws)} for shard in settings.shards()],
+        "labels": sorted(labels),
+        "statistics": {
+            name: [float(f"{value:.6g}") for value in values.tolist()] for name, values in statistics.items()
+        },
+        "unreadable_files": unreadable,
+    }
