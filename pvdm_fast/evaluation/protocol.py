@@ -19,9 +19,9 @@ from pvdm_fast.evaluation import features
 from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
-from pvdm_fast.evaluation.processes import Process
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.info import cpu_facts, installed_version
+from pvdm_fast.training.processes import Processes
 
 METRICS = {
     "psnr": f"of each clip, all its frames and colours together, values not rounded to 8 bits, {MAX_PSNR:.0f} dB at "
@@ -98,7 +98,7 @@ class Protocol:
 
 
 def make_protocol(
-    request: Request, subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, process: Process
+    request: Request, subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, processes: Processes
 ) -> Protocol:
     """Everything that the results depend on."""
     height, width = subject.size
@@ -131,7 +131,7 @@ def make_protocol(
             "network": "I3D of StyleGAN-V" if network.is_i3d else "not the I3D of StyleGAN-V",
             "input": features.INPUT,
         }
-    return Protocol(data, subject.facts(), sampling, network_facts, environment(process))
+    return Protocol(data, subject.facts(), sampling, network_facts, environment(processes))
 
 
 def count_samples(request: Request, subject: Subject, network: FeatureNetwork | None) -> int:
@@ -142,10 +142,10 @@ def count_samples(request: Request, subject: Subject, network: FeatureNetwork | 
     return wanted if network else min(wanted, SHOWN)
 
 
-def environment(process: Process) -> dict[str, Any]:
+def environment(processes: Processes) -> dict[str, Any]:
     """Machine, versions, and the backend of each operation."""
-    kind = process.device.type
-    gpu = torch.cuda.get_device_name(process.device) if kind == "cuda" else None
+    kind = processes.device.type
+    gpu = torch.cuda.get_device_name(processes.device) if kind == "cuda" else None
     return {
         "versions": {
             "pvdm_fast": pvdm_fast.__version__,
@@ -153,7 +153,7 @@ def environment(process: Process) -> dict[str, Any]:
             **{name: installed_version(name) for name in PACKAGES},
         },
         "device": gpu or cpu_facts()["name"],
-        "processes": process.world,
+        "processes": processes.share.world,
         "threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
         "system": platform.platform(),

@@ -118,7 +118,7 @@ class Crash(BaseException):
     """Nothing catches this: what is in memory is lost."""
 
 
-@pytest.mark.parametrize("calls", [3, 14])
+@pytest.mark.parametrize("calls", [7, 18])
 def test_a_crash_anywhere_changes_no_bit(
     calls: int, whole: Path, run: Path, network: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +232,22 @@ def test_a_finished_evaluation_is_only_written_again(
         main([str(run), *QUICK, *network, "--out", str(out), "--eta", "0.5"])
 
 
+def test_a_second_evaluation_of_the_folder_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{holder}; sys.stdin.read()", str(tmp_path / "evaluation.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert main([str(run), *QUICK, "--out", str(tmp_path)]) == 2
+    assert "another evaluation" in capsys.readouterr().err
+    process.communicate("")
+
+
 def test_damaged_statistics_are_refused(
     whole: Path, run: Path, network: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,7 +277,7 @@ class Numbered(ClipDataset):
         return self.videos
 
     def __getitem__(self, draw: int) -> Item:
-        return {"video": torch.zeros(3, 2, 4, 4), "name": f"{self.name} {draw}", "skipped": []}
+        return {"video": torch.zeros(3, 2, 4, 4), "name": f"{self.name} {draw}", "label": None, "skipped": []}
 
 
 def test_all_clips_are_those_of_both_splits_once() -> None:
