@@ -38,3 +38,10 @@ NETWORK_16_BIT = 1.25
 
 # A float32 norm of values around 1000 with a spread of 1: the values themselves are only known to 6e-5.
 NORM_OF_LARGE_MEAN = 1e-4
+
+# A Fréchet distance in float64 against scipy's general matrix square root, relative to the traces: the root of an
+# eigenvalue that rounding moved by 2e-16 is wrong by up to 1.5e-8, and some hundred of them are summed.
+FRECHET = 1e-7
+
+# Means of the same clips in float64, added up in another order by several processes.
+SUM_ORDER = 1e-13

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader
-
-from pvdm_fast.data import Batch, ClipDataset, Item, collate, open_dataset
+from pvdm_fast.data import Batch, ClipDataset, DataError, Item, open_dataset
 from pvdm_fast.data.draws import epoch_order
+from pvdm_fast.data.latents import is_latents
 from pvdm_fast.data.loader import ClipLoader
 
 SPLITS = ("test", "train", "all")
@@ -26,6 +24,10 @@ class BothSplits(ClipDataset):
     def __len__(self) -> int:
         return len(self.test) + len(self.train)
 
+    def set_aside(self, file: str, reason: str) -> None:
+        self.test.set_aside(file, reason)
+        self.train.set_aside(file, reason)
+
     def __getitem__(self, draw: int) -> Item:
         epoch, position = divmod(draw, len(self))
         place = int(epoch_order(len(self), self.spec.seed, epoch)[position])
@@ -37,7 +39,13 @@ class BothSplits(ClipDataset):
 def open_clips(
     source: str | Path, split: str, *, frames: int, size: tuple[int, int], stride: int, seed: int
 ) -> ClipDataset:
-    """The clips of a split ("test", "train" or "all"), never mirrored; raises DataError where there are none."""
+    """The clips of a split ("test", "train" or "all"), never mirrored.
+
+    Raises:
+        DataError: there are none, or the source holds latents.
+    """
+    if is_latents(Path(source)):
+        raise DataError(f"{source} holds latents: name the videos they were made of with --data")
 
     def open_split(name: str) -> ClipDataset:
         height, width = size
@@ -50,19 +58,5 @@ def open_clips(
 
 def read_batches(dataset: ClipDataset, batches: Sequence[Sequence[int]], workers: int) -> Iterator[Batch]:
     """These batches of draws, in order, read ahead by so many worker processes; raises DataError where one dies."""
-    if not batches:
-        return
-    yield from ClipLoader(
-        DataLoader(
-            dataset,  # type: ignore[arg-type]  # typed as the dataset of items, not of batches
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=_one_thread,
-            generator=torch.Generator(),  # else iterating would draw from the global random state
-        )
-    )
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
+    if batches:
+        yield from ClipLoader(dataset, [list(batch) for batch in batches], workers=workers)

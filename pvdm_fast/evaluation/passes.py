@@ -15,14 +15,15 @@ from torch import Tensor
 from pvdm_fast.data import ClipDataset, video_grid, write_video
 from pvdm_fast.data.draws import stable_hash
 from pvdm_fast.diffusion import psnr
-from pvdm_fast.errors import UserError
+from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation.clips import read_batches
 from pvdm_fast.evaluation.features import FeatureNetwork
-from pvdm_fast.evaluation.processes import Process
+from pvdm_fast.evaluation.processes import wait
 from pvdm_fast.evaluation.ssim import WINDOW, ssim
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.evaluation.tally import Measured, Tally, read_tallies, remaining, total
 from pvdm_fast.training.interrupt import StopRequest
+from pvdm_fast.training.processes import Processes
 from pvdm_fast.training.progress import make_bar
 
 SHOWN = 8
@@ -66,7 +67,7 @@ class Outcome:
     folder: Path
 
 
-def run_pass(work: Pass, parent: Path, process: Process, stop: StopRequest, save_every: int) -> Outcome:
+def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, save_every: int) -> Outcome:
     """Do what is left of a pass, together with the other processes, and add everything up.
 
     What is left is shared out anew at each start, so that an interrupted pass can go on with another number of
@@ -76,27 +77,28 @@ def run_pass(work: Pass, parent: Path, process: Process, stop: StopRequest, save
         Interrupted: a signal came; what was done is saved.
         UserError: the statistics could not be written, or the processes don't see each other's files.
     """
-    folder, batches = work.folder(parent), work.batches
+    folder, batches, share = work.folder(parent), work.batches, processes.share
     tallies = read_tallies(folder, len(batches))
-    name = f"part-{process.rank}.safetensors"
+    name = f"part-{share.rank}.safetensors"
     own = tallies.get(name) or Tally(folder / name, len(batches))
     todo = remaining(list(tallies.values()), len(batches))
-    process.wait()  # everybody has read before anybody writes
-    share = todo[process.rank :: process.world]
+    wait(processes)  # everybody has read before anybody writes
+    mine = todo[share.rank :: share.world]
     unsaved = 0
     done = work.clips - sum(len(batches[number]) for number in todo)
-    with make_bar(work.name, work.clips, done=done, unit="clip") as bar:
-        for number, measured in zip(share, work.measure([batches[n] for n in share], folder), strict=True):
+    with make_bar(work.name, work.clips, done=done, unit="clip", shown=processes.main) as bar:
+        for number, measured in zip(mine, work.measure([batches[n] for n in mine], folder), strict=True):
             own.add(number, measured)
             unsaved += len(batches[number])
             if unsaved >= save_every or stop.number is not None:
                 own.save()
                 unsaved = 0
-            stop.check()
-            bar.update(len(batches[number]) * process.world if process.is_first else 0)
+            if stop.number is not None:  # each process for itself: they have different numbers of batches
+                raise Interrupted(stop.number)
+            bar.update(len(batches[number]) * share.world)
     if unsaved:
         own.save()
-    process.wait()
+    wait(processes)
     tallies = read_tallies(folder, len(batches))
     if missing := remaining(list(tallies.values()), len(batches)):
         raise UserError(

@@ -18,10 +18,10 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation import features
 from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.features import FeatureNetwork
-from pvdm_fast.evaluation.passes import MAX_PSNR
-from pvdm_fast.evaluation.processes import Process
+from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.info import cpu_facts, installed_version
+from pvdm_fast.training.processes import Processes
 
 METRICS = {
     "psnr": f"of each clip, all its frames and colours together, values not rounded to 8 bits, {MAX_PSNR:.0f} dB at "
@@ -98,7 +98,7 @@ class Protocol:
 
 
 def make_protocol(
-    request: Request, subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, process: Process
+    request: Request, subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, processes: Processes
 ) -> Protocol:
     """Everything that the results depend on."""
     height, width = subject.size
@@ -117,7 +117,12 @@ def make_protocol(
         "windows": "video by a seeded permutation of the split, again from its start where clips outnumber videos; "
         "window drawn uniformly inside the video; too short videos passed over",
     }
-    sampling = {name: getattr(request, name) for name in ("scheduler", "steps", "eta", "guidance", "seed")}
+    sampling = {
+        "samples": count_samples(request, subject, network),
+        "frames": list(request.frames),
+        **{name: getattr(request, name) for name in ("scheduler", "steps", "eta", "guidance", "seed", "batch_size")},
+        "noise": "drawn on the CPU, from one generator a batch, seeded by the seed and the batch's first sample",
+    }
     network_facts = None
     if network is not None:
         network_facts = {
@@ -126,13 +131,21 @@ def make_protocol(
             "network": "I3D of StyleGAN-V" if network.is_i3d else "not the I3D of StyleGAN-V",
             "input": features.INPUT,
         }
-    return Protocol(data, subject.facts(), sampling, network_facts, environment(process))
+    return Protocol(data, subject.facts(), sampling, network_facts, environment(processes))
 
 
-def environment(process: Process) -> dict[str, Any]:
+def count_samples(request: Request, subject: Subject, network: FeatureNetwork | None) -> int:
+    """How many samples are made: without features only those that are shown."""
+    if subject.denoiser is None:
+        return 0
+    wanted = request.clips if request.samples is None else request.samples
+    return wanted if network else min(wanted, SHOWN)
+
+
+def environment(processes: Processes) -> dict[str, Any]:
     """Machine, versions, and the backend of each operation."""
-    kind = process.device.type
-    gpu = torch.cuda.get_device_name(process.device) if kind == "cuda" else None
+    kind = processes.device.type
+    gpu = torch.cuda.get_device_name(processes.device) if kind == "cuda" else None
     return {
         "versions": {
             "pvdm_fast": pvdm_fast.__version__,
@@ -140,7 +153,7 @@ def environment(process: Process) -> dict[str, Any]:
             **{name: installed_version(name) for name in PACKAGES},
         },
         "device": gpu or cpu_facts()["name"],
-        "processes": process.world,
+        "processes": processes.share.world,
         "threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
         "system": platform.platform(),

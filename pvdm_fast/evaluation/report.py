@@ -23,10 +23,16 @@ figcaption { font-size: .8rem; color: #5a6068; } .failed { color: #b00020; } li 
 svg { max-width: 100%; height: auto; }
 """
 
+BUTTONS = (
+    '<p>All videos: <button id="play">play</button> <button id="pause">pause</button> '
+    '<button id="restart">from the start</button></p>'
+)
+
 # Tells the reader, and the test, whether this browser really decodes the videos.
 SCRIPT = """
 const videos = [...document.querySelectorAll("video")];
 let ready = 0, failed = 0;
+window.addEventListener("error", event => { if (event.message) document.body.dataset.error = event.message; });
 function tell() { document.body.dataset.videos = `${ready} ready, ${failed} failed, ${videos.length} in all`; }
 for (const video of videos) {
   const caption = video.parentElement.querySelector("figcaption");
@@ -44,10 +50,10 @@ for (const video of videos) {
   if (video.error) video.dispatchEvent(new Event("error")); else loaded();
 }
 tell();
-const each = action => () => videos.forEach(action);
-document.getElementById("play").onclick = each(video => video.play());
-document.getElementById("pause").onclick = each(video => video.pause());
-document.getElementById("restart").onclick = each(video => { video.currentTime = 0; video.play(); });
+const onClick = (id, action) => { document.getElementById(id).onclick = () => videos.forEach(action); };
+onClick("play", video => video.play());
+onClick("pause", video => video.pause());
+onClick("restart", video => { video.currentTime = 0; video.play(); });
 """
 
 
@@ -64,6 +70,7 @@ def write_report(path: Path, document: dict[str, Any], videos: dict[str, Path], 
     name = Path(document["run"]).resolve().name
     parts = [
         f"<h1>Evaluation of {escape(name)}</h1>",
+        BUTTONS if videos else "",
         _section("Scores", _table(score_rows(results), ("", "score", "of"))),
         _section("Missing", _list(results["missing"])) if results["missing"] else "",
         _section("Beware", _list(results["caveats"])) if results["caveats"] else "",
@@ -151,10 +158,10 @@ def _videos(title: str, note: str, folder: Path | None) -> str:
     paths = [] if folder is None else sorted(folder.glob("clip-*.mp4"), key=lambda path: int(path.stem.split("-")[1]))
     if not paths:
         return ""
-    figures = ((f"clip {number}", _player(path)) for number, path in enumerate(paths))
+    figures = ((path.stem.replace("-", " "), _player(path)) for path in paths)
     return _section(title, f"<p>{escape(note)}</p>\n{_figures(figures)}")
 
 
 def _player(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<video autoplay loop muted playsinline controls preload="auto" src="data:video/mp4;base64,{data}"></video>'
+    return f'<video autoplay loop muted playsinline preload="auto" src="data:video/mp4;base64,{data}"></video>'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from pvdm_fast.evaluation.clips import open_clips
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.moments import Gaussian, frechet_distance
 from pvdm_fast.evaluation.passes import (
-    SHOWN,
     Outcome,
     Pass,
     measure_real_clips,
@@ -24,14 +25,15 @@ from pvdm_fast.evaluation.passes import (
     measure_samples,
     run_pass,
 )
-from pvdm_fast.evaluation.processes import Process, this_process
+from pvdm_fast.evaluation.processes import these_processes
 from pvdm_fast.evaluation.protocol import Protocol, Request, make_protocol
 from pvdm_fast.evaluation.report import write_report
 from pvdm_fast.evaluation.ssim import WINDOW
 from pvdm_fast.evaluation.subject import Subject, load_subject
 from pvdm_fast.pipeline import check_pair
-from pvdm_fast.training.files import whole_file
+from pvdm_fast.training.files import locked, whole_file
 from pvdm_fast.training.interrupt import StopRequest
+from pvdm_fast.training.processes import Processes
 
 PUBLISHED_CLIPS = 2048
 
@@ -41,7 +43,7 @@ class Evaluation:
     """What the passes share."""
 
     request: Request
-    process: Process
+    processes: Processes
     subject: Subject
     network: FeatureNetwork | None
     datasets: dict[int, ClipDataset]
@@ -50,9 +52,7 @@ class Evaluation:
 
     @property
     def samples(self) -> int:
-        """How many are made: without features only those that are shown."""
-        wanted = self.request.clips if self.request.samples is None else self.request.samples
-        return 0 if self.subject.denoiser is None else wanted if self.network else min(wanted, SHOWN)
+        return int(self.protocol.sampling["samples"])
 
     def passes(self) -> dict[str, Pass]:
         """By name: "reconstruction", "real-16" for each other length with features, "samples"."""
@@ -64,7 +64,7 @@ class Evaluation:
                 measure = measure_real_clips(self.datasets[frames], network, request.workers)  # type: ignore[arg-type]
                 made[f"real-{frames}"] = self._data_pass(f"real-{frames}", measure, frames=frames)
         if self.samples:
-            identity = self.protocol.identity("model", "sampling", "features", frames=request.frames)
+            identity = self.protocol.identity("model", "sampling", "features")
             measure = measure_samples(self.subject, network, request.frames, self.protocol.sampling)
             made["samples"] = Pass("samples", self.samples, request.batch_size, identity, measure)
         return made
@@ -83,28 +83,43 @@ def evaluate(request: Request) -> tuple[dict[str, Any] | None, Path]:
     Raises:
         UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
     """
-    process = this_process(request.device)
-    evaluation = prepare(request, process)
-    started = time.perf_counter()
-    outcomes: dict[str, Outcome] = {}
-    with StopRequest() as stop:
+    processes = these_processes(request.device)
+    evaluation = prepare(request, processes)
+    with _alone(evaluation), StopRequest(processes) as stop:
+        started = time.perf_counter()
+        statistics = evaluation.folder / "statistics"
+        outcomes: dict[str, Outcome] = {}
         try:
             for name, work in evaluation.passes().items():
-                outcomes[name] = run_pass(work, evaluation.folder / "statistics", process, stop, request.save_every)
+                outcomes[name] = run_pass(work, statistics, processes, stop, request.save_every)
         except Interrupted:
             print("stopped and saved; the same command goes on from here", flush=True)
             raise
-    if not process.is_first:
-        return None, evaluation.folder
-    result = results(evaluation, outcomes)
-    result["seconds_since_last_start"] = round(time.perf_counter() - started, 1)
-    write(evaluation, result, outcomes)
-    return result, evaluation.folder
+        if not processes.main:
+            return None, evaluation.folder
+        result = results(evaluation, outcomes)
+        result["seconds_since_last_start"] = round(time.perf_counter() - started, 1)
+        write(evaluation, result, outcomes)
+        return result, evaluation.folder
 
 
-def prepare(request: Request, process: Process) -> Evaluation:
+@contextmanager
+def _alone(evaluation: Evaluation) -> Iterator[None]:
+    """Make the folder, and keep other evaluations out of it; raises UserError where one is at work there."""
+    if not evaluation.processes.main:
+        yield
+        return
+    try:
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {evaluation.folder}: {error.strerror}") from error
+    with locked(evaluation.folder / "evaluation.lock", "evaluation", "--out"):
+        yield
+
+
+def prepare(request: Request, processes: Processes) -> Evaluation:
     """Open everything, so that what doesn't fit is found before anything is computed."""
-    subject = load_subject(request.run, process.device, request.dtype)
+    subject = load_subject(request.run, processes.device, request.dtype)
     if subject.denoiser is not None:
         from pvdm_fast.schedulers import make_scheduler
 
@@ -112,7 +127,7 @@ def prepare(request: Request, process: Process) -> Evaluation:
         make_scheduler(request.scheduler)
     network = None
     if request.features is not None and request.features_sha256 is not None:
-        network = FeatureNetwork(request.features, request.features_sha256, process.device)
+        network = FeatureNetwork(request.features, request.features_sha256, processes.device)
     lengths = {subject.frames} | (set(request.frames) if network and subject.denoiser else set())
     datasets = {
         frames: open_clips(
@@ -120,9 +135,9 @@ def prepare(request: Request, process: Process) -> Evaluation:
         )
         for frames in sorted(lengths)
     }
-    protocol = make_protocol(request, subject, datasets[subject.frames], network, process)
+    protocol = make_protocol(request, subject, datasets[subject.frames], network, processes)
     folder = request.out or request.run / "evaluation"
-    return Evaluation(request, process, subject, network, datasets, protocol, folder)
+    return Evaluation(request, processes, subject, network, datasets, protocol, folder)
 
 
 def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -196,7 +211,9 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
     caveats = []
     clips, videos = evaluation.request.clips, len(evaluation.datasets[evaluation.subject.frames])
     if clips > videos:
-        caveats.append(f"{clips} clips of {videos} videos: several windows of a video are counted each")
+        caveats.append(
+            f"{clips} clips of {videos} videos: a video counts more than once, with other windows if it has any"
+        )
     if evaluation.network is not None:
         fewest = min(clips, evaluation.samples or clips)
         if fewest < PUBLISHED_CLIPS:
@@ -217,10 +234,11 @@ def write(evaluation: Evaluation, result: dict[str, Any], outcomes: dict[str, Ou
     document = {"results": result, "protocol": evaluation.protocol.as_dict(), "run": str(evaluation.request.run)}
     folder = evaluation.folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        videos = {name: outcomes[name].folder for name in ("reconstruction", "samples") if name in outcomes}
+        videos: dict[str, Path] = {
+            name: outcomes[name].folder for name in ("reconstruction", "samples") if name in outcomes
+        }
         with whole_file(folder / "report.html") as temporary:
             write_report(temporary, document, videos, evaluation.subject.run.read_metrics())
     except OSError as error:
