@@ -40,6 +40,7 @@ def run_training(request: Request) -> RunFolder:
     resume = resumed_folder(request)
     config = resumed_config(resume, request) if resume else make_config(request.changes)
     accelerator = make_accelerator(config)
+    accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
     processes = Processes(accelerator)
     found = existing_autoencoder(config, resume)
     plan = report.make_plan(config, found or empty_autoencoder(config), accelerator)
@@ -70,7 +71,7 @@ def train_stages(
     """Train the stages that have no results yet, one after the other."""
     try:
         for name in names:
-            if name not in run.results():
+            if name not in stop.processes.on_main(run.results):
                 train_stage(name, config, run, accelerator, stop)
             stop.check()
     except Interrupted:

@@ -33,8 +33,8 @@ from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.session import resumed_folder
 from pvdm_fast.training.stages import AutoencoderStage
 
-# two passes a step in one stage; a checkpoint in the middle
-JOB = [*SMALL, *steps(4), "--save-every", "2", "--autoencoder-accumulate", "2", "--autoencoder-latent-noise", "0.2"]
+# in one stage two passes a step and recomputation; a checkpoint in the middle
+JOB = [*SMALL, *steps(4), "--save-every", "2", "--autoencoder-accumulate", "2", "--autoencoder-checkpointing"]
 STAGES = ("autoencoder", "diffusion")
 
 
