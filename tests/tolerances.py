@@ -49,7 +49,7 @@ SUM_ORDER = 1e-13
 # Four training steps in two processes against one: the order of sums alone. Losses and gradient norms (measured: up to
 # 2e-6) and AdamW's mean of the gradients (up to 3e-5) are of gradients that a few rounded steps have moved apart. In the
 # weights (up to 8e-5) AdamW makes the rounding noise of a gradient that should be 0 (see NO_GRADIENT) as large as a step
-# of 3e-3; a share of noise or clips that is wrong, or averages a step late, move them by 1e-2 and more.
+# of 3e-3. Noise that is shared out wrongly moves gradients by 0.19, an average that misses a step the weights by 1.1e-3.
 PROCESSES_RECORDS = 1e-5
 PROCESSES_GRADIENTS = 1e-4
 PROCESSES_WEIGHTS = 5e-4
