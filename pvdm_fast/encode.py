@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pvdm_fast.errors import UserError, run_command
 
@@ -35,7 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
         "share of the shards.",
         allow_abbrev=False,
     )
-    number, default = {"type": int, "metavar": "N"}, "(default: %(default)s)"
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    default = "(default: %(default)s)"
     parser.add_argument("data", metavar="DATA", help="what --data of training takes")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the latents")
     parser.add_argument("--autoencoder", type=Path, required=True, metavar="RUN", help="its run, or its folder")

@@ -57,7 +57,7 @@ def _opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         # Only local files: a playlist posing as a video must not make the decoder open addresses.
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
-        container = av.open(file, options={"protocol_whitelist": "file"})
+        container = av.open(file, "r", options={"protocol_whitelist": "file"})
     except Exception as error:  # whatever a damaged file provokes, it is a reason to skip it
         raise UnreadableVideo(f"cannot be opened: {_reason(error)}") from error
     with container:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import itertools
 import os
 import shutil
@@ -113,7 +114,11 @@ def test_the_kernel_ends_a_reader_that_python_cannot(capfd: pytest.CaptureFixtur
 
 
 def test_a_reader_that_crashes_is_not_asked_again(capfd: pytest.CaptureFixture[str]) -> None:
-    dataset = Deeds(lambda: os.kill(os.getpid(), signal.SIGSEGV))
+    def crash() -> None:
+        faulthandler.disable()  # pytest's, which would print where
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    dataset = Deeds(crash)
     found = take(dataset, 6, workers=1)
     assert_nothing_lost(found)
     assert found[2]["skipped"] == [("file 5", "ended the process that read it (SIGSEGV)")]
@@ -144,8 +149,12 @@ def test_workers_that_keep_dying_end_the_run() -> None:
         def set_aside(self, file: str, reason: str) -> None:
             pass  # as in data without files to leave out
 
+    def crash() -> None:
+        faulthandler.disable()
+        os.abort()
+
     with pytest.raises(DataError, match=r"SIGABRT.*while reading file 5.*4th time in a row.*fewer workers"):
-        take(Ends(lambda: os.kill(os.getpid(), signal.SIGABRT)), 6, workers=1)
+        take(Ends(crash), 6, workers=1)
 
 
 def test_the_reason_is_that_of_an_unreadable_file() -> None:
