@@ -20,7 +20,7 @@ from pvdm_fast.data.shapes import draw_scene
 from pvdm_fast.data.shards import Sample, find_samples, list_shards, read_video, shard_order
 from pvdm_fast.data.transforms import fit, to_video
 from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, Source, counted_index, packet_index, read_frames
-from pvdm_fast.data.watch import READ_TIMEOUT, reading
+from pvdm_fast.data.watch import READ_TIMEOUT, TooSlow, reading
 
 SYNTHETIC = "synthetic:shapes"
 SYNTHETIC_LENGTH = {"train": 4096, "test": 256}
@@ -122,6 +122,8 @@ class FolderClips(ClipDataset):
                 with reading(video.place, self.spec.read_timeout):
                     window, frames, label = self._clip(video, draw)
             except UnreadableVideo as reason:
+                if isinstance(reason, TooSlow):
+                    self.set_aside(video.place, str(reason))
                 skipped.append((video.place, str(reason)))
                 continue
             name = f"{video.name}@{window.start}"

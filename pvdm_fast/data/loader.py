@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from pvdm_fast.data.clips import Batch, ClipDataset, collate
 from pvdm_fast.data.errors import DataError
-from pvdm_fast.data.watch import Notes, begin_notes, too_slow
+from pvdm_fast.data.watch import CRASHED, Notes, begin_notes, too_slow
 
 RESTARTS = 3  # in a row, without a batch between them
 
@@ -116,7 +116,7 @@ class ClipLoader:
             killed.add(file)
             return f"{while_reading}, often for lack of memory: use fewer workers if it happens again"
         else:
-            reason = f"ended the process that read it ({ended})"
+            reason = f"{CRASHED} ({ended})"
         self.dataset.set_aside(file, reason)
         return f"{while_reading}: it {reason}, and is left out from now on"
 

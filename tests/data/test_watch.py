@@ -54,6 +54,9 @@ def test_in_the_main_process_waiting_is_interrupted(hanging: ClipDataset) -> Non
     before = signal.getsignal(signal.SIGALRM)
     skipped = [entry for draw in range(len(hanging)) for entry in hanging[draw]["skipped"]]
     assert [Path(path).name for path, _ in skipped] == ["b.mkv"] * len(skipped) and skipped
+    started = time.monotonic()
+    assert [entry for draw in range(len(hanging)) for entry in hanging[draw]["skipped"]] == skipped
+    assert time.monotonic() - started < 1, "it is not tried again"
     assert "within 1 s" in skipped[0][1]
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
