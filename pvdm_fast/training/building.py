@@ -11,6 +11,7 @@ import torch
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
+from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.processes import TIMEOUT
 from pvdm_fast.training.run_folder import RunFolder
@@ -94,11 +95,9 @@ def make_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acce
         model.enable_gradient_checkpointing()
     if config.fsdp and accelerator.num_processes > 1:
         shard(model, accelerator.device, accelerator.num_processes)
-    return (
-        AutoencoderStage(config, autoencoder)
-        if name == "autoencoder"
-        else DiffusionStage(config, autoencoder, denoiser)
-    )
+    if name == "diffusion":
+        return DiffusionStage(config, autoencoder, denoiser)
+    return (SecondPhaseStage if wants_second_phase(config) else AutoencoderStage)(config, autoencoder)
 
 
 @contextmanager

@@ -25,9 +25,10 @@ def option(
     maximum: float | None = None,
     resumable: bool = False,
     may_be_empty: bool = False,
+    metavar: str | None = None,
 ) -> Any:
     """A dataclass field with its help text, its range, and whether it may change when a run is resumed."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum}
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "metavar": metavar}
     return field(default=default, metadata={**metadata, "resumable": resumable, "may_be_empty": may_be_empty})
 
 
@@ -85,6 +86,27 @@ class AutoencoderOptions(StageOptions):
 
 
 @dataclass
+class AdversarialOptions:
+    """The autoencoder's adversarial phase."""
+
+    start: int | None = option(
+        None, "autoencoder step at which discriminators come in; none: never", minimum=0, resumable=True
+    )
+    weight: float = option(1.0, "weight of what the discriminators say", minimum=0)
+    adaptive: bool = option(
+        True, "scale that weight so that its gradient at the last decoder layer is as large as the other losses'"
+    )
+    norm: Literal["batch", "spectral", "none"] = option(
+        "batch", "of the discriminators: batch statistics, the release's; or each convolution's singular value"
+    )
+    r1: float = option(
+        0.0, "weight of the penalty on the discriminators' gradient; not with --adversarial-norm batch", minimum=0
+    )
+    channels: int = option(64, "width of the discriminators", minimum=1)
+    learning_rate: float = option(1e-4, "learning rate of the discriminators, constant", minimum=0)
+
+
+@dataclass
 class DiffusionOptions(StageOptions):
     """The denoiser and its training."""
 
@@ -118,6 +140,12 @@ class TrainConfig:
     autoencoder_from: str | None = option(
         None, "with --stage diffusion: the run, or the model folder, whose autoencoder to use"
     )
+    lpips_weights: str | None = option(
+        None,
+        "add the perceptual loss to the autoencoder's: a file with VGG16's weights, or the word torchvision",
+        resumable=True,
+        metavar="FILE",
+    )
     seed: int = option(0, "seed of weights, clips and noise", minimum=0)
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
@@ -137,6 +165,7 @@ class TrainConfig:
     )
     video: VideoOptions = field(default_factory=VideoOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
+    adversarial: AdversarialOptions = field(default_factory=AdversarialOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
 
 
@@ -180,6 +209,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 GROUPS: dict[str, type[Any]] = {
     "video": VideoOptions,
     "autoencoder": AutoencoderOptions,
+    "adversarial": AdversarialOptions,
     "diffusion": DiffusionOptions,
 }
 

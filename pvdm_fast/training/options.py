@@ -94,7 +94,7 @@ def make_parser() -> Parser:
         elif get_origin(option.kind) is tuple:
             arguments.update(nargs="*", metavar="N")
         else:
-            arguments["metavar"] = {int: "N", float: "X", str: "DIR"}[option.kind]
+            arguments["metavar"] = option.metadata["metavar"] or {int: "N", float: "X", str: "DIR"}[option.kind]
         groups[option.group].add_argument(flag(option), **arguments)
     return parser
 

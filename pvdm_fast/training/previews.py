@@ -15,6 +15,7 @@ from pvdm_fast.training.files import whole_file
 
 SHOWN_CLIPS = 8
 SHOWN_FRAMES = 8
+ADVERSARIAL_VALUES = ("d_loss", "g_loss", "feature_matching", "adversarial_weight")
 
 
 def write_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor, fps: float) -> None:
@@ -50,24 +51,43 @@ def _strip(video: Tensor) -> np.ndarray:
 
 
 def write_loss_curves(path: Path, records: list[dict[str, Any]]) -> None:
-    """A PNG with the loss of each stage over its steps, as it was and smoothed; held-out scores are its title."""
+    """A PNG with the loss of each stage over its steps, as it was and smoothed.
+
+    Where discriminators took part, whose terms can be negative, the autoencoder's is the loss of pixels, and what they
+    said has a picture of its own.
+    """
     from matplotlib.figure import Figure
 
     stages = [stage for stage in STAGES if any(item["stage"] == stage for item in records)]
-    figure = Figure(figsize=(5 * len(stages), 3.5), layout="constrained")
-    for axes, stage in zip(np.atleast_1d(figure.subplots(1, len(stages))), stages, strict=True):
-        points = [
-            (item["step"], item["loss"]) for item in records if item["stage"] == stage and item.get("loss") is not None
-        ]
-        steps, losses = np.array(points, dtype=float).reshape(-1, 2).T
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
-        width = max(1, len(losses) // 40)
-        if len(losses) >= width:
-            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], smooth, color="tab:blue")
-        axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+    second_phase = any("d_loss" in item for item in records)
+    pictures = len(stages) + second_phase
+    figure = Figure(figsize=(5 * pictures, 3.5), layout="constrained")
+    every_axes = np.atleast_1d(figure.subplots(1, pictures))
+    for axes, stage in zip(every_axes, stages, strict=False):
+        chosen = [item for item in records if item["stage"] == stage]
+        name = "reconstruction" if any("reconstruction" in item for item in chosen) else "loss"
+        _draw(axes, chosen, name, "tab:blue")
+        axes.set(title=stage, xlabel="step", ylabel=name, yscale="log")
+    if second_phase:
+        for number, name in enumerate(ADVERSARIAL_VALUES):
+            _draw(every_axes[-1], records, name, f"C{number}")
+        every_axes[-1].set(title="adversarial phase", xlabel="step")
+        every_axes[-1].legend(fontsize=8)
+    for axes in every_axes:
         axes.grid(alpha=0.3, which="both")
     _save_figure(figure, path)
+
+
+def _draw(axes: Any, records: list[dict[str, Any]], name: str, colour: str) -> None:
+    """A recorded value over the steps, pale, and its running mean."""
+    points = [(item["step"], item[name]) for item in records if item.get(name) is not None]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+    width = max(1, len(values) // 40)
+    if len(values) >= width:
+        axes.plot(
+            steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour, label=name
+        )
 
 
 def _save_figure(figure: Any, path: Path) -> None:

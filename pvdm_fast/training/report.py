@@ -13,6 +13,7 @@ import torch
 from pvdm_fast import backends
 from pvdm_fast.data import open_dataset
 from pvdm_fast.errors import UserError
+from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import check_latents, make_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
@@ -68,6 +69,8 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
         ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
         ("data", data.description),
     ]
+    if "autoencoder" in stages:
+        lines += check_second_phase(config, height, width)
     return Plan(stages, lines)
 
 

@@ -18,6 +18,8 @@ from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainCon
 from pvdm_fast.training.sharding import cut_like, local, of_parts
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from pvdm_fast.models import Autoencoder, Denoiser
 
 L1_WEIGHT, L2_WEIGHT = 4.0, 16.0
@@ -48,8 +50,21 @@ class Stage(ABC):
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Move what is not trained; the model itself is moved by accelerate."""
 
+    def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027
+        """Make ready what is trained beside the model."""
+
+    def before_step(self, step: int) -> None:  # noqa: B027
+        """Called before the losses of step number ``step``, counted from 0."""
+
+    def after_backward(self) -> None:  # noqa: B027
+        """Called after the backward pass of each batch of a step."""
+
     def after_step(self) -> None:  # noqa: B027
-        """Called after each optimizer step."""
+        """Called after each optimizer step; not where it was left out."""
+
+    def values(self) -> dict[str, float | None]:
+        """What to record of the step just taken, beside its loss."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond model and optimizer."""
@@ -85,12 +100,20 @@ class AutoencoderStage(Stage):
         self.clip_frames, self.height, self.width = video_size(autoencoder)
 
     def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
+        return self.pixel_loss(self.reconstruct(model, video, generator, share), video)
+
+    def reconstruct(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share) -> Tensor:
+        """The reconstruction in training, float32."""
         noise = None
         if self.options.latent_noise > 0:
             clips = share.world * len(video)
             shape = (clips, int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
             noise = self.options.latent_noise * share.of(torch.randn(shape, generator=generator)).to(video.device)
-        sample = model(video, noise).sample.float()
+        sample: Tensor = model(video, noise).sample
+        return sample.float()
+
+    def pixel_loss(self, sample: Tensor, video: Tensor) -> Tensor:
+        """The loss that compares pixels, weighted."""
         if self.options.loss == "l1":
             return L1_WEIGHT * F.l1_loss(sample, video)
         return L2_WEIGHT * F.mse_loss(sample, video)

@@ -83,6 +83,7 @@ class Trainer:
         sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
         self.model = stage.model if sharded else accelerator.prepare_model(stage.model)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        stage.prepare(accelerator)
 
     def fit(self, preview: Callable[[], object]) -> None:
         """Take the steps that are left; ``preview`` is called between steps every ``preview_every`` of them.
@@ -118,6 +119,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
+        self.stage.before_step(number)
         total = 0.0
         for index, batch in enumerate(batches):
             generator = step_generator(self.config.seed, self.stage.name, number, index)
@@ -130,6 +132,7 @@ class Trainer:
                 if not math.isfinite(total):
                     return self.skip(batches, f"a loss of {total}")
                 self.accelerator.backward(loss)
+            self.stage.after_backward()
         norm = float(whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm), True))
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             return self.skip(batches, f"a gradient norm of {norm}")
@@ -137,7 +140,8 @@ class Trainer:
         self.stage.after_step()
         self.progress.skipped_in_a_row = 0
         self.count(batches)
-        return {"loss": total, "learning_rate": rate, "gradient_norm": norm if math.isfinite(norm) else None}
+        values = self.stage.values()
+        return {"loss": total, "learning_rate": rate, "gradient_norm": norm if math.isfinite(norm) else None, **values}
 
     def skip(self, batches: list[Batch], reason: str) -> dict[str, Any]:
         """Leave a step out whose loss or gradient is not finite; after too many in a row, save aside and stop."""
