@@ -210,7 +210,7 @@ def make_index(root: Path, settings: Settings) -> dict[str, Any]:
     return {
         "settings": asdict(settings),
         "shards": [{"file": shard.name, "clips": len(shard.draws)} for shard in settings.shards()],
-        "labels": sorted(labels),
+        "labels": sorted(labels, key=lambda label: (label.casefold(), label)),
         "statistics": {
             name: [float(f"{value:.6g}") for value in values.tolist()] for name, values in statistics.items()
         },

@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -76,12 +76,28 @@ def list_shards(source: str | Path) -> list[Path] | None:
     return shards
 
 
-def scan(shard: Path) -> Iterator[tuple[str, int, int, list[str]]]:
-    """Key, first byte, end and suffixes of each sample of a shard, from its headers alone; the library's rules."""
+Place = tuple[str, int, int, tuple[str, ...]]
+
+
+def scan(shard: Path) -> tuple[Place, ...]:
+    """Key, first byte, end and suffixes of each sample of a shard, from its headers alone; the library's rules.
+
+    A shard is scanned once in a process, unless it changes.
+    """
     library()
+    state = shard.stat()
+    return _scan(shard, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _scan(shard: Path, size: int, changed: int) -> tuple[Place, ...]:
+    return tuple(_samples(shard))
+
+
+def _samples(shard: Path) -> Iterator[Place]:
     from webdataset.tariterators import base_plus_ext, meta_prefix, meta_suffix
 
-    current: tuple[str, int, int, list[str]] | None = None
+    current: Place | None = None
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -93,11 +109,11 @@ def scan(shard: Path) -> Iterator[tuple[str, int, int, list[str]]]:
                     continue
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                 if current and current[0] == key:
-                    current = (key, current[1], end, [*current[3], suffix.lower()])
+                    current = (key, current[1], end, (*current[3], suffix.lower()))
                     continue
                 if current:
                     yield current
-                current = (key, member.offset, end, [suffix.lower()])
+                current = (key, member.offset, end, (suffix.lower(),))
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"the shard {shard} cannot be read ({error}): fetch it again, or take it out; compressed ones must be "
