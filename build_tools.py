@@ -202,11 +202,12 @@ def _escape(path: Path) -> str:
 def ninja_file(ext: Extension, nvcc: str = "nvcc") -> str:
     """The build.ninja of an extension. Headers are tracked by the compilers' own dependency files."""
     include = f"-I{shlex.quote(str(ROOT / 'csrc'))}"
+    user_flags = os.environ.get("CXXFLAGS", "").replace("$", "$$")
     nvcc_flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all --expt-relaxed-constexpr"
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
-        f"  command = {compiler()} {CXX_FLAGS} {include} $flags -MD -MF $out.d -c $in -o $out",
+        f"  command = {compiler()} {CXX_FLAGS} {include} $flags {user_flags} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",

@@ -45,3 +45,19 @@ FRECHET = 1e-7
 
 # Means of the same clips in float64, added up in another order by several processes.
 SUM_ORDER = 1e-13
+# LPIPS in float32 against float64, through VGG16's 13 convolutions of up to 4608 terms and the lengths' division. In 16
+# bits each convolution rounds its input, weights and result, and the distance is a small difference of these: some
+# thirty roundings of 3.9e-3 (bfloat16) add up like a random walk to 2e-2, over a distance of about 0.5.
+LPIPS = 1e-5
+LPIPS_16_BIT = 5e-2
+
+# The discriminators and their losses in float64 against the same formulas written with functional operations.
+PATCHGAN = 1e-10
+
+# The penalty on the discriminators' gradient in float64, its slope by a difference quotient over 2e-3; and its share of
+# a loss of about 2, from which it is taken by a difference.
+PENALTY_SLOPE = 1e-4
+
+# Gradients of the autoencoder and the discriminators in float32, summed in another order: one backward pass from the
+# sum of losses, against one for each loss up to the reconstruction, and convolutions of some thousand terms.
+SECOND_PHASE_GRADIENT = 1e-4
