@@ -61,3 +61,11 @@ PENALTY_SLOPE = 1e-4
 # Gradients of the autoencoder and the discriminators in float32, summed in another order: one backward pass from the
 # sum of losses, against one for each loss up to the reconstruction, and convolutions of some thousand terms.
 SECOND_PHASE_GRADIENT = 1e-4
+
+# Pixels and features in [-1, 1] after an interpolation in float32, or a network in batches of another size: some
+# roundings of 6e-8.
+FLOAT32_PIXELS = 1e-6
+
+# The covariance of an untrained I3D's features, which differ by a thousandth from clip to clip: what float32 left of
+# them (6e-8 of the features) is a hundredth of a per cent.
+I3D_COVARIANCE = 1e-3

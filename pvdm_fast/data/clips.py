@@ -60,6 +60,7 @@ class ClipSpec:
     seed: int = 0
     flip: bool = False
     read_timeout: float = READ_TIMEOUT
+    centred: bool = False
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "stride"):
@@ -141,8 +142,8 @@ class FolderClips(ClipDataset):
     def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray], str | None]:
         spec = self.spec
         rng = generator("clip", spec.seed, draw)
-        train = spec.split == "train"
-        view = View.draw(rng, flip=spec.flip) if train else View()
+        drawn = spec.split == "train" and not spec.centred
+        view = View.draw(rng, flip=spec.flip) if drawn else View()
         place = rng.bit_generator.state
 
         def choose(total: int) -> Window:
@@ -222,6 +223,7 @@ def open_dataset(
     seed: int = 0,
     flip: bool = False,
     read_timeout: float = READ_TIMEOUT,
+    centred: bool = False,
 ) -> ClipDataset:
     """Clips from ``"synthetic:shapes"``, a folder (layout detected, see :mod:`pvdm_fast.data.layouts`) or one file.
 
@@ -232,11 +234,12 @@ def open_dataset(
     ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
     holds other videos, cropped at the centre and never mirrored. Raises :class:`DataError` when no video can be used;
     one clip is read to find out. A file that takes longer than ``read_timeout`` seconds (0: no limit) is skipped; see
-    :mod:`pvdm_fast.data.watch` for what that can interrupt.
+    :mod:`pvdm_fast.data.watch` for what that can interrupt. ``centred``: training clips too are cropped at the centre
+    and not mirrored.
     """
     from pvdm_fast.data.latents import LatentClips, is_latents
 
-    spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout)
+    spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout, centred)
     if str(source).startswith("synthetic:"):
         if str(source) != SYNTHETIC:
             raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
