@@ -131,6 +131,7 @@ class LatentClips(ClipDataset):
     def __init__(self, root: Path, spec: ClipSpec) -> None:
         self.root, self.spec = root, spec
         self.settings = settings = read_index(root)
+        self._hash = settings.hash()
         for name in ("frames", "height", "width", "stride", "flip"):
             have, want = getattr(settings, name), getattr(spec, name)
             if have != want:
@@ -158,7 +159,7 @@ class LatentClips(ClipDataset):
         shard = self.shards[number]
         path = self.root / shard.name
         try:
-            opened = _opened(path, self.settings.hash())
+            opened = _opened(path, self._hash)
             latents = opened.clip(row)
         except Exception as error:  # whatever a damaged file provokes
             problem = shard_problem(path, shard, self.settings) or error
