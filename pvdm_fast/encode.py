@@ -295,7 +295,7 @@ def write_shard(out: Path, shard: Shard, settings: Settings, latents: torch.Tens
 
 def finish(out: Path, settings: Settings) -> None:
     """Write the index if every shard is there; whichever process comes last does."""
-    from pvdm_fast.data.latents import INDEX, make_index, shard_problem
+    from pvdm_fast.data.latents import INDEX, SPLITS, make_index, shard_problem
     from pvdm_fast.training.files import TEMPORARY, flush
 
     missing = [shard.name for shard in settings.shards() if shard_problem(out / shard.name, shard, settings)]
@@ -308,8 +308,9 @@ def finish(out: Path, settings: Settings) -> None:
             temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             flush(temporary)
             os.replace(temporary, out / INDEX)
-        for left in out.glob(f"{TEMPORARY}*"):  # by processes that were killed
-            left.unlink(missing_ok=True)
+        for split in SPLITS:
+            for left in out.glob(f"{TEMPORARY}*-{split}-*"):  # of shards, by processes that were killed
+                left.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out / INDEX}: {error.strerror or error}") from error
     skipped = len(index["unreadable_files"])

@@ -20,6 +20,7 @@ from pvdm_fast.data.clips import ClipDataset, ClipSpec, Item, Skipped
 from pvdm_fast.data.draws import epoch_order
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.latent_shards import LatentShard, open_shard
+from pvdm_fast.data.watch import reading
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder
@@ -131,6 +132,7 @@ class LatentClips(ClipDataset):
     def __init__(self, root: Path, spec: ClipSpec) -> None:
         self.root, self.spec = root, spec
         self.settings = settings = read_index(root)
+        self._hash = settings.hash()
         for name in ("frames", "height", "width", "stride", "flip"):
             have, want = getattr(settings, name), getattr(spec, name)
             if have != want:
@@ -158,8 +160,9 @@ class LatentClips(ClipDataset):
         shard = self.shards[number]
         path = self.root / shard.name
         try:
-            opened = _opened(path, self.settings.hash())
-            latents = opened.clip(row)
+            with reading(str(path), self.spec.read_timeout):
+                opened = _opened(path, self._hash)
+                latents = opened.clip(row)
         except Exception as error:  # whatever a damaged file provokes
             problem = shard_problem(path, shard, self.settings) or error
             raise DataError(f"the shard {path} cannot be used: {problem}; delete it and encode again") from error

@@ -22,6 +22,7 @@ from pvdm_fast.data import DataError, collate, latent_shards, open_dataset
 from pvdm_fast.data.latents import fingerprint
 from pvdm_fast.diffusion import joint_batch, joint_latents, window_starts
 from pvdm_fast.models import Autoencoder
+from pvdm_fast.shares import Share
 
 SIZES = dict(frames=4, height=16, width=16, patch_size=8, channels=16, depth=1, num_heads=1, head_dim=8)
 CLIP = {"frames": 8, "height": 16, "width": 16}
@@ -125,6 +126,15 @@ def test_with_two_windows_conditions_are_the_same_and_targets_the_nearest() -> N
     assert 0.3 < (target[~conditional] == 1).float().mean() < 0.8
     assert window_starts(16, 2) == [0, 16]
     assert window_starts(4, 5) == [0, 1, 2, 3, 4]
+
+
+def test_processes_share_a_global_batch() -> None:
+    latents = torch.randn(6, 3, 1, 5)
+    whole = joint_latents(latents, 4, 0.5, torch.Generator().manual_seed(1))
+    for rank in range(3):
+        share = Share(rank, 3)
+        part = joint_latents(share.of(latents), 4, 0.5, torch.Generator().manual_seed(1), share)
+        assert all(torch.equal(share.of(a), b) for a, b in zip(whole, part, strict=True))
 
 
 def test_several_processes_write_the_same_files(
