@@ -69,3 +69,14 @@ FLOAT32_PIXELS = 1e-6
 # The covariance of an untrained I3D's features, which differ by a thousandth from clip to clip: what float32 left of
 # them (6e-8 of the features) is a hundredth of a per cent.
 I3D_COVARIANCE = 1e-3
+
+
+# Four training steps in two processes against one: the order of sums alone. Losses and gradient norms (measured: up to
+# 2e-6) and AdamW's mean of the gradients (up to 3e-5) are of gradients that a few rounded steps have moved apart. In the
+# weights (up to 8e-5) AdamW makes the rounding noise of a gradient that should be 0 (see NO_GRADIENT) as large as a step
+# of 3e-3; a share of noise or clips that is wrong, or averages a step late, move them by 1e-2 and more.
+PROCESSES_RECORDS = 1e-5
+PROCESSES_GRADIENTS = 1e-4
+PROCESSES_WEIGHTS = 5e-4
+# Forty steps, which magnify that.
+PROCESSES_LONG = 1e-2

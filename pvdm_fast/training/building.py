@@ -13,7 +13,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import STAGES, TrainConfig
-from pvdm_fast.training.processes import TIMEOUT
+from pvdm_fast.training.processes import TIMEOUT, Processes
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size
@@ -55,7 +55,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=precision,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=TIMEOUT),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
     except ValueError as error:
@@ -65,21 +65,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Raises UserError for what several processes cannot do."""
-    processes, kind = accelerator.num_processes, accelerator.distributed_type.value
+    """Raises UserError, in the main process, for what several processes cannot do."""
+    processes, kind, problem = accelerator.num_processes, accelerator.distributed_type.value, None
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise UserError(
-            f"accelerate's {kind} is not supported: start with --multi_gpu or torchrun, and shard by --fsdp"
-        )
+        problem = f"accelerate's {kind} is not supported: start with --multi_gpu or torchrun, and shard with --fsdp"
     for stage in STAGES if config.stage == "all" else (config.stage,):
         size = getattr(config, stage).batch_size
         if size % processes:
-            raise UserError(
+            problem = (
                 f"--{stage}-batch-size {size} cannot be shared evenly among {processes} processes: it is the batch of "
                 f"all together, so choose a multiple of {processes}, or another number of processes"
             )
     if config.fsdp and config.mixed_precision == "fp16":
-        raise UserError("--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients")
+        problem = "--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients"
+    if problem is not None:
+        Processes(accelerator).fail(UserError(problem))
 
 
 def make_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Stage:

@@ -152,11 +152,12 @@ class Trainer:
         if self.progress.skipped_in_a_row > self.config.max_skipped:
             step = self.progress.step
             path = self.save(self.run.path / "failed", keep=1)
-            raise NonFiniteLossError(
+            error = NonFiniteLossError(
                 f"step {step} of the {self.stage.name} stage had {reason}, and the {self.config.max_skipped} steps "
                 f"before it were not finite either; its clips were {', '.join(names)}; the state is saved in {path}, "
                 f"while --resume {self.run.path} goes back to the last good checkpoint"
             )
+            self.processes.fail(error)
         return {"loss": None, "skipped": reason, "clips": names}
 
     def count(self, batches: list[Batch]) -> None:
