@@ -48,19 +48,18 @@ def without(flags: str, isas: list[str]) -> str:
     return " ".join(flag for flag in flags.split(" ") if flag not in {f"-DPVDM_HAVE_{isa.upper()}" for isa in isas})
 
 
-def build_instrumented(folder: Path, flags: tuple[str, ...], *extra: Path) -> Path:
-    """The extension in the plain set and this machine's best, with `flags` and the sources `extra`; its path."""
+def build_instrumented(folder: Path, flags: tuple[str, ...], used: set[str], *extra: Path) -> Path:
+    """The extension in the instruction sets `used`, with `flags` and the sources `extra`; its path."""
     include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
     extension = build_tools.cpu_extension(folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
     extension.link += " " + " ".join(flags)
-    used = ("plain", native.extension("_cpu").isas()[-1])
     left_out = [isa for isa in build_tools.isa_flags() if isa not in used]
     extension.objects = {
         name: (source, rule, f"{without(flags_of, left_out)} -O1 -g {' '.join(flags)}")
         for name, (source, rule, flags_of) in extension.objects.items()
         if not name.endswith(tuple(f"_{isa}" for isa in left_out))
     }
-    extension.objects |= {path.stem: (path, "cxx", f"-O1 -g {' '.join(flags)}") for path in extra}
+    extension.objects |= {path.stem: (path, "cxx", f"-O1 -g1 {' '.join(flags)}") for path in extra}
     build_tools.run_ninja(extension, folder / "objects")
     return extension.output
 
@@ -73,13 +72,16 @@ SCRIPT = Path(__file__).with_name("sanitized_cpu.py")
 @needs_extension
 def test_addresses_and_undefined_behaviour(tmp_path: Path) -> None:
     """Every kernel and dtype under AddressSanitizer and UBSan."""
-    run_sanitized(SCRIPT, build_instrumented(tmp_path, FLAGS), 2)
+    best = native.extension("_cpu").isas()[-1]
+    run_sanitized(SCRIPT, build_instrumented(tmp_path, FLAGS, {"plain", best}), 2)
 
 
 @pytest.fixture(scope="module")
 def built_for_threads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """How work is dealt out to threads does not depend on the instruction set."""
     thread_sanitizer()
-    return build_instrumented(tmp_path_factory.mktemp("threads"), THREAD_FLAGS, SCRIPT.with_name("planted_race.cpp"))
+    folder = tmp_path_factory.mktemp("threads")
+    return build_instrumented(folder, THREAD_FLAGS, {"plain"}, SCRIPT.with_name("planted_race.cpp"))
 
 
 @pytest.mark.slow
