@@ -45,6 +45,7 @@ FRECHET = 1e-7
 
 # Means of the same clips in float64, added up in another order by several processes.
 SUM_ORDER = 1e-13
+
 # LPIPS in float32 against float64, through VGG16's 13 convolutions of up to 4608 terms and the lengths' division. In 16
 # bits each convolution rounds its input, weights and result, and the distance is a small difference of these: some
 # thirty roundings of 3.9e-3 (bfloat16) add up like a random walk to 2e-2, over a distance of about 0.5.
@@ -70,11 +71,10 @@ FLOAT32_PIXELS = 1e-6
 # them (6e-8 of the features) is a hundredth of a per cent.
 I3D_COVARIANCE = 1e-3
 
-
-# Four training steps in two processes against one: the order of sums alone. Losses and gradient norms (measured: up to
-# 2e-6) and AdamW's mean of the gradients (up to 3e-5) are of gradients that a few rounded steps have moved apart. In the
-# weights (up to 8e-5) AdamW makes the rounding noise of a gradient that should be 0 (see NO_GRADIENT) as large as a step
-# of 3e-3; a share of noise or clips that is wrong, or averages a step late, move them by 1e-2 and more.
+# Four training steps in two processes against one: the order of sums alone. Losses and gradient norms (measured: up
+# to 2e-6) and AdamW's mean of the gradients (up to 3e-5) are of gradients that a few rounded steps have moved apart. In
+# the weights (up to 8e-5) AdamW makes the rounding noise of a gradient that should be 0 (see NO_GRADIENT) as large as a
+# step of 3e-3; a share of noise or clips that is wrong, or averages a step late, move them by 1e-2 and more.
 PROCESSES_RECORDS = 1e-5
 PROCESSES_GRADIENTS = 1e-4
 PROCESSES_WEIGHTS = 5e-4
