@@ -215,7 +215,7 @@ def resources(library: Path) -> list[Resources]:
 def dynamic_shared(kernel: str, variant: str) -> int:
     """The most that a launch asks for, in bytes."""
     if not kernel.startswith(("matrix_", "vector_")):
-        return 0  # or, in `average`, a few floats
+        return 0
     matrix = kernel in MATRIX
     width = int(variant.split(", ")[1]) if matrix else 0
     return int(native.extension("_cuda").attention_shared_memory(width, matrix, not kernel.endswith("forward")))

@@ -141,14 +141,15 @@ def table(rows: Iterable[Resources]) -> list[str]:
     return lines
 
 
-def write_docs(rows: Iterable[Resources], path: Path = DOCS) -> None:
+def write_docs(rows: Iterable[Resources], quick: bool = False, path: Path = DOCS) -> None:
     """Put the table between the markers in docs/kernels.md."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise UserError(f"{path} must have the lines {BEGIN} and {END} once each.")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    made = f"Made by `python -m benchmarks.kernel_resources --write-docs` with Triton {version('triton')}."
+    command = f"python -m benchmarks.kernel_resources {'--quick ' if quick else ''}--write-docs"
+    made = f"Made by `{command}` with Triton {version('triton')}."
     path.write_text("\n".join([head + BEGIN, made, "", *table(rows), END + tail]))
 
 
@@ -178,7 +179,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         problems += unused_entries([*full_size_calls(), *other_calls()])
     print(f"{len(rows)} compiled kernels")
     if options.write_docs:
-        write_docs(rows)
+        write_docs(rows, options.quick)
     if problems:
         raise OverBudget("\n".join(problems))
 

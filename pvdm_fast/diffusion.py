@@ -119,7 +119,7 @@ def joint_latents(
     Args:
         latents: (B, W, D, N), each clip of 2T frames encoded at the W >= 2 windows of :func:`window_starts`.
         frames: T.
-        conditional_probability, generator, share: as for :func:`joint_batch`. With W = T + 1 the result is the same, too.
+        conditional_probability, generator, share: as for :func:`joint_batch`. With W = T + 1 the result is the same.
 
     Returns:
         target and condition, both (B, D, N).

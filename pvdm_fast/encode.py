@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pvdm_fast.errors import UserError, run_command
 
@@ -35,7 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
         "share of the shards.",
         allow_abbrev=False,
     )
-    number, default = {"type": int, "metavar": "N"}, "(default: %(default)s)"
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    default = "(default: %(default)s)"
     parser.add_argument("data", metavar="DATA", help="what --data of training takes")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the latents")
     parser.add_argument("--autoencoder", type=Path, required=True, metavar="RUN", help="its run, or its folder")
@@ -53,6 +54,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--flip", action="store_true", help="mirror half of the training clips")
     parser.add_argument("--batch-size", default=8, **number, help=f"clips encoded at once {default}")
     parser.add_argument("--shard-clips", default=512, **number, help=f"clips in a file {default}")
+    parser.add_argument(
+        "--container",
+        default="safetensors",
+        metavar="{safetensors,tar}",
+        help=f"tar writes webdataset shards, a sample for each clip {default}",
+    )
     parser.add_argument("--workers", default=2, **number, help=f"processes that read clips ahead {default}")
     parser.add_argument(
         "--read-timeout",
@@ -105,7 +112,10 @@ def encode(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> tuple[int, int]:
-    """This process's number and how many there are; raises UserError for a number out of range."""
+    """This process's number and how many there are; raises UserError for an option that cannot be."""
+    from pvdm_fast.data.latent_shards import CONTAINERS
+    from pvdm_fast.data.shards import library
+
     minimum = {"test_clips": 1, "stride": 1, "seed": 0, "batch_size": 1, "shard_clips": 1, "workers": 0}
     if arguments.clips is not None:
         minimum["clips"] = 1
@@ -113,6 +123,10 @@ def check(arguments: argparse.Namespace) -> tuple[int, int]:
         if getattr(arguments, name) < least:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} must be at least {least}, not {getattr(arguments, name)}")
+    if arguments.container not in CONTAINERS:
+        raise UserError(f"--container must be one of {', '.join(CONTAINERS)}, not {arguments.container}")
+    if arguments.container == "tar":
+        library()
     if arguments.device not in ("auto", "cpu"):
         raise UserError(f"--device must be auto or cpu, not {arguments.device}")
     try:
@@ -171,6 +185,7 @@ def make_settings(
         train_clips=arguments.clips or len(datasets["train"]),
         test_clips=min(arguments.test_clips, len(datasets["test"])),
         shard_clips=arguments.shard_clips,
+        container=arguments.container,
     )
 
 
@@ -219,6 +234,9 @@ def encode_shards(
     settings: Settings,
 ) -> None:
     """Encode shards one after the other; the loader reads ahead across their borders."""
+    import torch
+
+    from pvdm_fast.data.latents import describe_shard
     from pvdm_fast.data.loader import ClipLoader
     from pvdm_fast.training.progress import make_bar
 
@@ -236,7 +254,9 @@ def encode_shards(
                 labels += batch["labels"]
                 skipped += batch["skipped"]
                 bar.update(len(batch["names"]))
-            write_shard(arguments.out, shard, settings, parts, (names, labels, skipped))
+            latents = torch.cat(parts)
+            about = describe_shard(settings, latents, names, labels, skipped)
+            write_shard(arguments.out, shard, settings, latents, about)
 
 
 def encode_windows(video: torch.Tensor, autoencoder: Autoencoder, windows: int) -> torch.Tensor:
@@ -254,31 +274,20 @@ def encode_windows(video: torch.Tensor, autoencoder: Autoencoder, windows: int) 
     return torch.stack(latents, 1).float().cpu()
 
 
-def write_shard(
-    out: Path,
-    shard: Shard,
-    settings: Settings,
-    parts: list[torch.Tensor],
-    about: tuple[list[str], list[str | None], list[tuple[str, str]]],
-) -> None:
+def write_shard(out: Path, shard: Shard, settings: Settings, latents: torch.Tensor, about: dict[str, Any]) -> None:
     """Write one shard, whole or not at all; raises UserError where it cannot be written or is not finite."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    from pvdm_fast.data.latents import shard_metadata, shard_tensors
+    from pvdm_fast.data.latent_shards import save_shard
     from pvdm_fast.training.files import flush
 
-    latents = torch.cat(parts)
     if not latents.isfinite().all():
         raise UserError(f"the autoencoder's latents of {shard.name} are not finite: it cannot be used")
     try:
         with temporary_name(out / shard.name) as temporary:
-            save_file(shard_tensors(latents), temporary, shard_metadata(settings, *about))
+            save_shard(temporary, settings.container, shard.draws[0], latents, about)
             flush(temporary)
             os.replace(temporary, out / shard.name)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(
             f"cannot write the shard {out / shard.name}: {reason}; the shards before it are kept"
         ) from error
@@ -286,7 +295,7 @@ def write_shard(
 
 def finish(out: Path, settings: Settings) -> None:
     """Write the index if every shard is there; whichever process comes last does."""
-    from pvdm_fast.data.latents import INDEX, make_index, shard_problem
+    from pvdm_fast.data.latents import INDEX, SPLITS, make_index, shard_problem
     from pvdm_fast.training.files import TEMPORARY, flush
 
     missing = [shard.name for shard in settings.shards() if shard_problem(out / shard.name, shard, settings)]
@@ -299,8 +308,9 @@ def finish(out: Path, settings: Settings) -> None:
             temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             flush(temporary)
             os.replace(temporary, out / INDEX)
-        for left in out.glob(f"{TEMPORARY}*"):  # by processes that were killed
-            left.unlink(missing_ok=True)
+        for split in SPLITS:
+            for left in out.glob(f"{TEMPORARY}*-{split}-*"):  # of shards, by processes that were killed
+                left.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out / INDEX}: {error.strerror or error}") from error
     skipped = len(index["unreadable_files"])

@@ -1,7 +1,7 @@
-"""Latents made once and read by the diffusion stage: sharded safetensors, and an index that says what they are.
+"""Latents made once and read by the diffusion stage: shards, and an index that says what they are.
 
 A folder of latents holds ``settings.json`` (what is encoded, and how: written first), ``train-00000.safetensors``,
-``test-00000.safetensors`` and so on, and ``index.json``, which is written when every shard is there.
+``test-00000.safetensors`` and so on (or ``.tar``), and ``index.json``, which is written when every shard is there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from pvdm_fast.data.clips import ClipDataset, ClipSpec, Item, Skipped
 from pvdm_fast.data.draws import epoch_order
 from pvdm_fast.data.errors import DataError
+from pvdm_fast.data.latent_shards import LatentShard, open_shard
+from pvdm_fast.data.watch import reading
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder
@@ -36,6 +38,7 @@ class Settings:
 
     ``autoencoder`` is its :func:`fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of
     T; ``train_clips`` and ``test_clips`` are the draws 0, 1, ... of ``data``, ``shard_clips`` of them in a shard.
+    ``container`` is the shards' suffix, "safetensors" or "tar".
     """
 
     autoencoder: str
@@ -53,13 +56,15 @@ class Settings:
     train_clips: int
     test_clips: int
     shard_clips: int
+    container: str
     format: str = FORMAT
 
     def shards(self) -> Iterator[Shard]:
         for split in SPLITS:
             clips = getattr(self, f"{split}_clips")
             for number, first in enumerate(range(0, clips, self.shard_clips)):
-                yield Shard(split, number, range(first, min(clips, first + self.shard_clips)))
+                name = f"{split}-{number:05d}.{self.container}"
+                yield Shard(split, name, range(first, min(clips, first + self.shard_clips)))
 
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -70,12 +75,8 @@ class Shard:
     """One file of latents: which draws of which split."""
 
     split: str
-    number: int
+    name: str
     draws: range
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:05d}.safetensors"
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
@@ -90,19 +91,16 @@ def fingerprint(autoencoder: Autoencoder) -> str:
 
 def shard_problem(path: Path, shard: Shard, settings: Settings) -> str | None:
     """Why a file is not this shard, whole; None where it is."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as file:
-            if _about(file)["settings"] != settings.hash():
-                return "it was written with other settings"
-            shape = tuple(file.get_slice("latents").get_shape())
+        found = open_shard(path)
     except FileNotFoundError:
         return "it is missing"
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file provokes
         return f"it cannot be read ({error})"
+    if found.about.get("settings") != settings.hash():
+        return "it was written with other settings"
     expected = (len(shard.draws), settings.windows, settings.channels, settings.tokens)
-    return None if shape == expected else f"it holds {shape} instead of {expected}"
+    return None if found.shape == expected else f"it holds {found.shape} instead of {expected}"
 
 
 def read_index(root: Path) -> Settings:
@@ -134,6 +132,7 @@ class LatentClips(ClipDataset):
     def __init__(self, root: Path, spec: ClipSpec) -> None:
         self.root, self.spec = root, spec
         self.settings = settings = read_index(root)
+        self._hash = settings.hash()
         for name in ("frames", "height", "width", "stride", "flip"):
             have, want = getattr(settings, name), getattr(spec, name)
             if have != want:
@@ -161,58 +160,48 @@ class LatentClips(ClipDataset):
         shard = self.shards[number]
         path = self.root / shard.name
         try:
-            file, names, labels = _opened(path, self.settings.hash())
-            latents = file.get_slice("latents")[row]
+            with reading(str(path), self.spec.read_timeout):
+                opened = _opened(path, self._hash)
+                latents = opened.clip(row)
         except Exception as error:  # whatever a damaged file provokes
             problem = shard_problem(path, shard, self.settings) or error
             raise DataError(f"the shard {path} cannot be used: {problem}; delete it and encode again") from error
-        return {"video": latents, "name": names[row], "label": labels[row], "skipped": []}
+        about = opened.about
+        return {"video": latents, "name": about["names"][row], "label": about["labels"][row], "skipped": []}
 
 
 @lru_cache(OPEN_SHARDS)
-def _opened(path: Path, settings: str) -> tuple[Any, list[str], list[str | None]]:
-    """A shard, its clips' names and labels; one of other settings is refused."""
-    from safetensors import safe_open
-
-    file = safe_open(path, "pt")
-    about = _about(file)
-    if about["settings"] != settings:
+def _opened(path: Path, settings: str) -> LatentShard:
+    """A shard; one of other settings is refused."""
+    shard = open_shard(path)
+    if shard.about["settings"] != settings:
         raise DataError("it was written with other settings")
-    return file, about["names"], about["labels"]
+    return shard
 
 
-def _about(file: Any) -> dict[str, Any]:
-    """What a shard says of itself; one entry, since safetensors writes several in any order."""
-    return dict(json.loads((file.metadata() or {})["about"]))
-
-
-def shard_tensors(latents: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a shard holds: latents float32 (n, windows, D, N), and per channel what the statistics are made of."""
-    exact = latents.double().transpose(0, 2).flatten(1)  # (D, n * windows * N)
-    values = (exact.sum(1), exact.square().sum(1), exact.amin(1), exact.amax(1))
-    return {"latents": latents.contiguous(), **dict(zip(MOMENTS, values, strict=True))}
-
-
-def shard_metadata(settings: Settings, names: list[str], labels: list[str | None], skipped: Skipped) -> dict[str, str]:
-    about = {"settings": settings.hash(), "names": names, "labels": labels, "skipped": skipped}
-    return {"about": json.dumps(about)}
+def describe_shard(
+    settings: Settings, latents: torch.Tensor, names: list[str], labels: list[str | None], skipped: Skipped
+) -> dict[str, Any]:
+    """What a shard says of its latents (n, windows, D, N): per channel, too, what the statistics are made of."""
+    values = latents.double().transpose(0, 2).flatten(1)  # (D, n * windows * N)
+    moments = (values.sum(1), values.square().sum(1), values.amin(1), values.amax(1))
+    return {
+        "settings": settings.hash(),
+        "names": names,
+        "labels": labels,
+        "skipped": skipped,
+        "moments": {name: moment.tolist() for name, moment in zip(MOMENTS, moments, strict=True)},
+    }
 
 
 def make_index(root: Path, settings: Settings) -> dict[str, Any]:
     """The index of a complete folder: settings, shards, labels, and each channel's statistics over both splits."""
-    from safetensors import safe_open
-
-    moments: list[dict[str, torch.Tensor]] = []
-    labels: set[str] = set()
-    unreadable: dict[str, str] = {}
-    for shard in settings.shards():
-        with safe_open(root / shard.name, "pt") as file:
-            moments.append({name: file.get_tensor(name) for name in MOMENTS})
-            about = _about(file)
-        labels.update(label for label in about["labels"] if label is not None)
-        unreadable.update(about["skipped"])
+    abouts = [open_shard(root / shard.name).about for shard in settings.shards()]
+    labels = {label for about in abouts for label in about["labels"] if label is not None}
     count = (settings.train_clips + settings.test_clips) * settings.windows * settings.tokens
-    stacked = {name: torch.stack([part[name] for part in moments]) for name in MOMENTS}
+    stacked = {
+        name: torch.tensor([about["moments"][name] for about in abouts], dtype=torch.float64) for name in MOMENTS
+    }
     mean = stacked["sum"].sum(0) / count
     deviation = (stacked["squares"].sum(0) / count - mean.square()).clamp(min=0).sqrt()
     statistics = {
@@ -224,9 +213,9 @@ def make_index(root: Path, settings: Settings) -> dict[str, Any]:
     return {
         "settings": asdict(settings),
         "shards": [{"file": shard.name, "clips": len(shard.draws)} for shard in settings.shards()],
-        "labels": sorted(labels),
+        "labels": sorted(labels, key=lambda label: (label.casefold(), label)),
         "statistics": {
             name: [float(f"{value:.6g}") for value in values.tolist()] for name, values in statistics.items()
         },
-        "unreadable_files": unreadable,
+        "unreadable_files": dict(entry for about in abouts for entry in about["skipped"]),
     }

@@ -42,6 +42,11 @@ class Video:
     is_folder: bool
 
     @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return str(self.path)
+
+    @property
     def label(self) -> str | None:
         """The name of its class, where it is named as in UCF-101."""
         match = _ucf_name(self)

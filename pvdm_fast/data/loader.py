@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from pvdm_fast.data.clips import Batch, ClipDataset, collate
 from pvdm_fast.data.errors import DataError
-from pvdm_fast.data.watch import Notes, begin_notes, too_slow
+from pvdm_fast.data.watch import CRASHED, Notes, begin_notes, too_slow
 
 RESTARTS = 3  # in a row, without a batch between them
 
@@ -54,9 +55,11 @@ class _Crew:
     processes: list[BaseProcess] = field(default_factory=list)
 
     def dead(self) -> list[tuple[int, int, str | None]]:
-        """(process id, exit code, file in hand) of each worker that has ended; a negative code is a signal's."""
-        for process in self.processes:
-            process.join(0)
+        """(process id, exit code, file in hand) of each worker that has ended; a negative code is a signal's.
+
+        Waits a second for one: its connections break a little before it has ended.
+        """
+        wait([process.sentinel for process in self.processes], timeout=1)
         ended = [(process.pid or 0, process.exitcode) for process in self.processes]
         return [(pid, code, self.notes.file_of(pid)) for pid, code in ended if code is not None]
 
@@ -87,13 +90,11 @@ class ClipLoader:
                     restarts = 0
                 return
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection. Errors
-                # raised inside a worker come with "Caught ..." and pass.
-                if self.workers == 0 or str(error).startswith("Caught "):
+                # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection.
+                deaths = crew.dead() if self.workers else []
+                if not deaths:
                     raise
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                    raise
-                sentences = [self._judge(*death, killed) for death in crew.dead()] or [f"a data worker died ({error})"]
+                sentences = [self._judge(*death, killed) for death in deaths]
                 crew.end()
                 restarts += 1
                 if restarts > RESTARTS:
@@ -116,7 +117,7 @@ class ClipLoader:
             killed.add(file)
             return f"{while_reading}, often for lack of memory: use fewer workers if it happens again"
         else:
-            reason = f"ended the process that read it ({ended})"
+            reason = f"{CRASHED} ({ended})"
         self.dataset.set_aside(file, reason)
         return f"{while_reading}: it {reason}, and is left out from now on"
 

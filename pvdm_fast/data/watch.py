@@ -22,9 +22,14 @@ from pvdm_fast.data.errors import UnreadableVideo
 
 READ_TIMEOUT = 120.0
 LONGEST_PATH = 4096
+TOO_SLOW, CRASHED = "could not be read within", "ended the process that read it"
 _HEADER = 16  # bytes: process id, length of the name
 
 _note: np.ndarray | None = None  # this worker's row of the notes
+
+
+class TooSlow(UnreadableVideo):
+    """A file took longer than it may; it is not tried again."""
 
 
 class Notes:
@@ -54,8 +59,8 @@ def begin_notes(notes: Notes, worker: int) -> None:
 def reading(name: str, seconds: float) -> Iterator[None]:
     """Allow the block ``seconds`` (0: any time) to read the file ``name``.
 
-    In a worker of the loader the process ends when they are over. Elsewhere :class:`UnreadableVideo` is raised as soon
-    as Python is reached, in the main thread only; without a limit where another alarm is already set.
+    In a worker of the loader the process ends when they are over. Elsewhere :class:`TooSlow` is raised as soon as
+    Python is reached, in the main thread only; without a limit where another alarm is already set.
     """
     if _note is None:
         with _interrupted(seconds):
@@ -87,18 +92,23 @@ def _interrupted(seconds: float) -> Iterator[None]:
 
     def expired(number: int, frame: FrameType | None) -> None:
         over.append(number)
-        raise UnreadableVideo(too_slow(seconds))
+        raise TooSlow(too_slow(seconds))
 
     before = signal.signal(signal.SIGALRM, expired)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     except UnreadableVideo as error:  # FFmpeg's own words for it are "interrupted system call"
-        raise (UnreadableVideo(too_slow(seconds)) if over else error) from None
+        raise (TooSlow(too_slow(seconds)) if over else error) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
 def too_slow(seconds: float) -> str:
-    return f"could not be read within {seconds:g} s"
+    return f"{TOO_SLOW} {seconds:g} s"
+
+
+def is_lasting(reason: str) -> bool:
+    """Whether a file was set aside for this reason: every window of it, not only the one that was damaged."""
+    return reason.startswith((TOO_SLOW, CRASHED))

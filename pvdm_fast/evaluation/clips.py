@@ -39,7 +39,7 @@ class BothSplits(ClipDataset):
 def open_clips(
     source: str | Path, split: str, *, frames: int, size: tuple[int, int], stride: int, seed: int
 ) -> ClipDataset:
-    """The clips of a split ("test", "train" or "all"), never mirrored.
+    """The clips of a split ("test", "train" or "all"), cropped at the centre, never mirrored.
 
     Raises:
         DataError: there are none, or the source holds latents.
@@ -50,7 +50,7 @@ def open_clips(
     def open_split(name: str) -> ClipDataset:
         height, width = size
         return open_dataset(
-            source, frames=frames, height=height, width=width, stride=stride, split=name, seed=seed, flip=False
+            source, frames=frames, height=height, width=width, stride=stride, split=name, seed=seed, centred=True
         )
 
     return BothSplits(open_split("test"), open_split("train")) if split == "all" else open_split(split)

@@ -102,7 +102,6 @@ def make_protocol(
 ) -> Protocol:
     """Everything that the results depend on."""
     height, width = subject.size
-    views = {"test": "centre crop", "train": "crop drawn, as in training", "all": "test: centre; train: drawn"}
     data = {
         "source": request.data,
         "description": dataset.description,
@@ -113,7 +112,7 @@ def make_protocol(
         "height": height,
         "width": width,
         "resizing": RESIZING,
-        "view": f"{views[request.split]}, not mirrored",
+        "view": "centre crop, not mirrored",
         "windows": "video by a seeded permutation of the split, again from its start where clips outnumber videos; "
         "window drawn uniformly inside the video; too short videos passed over",
     }

@@ -36,18 +36,20 @@ window.addEventListener("error", event => { if (event.message) document.body.dat
 function tell() { document.body.dataset.videos = `${ready} ready, ${failed} failed, ${videos.length} in all`; }
 for (const video of videos) {
   const caption = video.parentElement.querySelector("figcaption");
-  let counted = false;
   const loaded = () => {
-    if (counted || !(video.readyState >= 2 && video.duration > 0 && video.videoWidth > 0)) return;
-    counted = true; ready += 1; video.dataset.state = "ready"; video.dataset.duration = video.duration; tell();
+    if (video.dataset.state || !(video.readyState >= 2 && video.duration > 0 && video.videoWidth > 0)) return;
+    ready += 1; video.dataset.state = "ready"; video.dataset.duration = video.duration; tell();
   };
   video.addEventListener("loadeddata", loaded);
-  video.addEventListener("error", () => {
+  const broken = () => {
+    if (video.dataset.state === "failed") return;
+    if (video.dataset.state === "ready") ready -= 1;
     failed += 1; video.dataset.state = "failed"; caption.classList.add("failed");
     caption.textContent += ": this browser cannot play it (" + (video.error ? video.error.message : "unknown") + ")";
     tell();
-  });
-  if (video.error) video.dispatchEvent(new Event("error")); else loaded();
+  };
+  video.addEventListener("error", broken);
+  if (video.error) broken(); else loaded();
 }
 tell();
 const onClick = (id, action) => { document.getElementById(id).onclick = () => videos.forEach(action); };

@@ -100,9 +100,9 @@ class Discriminators(nn.Module):
         with torch.no_grad():
             wanted = self.judge(real, frames)
         found = self.judge(fake, frames)
-        hinge = -torch.stack([features[-1].float().mean() for features in found]).sum()
+        hinge = -torch.stack([_wide(features[-1]).mean() for features in found]).sum()
         matching = [
-            F.l1_loss(have.float(), want.float())
+            F.l1_loss(_wide(have), _wide(want))
             for have_all, want_all in zip(found, wanted, strict=True)
             for have, want in zip(have_all[:-1], want_all[:-1], strict=True)
         ]
@@ -114,16 +114,16 @@ class Discriminators(nn.Module):
         Args:
             real, fake: (B, 3, T, H, W), constants. frames: (B,) frame numbers.
             r1: weight of the penalty on the squared gradient of the verdicts on real clips (Mescheder et al., 2018);
-                computed in float32.
+                computed without autocast.
         """
         penalty = real.new_zeros(())
         if r1 > 0:
             with torch.autocast(real.device.type, enabled=False):
-                judged, penalty = self._judge_with_penalty(real.float(), frames)
+                judged, penalty = self._judge_with_penalty(real, frames)
         else:
             judged = self.judge(real, frames)
-        reals = [features[-1].float() for features in judged]
-        fakes = [features[-1].float() for features in self.judge(fake, frames)]
+        reals = [_wide(features[-1]) for features in judged]
+        fakes = [_wide(features[-1]) for features in self.judge(fake, frames)]
         losses = [0.5 * (F.relu(1 - a).mean() + F.relu(1 + b).mean()) for a, b in zip(reals, fakes, strict=True)]
         loss = losses[0] + losses[1] + r1 / 2 * penalty
         return DiscriminatorTerms(loss, _mean_of_means(reals), _mean_of_means(fakes), penalty.detach())
@@ -139,3 +139,8 @@ class Discriminators(nn.Module):
 
 def _mean_of_means(verdicts: list[Tensor]) -> Tensor:
     return torch.stack([verdict.detach().mean() for verdict in verdicts]).mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Means are taken in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

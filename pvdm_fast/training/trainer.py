@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pvdm_fast.data import make_loader, open_dataset
+from pvdm_fast.data.watch import is_lasting
 from pvdm_fast.errors import Interrupted, NonFiniteLossError
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.config import StageOptions, TrainConfig
@@ -190,8 +191,12 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """Training batches from the next draw on, without end."""
         share = self.processes.share
+        dataset = self.dataset("train")
+        for file, reason in self.progress.unreadable.items():
+            if is_lasting(reason):  # as in the run that was interrupted
+                dataset.set_aside(file, reason)
         loader = make_loader(
-            self.dataset("train"),
+            dataset,
             batch_size=self.options.batch_size // share.world,
             start_draw=self.progress.draw,
             workers=self.config.video.workers,

@@ -1,5 +1,7 @@
 """Mutated video files through the reader, in a process of its own: ``python fuzz.py FOLDER FILES [FIRST]``.
 
+Every third one is read out of a webdataset shard, and every fifth of these shards is mutated too.
+
 Prints one line of JSON: what came of the files, the slowest, and what the process had open and in memory at the start
 and at the end. A crash or a file that takes too long ends the process, and the file in hand is left in FOLDER with its
 number, by which it can be made again.
@@ -8,6 +10,7 @@ number, by which it can be made again.
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import signal
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import films
 import numpy as np
+import webdataset
 
 from pvdm_fast.data import DataError, open_dataset
 
@@ -87,6 +91,18 @@ def mutated(originals: dict[str, bytes], number: int) -> tuple[str, bytes]:
     return name, bytes(data) or b"\0"
 
 
+def packed(number: int, name: str, content: bytes) -> bytes:
+    """A shard with the file as its only sample."""
+    stream = io.BytesIO()
+    with webdataset.TarWriter(stream, mtime=0) as writer:
+        writer.write({"__key__": f"{number}-{name[0]}", name[2:]: content, "cls": number % 7})
+    shard = bytearray(stream.getvalue())
+    if number % 5 == 0:
+        rng = np.random.default_rng([number, 1])
+        MUTATIONS[int(rng.integers(len(MUTATIONS)))](shard, rng)
+    return bytes(shard)
+
+
 def memory() -> int:
     """This process's resident bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -114,8 +130,8 @@ def main(folder: Path, count: int, first: int = 0) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for number in range(first, first + count):
         name, content = mutated(originals, number)
-        path = folder / f"{number}-{name}"
-        path.write_bytes(content)
+        path = folder / (f"{number}-{name}" if number % 3 else f"{number}.tar")
+        path.write_bytes(content if number % 3 else packed(number, name, content))
         started = time.perf_counter()
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         outcomes[read(path)] += 1

@@ -18,10 +18,11 @@ from comparison import assert_close
 from safetensors import safe_open
 
 from pvdm_fast import encode
-from pvdm_fast.data import DataError, collate, open_dataset
+from pvdm_fast.data import DataError, collate, latent_shards, open_dataset
 from pvdm_fast.data.latents import fingerprint
 from pvdm_fast.diffusion import joint_batch, joint_latents, window_starts
 from pvdm_fast.models import Autoencoder
+from pvdm_fast.shares import Share
 
 SIZES = dict(frames=4, height=16, width=16, patch_size=8, channels=16, depth=1, num_heads=1, head_dim=8)
 CLIP = {"frames": 8, "height": 16, "width": 16}
@@ -127,6 +128,15 @@ def test_with_two_windows_conditions_are_the_same_and_targets_the_nearest() -> N
     assert window_starts(4, 5) == [0, 1, 2, 3, 4]
 
 
+def test_processes_share_a_global_batch() -> None:
+    latents = torch.randn(6, 3, 1, 5)
+    whole = joint_latents(latents, 4, 0.5, torch.Generator().manual_seed(1))
+    for rank in range(3):
+        share = Share(rank, 3)
+        part = joint_latents(share.of(latents), 4, 0.5, torch.Generator().manual_seed(1), share)
+        assert all(torch.equal(share.of(a), b) for a, b in zip(whole, part, strict=True))
+
+
 def test_several_processes_write_the_same_files(
     encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +180,28 @@ def test_a_killed_encoding_goes_on(encoded: Path, video_folder: Path, autoencode
     assert (out / "train-00000.safetensors").stat().st_mtime_ns == first, "what was whole is kept"
 
 
+def test_webdataset_shards_of_latents(encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path) -> None:
+    """The same clips, readable by the library alone, and the same bytes each time."""
+    wds = pytest.importorskip("webdataset")
+    for name in ("one", "two"):
+        tar = ["--windows", "5", "--flip", "--container", "tar"]
+        assert run(video_folder, tmp_path / name, autoencoder, *tar) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    ours, theirs = (open_dataset(place, **CLIP, flip=True) for place in (encoded, tmp_path / "one"))
+    for draw in range(25):
+        assert torch.equal(ours[draw]["video"], theirs[draw]["video"])
+        assert ours[draw]["name"] == theirs[draw]["name"]
+    shards = [str(path) for path in sorted((tmp_path / "one").glob("train-*.tar"))]
+    samples = list(wds.WebDataset(shards, shardshuffle=False).decode())
+    assert len(shards) == 3 and len(samples) == 10
+    for draw, sample in enumerate(samples):
+        assert torch.equal(torch.from_numpy(sample["npy"]), ours[draw]["video"])
+        assert sample["json"] == {"name": ours[draw]["name"], "label": None}
+    os.truncate(tmp_path / "two" / "train-00001.tar", 5000)
+    with pytest.raises(DataError, match=r"train-00001\.tar.*encode again"):
+        open_dataset(tmp_path / "two", **CLIP, flip=True)[5]
+
+
 def test_a_damaged_shard_is_found_and_made_again(
     encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path
 ) -> None:
@@ -190,13 +222,11 @@ def test_a_full_disk_leaves_no_half_shard(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import safetensors.torch
-
-    def full(tensors: object, path: Path, metadata: object) -> None:
+    def full(path: Path, *arguments: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(latent_shards, "save_shard", full)
     assert run(video_folder, tmp_path / "out", autoencoder) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]

@@ -20,7 +20,7 @@ import torch
 from published import by_scipy
 from tolerances import FRECHET, SUM_ORDER
 
-from pvdm_fast.data import ClipDataset, Item, open_dataset
+from pvdm_fast.data import ClipDataset, Item, open_dataset, write_video
 from pvdm_fast.data.clips import ClipSpec
 from pvdm_fast.diffusion import psnr
 from pvdm_fast.evaluate import main, parse
@@ -256,6 +256,35 @@ def test_damaged_statistics_are_refused(
     part.write_bytes(part.read_bytes()[:100])
     assert main([str(run), *QUICK, *network, "--out", str(tmp_path)]) == 2
     assert "remove the folder" in capsys.readouterr().err
+
+
+def test_videos_that_cannot_be_used_are_passed_over_and_named(run: Path, network: list[str], tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    for number, length in enumerate((9, 5, 12)):
+        noise = np.random.default_rng(number).integers(0, 256, (length, 30, 60, 3), dtype=np.uint8)
+        write_video(films / f"{number}.mp4", noise)
+    (films / "3.mp4").write_bytes(b"no video")
+    arguments = ["--data", str(films), "--split", "all", "--clips", "4", "--samples", "2", "--stride", "1"]
+    assert main([str(run), *QUICK, *network, *arguments, "--out", str(tmp_path / "out")]) == 0
+    found = results(tmp_path / "out")["results"]
+    reasons = {Path(path).name: reason for path, reason in found["unreadable_files"].items()}
+    assert set(reasons) == {"1.mp4", "3.mp4"}, reasons
+    assert "5 frames, a clip needs 6" in reasons["1.mp4"] and "cannot be opened" in reasons["3.mp4"]
+    assert found["generation"]["6"]["real_clips"] == 4
+    assert any("trained on" in line for line in found["caveats"])
+
+
+def test_training_videos_are_cropped_at_the_centre(tmp_path: Path) -> None:
+    """Left of the centre they are black, right of it white: a crop drawn anywhere would be mostly one of them."""
+    halves = np.zeros((4, 16, 128, 3), np.uint8)
+    halves[:, :, 64:] = 255
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mp4", halves)
+    dataset = open_clips(tmp_path, "train", frames=2, size=(16, 16), stride=1, seed=0)
+    for draw in range(6):
+        video = dataset[draw]["video"]
+        assert video[..., :6].max() < -0.8 and video[..., 10:].min() > 0.8
 
 
 def test_a_run_without_a_denoiser_is_reconstructed_only(run: Path, tmp_path: Path) -> None:

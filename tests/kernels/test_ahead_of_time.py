@@ -88,7 +88,7 @@ def test_writes_between_the_marks(tmp_path: Path) -> None:
     begin, end = kernel_resources.BEGIN, kernel_resources.END
     path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):
-        kernel_resources.write_docs([], path)
+        kernel_resources.write_docs([], path=path)
     text = path.read_text()
     assert text.startswith(f"before\n{begin}\nMade by") and text.endswith(f"{end}\nafter\n") and "old" not in text
     assert text.count("| kernel |") == 1
@@ -98,4 +98,4 @@ def test_does_not_write_without_marks(tmp_path: Path) -> None:
     path = tmp_path / "kernels.md"
     path.write_text("nothing")
     with pytest.raises(UserError, match="must have the lines"):
-        kernel_resources.write_docs([], path)
+        kernel_resources.write_docs([], path=path)

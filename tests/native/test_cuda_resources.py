@@ -18,6 +18,7 @@ GOOD_MATRIX = Resources("matrix_dq", "x, 64", "sm_90", 128, 128, 0, 40000, 9, 9,
 PRODUCTS = {"matrix_forward": 2, "matrix_dq": 3, "matrix_dkv": 4}
 ROWS = {"matrix_forward": {32: 64, 64: 64, 128: 32}, "matrix_dq": {32: 32, 64: 32, 128: 16}}
 
+
 @pytest.fixture(scope="module")
 def rows() -> list[Resources]:
     try:
