@@ -13,7 +13,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import STAGES, TrainConfig
-from pvdm_fast.training.processes import TIMEOUT
+from pvdm_fast.training.processes import TIMEOUT, Processes
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size
@@ -21,6 +21,7 @@ from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, v
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from pvdm_fast.data import ClipDataset
     from pvdm_fast.models import Autoencoder, Denoiser
 
 AUTOENCODER_SIZES = (
@@ -54,7 +55,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             mixed_precision=precision,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=TIMEOUT),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
     except ValueError as error:
@@ -64,21 +65,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Raises UserError for what several processes cannot do."""
-    processes, kind = accelerator.num_processes, accelerator.distributed_type.value
+    """Raises UserError, in the main process, for what several processes cannot do."""
+    processes, kind, problem = accelerator.num_processes, accelerator.distributed_type.value, None
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise UserError(
-            f"accelerate's {kind} is not supported: start with --multi_gpu or torchrun, and shard by --fsdp"
-        )
+        problem = f"accelerate's {kind} is not supported: start with --multi_gpu or torchrun, and shard with --fsdp"
     for stage in STAGES if config.stage == "all" else (config.stage,):
         size = getattr(config, stage).batch_size
         if size % processes:
-            raise UserError(
+            problem = (
                 f"--{stage}-batch-size {size} cannot be shared evenly among {processes} processes: it is the batch of "
                 f"all together, so choose a multiple of {processes}, or another number of processes"
             )
     if config.fsdp and config.mixed_precision == "fp16":
-        raise UserError("--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients")
+        problem = "--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients"
+    if problem is not None:
+        Processes(accelerator).fail(UserError(problem))
 
 
 def make_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Stage:
@@ -166,6 +167,22 @@ def existing_autoencoder(config: TrainConfig, resume: Path | None) -> Autoencode
         if want is not None and want != have:
             raise UserError(f"--{name} is {want}, but the autoencoder in {place} was made for {have}")
     return autoencoder
+
+
+def check_latents(data: ClipDataset, stages: tuple[str, ...], autoencoder: Autoencoder) -> None:
+    """Raises UserError for cached latents that another autoencoder made, or that another stage would need."""
+    from pvdm_fast.data.latents import LatentClips, fingerprint
+
+    if not isinstance(data, LatentClips):
+        return
+    if stages != ("diffusion",):
+        raise UserError(f"{data.root} holds cached latents, which serve --stage diffusion only")
+    made_by, used = data.settings.autoencoder, fingerprint(autoencoder)
+    if made_by != used:
+        raise UserError(
+            f"the latents in {data.root} were made by another autoencoder ({made_by[:12]}) than the one to be used "
+            f"({used[:12]}): encode the clips with this one, or name that one with --autoencoder-from"
+        )
 
 
 def empty_autoencoder(config: TrainConfig) -> Autoencoder:

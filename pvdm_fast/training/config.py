@@ -43,6 +43,9 @@ class VideoOptions:
     flip: bool = option(False, "mirror half of the training clips left to right")
     fps: float = option(8.0, "frames a second of the videos written", minimum=0.1, resumable=True)
     workers: int = option(2, "processes that read clips ahead; 0 reads in the main process", minimum=0, resumable=True)
+    read_timeout: float = option(
+        120.0, "seconds after which a file that cannot be read is left out; 0: no limit", minimum=0, resumable=True
+    )
 
 
 @dataclass
@@ -130,7 +133,9 @@ class TrainConfig:
     preset: Literal["tiny", "small", "base"] = option("tiny", "sizes of the models and matching hyper-parameters")
     stage: Literal["autoencoder", "diffusion", "all"] = option("all", "what to train", resumable=True)
     data: str = option(
-        "synthetic:shapes", "a folder of videos, of frame folders, UCF-101 or SkyTimelapse", resumable=True
+        "synthetic:shapes",
+        "a folder of videos, of frame folders, UCF-101, SkyTimelapse, or of latents (python -m pvdm_fast.encode)",
+        resumable=True,
     )
     autoencoder_from: str | None = option(
         None, "with --stage diffusion: the run, or the model folder, whose autoencoder to use"

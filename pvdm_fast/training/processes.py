@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,23 +63,26 @@ class Processes:
         """The result of ``action``, run by the main process while the others wait.
 
         Raises:
-            UserError: in the main process, what ``action`` raised; the others leave with its exit code, silently.
+            UserError: what ``action`` raised, by :meth:`fail`.
         """
         if self.share.world == 1:
             return action()
         outcome: list[Any] = [None, None]
-        failure: UserError | None = None
         if self.main:
             try:
-                outcome = [action(), None]
+                outcome[0] = action()
             except UserError as error:
-                failure, outcome = error, [None, error.exit_code]
+                outcome[1] = error
         dist.broadcast_object_list(outcome, src=0)
-        if failure is not None:
-            raise failure
         if outcome[1] is not None:
-            raise SystemExit(outcome[1])
+            self.fail(outcome[1])
         return outcome[0]
+
+    def fail(self, error: UserError) -> NoReturn:
+        """End all processes with an error that all have met: the main one raises it, the others leave silently."""
+        if self.main:
+            raise error
+        raise SystemExit(error.exit_code)
 
 
 def starts_again() -> bool:

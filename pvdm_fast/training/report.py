@@ -14,7 +14,7 @@ from pvdm_fast import backends
 from pvdm_fast.data import open_dataset
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.adversarial import check_second_phase
-from pvdm_fast.training.building import make_denoiser
+from pvdm_fast.training.building import check_latents, make_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import video_size
@@ -50,8 +50,16 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
         with torch.device("meta"):
             models += f", denoiser {_count(make_denoiser(config, autoencoder))}"
     data = open_dataset(
-        config.data, frames=clip_frames, height=height, width=width, stride=config.video.stride, seed=config.seed
+        config.data,
+        frames=clip_frames,
+        height=height,
+        width=width,
+        stride=config.video.stride,
+        seed=config.seed,
+        flip=config.video.flip,
+        read_timeout=config.video.read_timeout,
     )
+    check_latents(data, stages, autoencoder)
     work = ", then ".join(f"{name} {getattr(config, name).steps} steps" for name in stages)
     lines = [
         ("training", f"{work} (preset {config.preset})"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from typing import Any
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
-from pvdm_fast.training.files import whole_file
+from pvdm_fast.training.files import locked, whole_file
 
 
 class RunFolder:
@@ -69,23 +67,7 @@ class RunFolder:
         Raises:
             UserError: another trainer is at work in the folder, or it cannot be written.
         """
-        try:
-            file = self.lock.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from error
-        with file:
-            try:
-                # Not flock: data workers would inherit that, and outlive a killed trainer by some seconds.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                raise UserError(
-                    f"another trainer ({file.read()}) is at work in {self.path}: wait until it ends, stop it, or name "
-                    "another folder with --run"
-                ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}")
-            file.flush()
+        with locked(self.lock, "trainer", "--run"):
             yield
 
     def write_config(self, config: TrainConfig) -> None:

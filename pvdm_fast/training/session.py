@@ -40,6 +40,7 @@ def run_training(request: Request) -> RunFolder:
     resume = resumed_folder(request)
     config = resumed_config(resume, request) if resume else make_config(request.changes)
     accelerator = make_accelerator(config)
+    accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
     processes = Processes(accelerator)
     found = existing_autoencoder(config, resume)
     plan = report.make_plan(config, found or empty_autoencoder(config), accelerator)
@@ -70,7 +71,7 @@ def train_stages(
     """Train the stages that have no results yet, one after the other."""
     try:
         for name in names:
-            if name not in run.results():
+            if name not in stop.processes.on_main(run.results):
                 train_stage(name, config, run, accelerator, stop)
             stop.check()
     except Interrupted:
@@ -90,7 +91,7 @@ def resumed_folder(request: Request) -> Path | None:
     if request.resume is not None or not starts_again():
         return request.resume
     if request.run is None:
-        raise UserError("a job that is started again after a failure must know its folder: name it with --run")
+        raise UserError("a job that is started again after a failure must know its folder: name it with --run-dir")
     return request.run if RunFolder(request.run).config.exists() else None
 
 
@@ -184,11 +185,16 @@ def show(trainer: Trainer) -> dict[str, float]:
     autoencoder: Any = stage.model if isinstance(stage, AutoencoderStage) else stage.autoencoder  # type: ignore[attr-defined]
     with torch.no_grad(), stage.evaluation_weights(), trainer.accelerator.autocast():
         frames = video_size(autoencoder)[0]
-        originals = next(trainer.held_out())[: previews.SHOWN_CLIPS, :, :frames]
-        reconstructions = autoencoder.decode(autoencoder.encode(originals).latent).sample.float()
+        clips = next(trainer.held_out())[: previews.SHOWN_CLIPS]
+        cached = clips.dim() == 4  # latents
+        latents = clips[:, 0] if cached else autoencoder.encode(clips[:, :, :frames]).latent
+        reconstructions = autoencoder.decode(latents).sample.float()
+        originals = clips[:, :, :frames]
         rows = []
-        for index in range(min(3, len(originals))):
-            rows += [("held-out clip", originals[index]), ("its reconstruction", reconstructions[index])]
+        for index in range(min(3, len(clips))):
+            if not cached:
+                rows.append(("held-out clip", originals[index]))
+            rows.append(("held-out latents, decoded" if cached else "its reconstruction", reconstructions[index]))
         if isinstance(stage, DiffusionStage):
             samples = sample_video(
                 autoencoder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from pvdm_fast.nn import ResidualBlock, TriplaneAttention
 from pvdm_fast.nn.axial_transformer import PreNorm
@@ -24,8 +25,11 @@ METHODS = ("encode", "decode", "forward_tokens", "forward_planes")
 def shard(model: nn.Module, device: torch.device, world: int) -> None:
     """Cut a model's parameters among all processes, in place; every process must hold the same values."""
     mesh = init_device_mesh(device.type, (world,))
-    for module in [item for item in model.modules() if isinstance(item, UNITS)] + [model]:
-        fully_shard(module, mesh=mesh)
+    # Nothing in this package writes into what a module returned.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for module in [*(item for item in model.modules() if isinstance(item, UNITS)), model]:
+        # the model too, which by default stays whole after a forward pass: between steps all parameters are parts
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
         for name in METHODS:
             if hasattr(module, name):
                 register_fsdp_forward_method(module, name)
@@ -76,9 +80,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """``load_state_dict`` of a whole state, whether or not the parameters are sharded."""
     parameters = [item for group in optimizer.param_groups for item in group["params"]]
     cut = {
-        index: tree_map(
-            lambda item, like=parameters[index]: cut_like(item, like) if isinstance(item, Tensor) else item, values
-        )
+        index: {
+            name: cut_like(value, parameters[index]) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": cut})

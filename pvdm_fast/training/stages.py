@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, psnr
+from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, joint_latents, psnr
 from pvdm_fast.pipeline import check_pair
 from pvdm_fast.shares import Share
 from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
@@ -149,8 +149,13 @@ class DiffusionStage(Stage):
         self.schedule = NoiseSchedule.create(device)
 
     def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
-        with torch.no_grad():
-            target, condition = joint_batch(video, self._encode, self.conditional_probability, generator, share)
+        """Also of cached latents (B, windows, D, N)."""
+        probability = self.conditional_probability
+        if video.dim() == 4:
+            target, condition = joint_latents(video, self.clip_frames // 2, probability, generator, share)
+        else:
+            with torch.no_grad():
+                target, condition = joint_batch(video, self._encode, probability, generator, share)
         clips = share.world * len(target)
         noise = share.of(torch.randn((clips, *target.shape[1:]), generator=generator)).to(target.device)
         timestep = share.of(torch.randint(TRAIN_STEPS, (clips,), generator=generator)).to(target.device)

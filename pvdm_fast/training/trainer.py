@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pvdm_fast.data import make_loader, open_dataset
+from pvdm_fast.data.watch import is_lasting
 from pvdm_fast.errors import Interrupted, NonFiniteLossError
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.config import StageOptions, TrainConfig
@@ -151,11 +152,12 @@ class Trainer:
         if self.progress.skipped_in_a_row > self.config.max_skipped:
             step = self.progress.step
             path = self.save(self.run.path / "failed", keep=1)
-            raise NonFiniteLossError(
+            error = NonFiniteLossError(
                 f"step {step} of the {self.stage.name} stage had {reason}, and the {self.config.max_skipped} steps "
                 f"before it were not finite either; its clips were {', '.join(names)}; the state is saved in {path}, "
                 f"while --resume {self.run.path} goes back to the last good checkpoint"
             )
+            self.processes.fail(error)
         return {"loss": None, "skipped": reason, "clips": names}
 
     def count(self, batches: list[Batch]) -> None:
@@ -183,13 +185,18 @@ class Trainer:
             split=split,
             seed=self.config.seed,
             flip=video.flip,
+            read_timeout=video.read_timeout,
         )
 
     def batches(self) -> Iterator[Batch]:
         """Training batches from the next draw on, without end."""
         share = self.processes.share
+        dataset = self.dataset("train")
+        for file, reason in self.progress.unreadable.items():
+            if is_lasting(reason):  # as in the run that was interrupted
+                dataset.set_aside(file, reason)
         loader = make_loader(
-            self.dataset("train"),
+            dataset,
             batch_size=self.options.batch_size // share.world,
             start_draw=self.progress.draw,
             workers=self.config.video.workers,
