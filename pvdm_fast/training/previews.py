@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +51,20 @@ def _strip(video: Tensor) -> np.ndarray:
     return video_grid(frames, columns=len(times))[0]
 
 
-def write_loss_curves(path: Path, records: list[dict[str, Any]]) -> None:
+def write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """A PNG with the loss of each stage over its steps, as it was and smoothed; held-out scores are its title."""
     from matplotlib.figure import Figure
 
-    stages = [stage for stage in STAGES if any(item["stage"] == stage for item in records)]
+    points: dict[str, tuple[array[float], array[float]]] = {}
+    for item in records:
+        steps, losses = points.setdefault(item["stage"], (array("d"), array("d")))
+        if item.get("loss") is not None:
+            steps.append(item["step"])
+            losses.append(item["loss"])
+    stages = [stage for stage in STAGES if stage in points]
     figure = Figure(figsize=(5 * len(stages), 3.5), layout="constrained")
     for axes, stage in zip(np.atleast_1d(figure.subplots(1, len(stages))), stages, strict=True):
-        points = [
-            (item["step"], item["loss"]) for item in records if item["stage"] == stage and item.get("loss") is not None
-        ]
-        steps, losses = np.array(points, dtype=float).reshape(-1, 2).T
+        steps, losses = points[stage]
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
         width = max(1, len(losses) // 40)
         if len(losses) >= width:

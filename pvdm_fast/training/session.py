@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def run_training(request: Request) -> RunFolder:
     plan = report.make_plan(config, found or empty_autoencoder(config), accelerator)
     if request.resume:
         run = RunFolder.existing(request.resume)
+        run.clean_up()
         run.write_config(config)
     else:
         run = RunFolder.create(request.run, config)
@@ -142,5 +144,6 @@ def show(trainer: Trainer) -> dict[str, float]:
             path = run.path / "reconstructions.mp4"
             previews.write_reconstructions(path, originals, reconstructions, config.video.fps)
     previews.write_picture(run.path / "grid.png", rows)
-    previews.write_loss_curves(run.path / "loss.png", run.read_metrics())
+    previews.write_loss_curves(run.path / "loss.png", run.records())
+    gc.collect()  # a figure is a ring of references: 2 MB a preview stayed until the collector happened to come
     return scores
