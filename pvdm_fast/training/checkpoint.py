@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.config import STAGES
-from pvdm_fast.training.files import whole_folder
+from pvdm_fast.training.files import remove_folder, whole_folder
 
 KEPT = 2
 STATE, NOTE = "state.pt", "checkpoint.json"
@@ -61,7 +60,7 @@ def save(folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: in
             (temporary / NOTE).write_text(json.dumps(note), encoding="utf-8")
         place = Checkpoint(STAGES.index(stage), step, path)  # later ones are damaged and were passed over
         for old in [item for item in found(folder) if item <= place][:-keep]:
-            shutil.rmtree(old.path, ignore_errors=True)
+            remove_folder(old.path)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_writer_failure(error):
             raise
@@ -117,8 +116,8 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         passed_over.append(f"{candidate.path} is passed over: {problem}")
     if passed_over:
         raise UserError(
-            f"no checkpoint in {folder} is good ({'; '.join(passed_over)}): put a good copy there, or remove the folder "
-            f"to train the stage from its start"
+            f"no checkpoint in {folder} is good ({'; '.join(passed_over)}): put a good copy there, or remove the "
+            f"folder to train the stage from its start"
         )
     return None, passed_over
 

@@ -118,6 +118,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
     )
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]')"
+    )
     save_every: int = option(1000, "steps between checkpoints", minimum=1, resumable=True)
     preview_every: int = option(5000, "steps between sample videos and held-out scores", minimum=1, resumable=True)
     held_out_clips: int = option(16, "held-out clips that are scored", minimum=1, resumable=True)

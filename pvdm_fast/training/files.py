@@ -43,6 +43,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder that counts by its name: it loses the name first, so that none is ever seen half removed."""
+    gone = path.parent / f"{TEMPORARY}gone-{path.name}"
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _replace(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
