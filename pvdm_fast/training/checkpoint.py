@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pvdm_fast.checksums import checksum
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.config import STAGES
 from pvdm_fast.training.files import remove_folder, whole_folder
@@ -30,15 +30,6 @@ class Checkpoint:
     @property
     def stage_name(self) -> str:
         return STAGES[self.stage]
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file, read in pieces."""
-    value = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            value = zlib.crc32(piece, value)
-    return value
 
 
 def save(folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: int = KEPT) -> Path:

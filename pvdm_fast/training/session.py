@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from pvdm_fast.allocator import keep_freed_memory
+from pvdm_fast.checksums import write_checksums
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.pipeline import sample_video
 from pvdm_fast.training import checkpoint, previews, report
@@ -112,8 +114,10 @@ def save_model(model: Any, path: Path) -> None:
     try:
         with whole_folder(path) as temporary:
             model.save_pretrained(temporary)
-    except OSError as error:
-        raise UserError(f"cannot write the model folder {path}: {error.strerror or error}") from error
+            write_checksums(temporary)
+    except (OSError, SafetensorError) as error:  # the latter's writer has errors of its own
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the model folder {path}: {reason}") from error
 
 
 def show(trainer: Trainer) -> dict[str, float]:

@@ -72,17 +72,24 @@ def _context() -> Any:
 
 
 def live(
-    command: str, arguments: list[str], folder: Path, moment: Moment = Moment(), *, file_limit: int = -1
+    command: str,
+    arguments: list[str],
+    folder: Path,
+    moment: Moment = Moment(),  # noqa: B008 (frozen)
+    *,
+    file_limit: int = -1,
+    record: Path | None = None,
 ) -> Life:
     """Run a command in a process of its own until its end, or until `moment`.
 
     Args:
-        folder: whose files are watched; the record of the process is written beside it.
+        folder: whose files are watched.
         file_limit: bytes that a file can grow to: past them a write fails.
+        record: where the process writes its log and record; beside the folder if not given.
     """
-    record = str(folder) + ".life"
-    Path(record).unlink(missing_ok=True)
-    parameters = (command, arguments, str(folder), moment, file_limit, record)
+    written = record or folder.with_name(f"{folder.name}.life")
+    written.unlink(missing_ok=True)
+    parameters = (command, arguments, str(folder), moment, file_limit, str(written))
     process = _context().Process(target=_live, args=parameters)
     process.start()
     assert process.pid is not None
@@ -94,9 +101,8 @@ def live(
     finally:
         process.kill()
         process.join()
-    written = Path(record)
     cpu, changes = written.read_text().split() if written.exists() else ("0", "0")
-    return Life(process.exitcode, float(cpu), int(changes), Path(record + ".log").read_text(errors="replace"))
+    return Life(process.exitcode, float(cpu), int(changes), Path(f"{written}.log").read_text(errors="replace"))
 
 
 def cpu_seconds(process: int) -> float:
