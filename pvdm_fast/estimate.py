@@ -35,8 +35,11 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, FLOPs of one optimizer step of `batch` clips. `averaged`: weights of the EMA. `frozen`: the autoencoder
-    that the diffusion stage encodes with. `at_work`: gradients included."""
+    """Bytes, and FLOPs of one optimizer step.
+
+    batch: clips of a forward pass. averaged: weights of the EMA. frozen: the autoencoder that the diffusion stage
+    encodes with, which makes `frozen_flops` of the `flops`. at_work: gradients included.
+    """
 
     stage: str
     batch: int
@@ -49,6 +52,7 @@ class Estimate:
     saved: int
     at_work: int
     flops: int
+    frozen_flops: int
     checkpoint: int
 
     @property
@@ -70,6 +74,8 @@ class Estimate:
         }
         rows = [(names.get(part, part), f"{getattr(self, part) / GIB:.3f} GiB") for part in parts if getattr(self, part)]
         rows.append(("FLOPs a step", f"{self.flops / 1e12:.4g} T"))
+        if self.frozen_flops:
+            rows.append(("of these, encoding", f"{self.frozen_flops / 1e12:.4g} T"))
         title = f"{self.stage}, {self.parameters / 1e6:.1f} M parameters, batch {self.batch}"
         return "\n".join([title, *(f"  {name:<20} {value:>14}" for name, value in rows)])
 
@@ -90,12 +96,14 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
         raise UserError("--mixed-precision must be no or bf16 here: fp16 weighs the same as bf16")
     low = PRECISIONS[config.mixed_precision]
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=low == torch.bfloat16):
-        model, frozen, step = _step(config, stage)
+        model, frozen, encode, step = _step(config, stage)
         parameters = list(model.parameters())
         saved = saved_bytes(lambda: [step()], parameters)
         with LiveMemory() as live, FlopCount() as count:
             gradients = torch.autograd.grad(step(), parameters, allow_unused=True)
         del gradients
+        with FlopCount() as encoding:
+            encode()
     weights = _bytes(model)
     trained = sum(parameter.nbytes for parameter in parameters)
     moments = state_bytes(config.optimizer, parameters)
@@ -113,6 +121,7 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
         saved=saved,
         at_work=live.peak,
         flops=count.total * options.accumulate,
+        frozen_flops=encoding.total * options.accumulate,
         checkpoint=weights + moments + averaged,
     )
 
@@ -121,8 +130,10 @@ def _bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _step(config: TrainConfig, stage: str) -> tuple[Any, nn.Module | None, Callable[[], Tensor]]:
-    """The model trained, the one it builds on, and a forward pass with its loss; call where tensors have no values.
+def _step(
+    config: TrainConfig, stage: str
+) -> tuple[Any, nn.Module | None, Callable[[], Tensor | None], Callable[[], Tensor]]:
+    """The model trained, the one it builds on, what that computes, and a forward pass with its loss (and with that).
 
     Diffusion: clips are conditional with the configuration's probability, so the batch's condition clips are that
     share of it, rounded up.
@@ -139,7 +150,7 @@ def _step(config: TrainConfig, stage: str) -> tuple[Any, nn.Module | None, Calla
         if options.checkpointing:
             autoencoder.enable_gradient_checkpointing()
         trained = AutoencoderStage(config, autoencoder)
-        return autoencoder, None, lambda: trained.loss(autoencoder, clips, torch.Generator())
+        return autoencoder, None, lambda: None, lambda: trained.loss(autoencoder, clips, torch.Generator())
     denoiser: Any = make_denoiser(config, autoencoder)
     if options.checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -148,16 +159,19 @@ def _step(config: TrainConfig, stage: str) -> tuple[Any, nn.Module | None, Calla
     conditions = -(-int(1000 * batch * options.conditional_probability) // 1000)
     windows = torch.empty(batch + conditions, *clips.shape[1:])
 
+    @torch.no_grad()
+    def encode() -> Tensor:
+        latent: Tensor = autoencoder.encode(windows).latent.float()
+        return latent
+
     def step() -> Tensor:
-        with torch.no_grad():
-            latents = autoencoder.encode(windows).latent.float()
-        target = latents[:batch]
+        target = encode()[:batch]
         timestep = torch.zeros(batch, dtype=torch.long)
         prediction = str(denoiser.config.prediction)
         noise, condition = torch.empty_like(target), torch.zeros_like(target)
         return diffusion_loss(denoiser, schedule, target, condition, noise, timestep, prediction)
 
-    return denoiser, autoencoder, step
+    return denoiser, autoencoder, encode, step
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
