@@ -3,7 +3,7 @@
 Computed, not measured: no GPU has run this. FLOPs, memory and checkpoints are those of `pvdm_fast.estimate` (preset
 base, bf16, one clip). The rules:
 
-- FLOPs a step = clips a step x FLOPs of one clip; diffusion encodes 1 + conditional probability windows of each clip.
+- FLOPs a step = clips a step x FLOPs of one clip; diffusion encodes 1 + conditional probability windows of each.
 - steps = the preset's, or as many as see every clip `epochs` times, if that is more.
 - seconds a step on one GPU = FLOPs a step / (utilisation x peak); GPU-hours = steps x seconds a step / 3600.
 - bytes read a second, by one GPU = batch / seconds a step x bytes of a clip's file, as if each clip were read whole; from
@@ -125,8 +125,11 @@ def cost_table(costs: Sequence[Cost]) -> list[str]:
 
 def one_clip(config: TrainConfig) -> TrainConfig:
     """The configuration with batches of one clip, of which all else is a multiple."""
-    one = {"batch_size": 1, "accumulate": 1}
-    return replace(config, autoencoder=replace(config.autoencoder, **one), diffusion=replace(config.diffusion, **one))
+    return replace(
+        config,
+        autoencoder=replace(config.autoencoder, batch_size=1, accumulate=1),
+        diffusion=replace(config.diffusion, batch_size=1, accumulate=1),
+    )
 
 
 def report(config: TrainConfig) -> str:

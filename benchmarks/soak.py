@@ -71,8 +71,8 @@ class Judgement:
 
     def line(self, stage: str) -> str:
         return (
-            f"{stage}: {self.minutes:.1f} min, {self.steps} steps, {self.samples} samples; memory {self.memory:.1f} MiB, "
-            f"rises by {self.rise:+.2f} MiB (scatter {self.scatter:.2f}): {'flat' if self.flat else 'NOT FLAT'}; CPU "
+            f"{stage}: {self.minutes:.1f} min, {self.steps} steps, {self.samples} samples; memory {self.memory:.1f} "
+            f"MiB, rises by {self.rise:+.2f} MiB (scatter {self.scatter:.2f}): {'flat' if self.flat else 'NOT FLAT'}; CPU "
             f"time a step {self.cpu_a_step_first:.2f} ms in the first quarter, {self.cpu_a_step_last:.2f} ms in the "
             f"last: {'steady' if self.steady else 'NOT STEADY'}"
         )
@@ -133,7 +133,8 @@ def soak_stage(stage: str, folder: Path, arguments: Sequence[str], minutes: floa
     Raises:
         UserError: training ended by itself, or did not end as asked.
     """
-    run, samples = folder / stage, []
+    run = folder / stage
+    samples: list[Sample] = []
     command = [sys.executable, "-m", "pvdm_fast.train", "--run", str(run), "--stage", stage, *arguments]
     with (folder / f"{stage}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -88,7 +88,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
             damaged = None if packed else archive.testzip()
-    except Exception as error:  # of a damaged archive: BadZipFile, but also struct.error, ValueError, OverflowError, ...
+    except (
+        Exception
+    ) as error:  # of a damaged archive: BadZipFile, but also struct.error, ValueError, OverflowError, ...
         raise CheckpointError(
             f"{path} can't be read as a PyTorch file: it is damaged, or older than PyTorch 1.6 (load it there and save "
             f"it again with torch.save): {_reason(error)}"
@@ -96,7 +98,9 @@ def _check_archive(path: Path) -> None:
     if packed:
         raise CheckpointError(f"{path} was refused: parts of it are compressed, as torch.save never writes them.")
     if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of its part {damaged} is wrong. Copy or fetch it again.")
+        raise CheckpointError(
+            f"{path} is damaged: the checksum of its part {damaged} is wrong. Copy or fetch it again."
+        )
 
 
 def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-
 # What a disk or its rights can do at any write or read; any other OSError is a fault of the program.
 DISK_FAULTS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}

@@ -72,7 +72,9 @@ class Estimate:
             "saved": "saved for backward",
             "at_work": "at work, at most",
         }
-        rows = [(names.get(part, part), f"{getattr(self, part) / GIB:.3f} GiB") for part in parts if getattr(self, part)]
+        rows = [
+            (names.get(part, part), f"{getattr(self, part) / GIB:.3f} GiB") for part in parts if getattr(self, part)
+        ]
         rows.append(("FLOPs a step", f"{self.flops / 1e12:.4g} T"))
         if self.frozen_flops:
             rows.append(("of these, encoding", f"{self.frozen_flops / 1e12:.4g} T"))

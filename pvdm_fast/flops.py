@@ -41,9 +41,7 @@ def operation_flops(op: str, direction: str, inputs: Sequence[Any]) -> int:
     if op == "segment_attention":
         batch, _, _, heads, width = tensors[0].shape
         offsets = next(value for value in inputs if isinstance(value, (list, tuple)))
-        forward = sum(
-            attention(batch, end - start, end - start, heads * width) for start, end in pairwise(offsets)
-        )
+        forward = sum(attention(batch, end - start, end - start, heads * width) for start, end in pairwise(offsets))
         return forward * 5 // 2 if backward else forward
     if op == "axial_attention":
         batch, time, height, width, _, heads, size = tensors[0].shape

@@ -1,4 +1,4 @@
-"""Readers of checkpoints on damaged and planted files: tensors as they were saved or one sentence, and nothing is run."""
+"""Readers of checkpoints on damaged and planted files: tensors as they were saved or one sentence, nothing is run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ SIZES: dict[str, Any] = dict(
     frames=2, height=8, width=8, patch_size=4, channels=8, depth=1, num_heads=1, head_dim=8, projection_depth=1,
     projection_hidden=8,
 )  # fmt: skip
-UNET: dict[str, Any] = dict(time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_res_blocks=1, num_heads=2)
+UNET: dict[str, Any] = dict(
+    time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_res_blocks=1, num_heads=2
+)
 State = dict[str, Tensor]
 
 
@@ -121,10 +123,9 @@ def fuzz_safetensors(folder: Path, number: int) -> dict[str, int]:
     for index in range(number):
         part = whole[:header] if index % 2 else whole
         path.write_bytes(damaged(part, generator) + whole[len(part) :])
-        layout = model.layout
         counts[
             outcome(
-                lambda: checkpoints.load_release_denoiser(path, layout=layout, num_heads=2).state_dict(),
+                lambda: checkpoints.load_release_denoiser(path, layout=model.layout, num_heads=2).state_dict(),
                 lambda found: same_form(found, state),
             )
         ] += 1
@@ -252,7 +253,7 @@ def test_every_bit_of_a_training_checkpoint_is_watched(tmp_path: Path) -> None:
         whole = (path / name).read_bytes()
         for place in range(0, len(whole), stride):
             (path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            with pytest.raises(UserError, match="no checkpoint in .* is good"):
+            with pytest.raises(UserError, match=r"no checkpoint in .* is good"):
                 checkpoint.newest_good(tmp_path)
         (path / name).write_bytes(whole)
     assert checkpoint.newest_good(tmp_path)[0] is not None
@@ -273,7 +274,9 @@ def test_notes_that_are_none(note: bytes, tmp_path: Path) -> None:
 
 def test_tensors_of_another_kind_are_refused(tmp_path: Path) -> None:
     """Copied into a model they would be converted in silence."""
-    for number, tensor in enumerate((torch.zeros(2, dtype=torch.int32), torch.zeros(2).to_sparse(), torch.ones(2) * 1j)):
+    for number, tensor in enumerate(
+        (torch.zeros(2, dtype=torch.int32), torch.zeros(2).to_sparse(), torch.ones(2) * 1j)
+    ):
         with pytest.raises(CheckpointError, match="floating tensors"):
             checkpoints.read_state_dict({"w": tensor})
         torch.save({"w": tensor}, tmp_path / f"{number}.pth")

@@ -75,7 +75,7 @@ def live(
     command: str,
     arguments: list[str],
     folder: Path,
-    moment: Moment = Moment(),  # noqa: B008 (frozen)
+    moment: Moment = Moment(),
     *,
     file_limit: int = -1,
     record: Path | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import subprocess
 import time
@@ -151,6 +150,6 @@ def test_runs_started_in_the_same_second_have_folders_of_their_own(
     from pvdm_fast.training.config import make_config
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "strftime", lambda _: f"{datetime.date(1970, 1, 1):%Y%m%d}-000000")
+    monkeypatch.setattr(time, "strftime", lambda *_: "19700101-000000")
     folders = [RunFolder.create(None, make_config({})).path for _ in range(3)]
     assert [folder.name for folder in folders] == ["19700101-000000", "19700101-000000-2", "19700101-000000-3"]
