@@ -6,7 +6,7 @@ base, bf16, one clip). The rules:
 - FLOPs a step = clips a step x FLOPs of one clip; diffusion encodes 1 + conditional probability windows of each.
 - steps = the preset's, or as many as see every clip `epochs` times, if that is more.
 - seconds a step on one GPU = FLOPs a step / (utilisation x peak); GPU-hours = steps x seconds a step / 3600.
-- bytes read a second, by one GPU = batch / seconds a step x bytes of a clip's file, as if each clip were read whole; from
+- bytes read a second, by one GPU = batch / seconds a step x bytes of a clip's file, as if each were read whole; from
   cached latents, batch / seconds a step x 2 latents in float32.
 - With cached latents the frozen autoencoder's FLOPs are left out.
 """
