@@ -70,11 +70,11 @@ class Judgement:
         return abs(self.cpu_a_step_last / self.cpu_a_step_first - 1) <= STEADY
 
     def line(self, stage: str) -> str:
+        flat, steady = "flat" if self.flat else "NOT FLAT", "steady" if self.steady else "NOT STEADY"
         return (
             f"{stage}: {self.minutes:.1f} min, {self.steps} steps, {self.samples} samples; memory {self.memory:.1f} "
-            f"MiB, rises by {self.rise:+.2f} MiB (scatter {self.scatter:.2f}): {'flat' if self.flat else 'NOT FLAT'}; "
-            f"CPU time a step {self.cpu_a_step_first:.2f} ms in the first quarter, {self.cpu_a_step_last:.2f} ms in the "
-            f"last: {'steady' if self.steady else 'NOT STEADY'}"
+            f"MiB, rises by {self.rise:+.2f} MiB (scatter {self.scatter:.2f}): {flat}; CPU time a step "
+            f"{self.cpu_a_step_first:.2f} ms in the first quarter, {self.cpu_a_step_last:.2f} ms in the last: {steady}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -37,16 +38,18 @@ def run_command(action: Callable[[], object]) -> int:
     """Run ``action``; what users cause is printed as one sentence without a traceback. Returns the exit code."""
     from pvdm_fast.backends import BackendError
 
+    rank = os.environ.get("RANK", "0")  # set by torchrun and accelerate launch
+    label = "error" if rank == "0" else f"error in process {rank}"
     try:
         action()
     except (UserError, BackendError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{label}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}", file=sys.stderr)
+        print(f"{label}: {place}{error.strerror}", file=sys.stderr)
         return UserError.exit_code
     except Interrupted as stop:
         return stop.exit_code

@@ -41,6 +41,17 @@ class Video:
     name: str
     is_folder: bool
 
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return str(self.path)
+
+    @property
+    def label(self) -> str | None:
+        """The name of its class, where it is named as in UCF-101."""
+        match = _ucf_name(self)
+        return match["label"] if match else None
+
 
 @dataclass(frozen=True)
 class Found:

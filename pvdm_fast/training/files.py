@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from pvdm_fast.errors import UserError
 
 TEMPORARY = ".writing-"
 ASIDE = f"{TEMPORARY}old-"
@@ -60,6 +63,37 @@ def _replace(temporary: Path, path: Path) -> None:
     path.rename(old)
     temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, worker: str, option: str) -> Iterator[None]:
+    """Keep other processes that lock this file away; the kernel ends that when this process dies, however it dies.
+
+    Args:
+        path: a file in the folder that is worked in; it is made, and left behind.
+        worker: what works there, and ``option`` the option that names another folder: for the message.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written.
+    """
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the folder {path.parent}: {error.strerror}") from error
+    with file:
+        try:
+            # Not flock: data workers would inherit that, and outlive a killed process by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"another {worker} ({file.read()}) is at work in {path.parent}: wait until it ends, stop it, or name "
+                f"another folder with {option}"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
 
 
 @contextmanager

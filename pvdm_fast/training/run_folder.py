@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
-from pvdm_fast.training.files import TEMPORARY, clean_up, whole_file
+from pvdm_fast.training.files import clean_up, locked, whole_file
 
 
 class RunFolder:
@@ -27,11 +28,12 @@ class RunFolder:
         self.denoiser = path / "denoiser"
         self.metrics = path / "metrics.jsonl"
         self.results_file = path / "results.json"
+        self.lock = path / "trainer.lock"
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     @staticmethod
-    def create(path: Path | None, config: TrainConfig) -> RunFolder:
-        """A new folder with its config.yaml; without ``path`` it is runs/DATE-TIME.
+    def create(path: Path | None) -> RunFolder:
+        """A new folder; without ``path`` it is runs/DATE-TIME.
 
         Raises:
             UserError: the folder already holds something, or cannot be written.
@@ -40,10 +42,9 @@ class RunFolder:
         try:
             if run.config.exists():
                 raise UserError(f"{run.path} already holds a run: continue it with --resume, or name another")
-            if run.path.is_dir() and any(not item.name.startswith(TEMPORARY) for item in run.path.iterdir()):
+            if run.path.is_dir() and any(item != run.lock for item in run.path.glob("[!.]*")):
                 raise UserError(f"the folder {run.path} is not empty: give a new one with --run")
             run.path.mkdir(parents=True, exist_ok=True)
-            run.write_config(config)
         except OSError as error:
             raise UserError(f"cannot write the run folder {run.path}: {error.strerror}") from error
         return run
@@ -63,9 +64,22 @@ class RunFolder:
     def read_config(self) -> TrainConfig:
         return make_config(read_changes(self.config))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainers out of the folder; the kernel ends that when this process dies, however it dies.
+
+        Raises:
+            UserError: another trainer is at work in the folder, or it cannot be written.
+        """
+        with locked(self.lock, "trainer", "--run"):
+            yield
+
     def write_config(self, config: TrainConfig) -> None:
-        with whole_file(self.config) as temporary:
-            temporary.write_text(to_yaml(config), encoding="utf-8")
+        try:
+            with whole_file(self.config) as temporary:
+                temporary.write_text(to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl; raises UserError when the disk is full."""

@@ -147,9 +147,8 @@ def test_a_clock_that_jumps(whole: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_runs_started_in_the_same_second_have_folders_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pvdm_fast.training.config import make_config
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda *_: "19700101-000000")
-    folders = [RunFolder.create(None, make_config({})).path for _ in range(3)]
+    folders = [RunFolder.create(None).path for _ in range(3)]
     assert [folder.name for folder in folders] == ["19700101-000000", "19700101-000000-2", "19700101-000000-3"]

@@ -47,7 +47,7 @@ def assert_whole(run: Path) -> None:
             with av.open(str(item)) as film:
                 assert sum(1 for _ in film.decode(video=0)) == film.streams.video[0].frames > 0
         else:
-            assert item.suffix in (".safetensors", ".pt"), f"{item} is not known to be whole"
+            assert item.suffix in (".safetensors", ".pt", ".lock"), f"{item} is not known to be whole"
     for found in checkpoint.found(run / "checkpoints"):
         assert checkpoint.damage(found) is None, found
         assert checkpoint.load(found)["progress"]["step"] == found.step
