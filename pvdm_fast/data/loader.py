@@ -60,7 +60,10 @@ class _Crew:
 
         Waits up to ``seconds`` for the first.
         """
-        wait([process.sentinel for process in self.processes], seconds)
+        ending = wait([process.sentinel for process in self.processes], seconds)
+        for process in self.processes:
+            if process.sentinel in ending:  # closed while it ends, which takes a while longer
+                process.join(seconds)
         ended = [(process.pid or 0, process.exitcode) for process in self.processes]
         return [(pid, code, self.notes.file_of(pid)) for pid, code in ended if code is not None]
 
