@@ -55,8 +55,8 @@ LPIPS_16_BIT = 5e-2
 # The discriminators and their losses in float64 against the same formulas written with functional operations.
 PATCHGAN = 1e-10
 
-# The penalty on the discriminators' gradient in float64, its slope by a difference quotient over 2e-3; and its share of
-# a loss of about 2, from which it is taken by a difference.
+# The slope of the penalty on the discriminators' gradient in float64, by a difference quotient over 2e-4 of a smooth
+# function but for the corners of five leaky rectifiers.
 PENALTY_SLOPE = 1e-4
 
 # Gradients of the autoencoder and the discriminators in float32, summed in another order: one backward pass from the

@@ -62,20 +62,20 @@ def write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
     found: dict[tuple[str, str], tuple[array[float], array[float]]] = {}
     for item in records:
-        for name in ("loss", "reconstruction", *ADVERSARIAL_VALUES):
+        shown = {**item, "loss": item.get("reconstruction", item.get("loss"))}
+        for name in ("loss", *ADVERSARIAL_VALUES):
             steps, values = found.setdefault((item["stage"], name), (array("d"), array("d")))
-            if item.get(name) is not None:
+            if shown.get(name) is not None:
                 steps.append(item["step"])
-                values.append(item[name])
+                values.append(shown[name])
     stages = [stage for stage in STAGES if (stage, "loss") in found]
     adversarial = [key for key in found if key[1] in ADVERSARIAL_VALUES and len(found[key][0])]
     pictures = len(stages) + bool(adversarial)
     figure = Figure(figsize=(5 * pictures, 3.5), layout="constrained")
     every_axes = np.atleast_1d(figure.subplots(1, pictures))
     for axes, stage in zip(every_axes, stages, strict=False):
-        name = "reconstruction" if len(found[stage, "reconstruction"][0]) else "loss"
-        _draw(axes, *found[stage, name], name, "tab:blue")
-        axes.set(title=stage, xlabel="step", ylabel=name, yscale="log")
+        _draw(axes, *found[stage, "loss"], "loss", "tab:blue")
+        axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
     if adversarial:
         for number, key in enumerate(adversarial):
             _draw(every_axes[-1], *found[key], key[1], f"C{number}")

@@ -15,7 +15,9 @@ from comparison import assert_close
 from lpips_weights import random_backbone, random_heads
 from small import SMALL, losses, same_weights, steps, weights
 
+from pvdm_fast.errors import UserError
 from pvdm_fast.losses.patchgan import frames_of
+from pvdm_fast.shares import Share
 from pvdm_fast.train import main
 from pvdm_fast.training import checkpoint, trainer
 from pvdm_fast.training.adversarial import SecondPhaseStage
@@ -119,7 +121,7 @@ def test_discriminators_learn_from_every_batch_and_are_clipped_to_1() -> None:
     total = torch.zeros(())
     for number, video in enumerate(videos):
         generator = step_generator(number)
-        fake = stage.reconstruct(stage.model, video, generator, adversarial_share()).detach()
+        fake = stage.reconstruct(stage.model, video, generator, Share()).detach()
         total = total + adversary.nets(video, fake, torch.randint(4, (2,), generator=generator)).loss / 2
     total.backward()
     for gradient, parameter in zip(found, parameters, strict=True):
@@ -131,12 +133,6 @@ def test_discriminators_learn_from_every_batch_and_are_clipped_to_1() -> None:
         norm = torch.stack([parameter.grad.norm() for parameter in net.parameters()]).norm()
         assert norm.item() == pytest.approx(1, rel=1e-4)
     assert all(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
-
-
-def adversarial_share() -> Any:
-    from pvdm_fast.shares import Share
-
-    return Share()
 
 
 def test_until_it_starts_nothing_is_different(finished: Path, uninterrupted: Path) -> None:
@@ -207,14 +203,12 @@ def test_16_bits_with_everything(precision: str, lpips_file: Path, tmp_path: Pat
     assert all(tensor.dtype == torch.float32 for tensor in weights(run, "autoencoder").values())
 
 
-def test_other_lpips_weights_are_refused_on_resuming(
-    lpips_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_lpips_weights_are_refused_on_resuming(lpips_file: Path) -> None:
     stage = make_stage(lpips_file, start=None)
     state = stage.state()
     stage.restore(state)
     stage.lpips.features[0].bias.add_(1)  # type: ignore[union-attr, index, operator]
-    with pytest.raises(Exception, match="other weights than the run began with"):
+    with pytest.raises(UserError, match="other weights than the run began with"):
         stage.restore(state)
 
 
