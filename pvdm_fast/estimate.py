@@ -176,7 +176,7 @@ def _step(
     return denoiser, autoencoder, encode, step
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     from pvdm_fast.training.config import OPTIONS, PRESETS
     from pvdm_fast.training.options import Parser
 
@@ -193,7 +193,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit}", help="(default: adamw)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--json", action="store_true", help="print bytes and FLOPs as JSON")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def configure(options: argparse.Namespace) -> TrainConfig:
@@ -218,7 +218,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Parse, estimate, print."""
     from pvdm_fast.training.config import STAGES
 
-    options = _options(arguments)
+    options = make_parser().parse_args(arguments)
     config = configure(options)
     found = [estimate(config, stage) for stage in (STAGES if config.stage == "all" else (config.stage,))]
     if options.json:
