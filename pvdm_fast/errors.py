@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
+
+# What a disk or its rights can do at any write or read; any other OSError is a fault of the program.
+DISK_FAULTS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+)
 
 
 class UserError(Exception):
@@ -39,6 +45,12 @@ def run_command(action: Callable[[], object]) -> int:
     except (UserError, BackendError) as error:
         print(f"{label}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"{label}: {place}{error.strerror}", file=sys.stderr)
+        return UserError.exit_code
     except Interrupted as stop:
         return stop.exit_code
     except KeyboardInterrupt:

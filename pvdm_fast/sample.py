@@ -73,6 +73,7 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     """The models of a run in eval mode, in float32 or bfloat16; raises UserError where one is missing."""
     import torch
 
+    from pvdm_fast.checkpoints import load_model
     from pvdm_fast.models import Autoencoder, Denoiser
     from pvdm_fast.precision import bfloat16_serves
 
@@ -83,8 +84,8 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     low = dtype == "bf16" and bfloat16_serves(place, "--dtype bf16")
     compute = torch.bfloat16 if low else torch.float32
     return (
-        Autoencoder.from_pretrained(run / "autoencoder", torch_dtype=compute).to(place).eval(),
-        Denoiser.from_pretrained(run / "denoiser", torch_dtype=compute).to(place).eval(),
+        load_model(Autoencoder, run / "autoencoder", compute).to(place).eval(),
+        load_model(Denoiser, run / "denoiser", compute).to(place).eval(),
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from pvdm_fast.sample import make_parser as sample_parser
 from pvdm_fast.training.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +45,12 @@ def test_train_commands_parse() -> None:
         parse(arguments)
 
 
-def test_sample_commands_parse() -> None:
-    found = commands("sample")
+@pytest.mark.parametrize("module", ["sample", "evaluate", "estimate"])
+def test_other_commands_parse(module: str) -> None:
+    found = commands(module)
     assert found
     for arguments in found:
-        sample_parser().parse_args(arguments)
+        import_module(f"pvdm_fast.{module}").make_parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])

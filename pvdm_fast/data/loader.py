@@ -21,6 +21,7 @@ from pvdm_fast.data.clips import Batch, ClipDataset, collate
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.watch import CRASHED, Notes, begin_notes, too_slow
 
+ENDING_SECONDS = 10.0
 RESTARTS = 3  # in a row, without a batch between them
 
 
@@ -54,12 +55,15 @@ class _Crew:
     notes: Notes
     processes: list[BaseProcess] = field(default_factory=list)
 
-    def dead(self) -> list[tuple[int, int, str | None]]:
+    def dead(self, seconds: float) -> list[tuple[int, int, str | None]]:
         """(process id, exit code, file in hand) of each worker that has ended; a negative code is a signal's.
 
-        Waits a second for one: its connections break a little before it has ended.
+        Waits up to ``seconds`` for the first.
         """
-        wait([process.sentinel for process in self.processes], timeout=1)
+        ending = wait([process.sentinel for process in self.processes], seconds)
+        for process in self.processes:
+            if process.sentinel in ending:  # closed while it ends, which takes a while longer
+                process.join(seconds)
         ended = [(process.pid or 0, process.exitcode) for process in self.processes]
         return [(pid, code, self.notes.file_of(pid)) for pid, code in ended if code is not None]
 
@@ -90,8 +94,9 @@ class ClipLoader:
                     restarts = 0
                 return
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection.
-                deaths = crew.dead() if self.workers else []
+                # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection; that
+                # breaks a while before the process has ended, above all where it leaves its memory in a file.
+                deaths = crew.dead(0 if isinstance(error, RuntimeError) else ENDING_SECONDS) if self.workers else []
                 if not deaths:
                     raise
                 sentences = [self._judge(*death, killed) for death in deaths]

@@ -137,13 +137,13 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> Denoiser:
 
 
 def load_autoencoder(path: Path) -> Autoencoder:
-    """A saved autoencoder; raises UserError where there is none."""
+    """A saved autoencoder; raises UserError where there is none, or it is damaged."""
+    from pvdm_fast.checkpoints import load_model
     from pvdm_fast.models import Autoencoder
 
     if not (path / "config.json").is_file():
         raise UserError(f"there is no autoencoder in {path}: train one first, or name one with --autoencoder-from")
-    with _as_user_error():
-        return Autoencoder.from_pretrained(path)
+    return load_model(Autoencoder, path)
 
 
 def existing_autoencoder(config: TrainConfig, resume: Path | None) -> Autoencoder | None:

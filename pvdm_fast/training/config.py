@@ -151,6 +151,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
     )
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]')"
+    )
     fsdp: bool = option(
         False, "with several processes: cut weights and optimizer state among them (FSDP2)", resumable=True
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from pvdm_fast.errors import UserError
 
 TEMPORARY = ".writing-"
+ASIDE = f"{TEMPORARY}old-"
 
 
 def flush(path: Path) -> None:
@@ -45,11 +46,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder that counts by its name: it loses the name first, so that none is ever seen half removed."""
+    gone = path.parent / f"{TEMPORARY}gone-{path.name}"
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _replace(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    old = path.parent / f"{TEMPORARY}old-{path.name}"
+    old = path.parent / f"{ASIDE}{path.name}"
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     temporary.rename(path)
@@ -98,3 +107,21 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    flush(path.parent)
+
+
+def clean_up(folder: Path) -> None:
+    """Put a folder in order after a process was killed while writing into it; no other may be writing there.
+
+    What was moved aside comes back where its successor did not get into place; all else that was begun is removed, the
+    video writer's temporary files too.
+    """
+    for old in folder.rglob(f"{ASIDE}*"):
+        place = old.with_name(old.name.removeprefix(ASIDE))
+        if not place.exists():
+            old.rename(place)
+    for begun in [*folder.rglob(f"{TEMPORARY}*"), *folder.rglob(".*.tmp")]:
+        if begun.is_dir():
+            shutil.rmtree(begun, ignore_errors=True)
+        else:
+            begun.unlink(missing_ok=True)

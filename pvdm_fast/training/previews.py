@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +52,33 @@ def _strip(video: Tensor) -> np.ndarray:
     return video_grid(frames, columns=len(times))[0]
 
 
-def write_loss_curves(path: Path, records: list[dict[str, Any]]) -> None:
-    """A PNG with the loss of each stage over its steps, as it was and smoothed.
+def write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """A PNG with the loss of each stage over its steps, as it was and smoothed; records are gone through once.
 
     Where discriminators took part, whose terms can be negative, the autoencoder's is the loss of pixels, and what they
     said has a picture of its own.
     """
     from matplotlib.figure import Figure
 
-    stages = [stage for stage in STAGES if any(item["stage"] == stage for item in records)]
-    second_phase = any("d_loss" in item for item in records)
-    pictures = len(stages) + second_phase
+    found: dict[tuple[str, str], tuple[array[float], array[float]]] = {}
+    for item in records:
+        shown = {**item, "loss": item.get("reconstruction", item.get("loss"))}
+        for name in ("loss", *ADVERSARIAL_VALUES):
+            steps, values = found.setdefault((item["stage"], name), (array("d"), array("d")))
+            if shown.get(name) is not None:
+                steps.append(item["step"])
+                values.append(shown[name])
+    stages = [stage for stage in STAGES if (stage, "loss") in found]
+    adversarial = [key for key in found if key[1] in ADVERSARIAL_VALUES and len(found[key][0])]
+    pictures = len(stages) + bool(adversarial)
     figure = Figure(figsize=(5 * pictures, 3.5), layout="constrained")
     every_axes = np.atleast_1d(figure.subplots(1, pictures))
     for axes, stage in zip(every_axes, stages, strict=False):
-        points = [
-            (item["step"], item.get("reconstruction", item.get("loss"))) for item in records if item["stage"] == stage
-        ]
-        _draw(axes, points, "tab:blue")
+        _draw(axes, *found[stage, "loss"], "loss", "tab:blue")
         axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
-    if second_phase:
-        for number, name in enumerate(ADVERSARIAL_VALUES):
-            _draw(every_axes[-1], [(item["step"], item.get(name)) for item in records], f"C{number}", name)
+    if adversarial:
+        for number, key in enumerate(adversarial):
+            _draw(every_axes[-1], *found[key], key[1], f"C{number}")
         every_axes[-1].set(title="adversarial phase", xlabel="step")
         every_axes[-1].legend(fontsize=8)
     for axes in every_axes:
@@ -79,14 +86,13 @@ def write_loss_curves(path: Path, records: list[dict[str, Any]]) -> None:
     _save_figure(figure, path)
 
 
-def _draw(axes: Any, points: list[tuple[int, float | None]], colour: str, label: str | None = None) -> None:
-    """A recorded value over the steps, pale, and its running mean; steps without a value are left out."""
-    steps, values = np.array([point for point in points if point[1] is not None], dtype=float).reshape(-1, 2).T
+def _draw(axes: Any, steps: Sequence[float], values: Sequence[float], name: str, colour: str) -> None:
+    """A recorded value over the steps, pale, and its running mean."""
     axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
     width = max(1, len(values) // 40)
     if len(values) >= width:
         axes.plot(
-            steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour, label=label
+            steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour, label=name
         )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from pvdm_fast.allocator import keep_freed_memory
+from pvdm_fast.checksums import write_checksums
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.pipeline import sample_video
 from pvdm_fast.training import checkpoint, previews, report
@@ -101,6 +104,7 @@ def claim_folder(
     """Make or open the run's folder, and keep other trainers out of it until ``ending``."""
     run = RunFolder.existing(resume) if resume else RunFolder.create(request.run)
     ending.enter_context(run.locked())
+    run.clean_up()
     if resume is None and found is not None:
         save_model(found, run.autoencoder)
     run.write_config(config)
@@ -171,8 +175,10 @@ def save_model(model: Any, path: Path) -> None:
     try:
         with whole_folder(path) as temporary:
             model.save_pretrained(temporary)
-    except OSError as error:
-        raise UserError(f"cannot write the model folder {path}: {error.strerror or error}") from error
+            write_checksums(temporary)
+    except (OSError, SafetensorError) as error:  # the latter's writer has errors of its own
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the model folder {path}: {reason}") from error
 
 
 def show(trainer: Trainer) -> dict[str, float]:
@@ -215,7 +221,8 @@ def show(trainer: Trainer) -> dict[str, float]:
                 run.path / "reconstructions.mp4", originals, reconstructions, config.video.fps
             )
         previews.write_picture(run.path / "grid.png", rows)
-        previews.write_loss_curves(run.path / "loss.png", run.read_metrics())
+        previews.write_loss_curves(run.path / "loss.png", run.records())
 
     trainer.processes.on_main(write)
+    gc.collect()  # a figure is a ring of references: 2 MB a preview stayed until the collector happened to come
     return scores

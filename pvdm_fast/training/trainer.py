@@ -20,6 +20,7 @@ from pvdm_fast.errors import Interrupted, NonFiniteLossError
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.config import StageOptions, TrainConfig
 from pvdm_fast.training.interrupt import StopRequest
+from pvdm_fast.training.optimizer import make_optimizer
 from pvdm_fast.training.processes import Processes
 from pvdm_fast.training.progress import StepBar
 from pvdm_fast.training.run_folder import RunFolder
@@ -73,13 +74,7 @@ class Trainer:
         self.options = options = stage.options
         self.progress = Progress()
         stage.to(accelerator.device)
-        optimizer = torch.optim.AdamW(
-            stage.model.parameters(),
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
+        optimizer = make_optimizer(config.optimizer, stage.model.parameters(), options)
         sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
         self.model = stage.model if sharded else accelerator.prepare_model(stage.model)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
