@@ -27,10 +27,12 @@ Skipped = list[tuple[str, str]]
 
 
 class Item(TypedDict):
-    """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; files skipped, with reasons."""
+    """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; the name of its class, if it has
+    one; files skipped, with reasons."""
 
     video: torch.Tensor
     name: str
+    label: str | None
     skipped: Skipped
 
 
@@ -39,6 +41,7 @@ class Batch(TypedDict):
 
     video: torch.Tensor
     names: list[str]
+    labels: list[str | None]
     skipped: Skipped
 
 
@@ -105,7 +108,8 @@ class FolderClips(ClipDataset):
             except UnreadableVideo as reason:
                 skipped.append((str(video.path), str(reason)))
                 continue
-            return {"video": to_video(frames), "name": f"{video.name}@{window.start}", "skipped": skipped}
+            name = f"{video.name}@{window.start}"
+            return {"video": to_video(frames), "name": name, "label": video.label, "skipped": skipped}
         raise DataError(_none_usable(self.root, self.description, skipped))
 
     def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray]]:
@@ -162,7 +166,7 @@ class SyntheticClips(ClipDataset):
         mirrored = spec.flip and spec.split == "train" and bool(rng.random() < 0.5)
         frames = scene.render(spec.frames, spec.height, spec.width, spec.stride)
         video = to_video(frames[:, :, ::-1] if mirrored else frames)
-        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "skipped": []}
+        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "label": None, "skipped": []}
 
 
 def open_dataset(
@@ -198,6 +202,7 @@ def collate(items: Sequence[Item]) -> Batch:
     return {
         "video": torch.stack([item["video"] for item in items]),
         "names": [item["name"] for item in items],
+        "labels": [item["label"] for item in items],
         "skipped": [entry for item in items for entry in item["skipped"]],
     }
 

@@ -41,6 +41,12 @@ class Video:
     name: str
     is_folder: bool
 
+    @property
+    def label(self) -> str | None:
+        """The name of its class, where it is named as in UCF-101."""
+        match = _ucf_name(self)
+        return match["label"] if match else None
+
 
 @dataclass(frozen=True)
 class Found:
@@ -90,6 +96,17 @@ def list_videos(root: Path) -> list[Video]:
             name = folder.relative_to(root).as_posix()
             folders.append(Video(folder, root.name if name == "." else name, True))
     return sorted(files or folders, key=lambda video: (natural_key(video.name), video.name))
+
+
+def find_classes(root: Path) -> list[str]:
+    """The classes of all videos below ``root``, both splits, in alphabetical order, as UCF-101 numbers them.
+
+    Raises :class:`DataError` unless every video is named as in UCF-101.
+    """
+    labels = {video.label for video in list_videos(root)}
+    if not labels or None in labels:
+        raise DataError(f"no classes in {root}: they are read from names as in UCF-101, v_<Class>_g01_c01.avi")
+    return sorted((label for label in labels if label), key=lambda label: (label.casefold(), label))
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:

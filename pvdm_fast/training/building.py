@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pvdm_fast.data.layouts import find_classes
 from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
 from pvdm_fast.training.config import TrainConfig
+from pvdm_fast.training.files import whole_file
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size
 
@@ -59,7 +62,7 @@ def make_stage(name: str, config: TrainConfig, run: RunFolder) -> Stage:
         stage: Stage = AutoencoderStage(config, autoencoder)
     else:
         autoencoder = load_autoencoder(run.autoencoder)
-        model = denoiser = make_denoiser(config, autoencoder)
+        model = denoiser = make_denoiser(config, autoencoder, run)
         stage = DiffusionStage(config, autoencoder, denoiser)
     if stage.options.checkpointing:
         model.enable_gradient_checkpointing()
@@ -85,12 +88,13 @@ def make_autoencoder(config: TrainConfig) -> Autoencoder:
         return Autoencoder.from_preset(config.preset, **{key: size for key, size in sizes.items() if size is not None})
 
 
-def make_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> Denoiser:
-    """The preset's denoiser for the autoencoder's latents; raises UserError where sizes don't fit."""
+def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, run: RunFolder | None = None) -> Denoiser:
+    """The preset's denoiser for the autoencoder's latents; raises UserError where sizes don't fit or classes lack."""
     from pvdm_fast.models import Denoiser
 
     sizes = {name: getattr(config.diffusion, name) for name in DENOISER_SIZES}
     layout = autoencoder.layout
+    names = class_names(config, run) if config.diffusion.class_conditional else None
     with _as_user_error():
         return Denoiser.from_preset(
             config.preset,
@@ -98,8 +102,22 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> Denoiser:
             height=layout.height,
             width=layout.width,
             latent_channels=autoencoder.config["latent_channels"],
+            num_classes=None if names is None else len(names),
+            class_names=names,
             **{key: size for key, size in sizes.items() if size is not None},
         )
+
+
+def class_names(config: TrainConfig, run: RunFolder | None) -> list[str]:
+    """The classes of the data. A run keeps those it began with, so that their numbers stay when the data moves."""
+    kept = None if run is None else run.path / "classes.json"
+    if kept is not None and kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    names = find_classes(Path(config.data))
+    if kept is not None:
+        with whole_file(kept) as temporary:
+            temporary.write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+    return names
 
 
 def load_autoencoder(path: Path) -> Autoencoder:

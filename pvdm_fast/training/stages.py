@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, psnr
+from pvdm_fast.errors import UserError
 from pvdm_fast.pipeline import check_pair
 from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
 
 L1_WEIGHT, L2_WEIGHT = 4.0, 16.0
+Classes = Sequence[str | None] | None
 
 
 class Stage(ABC):
@@ -32,8 +35,11 @@ class Stage(ABC):
     width: int
 
     @abstractmethod
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
-        """The training loss of a batch (B, 3, clip_frames, H, W); ``model`` is the prepared form of ``self.model``."""
+    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, classes: Classes = None) -> Tensor:
+        """The training loss of a batch (B, 3, clip_frames, H, W); ``model`` is the prepared form of ``self.model``.
+
+        ``classes``: the name of each clip's class, or None where it has none.
+        """
 
     @abstractmethod
     def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
@@ -78,7 +84,7 @@ class AutoencoderStage(Stage):
         self.options: AutoencoderOptions = config.autoencoder
         self.clip_frames, self.height, self.width = video_size(autoencoder)
 
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, classes: Classes = None) -> Tensor:
         noise = None
         if self.options.latent_noise > 0:
             shape = (len(video), int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
@@ -109,6 +115,7 @@ class DiffusionStage(Stage):
         frames, self.height, self.width = video_size(autoencoder)
         self.clip_frames = 2 * frames
         self.conditional_probability = config.diffusion.conditional_probability
+        self.class_dropout = config.diffusion.class_dropout
         self.ema = EMAModel(denoiser.parameters(), decay=config.diffusion.ema_decay, foreach=True)
         self.schedule = NoiseSchedule.create()
 
@@ -117,13 +124,29 @@ class DiffusionStage(Stage):
         self.ema.to(device)
         self.schedule = NoiseSchedule.create(device)
 
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, classes: Classes = None) -> Tensor:
         with torch.no_grad():
             target, condition = joint_batch(video, self._encode, self.conditional_probability, generator)
         noise = torch.randn(target.shape, generator=generator).to(target.device)
         timestep = torch.randint(TRAIN_STEPS, (len(target),), generator=generator).to(target.device)
         prediction = str(self.model.config["prediction"])
-        return diffusion_loss(model, self.schedule, target, condition, noise, timestep, prediction)
+        labels = self._labels(classes, len(target), generator)
+        denoise = model if labels is None else partial(model, class_labels=labels.to(target.device))
+        return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction)
+
+    def _labels(self, classes: Classes, clips: int, generator: torch.Generator) -> Tensor | None:
+        """Class numbers (B,) with a share of them dropped in training; None for a denoiser without classes."""
+        config = self.model.config
+        if config["num_classes"] is None:
+            return None
+        none = int(config["num_classes"])
+        number = {name: index for index, name in enumerate(config["class_names"])}
+        unknown = sorted({name for name in classes or () if name is not None and name not in number})
+        if unknown:
+            raise UserError(f"the data has classes that the denoiser doesn't know: {', '.join(unknown[:5])}")
+        labels = torch.tensor([none if name is None else number[name] for name in classes or [None] * clips])
+        dropped = torch.rand(clips, generator=generator) < self.class_dropout
+        return labels.masked_fill(dropped, none) if self.model.training else labels
 
     def _encode(self, video: Tensor) -> Tensor:
         return self.autoencoder.encode(video).latent.float()

@@ -109,7 +109,7 @@ class Trainer:
             generator = step_generator(self.config.seed, self.stage.name, number, index)
             video = batch["video"].to(self.accelerator.device, non_blocking=True)
             with self.accelerator.autocast():
-                loss = self.stage.loss(self.model, video, generator) / len(batches)
+                loss = self.stage.loss(self.model, video, generator, batch["labels"]) / len(batches)
             total += loss.item()
             if not math.isfinite(total):
                 return self.skip(batches, f"a loss of {total}")
