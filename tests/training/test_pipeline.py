@@ -113,7 +113,7 @@ def test_another_scheduler_of_diffusers(pipeline: PVDMPipeline) -> None:
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     assert np.isfinite(pipeline(num_inference_steps=3, generator=seeded(0)).frames).all()
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
-    with pytest.raises(UserError, match="EulerDiscreteScheduler scales its noise.*make_scheduler"):
+    with pytest.raises(UserError, match=r"EulerDiscreteScheduler scales its noise.*make_scheduler"):
         pipeline(num_inference_steps=3)
 
 
