@@ -1,7 +1,7 @@
 """`python -m benchmarks.samplers RUN`: how near each sampler comes to the exact trajectory, in how many steps and time.
 
-The reference is DDIM without noise in 1000 steps from the same starting noise, decoded. A sampler that draws noise of its
-own follows another trajectory: its distance says how far it strays, not how well it samples.
+The reference is DDIM without noise in 1000 steps from the same starting noise, decoded. A sampler that draws noise of
+its own follows another trajectory: its distance says how far it strays, not how well it samples.
 """
 
 from __future__ import annotations
@@ -101,15 +101,17 @@ def caption(run: RunFolder, autoencoder: Any, clips: int) -> str:
     return (
         f"{clips} clips of {size}, unconditional, seed 0; preset {run.read_config().preset}, trained for {trained} "
         f"(held-out loss {results['diffusion']['held_out_loss']}). {facts['cpu']}, {facts['threads']} thread"
-        f"{'s' * (facts['threads'] > 1)}, torch {facts['torch']}, commit {facts['commit']}; times are the process's CPU "
-        "time, decoding left out."
+        f"{'s' * (facts['threads'] > 1)}, torch {facts['torch']}, commit {facts['commit']}; times are CPU time, "
+        "decoding left out."
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__)
     parser.add_argument("run", type=Path, help="a trained run")
-    parser.add_argument("--clips", type=int, default=16, metavar="N", help="clips to average over (default: %(default)s)")
+    parser.add_argument(
+        "--clips", type=int, default=16, metavar="N", help="clips to average over (default: %(default)s)"
+    )
     parser.add_argument("--write-docs", action="store_true", help=f"write the table to {DOCUMENT.name}")
     options = parser.parse_args(arguments)
 
