@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-CUDA_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+# Code for x.0 also runs on x.1 to x.9 (8.0 on 8.6 and 8.9); what is newer than all compiles the PTX on first use.
+CUDA_TARGETS = ("8.0", "9.0", "10.0", "12.0+PTX")
 USUAL_TOOLKIT = Path("/usr/local/cuda")
 CUDA_MINIMUM = (12, 8)  # the first toolkit that knows 10.0 and 12.0
 ARCH_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0+PTX"}
@@ -201,11 +202,12 @@ def _escape(path: Path) -> str:
 def ninja_file(ext: Extension, nvcc: str = "nvcc") -> str:
     """The build.ninja of an extension. Headers are tracked by the compilers' own dependency files."""
     include = f"-I{shlex.quote(str(ROOT / 'csrc'))}"
-    nvcc_flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -lineinfo --expt-relaxed-constexpr"
+    user_flags = os.environ.get("CXXFLAGS", "").replace("$", "$$")
+    nvcc_flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all --expt-relaxed-constexpr"
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
-        f"  command = {compiler()} {CXX_FLAGS} {include} $flags -MD -MF $out.d -c $in -o $out",
+        f"  command = {compiler()} {CXX_FLAGS} {include} $flags {user_flags} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",

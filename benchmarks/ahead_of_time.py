@@ -6,12 +6,13 @@ compiler, behind a driver that only names a target. Needs a process without TRIT
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Resources:
     tensor_core_instructions: int
     loads: int
     wide_loads: int  # of 16 bytes
+    narrow: bool = False  # rows are too short, or threads too many, for 16-byte loads
 
 
 class NamedTarget:
@@ -106,27 +108,44 @@ def serving_entries(architecture: str, calls: Iterable[Call]) -> set[tuple[str, 
         return {(name, table.entry_of(key)) for name, table in configs.TABLES.items() for key in table.asked}
 
 
-def compile_calls(architecture: str, calls: Iterable[Call], quick: bool = False) -> list[Resources]:
-    """Every kernel that `calls` launch on `architecture`, each once.
+def compile_calls(architecture: str, calls: Iterable[Call], variants: bool = False) -> list[Resources]:
+    """Every kernel that `calls` launch on `architecture`, for each configuration and set of dtypes once.
 
-    quick: of those that differ in sizes known when compiling, or in what divides them, only the first: one for each
-    kernel, configuration, and set of dtypes.
+    variants: also those that differ in other constants, or in what divides their sizes.
     """
     launches: list[tuple[Any, ...]] = []
     with configs.assume(architecture), watch(lambda *launched: launches.append(launched)):
         run_on_meta(calls)
+    entries = {str(config) for table in configs.TABLES.values() for config in table.entries.values()}
     seen: set[Any] = set()
     found: list[Resources] = []
     for kernel, grid, arguments, config, constants in launches:
         dtypes = tuple(a.dtype if isinstance(a, Tensor) else a is None for a in arguments)
-        if quick and (name_of(kernel), str(config), dtypes) in seen:
+        # Blocks that no table has were made from the shapes: those of one size are one configuration.
+        blocks = str(config.blocks) if str(config) in entries else math.prod(config.blocks.values())
+        key = (name_of(kernel), blocks, config.num_warps, config.num_stages, dtypes)
+        if not variants and key in seen:
             continue
-        seen.add((name_of(kernel), str(config), dtypes))
+        seen.add(key)
         compiled = compile_launch(architecture, kernel, grid, arguments, config, **constants)
         if id(compiled) not in seen:  # Triton hands out the same object for the same specialisation
             seen.add(id(compiled))
-            found.append(resources(compiled, architecture, name_of(kernel), dtype_of(arguments), config))
+            made = resources(compiled, architecture, name_of(kernel), dtype_of(arguments), config)
+            found.append(replace(made, narrow=is_narrow(made, config, constants)))
     return found
+
+
+def is_narrow(made: Resources, config: Config, constants: dict[str, Any]) -> bool:
+    """Whether shapes leave no room for 16-byte loads: in networks smaller than the full size.
+
+    Heads that are no multiple of 16 channels (Triton sees no alignment in their strides); tiles of `plane_norm` with
+    rows of less than 16 bytes, or less than 16 bytes a thread.
+    """
+    if "BLOCK_W" not in config.blocks:
+        return constants.get("HEAD", 16) % 16 != 0
+    row = config.blocks["BLOCK_G"] * min(config.blocks["BLOCK_W"], constants["WIDTH"])
+    threads = config.num_warps * TARGETS[made.architecture].warp_size
+    return min(row, config.blocks["BLOCK_N"] * row // threads) * getattr(torch, made.dtype).itemsize < 16
 
 
 def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config: Config) -> Resources:
@@ -203,6 +222,6 @@ def over_budget(found: Resources, narrow: Iterable[str] = ()) -> list[str]:
         problems.append(f"{where} takes {found.shared} bytes of shared memory, the most is {limit}.")
     if found.products_16_bit and not found.tensor_core_instructions:
         problems.append(f"{where} multiplies 16-bit matrices without tensor cores.")
-    if not found.products and found.loads and not found.wide_loads and found.kernel not in narrow:
+    if not (found.products or found.narrow) and found.loads and not found.wide_loads and found.kernel not in narrow:
         problems.append(f"{where} is bound by memory, but has no 16-byte load.")
     return problems

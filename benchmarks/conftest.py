@@ -11,7 +11,7 @@ ROWS = pytest.StashKey[list[rows.Row]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="benchmarks: the full-size models instead of small ones")
-    parser.addoption("--compiled", action="store_true", help="benchmarks: torch.compile of the baseline too (slow)")
+    parser.addoption("--compiled", action="store_true", help="benchmarks: torch.compile too (slow; always on a GPU)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

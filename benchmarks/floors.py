@@ -27,30 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pvdm_fast.flops import attention, attention_block, conv, linear
 from pvdm_fast.layout import TriplaneLayout
 
 PROJECTION_HEADS = 4
-
-
-def linear(tokens: int, inputs: int, outputs: int) -> int:
-    """FLOPs of tokens x (inputs -> outputs)."""
-    return 2 * tokens * inputs * outputs
-
-
-def conv(tokens: int, inputs: int, outputs: int, kernel: int = 3) -> int:
-    """FLOPs of a kernel x kernel convolution, the zeros outside the border included."""
-    return linear(tokens, inputs * kernel * kernel, outputs)
-
-
-def attention(sequences: int, queries: int, keys: int, channels: int) -> int:
-    """FLOPs of q k' and p v: 2 products of queries x keys x channels (all heads together)."""
-    return 4 * sequences * queries * keys * channels
-
-
-def attention_block(layout_tokens: int, segments: list[int], channels: int) -> int:
-    """qkv, attention inside each segment, output projection."""
-    inside = sum(attention(1, n, n, channels) for n in segments)
-    return linear(layout_tokens, channels, 4 * channels) + inside
 
 
 def residual_block(after: int, channels: int, embedding: int, outputs: int) -> int:

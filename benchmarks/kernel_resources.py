@@ -3,7 +3,7 @@
 Compiles each kernel as the networks launch it, in every configuration that serves sm80, sm90, sm100, sm120 and gfx942,
 and holds it to a budget: no spilled registers, shared memory that the GPU has, tensor cores for 16-bit products,
 16-byte loads where memory is the bound. Also finds entries of the configuration tables that no launch uses. Exit code 1
-where something is over its budget. Speed is not seen.
+where something is over its budget. Speed is not seen. Takes about 20 minutes of CPU time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import multiprocessing
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from pvdm_fast import backends, workload
 from pvdm_fast.errors import UserError, run_command
-from pvdm_fast.workload import Call
+from pvdm_fast.workload import Call, TensorSpec
 
 if TYPE_CHECKING:
     from benchmarks.ahead_of_time import Resources
@@ -44,15 +45,19 @@ def check_process() -> None:
         raise UserError("TRITON_INTERPRET is set, so kernels are not compiled: unset it for this command.")
 
 
-def representative_calls() -> tuple[list[Call], list[Call]]:
-    """What networks ask of the operations: at full size in bfloat16 and float32; and in other ways.
+@cache
+def full_size_calls() -> list[Call]:
+    """What networks of full size ask of the operations, in bfloat16. Further layers would only ask for the same."""
+    return workload.calls("base", torch.bfloat16, batch=2, autoencoder={"depth": 1})
 
-    The others are float16, mixed precision, the smaller presets, and heads up to 256 wide.
-    """
+
+@cache
+def other_calls() -> list[Call]:
+    """The same in float32, float16 and mixed precision; of the smaller presets, and of heads up to 256 wide."""
     half, single = torch.bfloat16, torch.float32
-    full = workload.calls("base", half, batch=2)
-    others = [call.with_dtype(half, torch.float16) for call in full]
-    others += workload.calls("base", half, batch=2, mixed=True)
+    full = full_size_calls()
+    others = [call.with_dtype(half, dtype) for call in full for dtype in (single, torch.float16)]
+    others += workload.calls("base", half, batch=2, mixed=True, autoencoder={"depth": 1})
     sizes: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("tiny", {}, {}),
         ("small", {}, {}),
@@ -62,26 +67,39 @@ def representative_calls() -> tuple[list[Call], list[Call]]:
     for size, denoiser, autoencoder in sizes:
         found = workload.calls(size, half, batch=2, denoiser=denoiser, autoencoder=autoencoder)
         others += [call.with_dtype(half, dtype) for call in found for dtype in (half, single, torch.float16)]
-    main = dict.fromkeys([*full, *(call.with_dtype(half, single) for call in full)])
-    return list(main), [call for call in dict.fromkeys(others) if call not in main]
+    return [call for call in dict.fromkeys(others) if call not in full]
 
 
-def _compile(architecture: str, calls: list[Call], quick: bool) -> list[Resources]:
+def has_float16(call: Call) -> bool:
+    return any(isinstance(a, TensorSpec) and a.dtype == torch.float16 for a in call.arguments)
+
+
+def wanted_calls(architecture: str, quick: bool) -> list[Call]:
+    """What is compiled for a family of GPUs. float16, which takes what bfloat16 takes, is compiled for the first only.
+
+    quick: full size in bfloat16; for the first family in float32 too.
+    """
+    first, full = architecture == ARCHITECTURES[0], full_size_calls()
+    if quick:
+        return [*full, *(call.with_dtype(torch.bfloat16, torch.float32) for call in full if first)]
+    return [*full, *(call for call in other_calls() if first or not has_float16(call))]
+
+
+def _compile(architecture: str, calls: list[Call], variants: bool) -> list[Resources]:
     from benchmarks.ahead_of_time import compile_calls
 
-    return compile_calls(architecture, calls, quick)
+    return compile_calls(architecture, calls, variants)
 
 
 def compile_all(
-    architectures: Sequence[str], operations: Sequence[str], calls: Sequence[list[Call]], workers: int, quick: bool
+    calls: Mapping[str, list[Call]], operations: Sequence[str], workers: int, variants: bool
 ) -> list[Resources]:
-    """Compile everything, in processes of their own. quick: other ways than the main ones on the first GPU only."""
-    main, others = calls
-    tasks = []
-    for op in operations:
-        for architecture in architectures:
-            wanted = main if quick and architecture != architectures[0] else [*main, *others]
-            tasks.append((architecture, [call for call in wanted if call.op == op], quick))
+    """Compile what is called on each architecture, in processes of their own."""
+    tasks = [
+        (architecture, [call for call in calls[architecture] if call.op == op], variants)
+        for op in operations
+        for architecture in calls
+    ]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [row for found in pool.map(_compile, *zip(*tasks, strict=True)) for row in found]
 
@@ -123,14 +141,15 @@ def table(rows: Iterable[Resources]) -> list[str]:
     return lines
 
 
-def write_docs(rows: Iterable[Resources], path: Path = DOCS) -> None:
+def write_docs(rows: Iterable[Resources], quick: bool = False, path: Path = DOCS) -> None:
     """Put the table between the markers in docs/kernels.md."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise UserError(f"{path} must have the lines {BEGIN} and {END} once each.")
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    made = f"Made by `python -m benchmarks.kernel_resources --write-docs` with Triton {version('triton')}."
+    command = f"python -m benchmarks.kernel_resources {'--quick ' if quick else ''}--write-docs"
+    made = f"Made by `{command}` with Triton {version('triton')}."
     path.write_text("\n".join([head + BEGIN, made, "", *table(rows), END + tail]))
 
 
@@ -146,20 +165,21 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--operations", nargs="+", choices=backends.SERVED["triton"], default=backends.SERVED["triton"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--quick", action="store_true", help="each configuration once, not each variant of it")
+    parser.add_argument("--quick", action="store_true", help="full size only, in bfloat16; in float32 too for sm80")
+    parser.add_argument("--variants", action="store_true", help="also what differs in other constants only (hours)")
     options = parser.parse_args(arguments)
     check_process()
     from benchmarks.ahead_of_time import over_budget
 
-    calls = representative_calls()
-    rows = compile_all(options.architectures, options.operations, calls, options.workers, options.quick)
+    calls = {architecture: wanted_calls(architecture, options.quick) for architecture in options.architectures}
+    rows = compile_all(calls, options.operations, options.workers, options.variants)
     print("\n".join(table(rows)))
     problems = [problem for row in rows for problem in over_budget(row, NARROW)]
-    if set(options.operations) == set(backends.SERVED["triton"]):
-        problems += unused_entries([*calls[0], *calls[1]])
+    if not options.quick and set(options.operations) == set(backends.SERVED["triton"]):
+        problems += unused_entries([*full_size_calls(), *other_calls()])
     print(f"{len(rows)} compiled kernels")
     if options.write_docs:
-        write_docs(rows)
+        write_docs(rows, options.quick)
     if problems:
         raise OverBudget("\n".join(problems))
 

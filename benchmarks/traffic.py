@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,6 +40,7 @@ from benchmarks.cases import Case, Setting, all_cases
 from benchmarks.measure import Runner
 from pvdm_fast import backends
 from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.flops import operation_flops
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 MARKER = "traffic"
@@ -118,42 +118,6 @@ def aten_item(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]
         bytes=read + distinct_bytes([result]),
         flops=int(flops(*arguments, **options, out_val=result)) if flops else 0,
     )
-
-
-def operation_flops(op: str, direction: str, inputs: Sequence[Any]) -> int:
-    """FLOPs of the products of one of this package's operations, as its Triton kernels compute them.
-
-    A fused attention multiplies queries and keys again in its backward pass: 5 products to the forward's 2.
-    """
-    backward = direction == "backward"
-    tensors = inputs[1:] if backward else inputs
-    if op == "segment_attention":
-        batch, _, _, heads, width = tensors[0].shape
-        offsets = next(value for value in inputs if isinstance(value, (list, tuple)))
-        forward = sum(
-            floors.attention(batch, end - start, end - start, heads * width) for start, end in pairwise(offsets)
-        )
-        return forward * 5 // 2 if backward else forward
-    if op == "axial_attention":
-        batch, time, height, width, _, heads, size = tensors[0].shape
-        along_time = next(value for value in inputs if isinstance(value, str)) == "time"
-        sequences, length = (height * width, time) if along_time else (time, height * width)
-        queries = length if tensors[1] is None else 1
-        forward = floors.attention(batch * sequences, queries, length, heads * size)
-        return forward * 5 // 2 if backward else forward
-    if op == "attention_block":
-        batch, tokens, channels = inputs[0].shape
-        return batch * floors.attention_block(tokens, [tokens], channels)
-    if op == "plane_conv":
-        x, weight = tensors[:2]
-        forward = floors.conv(x.shape[0] * x.shape[1], weight.shape[1], weight.shape[0])
-        return forward * sum(inputs[-1]) if backward else forward
-    if op == "triplane_expand":
-        planes, weight, *rest = tensors
-        time, height, width = rest[-3:]
-        forward = floors.linear(planes.shape[0] * time * height * width, 3 * planes.shape[2], weight.shape[1])
-        return 2 * forward if backward else forward
-    return 0
 
 
 class Traffic(TorchDispatchMode):

@@ -26,6 +26,7 @@ FORWARD = ConfigTable(
     {
         ("*", "*", "*"): Config({"ROWS": 1}, num_warps=16),
         ("*", "narrow", "*"): Config({"ROWS": 2}, num_warps=1),
+        ("*", "middle", "*"): Config({"ROWS": 1}),
         ("interpreter", "narrow", "*"): Config({"ROWS": 64}),
     },
     candidates=(Config({"ROWS": 4}, num_warps=1), Config({"ROWS": 1}, num_warps=1), Config({"ROWS": 4})),
@@ -36,6 +37,7 @@ BACKWARD = ConfigTable(
     {
         ("*", "*", "*"): Config({"ROWS": 1, "PROGRAMS": 264}, num_warps=16),
         ("*", "narrow", "*"): Config({"ROWS": 2, "PROGRAMS": 1056}, num_warps=1),
+        ("*", "middle", "*"): Config({"ROWS": 1, "PROGRAMS": 528}),
         ("interpreter", "narrow", "*"): Config({"ROWS": 32, "PROGRAMS": 3}),
     },
     candidates=tuple(Config({"ROWS": 2, "PROGRAMS": programs}, num_warps=1) for programs in (528, 864, 1216, 2112)),
@@ -43,8 +45,8 @@ BACKWARD = ConfigTable(
 
 
 def width_class(columns: int) -> str:
-    """ "narrow" up to 512 columns, else "wide"."""
-    return "narrow" if columns <= 512 else "wide"
+    """ "narrow" up to 512 columns, "middle" up to 2048 (16 bytes and more a thread), else "wide"."""
+    return "narrow" if columns <= 512 else "middle" if columns <= 2048 else "wide"
 
 
 @triton.jit

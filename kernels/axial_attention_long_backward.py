@@ -143,7 +143,7 @@ QUERY = ConfigTable(
         ("*", "d256", "*"): blocks(32, 32, 8, 1),
         ("*", "*", "float32"): blocks(32, 32, 8, 2),
         ("*", "d128", "float32"): blocks(32, 32, 8, 2),
-        ("*", "d256", "float32"): blocks(16, 16, 8, 1),
+        ("*", "d256", "float32"): blocks(16, 16, 8, 2),  # one stage spills
         ("gfx942", "*", "*"): blocks(64, 64, 4, 2),
         ("gfx942", "*", "float32"): blocks(32, 32, 4, 1),
         ("gfx942", "d128", "*"): blocks(64, 32, 4, 2),
@@ -160,7 +160,7 @@ KEY = ConfigTable(
         ("*", "d128", "*"): blocks(32, 64, 8, 2),
         ("*", "d256", "*"): blocks(32, 32, 8, 1),
         ("*", "*", "float32"): blocks(32, 32, 8, 2),
-        ("*", "d128", "float32"): blocks(16, 32, 4, 1),
+        ("*", "d128", "float32"): blocks(16, 32, 8, 2),  # one stage spills
         ("*", "d256", "float32"): blocks(16, 16, 8, 1),
         **{
             key: config

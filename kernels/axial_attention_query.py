@@ -99,11 +99,12 @@ def backward_kernel(
 
 
 # As many pairs as give each of 128 threads 16 bytes of every row; four keys at a time are eight such loads in flight.
+# (Heads of 8 channels are loaded one by one, with an address for each: half the pairs, or they spill.)
 ENTRIES = {
     ("*", f"d{width}", dtype): Config({"PAIRS": 2048 // (width * size), "KEYS": 4}, 4, 1)
     for width in (32, 64, 128, 256)
     for dtype, size in (("*", 2), ("float32", 4))
-}
+} | {("*", "d8", "*"): Config({"PAIRS": 16, "KEYS": 4}, 4, 1)}
 CANDIDATES = tuple(
     Config({"PAIRS": pairs, "KEYS": keys}, warps, 1)
     for warps, pairs in ((2, 8), (4, 16), (8, 32))
@@ -117,10 +118,15 @@ BACKWARD = ConfigTable(
 )
 
 
+def shape_class(width: int) -> str:
+    """ "d8" for heads of at most 8 channels, else `width_class`."""
+    return "d8" if width <= 8 else width_class(width)
+
+
 def forward(query: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
     """query: (B, places, 1, heads, d), kv: (B, places, L, 2, heads, d); fills out: like query, and lse: one a query."""
     batch, places, length, _, heads, width = kv.shape
-    config = FORWARD(kv.device, width_class(width), kv.dtype)
+    config = FORWARD(kv.device, shape_class(width), kv.dtype)
     k, v = kv.unbind(3)
     pairs = batch * places * heads
     launch(
@@ -151,7 +157,7 @@ def backward(
 ) -> None:
     """grad, out: like query; fills dquery, like query, and dkv, like kv."""
     batch, places, length, _, heads, width = kv.shape
-    config = BACKWARD(kv.device, width_class(width), kv.dtype)
+    config = BACKWARD(kv.device, shape_class(width), kv.dtype)
     (k, v), (dk, dv) = kv.unbind(3), dkv.unbind(3)
     pairs = batch * places * heads
     launch(

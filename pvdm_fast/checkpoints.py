@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from pvdm_fast.checksums import find_damage
 from pvdm_fast.errors import UserError
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 
 StateDict = Mapping[str, Tensor]
+Model = TypeVar("Model", Autoencoder, Denoiser)
 _PREFIXES = ("module.", "diffusion_model.")
 _SHOWN = 5
 
@@ -37,22 +40,28 @@ def read_state_dict(source: str | Path | StateDict) -> dict[str, Tensor]:
     else:
         name = str(source)
         values = _read_file(Path(source))
-    if not isinstance(values, Mapping) or not values or not all(isinstance(v, Tensor) for v in values.values()):
-        raise CheckpointError(f"{name} doesn't hold a state dict: expected a mapping of names to tensors.")
+    if not isinstance(values, Mapping) or not values or not all(_is_plain(k, v) for k, v in values.items()):
+        raise CheckpointError(f"{name} doesn't hold a state dict: expected a mapping of names to floating tensors.")
     return dict(values)
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    """A named, dense tensor of real numbers; others would be converted in silence, or fail only when copied."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return isinstance(name, str) and dense and value.is_floating_point() and value.dtype.itemsize > 1
 
 
 def _read_file(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: give the path of a release checkpoint (.pth).")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+        except Exception as error:  # of a damaged file: safetensors' own, ValueError, KeyError, OverflowError, ...
+            raise CheckpointError(f"{path} is not a readable safetensors file: {_reason(error)}.") from error
+    _check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -60,8 +69,60 @@ def _read_file(path: Path) -> Any:
             f"{path} was refused: it is not a file of tensors only (it may be damaged, or try to run code when "
             f"loaded). Save the model's state_dict() with torch.save."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} can't be read as a PyTorch file: {error}".splitlines()[0]) from error
+    except Exception as error:  # a damaged pickle can make its reader raise anything
+        raise CheckpointError(f"{path} can't be read as a PyTorch file: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _check_archive(path: Path) -> None:
+    """The checksums of a file of torch.save, which torch.load does not look at.
+
+    Raises:
+        CheckpointError: the file is no archive, is damaged, or would grow when unpacked (torch.save packs nothing).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+            damaged = None if packed else archive.testzip()
+    except (
+        Exception
+    ) as error:  # of a damaged archive: BadZipFile, but also struct.error, ValueError, OverflowError, ...
+        raise CheckpointError(
+            f"{path} can't be read as a PyTorch file: it is damaged, or older than PyTorch 1.6 (load it there and save "
+            f"it again with torch.save): {_reason(error)}"
+        ) from error
+    if packed:
+        raise CheckpointError(f"{path} was refused: parts of it are compressed, as torch.save never writes them.")
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path} is damaged: the checksum of its part {damaged} is wrong. Copy or fetch it again."
+        )
+
+
+def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """A model folder of ours: ``kind.from_pretrained``, with the checksums that training wrote compared where they are
+    there, and every tensor taken from the file and none left to chance.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds another model.
+    """
+    if problem := find_damage(folder):
+        raise CheckpointError(f"{folder} is damaged: {problem}. Copy it again, or resume its run to write it anew.")
+    loader: Any = kind
+    try:
+        model, found = loader.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+    except Exception as error:  # of a damaged file: the errors of diffusers, JSON, safetensors and the model itself
+        raise CheckpointError(f"{folder} can't be read as a {kind.__name__}: {_reason(error)}") from error
+    problems = [name for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[what]]
+    if problems:
+        raise CheckpointError(
+            f"{folder} is damaged or of another model: {_differences('wrong tensors', map(str, problems))}."
+        )
+    return cast(Model, model)
 
 
 def _strip(name: str) -> str:

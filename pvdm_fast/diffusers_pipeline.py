@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
+from pvdm_fast.checkpoints import load_model
 from pvdm_fast.data.continuation import fit_clip, last_clip
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -54,15 +55,15 @@ class PVDMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
         """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``.
 
-        ``options`` are diffusers', ``torch_dtype`` and ``scheduler=`` among them. Raises UserError where a local folder
-        lacks a model.
+        ``options`` are diffusers'; of a run's folder ``torch_dtype`` and the parts, for example ``scheduler=``. Raises
+        UserError where a run lacks a model.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir() or (folder / "model_index.json").is_file():
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         parts = {name: options.pop(name, None) for name in (*MODELS, "scheduler")}
         scheduler = parts["scheduler"] or make_scheduler("ddim")
-        models = [parts[name] or load_model(folder, name, **options) for name in MODELS]
+        models = [parts[name] or load_part(folder, name, **options) for name in MODELS]
         return cls(autoencoder=models[0], denoiser=models[1], scheduler=scheduler)
 
     @torch.no_grad()
@@ -161,12 +162,12 @@ class PVDMPipeline(DiffusionPipeline):
         return torch.cat([fit_clip(list(clip), **size) for clip in clips])
 
 
-def load_model(folder: Path, name: str, **options: Any) -> Any:
-    """A run's "autoencoder" or "denoiser"; raises UserError where it is missing."""
+def load_part(folder: Path, name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
+    """A run's "autoencoder" or "denoiser"; raises UserError where it is missing or damaged."""
     if not (folder / name / "config.json").is_file():
         raise UserError(f"there is no trained {name} in {folder / name}: train it, or finish with --resume {folder}")
     kind: Any = {"autoencoder": Autoencoder, "denoiser": Denoiser}[name]
-    return kind.from_pretrained(folder / name, **options)
+    return load_model(kind, folder / name, torch_dtype)
 
 
 def class_numbers(denoiser: Denoiser, classes: int | str | Sequence[int | str], clips: int) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pvdm_fast.shares import Share
+
 TRAIN_STEPS = 1000
 BETA_START = 0.0015
 BETA_END = 0.0195
@@ -71,6 +73,7 @@ def joint_batch(
     encode: Callable[[Tensor], Tensor],
     conditional_probability: float,
     generator: torch.Generator,
+    share: Share = Share(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
     """Targets and conditions of the joint unconditional and conditional training.
 
@@ -82,6 +85,7 @@ def joint_batch(
         encode: maps videos (b, 3, T, H, W) to latents (b, D, N).
         conditional_probability: between 0 and 1.
         generator: a CPU generator, the only source of randomness.
+        share: which clips of a global batch ``video`` holds.
 
     Returns:
         target and condition, both (B, D, N).
@@ -93,9 +97,7 @@ def joint_batch(
     if frames % 2:
         raise ValueError(f"joint training needs clips of 2T frames, but these have {frames}")
     half = frames // 2
-    conditional = torch.rand(batch, generator=generator) < conditional_probability
-    starts = torch.randint(0, half + 1, (batch,), generator=generator)
-    starts[conditional] = half
+    conditional, starts = _draw_targets(batch, half, conditional_probability, generator, share)
     windows = [clip[:, start : start + half] for clip, start in zip(video, starts.tolist(), strict=True)]
     preceding = [clip[:, :half] for clip, keep in zip(video, conditional.tolist(), strict=True) if keep]
     latents = encode(torch.stack(windows + preceding))
@@ -103,6 +105,46 @@ def joint_batch(
     condition = torch.zeros_like(target)
     condition[conditional.to(condition.device)] = latents[batch:]
     return target, condition
+
+
+def joint_latents(
+    latents: Tensor,
+    frames: int,
+    conditional_probability: float,
+    generator: torch.Generator,
+    share: Share = Share(),  # noqa: B008
+) -> tuple[Tensor, Tensor]:
+    """What :func:`joint_batch` gives, from cached latents: the same draws, each window's nearest cached one.
+
+    Args:
+        latents: (B, W, D, N), each clip of 2T frames encoded at the W >= 2 windows of :func:`window_starts`.
+        frames: T.
+        conditional_probability, generator, share: as for :func:`joint_batch`. With W = T + 1 the result is the same.
+
+    Returns:
+        target and condition, both (B, D, N).
+    """
+    conditional, starts = _draw_targets(len(latents), frames, conditional_probability, generator, share)
+    cached = torch.tensor(window_starts(frames, latents.shape[1]))
+    nearest = (starts[:, None] - cached).abs().argmin(1).to(latents.device)
+    target = latents[torch.arange(len(latents), device=latents.device), nearest]
+    keep = conditional.to(latents.device, latents.dtype)[:, None, None]
+    return target, latents[:, 0] * keep
+
+
+def window_starts(frames: int, windows: int) -> list[int]:
+    """First frames of ``windows`` windows of ``frames`` frames, evenly over a clip of twice as many."""
+    return [round(index * frames / (windows - 1)) for index in range(windows)]
+
+
+def _draw_targets(
+    batch: int, half: int, conditional_probability: float, generator: torch.Generator, share: Share
+) -> tuple[Tensor, Tensor]:
+    """Which clips have a condition, and where in its 2T frames each one's target begins: bool and int64 (B,)."""
+    conditional = share.of(torch.rand(share.world * batch, generator=generator)) < conditional_probability
+    starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator)).clone()
+    starts[conditional] = half
+    return conditional, starts
 
 
 def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:

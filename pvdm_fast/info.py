@@ -89,6 +89,7 @@ def collect() -> dict[str, Any]:
             "pvdm_fast": pvdm_fast.__version__,
             "python": platform.python_version(),
             **{name: installed_version(name) for name in PACKAGES},
+            "torch": str(torch.__version__),  # with its build (+cpu, +cu130), which the installed version may lack
             "torch_cuda": torch.version.cuda,
         },
         "cpu": cpu_facts(),

@@ -10,6 +10,10 @@ from torch import Tensor
 PLANE_NAMES = ("xy", "yt", "xt")
 
 
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 @dataclass(frozen=True)
 class PlaneLayout:
     """Planes of any sizes, one after another in a packed token axis, each row-major.
@@ -24,8 +28,8 @@ class PlaneLayout:
     planes: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        if not self.planes or any(size < 1 for plane in self.planes for size in plane):
-            raise ValueError(f"A layout needs planes whose sizes are at least 1, but got {self.planes}.")
+        if not self.planes or not all(_is_size(size) for plane in self.planes for size in plane):
+            raise ValueError(f"A layout needs planes whose sizes are whole numbers of at least 1, not {self.planes}.")
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[int]) -> PlaneLayout:
@@ -54,6 +58,8 @@ class PlaneLayout:
         return PlaneLayout(tuple((rows * factor, columns * factor) for rows, columns in self.planes))
 
     def downsample(self, factor: int = 2) -> PlaneLayout:
+        if not _is_size(factor):
+            raise ValueError(f"A layout can be made smaller by whole factors of at least 1, not {factor!r}.")
         for size in self.sizes:
             if size % factor:
                 raise ValueError(
@@ -103,7 +109,7 @@ class TriplaneLayout(PlaneLayout):
 
     def __init__(self, time: int, height: int, width: int) -> None:
         for name, size in (("time", time), ("height", height), ("width", width)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            if not _is_size(size):
                 raise ValueError(f"TriplaneLayout: {name} is {size!r}, but must be a whole number of at least 1.")
             object.__setattr__(self, name, size)
         object.__setattr__(self, "planes", ((height, width), (time, width), (time, height)))

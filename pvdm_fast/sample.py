@@ -88,13 +88,13 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     """The models of a run in eval mode, in float32 or bfloat16; raises UserError where one is missing."""
     import torch
 
-    from pvdm_fast.diffusers_pipeline import MODELS, load_model
+    from pvdm_fast.diffusers_pipeline import MODELS, load_part
     from pvdm_fast.precision import bfloat16_serves
 
     place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
     low = dtype == "bf16" and bfloat16_serves(place, "--dtype bf16")
     compute = torch.bfloat16 if low else torch.float32
-    autoencoder, denoiser = (load_model(run, name, torch_dtype=compute).to(place).eval() for name in MODELS)
+    autoencoder, denoiser = (load_part(run, name, compute).to(place).eval() for name in MODELS)
     return autoencoder, denoiser
 
 

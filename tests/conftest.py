@@ -25,7 +25,7 @@ def _seed() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What needs so much memory runs only where it is asked for."""
-    reasons = {"huge": "needs 15 GB of memory", "exhaustive": "takes ten minutes"}
+    reasons = {"huge": "needs 15 GB of memory", "exhaustive": "takes minutes"}
     for name, reason in reasons.items():
         if name in config.getoption("markexpr"):
             continue

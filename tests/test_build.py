@@ -24,7 +24,7 @@ def test_arch_list() -> None:
     assert build_tools.parse_arch_list("9.0a, 10.0 12.0+PTX 9.0a") == (["90a", "100", "120"], ["120"])
     assert build_tools.parse_arch_list("Ampere;Hopper") == (["80", "86", "90"], [])
     targets, ptx = build_tools.parse_arch_list(";".join(build_tools.CUDA_TARGETS))
-    assert targets == ["80", "86", "89", "90", "100", "120"]
+    assert targets == ["80", "90", "100", "120"]
     assert ptx == ["120"]
     assert build_tools.arch_flags(["90"], ["90"]) == (
         "-gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90"
@@ -178,7 +178,8 @@ def test_sdist(tmp_path: Path) -> None:
 def test_wheel_installs_and_runs(tmp_path: Path) -> None:
     """A wheel built from the sources, unpacked on its own: kernels, the _cpu extension and the facts are inside."""
     sources = copy_of_sources(tmp_path / "sources")
-    run_setup(sources, "-q", "bdist_wheel", "--dist-dir", str(tmp_path), PVDM_FAST_BUILD_CUDA="0")
+    # Unoptimised: the kernels are only loaded, and take a minute less to compile.
+    run_setup(sources, "-q", "bdist_wheel", "--dist-dir", str(tmp_path), PVDM_FAST_BUILD_CUDA="0", CXXFLAGS="-O0")
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:

@@ -38,3 +38,45 @@ NETWORK_16_BIT = 1.25
 
 # A float32 norm of values around 1000 with a spread of 1: the values themselves are only known to 6e-5.
 NORM_OF_LARGE_MEAN = 1e-4
+
+# A Fréchet distance in float64 against scipy's general matrix square root, relative to the traces: the root of an
+# eigenvalue that rounding moved by 2e-16 is wrong by up to 1.5e-8, and some hundred of them are summed.
+FRECHET = 1e-7
+
+# Means of the same clips in float64, added up in another order by several processes.
+SUM_ORDER = 1e-13
+
+# LPIPS in float32 against float64, through VGG16's 13 convolutions of up to 4608 terms and the lengths' division. In 16
+# bits each convolution rounds its input, weights and result, and the distance is a small difference of these: some
+# thirty roundings of 3.9e-3 (bfloat16) add up like a random walk to 2e-2, over a distance of about 0.5.
+LPIPS = 1e-5
+LPIPS_16_BIT = 5e-2
+
+# The discriminators and their losses in float64 against the same formulas written with functional operations.
+PATCHGAN = 1e-10
+
+# The slope of the penalty on the discriminators' gradient in float64, by a difference quotient over 2e-4 of a smooth
+# function but for the corners of five leaky rectifiers.
+PENALTY_SLOPE = 1e-4
+
+# Gradients of the autoencoder and the discriminators in float32, summed in another order: one backward pass from the
+# sum of losses, against one for each loss up to the reconstruction, and convolutions of some thousand terms.
+SECOND_PHASE_GRADIENT = 1e-4
+
+# Pixels and features in [-1, 1] after an interpolation in float32, or a network in batches of another size: some
+# roundings of 6e-8.
+FLOAT32_PIXELS = 1e-6
+
+# The covariance of an untrained I3D's features, which differ by a thousandth from clip to clip: what float32 left of
+# them (6e-8 of the features) is a hundredth of a per cent.
+I3D_COVARIANCE = 1e-3
+
+# Four training steps in two processes against one: the order of sums alone. Losses and gradient norms (measured: up
+# to 2e-6) and AdamW's mean of the gradients (up to 3e-5) are of gradients that a few rounded steps have moved apart. In
+# the weights (up to 8e-5) AdamW makes the rounding noise of a gradient that should be 0 (see NO_GRADIENT) as large as a
+# step of 3e-3; a share of noise or clips that is wrong, or averages a step late, move them by 1e-2 and more.
+PROCESSES_RECORDS = 1e-5
+PROCESSES_GRADIENTS = 1e-4
+PROCESSES_WEIGHTS = 5e-4
+# Forty steps, which magnify that.
+PROCESSES_LONG = 1e-2

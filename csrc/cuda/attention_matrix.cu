@@ -32,8 +32,8 @@ struct Stages {
   __device__ Tile<T, depth> first(int s) const { return {memory + s * 2 * rows * Tile<T, depth>::stride}; }
   __device__ Tile<T, depth> second(int s) const { return {first(s).row(rows)}; }
   __device__ void fetch(int s, int start) const {
-    first(s).fetch(rows, x, x_stride, start, end, width);
-    second(s).fetch(rows, y, y_stride, start, end, width);
+    first(s).template fetch<rows>(x, x_stride, start, end, width);
+    second(s).template fetch<rows>(y, y_stride, start, end, width);
     commit_copies();
   }
   // After this, the stage can be read by all, and the next is on its way.
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(matrix_threads)
   const Tile<T, depth> queries{shared};
   const Stages<T, depth, rows> stages{queries.row(own_rows), k.of(at.batch, at.place, at.head),
                                       v.of(at.batch, at.place, at.head), k.row, v.row, at.end, width};
-  queries.fetch(own_rows, q.of(at.batch, at.place, at.head), q.row, at.first, at.end, width);
+  queries.template fetch<own_rows>(q.of(at.batch, at.place, at.head), q.row, at.first, at.end, width);
   commit_copies();
   stages.fetch(0, at.begin);
   wait_copies<1>();
@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(matrix_threads)
   const Tile<T, depth> queries{shared}, incoming{queries.row(own_rows)};
   const Stages<T, depth, rows> stages{incoming.row(own_rows), k.of(at.batch, at.place, at.head),
                                       v.of(at.batch, at.place, at.head), k.row, v.row, at.end, width};
-  queries.fetch(own_rows, q.of(at.batch, at.place, at.head), q.row, at.first, at.end, width);
-  incoming.fetch(own_rows, grad.of(at.batch, at.place, at.head), grad.row, at.first, at.end, width);
+  queries.template fetch<own_rows>(q.of(at.batch, at.place, at.head), q.row, at.first, at.end, width);
+  incoming.template fetch<own_rows>(grad.of(at.batch, at.place, at.head), grad.row, at.first, at.end, width);
   commit_copies();
   stages.fetch(0, at.begin);
   wait_copies<1>();
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(matrix_threads)
   const Tile<T, depth> keys{shared}, values{keys.row(own_rows)};
   const Stages<T, depth, rows> stages{values.row(own_rows), q.of(at.batch, at.place, at.head),
                                       grad.of(at.batch, at.place, at.head), q.row, grad.row, at.end, width};
-  keys.fetch(own_rows, k.of(at.batch, at.place, at.head), k.row, at.first, at.end, width);
-  values.fetch(own_rows, v.of(at.batch, at.place, at.head), v.row, at.first, at.end, width);
+  keys.template fetch<own_rows>(k.of(at.batch, at.place, at.head), k.row, at.first, at.end, width);
+  values.template fetch<own_rows>(v.of(at.batch, at.place, at.head), v.row, at.first, at.end, width);
   commit_copies();
   stages.fetch(0, at.begin);
   wait_copies<1>();

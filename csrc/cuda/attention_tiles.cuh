@@ -13,9 +13,13 @@ struct Tile {
   T* at;
   __device__ T* row(int r) const { return at + r * stride; }
 
-  // Rows first ... of a sequence, asynchronously; zeros from `end` on and beyond `width`.
-  __device__ __forceinline__ void fetch(int rows, const T* from, int64_t row_stride, int first, int end, int width) const {
-    for (int i = static_cast<int>(threadIdx.x); i < rows * (depth / 8); i += matrix_threads) {
+  // Rows first ... of a sequence, asynchronously; zeros from `end` on and beyond `width`. All copies are issued together.
+  template <int rows>
+  __device__ __forceinline__ void fetch(const T* from, int64_t row_stride, int first, int end, int width) const {
+    static_assert(rows * (depth / 8) % matrix_threads == 0);
+#pragma unroll
+    for (int begin = 0; begin < rows * (depth / 8); begin += matrix_threads) {
+      const int i = begin + static_cast<int>(threadIdx.x);
       const int r = i / (depth / 8), c = i % (depth / 8) * 8;
       const bool valid = first + r < end && c < width;
       copy_async(row(r) + c, valid ? from + (first + r) * row_stride + c : from, valid);

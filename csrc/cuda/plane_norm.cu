@@ -152,16 +152,17 @@ __global__ void __launch_bounds__(block_threads)
   add_rows(sum, square, w, g, channels, batch, t.chunks, partial);
 }
 
-// Adds up a (plane, group)'s two partial sums; every thread of the block (a warp) gets them.
+// Adds up a (plane, group)'s two partial sums, times `factor(c)`; every thread of the block (a warp) gets them.
+template <class Factor>
 __device__ __forceinline__ void add_chunks(const float* partial, const PlaneTable& t, int64_t batch, int64_t b, int plane,
-                                           int64_t first, int64_t width, int64_t channels, const float* factor,
+                                           int64_t first, int64_t width, int64_t channels, const Factor& factor,
                                            float (&out)[2]) {
   for (int half = 0; half < 2; half++) {
     float sum = 0;
     const int64_t count = (t.chunk[plane + 1] - t.chunk[plane]) * width;
     for (int64_t i = threadIdx.x; i < count; i += 32) {
       const int64_t c = first + i % width, chunk = t.chunk[plane] + i / width;
-      sum += partial[((half * batch + b) * t.chunks + chunk) * channels + c] * (factor ? factor[i % width] : 1.0f);
+      sum += partial[((half * batch + b) * t.chunks + chunk) * channels + c] * factor(c);
     }
     for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     out[half] = sum;
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(32)
   const int plane = static_cast<int>(rest % t.count);
   const int64_t b = rest / t.count;
   float sums[2];
-  add_chunks(partial, t, batch, b, plane, group * width, width, o.channels, nullptr, sums);
+  add_chunks(partial, t, batch, b, plane, group * width, width, o.channels, [](int64_t) { return 1.0f; }, sums);
   const float count = static_cast<float>((t.offset[plane + 1] - t.offset[plane]) * width);
   const float offset = sums[0] / count, variance = sums[1] / count - offset * offset;
   if (threadIdx.x) return;
@@ -271,14 +272,12 @@ __global__ void __launch_bounds__(block_threads)
 // One warp a (batch, plane, group): averages (2, B, planes, groups) of dn and dn n, where dn = g (1 + scale) weight.
 __global__ void __launch_bounds__(32)
     average(const float* partial, PlaneTable t, int64_t batch, Operands o, float* averages) {
-  PVDM_DYNAMIC_SHARED(float, factor);
   const int64_t width = o.channels / o.groups, group = blockIdx.x % o.groups, rest = blockIdx.x / o.groups;
   const int plane = static_cast<int>(rest % t.count);
   const int64_t b = rest / t.count, first = group * width;
-  for (int64_t i = threadIdx.x; i < width; i += 32) factor[i] = o.weight[first + i] * o.scale(b, first + i);
-  __syncthreads();
   float sums[2];
-  add_chunks(partial, t, batch, b, plane, first, width, o.channels, factor, sums);
+  add_chunks(partial, t, batch, b, plane, first, width, o.channels,
+             [&](int64_t c) { return o.weight[c] * o.scale(b, c); }, sums);
   const float count = static_cast<float>((t.offset[plane + 1] - t.offset[plane]) * width);
   if (threadIdx.x) return;
   averages[blockIdx.x] = sums[0] / count;
@@ -386,8 +385,7 @@ void plane_norm_backward(const PlaneNormInputs& in, const TensorView& grad, cons
     PVDM_LAUNCH((aligned ? gradient_sums<T, true> : gradient_sums<T, false>), grid_of(batch * t.chunks * grid.slices),
                 dim3(block_threads), 0, place.stream, x, g, t, grid, batch, o, partial);
     check(cudaGetLastError(), "plane_norm backward (sums)");
-    PVDM_LAUNCH(average, grid_of(batch * t.count * o.groups), dim3(32), sizeof(float) * (o.channels / o.groups),
-                place.stream, partial, t, batch, o, averages);
+    PVDM_LAUNCH(average, grid_of(batch * t.count * o.groups), dim3(32), 0, place.stream, partial, t, batch, o, averages);
     check(cudaGetLastError(), "plane_norm backward (averages)");
     PVDM_LAUNCH(parameter_gradients, grid_of(divide_up(o.channels, block_threads)), dim3(block_threads), 0, place.stream,
                 partial, batch, t.chunks, o, dweight.as<float>(), dbias.as<float>(), dfilm.as<float>());

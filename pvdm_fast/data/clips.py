@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from pvdm_fast.data.errors import DataError, UnreadableVideo
 from pvdm_fast.data.frame_folders import list_frames, read_picture
 from pvdm_fast.data.layouts import Found, Video, find_videos
 from pvdm_fast.data.shapes import draw_scene
+from pvdm_fast.data.shards import Sample, find_samples, list_shards, read_video, shard_order
 from pvdm_fast.data.transforms import fit, to_video
-from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, counted_index, packet_index, read_frames
+from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, Source, counted_index, packet_index, read_frames
+from pvdm_fast.data.watch import READ_TIMEOUT, TooSlow, reading
 
 SYNTHETIC = "synthetic:shapes"
 SYNTHETIC_LENGTH = {"train": 4096, "test": 256}
@@ -28,7 +31,7 @@ Skipped = list[tuple[str, str]]
 
 class Item(TypedDict):
     """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; the name of its class, if it has
-    one; files skipped, with reasons."""
+    one; files skipped, with reasons. Of cached latents ``video`` is float32 (windows, D, N): see LatentClips."""
 
     video: torch.Tensor
     name: str
@@ -37,7 +40,7 @@ class Item(TypedDict):
 
 
 class Batch(TypedDict):
-    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1]."""
+    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1]; or cached latents, (B, windows, D, N)."""
 
     video: torch.Tensor
     names: list[str]
@@ -56,6 +59,8 @@ class ClipSpec:
     split: str = "train"
     seed: int = 0
     flip: bool = False
+    read_timeout: float = READ_TIMEOUT
+    centred: bool = False
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "stride"):
@@ -63,6 +68,8 @@ class ClipSpec:
                 raise DataError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.split not in SYNTHETIC_LENGTH:
             raise DataError(f'no split "{self.split}": choose "train" or "test"')
+        if self.read_timeout < 0:
+            raise DataError(f"read_timeout must be at least 0 seconds, got {self.read_timeout:g}")
 
 
 class ClipDataset(torch.utils.data.Dataset[Item], ABC):
@@ -80,6 +87,9 @@ class ClipDataset(torch.utils.data.Dataset[Item], ABC):
     @abstractmethod
     def __getitem__(self, draw: int) -> Item: ...
 
+    def set_aside(self, file: str, reason: str) -> None:
+        """Leave a file out from now on, as if it had been found unreadable for ``reason``."""
+
 
 class FolderClips(ClipDataset):
     """Clips from videos on disk.
@@ -91,6 +101,10 @@ class FolderClips(ClipDataset):
     def __init__(self, root: Path, found: Found, spec: ClipSpec) -> None:
         self.root, self.videos, self.description, self.spec = root, found.videos, found.description, spec
         self._indices = IndexCache()
+        self._set_aside: dict[str, str] = {}
+
+    def set_aside(self, file: str, reason: str) -> None:
+        self._set_aside[file] = reason
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -99,24 +113,37 @@ class FolderClips(ClipDataset):
         if draw < 0:
             raise IndexError(f"draw numbers begin at 0, got {draw}")
         epoch, position = divmod(draw, len(self))
-        order = epoch_order(len(self), self.spec.seed, epoch)
+        order = self._order(epoch)
         skipped: Skipped = []
         for turn in range(len(self)):
             video = self.videos[order[(position + turn) % len(self)]]
             try:
-                window, frames = self._clip(video, draw)
+                if video.place in self._set_aside:
+                    raise UnreadableVideo(self._set_aside[video.place])
+                with reading(video.place, self.spec.read_timeout):
+                    window, frames, label = self._clip(video, draw)
             except UnreadableVideo as reason:
-                skipped.append((str(video.path), str(reason)))
+                if isinstance(reason, TooSlow):
+                    self.set_aside(video.place, str(reason))
+                skipped.append((video.place, str(reason)))
                 continue
             name = f"{video.name}@{window.start}"
-            return {"video": to_video(frames), "name": name, "label": video.label, "skipped": skipped}
+            return {"video": to_video(frames), "name": name, "label": label, "skipped": skipped}
         raise DataError(_none_usable(self.root, self.description, skipped))
 
-    def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray]]:
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order in which the videos are visited in an epoch."""
+        return epoch_order(len(self), self.spec.seed, epoch)
+
+    def _source(self, video: Video) -> tuple[Source, str | None]:
+        """A video file, or what it holds, and the name of its class."""
+        return video.path, video.label
+
+    def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray], str | None]:
         spec = self.spec
         rng = generator("clip", spec.seed, draw)
-        train = spec.split == "train"
-        view = View.draw(rng, flip=spec.flip) if train else View()
+        drawn = spec.split == "train" and not spec.centred
+        view = View.draw(rng, flip=spec.flip) if drawn else View()
         place = rng.bit_generator.state
 
         def choose(total: int) -> Window:
@@ -129,21 +156,37 @@ class FolderClips(ClipDataset):
         if video.is_folder:
             pictures = list_frames(video.path)
             window = choose(len(pictures))
-            return window, [each(read_picture(pictures[number])) for number in window.indices]
-        return self._file_clip(video.path, choose, each)
+            return window, [each(read_picture(pictures[number])) for number in window.indices], video.label
+        source, label = self._source(video)
+        return *self._file_clip(video.place, source, choose, each), label
 
     def _file_clip(
-        self, path: Path, choose: Callable[[int], Window], each: Callable[[np.ndarray], np.ndarray]
+        self, place: str, source: Source, choose: Callable[[int], Window], each: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[Window, list[np.ndarray]]:
         """A clip by the time stamps of the packets, or by counting decoded frames where those mislead."""
         for build in (packet_index, counted_index):
-            index = self._indices.get(path, build)
+            index = self._indices.get(place, source, build)
             window = choose(index.frames)
             try:
-                return window, read_frames(path, index, window.indices, each)
+                return window, read_frames(source, index, window.indices, each)
             except IndexMismatch:
                 continue
         raise UnreadableVideo("delivers other frames each time it is decoded")
+
+
+class ShardClips(FolderClips):
+    """Clips from the videos of webdataset shards (:mod:`pvdm_fast.data.shards`), in an order that stays near."""
+
+    def __init__(self, root: Path, found: Found, spec: ClipSpec) -> None:
+        super().__init__(root, found, spec)
+        self._sizes = tuple(Counter(video.path for video in found.videos).values())
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return shard_order(self._sizes, self.spec.seed, epoch)
+
+    def _source(self, video: Video) -> tuple[Source, str | None]:
+        assert isinstance(video, Sample)
+        return read_video(video)
 
 
 class SyntheticClips(ClipDataset):
@@ -179,20 +222,40 @@ def open_dataset(
     split: str = "train",
     seed: int = 0,
     flip: bool = False,
+    read_timeout: float = READ_TIMEOUT,
+    centred: bool = False,
 ) -> ClipDataset:
     """Clips from ``"synthetic:shapes"``, a folder (layout detected, see :mod:`pvdm_fast.data.layouts`) or one file.
 
+    webdataset shards are named by a pattern (``shards/{0000..0099}.tar``) or their folder.
+
+    A folder that ``python -m pvdm_fast.encode`` wrote gives latents: :class:`pvdm_fast.data.latents.LatentClips`.
+
     ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
     holds other videos, cropped at the centre and never mirrored. Raises :class:`DataError` when no video can be used;
-    one clip is read to find out.
+    one clip is read to find out. A file that takes longer than ``read_timeout`` seconds (0: no limit) is skipped; see
+    :mod:`pvdm_fast.data.watch` for what that can interrupt. ``centred``: training clips too are cropped at the centre
+    and not mirrored.
     """
-    spec = ClipSpec(frames, height, width, stride, split, seed, flip)
+    from pvdm_fast.data.latents import LatentClips, is_latents
+
+    spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout, centred)
     if str(source).startswith("synthetic:"):
         if str(source) != SYNTHETIC:
             raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
         return SyntheticClips(spec)
     root = Path(source)
-    dataset = FolderClips(root, find_videos(root, split, lambda video: _is_long_enough(video, frames)), spec)
+    if is_latents(root):
+        return LatentClips(root, spec)
+
+    def usable(video: Video) -> bool:
+        return _is_long_enough(video, spec)
+
+    shards = list_shards(source)
+    if shards:
+        dataset: FolderClips = ShardClips(root, find_samples(shards, split, usable), spec)
+    else:
+        dataset = FolderClips(root, find_videos(root, split, usable), spec)
     dataset[0]
     return dataset
 
@@ -207,10 +270,14 @@ def collate(items: Sequence[Item]) -> Batch:
     }
 
 
-def _is_long_enough(video: Video, frames: int) -> bool:
-    """Whether a video has ``frames`` frames, as far as can be told without decoding."""
+def _is_long_enough(video: Video, spec: ClipSpec) -> bool:
+    """Whether a video has the frames of a clip, as far as can be told without decoding."""
     try:
-        return (len(list_frames(video.path)) if video.is_folder else packet_index(video.path).frames) >= frames
+        with reading(video.place, spec.read_timeout):
+            if video.is_folder:
+                return len(list_frames(video.path)) >= spec.frames
+            source = read_video(video)[0] if isinstance(video, Sample) else video.path
+            return packet_index(source).frames >= spec.frames
     except UnreadableVideo:
         return False
 

@@ -42,6 +42,11 @@ class Video:
     is_folder: bool
 
     @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return str(self.path)
+
+    @property
     def label(self) -> str | None:
         """The name of its class, where it is named as in UCF-101."""
         match = _ucf_name(self)
@@ -99,11 +104,14 @@ def list_videos(root: Path) -> list[Video]:
 
 
 def find_classes(root: Path) -> list[str]:
-    """The classes of all videos below ``root``, both splits, in alphabetical order, as UCF-101 numbers them.
+    """The classes of all videos below ``root``, both splits, in alphabetical order, as UCF-101 numbers them; or those
+    of its cached latents.
 
     Raises :class:`DataError` unless every video is named as in UCF-101.
     """
-    labels = {video.label for video in list_videos(root)}
+    from pvdm_fast.data.latents import is_latents, read_labels
+
+    labels = set(read_labels(root)) if is_latents(root) else {video.label for video in list_videos(root)}
     if not labels or None in labels:
         raise DataError(f"no classes in {root}: they are read from names as in UCF-101, v_<Class>_g01_c01.avi")
     return sorted((label for label in labels if label), key=lambda label: (label.casefold(), label))

@@ -1,10 +1,17 @@
-"""Endless batches of clips from worker processes, beginning at any draw."""
+"""Endless batches of clips from worker processes, beginning at any draw, and going on when a worker dies."""
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from types import FrameType
 
 import torch
@@ -12,6 +19,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from pvdm_fast.data.clips import Batch, ClipDataset, collate
 from pvdm_fast.data.errors import DataError
+from pvdm_fast.data.watch import CRASHED, Notes, begin_notes, too_slow
+
+ENDING_SECONDS = 10.0
+RESTARTS = 3  # in a row, without a batch between them
 
 
 class DrawBatches(Sampler[list[int]]):
@@ -37,38 +48,115 @@ class DrawBatches(Sampler[list[int]]):
             first += step
 
 
-class ClipLoader:
-    """Iterates over batches without end; each ``iter`` begins again at ``start_draw``. Made by :func:`make_loader`."""
+@dataclass
+class _Crew:
+    """The workers of one DataLoader, and what they note."""
 
-    def __init__(self, loader: DataLoader[Batch]) -> None:
-        self._loader = loader
+    notes: Notes
+    processes: list[BaseProcess] = field(default_factory=list)
+
+    def dead(self, seconds: float) -> list[tuple[int, int, str | None]]:
+        """(process id, exit code, file in hand) of each worker that has ended; a negative code is a signal's.
+
+        Waits up to ``seconds`` for the first.
+        """
+        ending = wait([process.sentinel for process in self.processes], seconds)
+        for process in self.processes:
+            if process.sentinel in ending:  # closed while it ends, which takes a while longer
+                process.join(seconds)
+        ended = [(process.pid or 0, process.exitcode) for process in self.processes]
+        return [(pid, code, self.notes.file_of(pid)) for pid, code in ended if code is not None]
+
+    def end(self) -> None:
+        """Kill who is left: they may wait for ever for a lock that the dead held."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+class ClipLoader:
+    """Iterates over the batches of the given draws; each ``iter`` begins again. See :func:`make_loader`."""
+
+    def __init__(
+        self, dataset: ClipDataset, batches: Iterable[list[int]], *, workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        self.dataset, self.batches, self.workers, self.pin_memory = dataset, batches, workers, pin_memory
 
     def __iter__(self) -> Iterator[Batch]:
-        try:
-            yield from self._batches()
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-            # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection. Errors
-            # raised inside a worker come with "Caught ..." and pass.
-            if self._loader.num_workers == 0 or str(error).startswith("Caught "):
-                raise
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a data worker died ({error}). Often it was killed for lack of memory: use fewer workers, or 0 to "
-                "load the data in the training process"
-            ) from error
+        done = restarts = 0
+        killed: set[str] = set()
+        while True:
+            crew = _Crew(Notes(self.workers))
+            try:
+                for batch in self._read(done, crew):
+                    yield batch
+                    done += 1
+                    restarts = 0
+                return
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection; that
+                # breaks a while before the process has ended, above all where it leaves its memory in a file.
+                deaths = crew.dead(0 if isinstance(error, RuntimeError) else ENDING_SECONDS) if self.workers else []
+                if not deaths:
+                    raise
+                sentences = [self._judge(*death, killed) for death in deaths]
+                crew.end()
+                restarts += 1
+                if restarts > RESTARTS:
+                    raise DataError(
+                        f"{'; '.join(sentences)}; this was the {restarts}th time in a row. Use fewer workers if "
+                        "memory is short, or 0 to load the data in the training process"
+                    ) from error
+            for sentence in sentences:
+                print(f"{sentence}; its batches are read again", file=sys.stderr, flush=True)
 
-    def _batches(self) -> Iterator[Batch]:
-        """The loader's batches, without the SIGCHLD handler that torch installs.
+    def _judge(self, pid: int, code: int, file: str | None, killed: set[str]) -> str:
+        """What to say of a worker's death; the file that is to blame is set aside."""
+        ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if file is None:
+            return f"a data worker died (process {pid}, {ended}), not while reading a file"
+        while_reading = f"a data worker died (process {pid}, {ended}) while reading {file}"
+        if code == -signal.SIGALRM:
+            reason = too_slow(self.dataset.spec.read_timeout)
+        elif code == -signal.SIGKILL and file not in killed:
+            killed.add(file)
+            return f"{while_reading}, often for lack of memory: use fewer workers if it happens again"
+        else:
+            reason = f"{CRASHED} ({ended})"
+        self.dataset.set_aside(file, reason)
+        return f"{while_reading}: it {reason}, and is left out from now on"
+
+    def _read(self, done: int, crew: _Crew) -> Iterator[Batch]:
+        """The batches after the first ``done``, without the SIGCHLD handler that torch installs.
 
         That one raises wherever the process happens to be, in the middle of a training step for example. Without it,
         a death shows here within five seconds of asking for the next batch.
         """
-        before = signal.getsignal(signal.SIGCHLD)
-        batches = iter(self._loader)
+        loader: DataLoader[Batch] = DataLoader(
+            self.dataset,  # type: ignore[arg-type]  # typed as the dataset of items, not of batches
+            batch_sampler=_From(self.batches, done),
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            worker_init_fn=partial(_prepare_worker, crew.notes),
+            generator=torch.Generator(),  # else iterating would draw from the global random state
+        )
+        before, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+        batches = iter(loader)
+        crew.processes = [process for process in multiprocessing.active_children() if process not in others]
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         yield from batches
+
+
+class _From(Sampler[list[int]]):
+    """Batches of draws without the first ``done``."""
+
+    def __init__(self, batches: Iterable[list[int]], done: int) -> None:
+        self.batches, self.done = batches, done
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(iter(self.batches), self.done, None)
 
 
 def make_loader(
@@ -85,27 +173,22 @@ def make_loader(
 
     ``rank`` and ``world`` share each global batch of ``batch_size * world`` clips among processes: the next draw to
     resume from is ``start_draw + batch_size * world * batches``. Neither the loader nor the workers touch the global
-    random states. A worker's death raises :class:`DataError`.
+    random states.
+
+    A worker that dies is replaced, and what it had in hand is read again, so that no batch is lost or repeated; a line
+    on stderr names the process and the file. A file that took longer than the dataset's ``read_timeout``, crashed its
+    reader, or was twice in hand when the system killed it, is set aside. After three replacements without a batch
+    :class:`DataError` is raised.
     """
-    return ClipLoader(
-        DataLoader(
-            dataset,  # type: ignore[arg-type]  # typed as the dataset of items, not of batches
-            batch_sampler=DrawBatches(batch_size, start_draw, rank, world),
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            worker_init_fn=_prepare_worker,
-            generator=torch.Generator(),  # else iterating would draw from the global random state
-        )
-    )
+    return ClipLoader(dataset, DrawBatches(batch_size, start_draw, rank, world), workers=workers, pin_memory=pin_memory)
 
 
-def _prepare_worker(worker: int) -> None:
+def _prepare_worker(notes: Notes, worker: int) -> None:
     """One thread a worker; a Ctrl-C or SIGTERM sent to the whole group is the training process's to answer."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _survive_once)
+    begin_notes(notes, worker)
 
 
 def _survive_once(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ the start of the file instead: slower, never wrong.
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192: beyond it a header is taken to be damaged rather than memory filled
 T = TypeVar("T")
+Source = Path | bytes  # a file, or what it holds
 
 
 class IndexMismatch(Exception):
@@ -48,13 +50,14 @@ class VideoIndex:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream, decoding on one thread; any failure is an UnreadableVideo."""
     import av
 
     try:
         # Only local files: a playlist posing as a video must not make the decoder open addresses.
-        container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
+        container = av.open(file, "r", options={"protocol_whitelist": "file"})
     except Exception as error:  # whatever a damaged file provokes, it is a reason to skip it
         raise UnreadableVideo(f"cannot be opened: {_reason(error)}") from error
     with container:
@@ -78,14 +81,14 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
-def packet_index(path: Path) -> VideoIndex:
+def packet_index(source: Source) -> VideoIndex:
     """Frame times from the packets of a file, without decoding; by counting where packets have no usable times.
 
     Frames before the first key frame cannot be decoded and are left out, like those that an edit list cuts away.
     """
     pts: list[int | None] = []
     keys: list[int] = []
-    with _opened(path) as (container, stream):
+    with _opened(source) as (container, stream):
         for packet in container.demux(stream):
             if packet.size == 0 or packet.is_discard or packet.is_corrupt:
                 continue
@@ -94,30 +97,30 @@ def packet_index(path: Path) -> VideoIndex:
                 keys.append(packet.pts)
     times = sorted({time for time in pts if time is not None})
     if not keys or len(times) != len(pts):
-        return counted_index(path)
+        return counted_index(source)
     decodable = np.array(times[bisect_left(times, min(keys)) :], np.int64)
     return VideoIndex(len(decodable), decodable, np.searchsorted(decodable, np.unique(keys)))
 
 
-def counted_index(path: Path) -> VideoIndex:
+def counted_index(source: Source) -> VideoIndex:
     """The number of frames the decoder really delivers, found by decoding the whole file."""
-    with _opened(path) as (container, stream):
+    with _opened(source) as (container, stream):
         frames = sum(1 for _ in container.decode(stream))
     if frames == 0:
         raise UnreadableVideo("holds no frames")
     return VideoIndex(frames)
 
 
-def read_frames(path: Path, index: VideoIndex, wanted: Sequence[int], each: Callable[[np.ndarray], T]) -> list[T]:
+def read_frames(source: Source, index: VideoIndex, wanted: Sequence[int], each: Callable[[np.ndarray], T]) -> list[T]:
     """``each`` applied to the wanted frames (increasing numbers), given as uint8 (height, width, 3) RGB arrays.
 
     Raises :class:`IndexMismatch` when the time stamps of ``index`` do not lead to the frames, and
     :class:`UnreadableVideo` when they cannot be decoded.
     """
     if index.pts is None or index.keys is None:
-        return _read_counting(path, wanted, each)
+        return _read_counting(source, wanted, each)
     for target in _seek_targets(index.keys, wanted[0]):
-        found = _read_from(path, index.pts, target, wanted, each)
+        found = _read_from(source, index.pts, target, wanted, each)
         if found is not None:
             return found
     raise IndexMismatch
@@ -133,7 +136,7 @@ def _seek_targets(keys: np.ndarray, first: int) -> list[int]:
 
 
 def _read_from(
-    path: Path, pts: np.ndarray, target: int, wanted: Sequence[int], each: Callable[[np.ndarray], T]
+    source: Source, pts: np.ndarray, target: int, wanted: Sequence[int], each: Callable[[np.ndarray], T]
 ) -> list[T] | None:
     """Seek to frame ``target``, decode to the last wanted frame; None when this does not lead there.
 
@@ -143,7 +146,7 @@ def _read_from(
     found: list[T] = []
     numbers = set(wanted)
     try:
-        with _opened(path) as (container, stream):
+        with _opened(source) as (container, stream):
             if target:
                 container.seek(int(pts[target]), stream=stream, backward=True)
             packets = container.demux(stream)
@@ -167,11 +170,11 @@ def _read_from(
     return None
 
 
-def _read_counting(path: Path, wanted: Sequence[int], each: Callable[[np.ndarray], T]) -> list[T]:
+def _read_counting(source: Source, wanted: Sequence[int], each: Callable[[np.ndarray], T]) -> list[T]:
     """The wanted frames by counting from the start of the file."""
     found: list[T] = []
     numbers = set(wanted)
-    with _opened(path) as (container, stream):
+    with _opened(source) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
             if number in numbers:
                 found.append(each(_rgb(frame)))
@@ -199,12 +202,13 @@ class IndexCache:
         self.entries: OrderedDict[tuple[str, Any], VideoIndex] = OrderedDict()
         self.frames = 0
 
-    def get(self, path: Path, build: Callable[[Path], VideoIndex]) -> VideoIndex:
-        key = (str(path), build)
+    def get(self, place: str, source: Source, build: Callable[[Source], VideoIndex]) -> VideoIndex:
+        """The index of the video at ``place``, made from ``source`` unless it is known."""
+        key = (place, build)
         if key in self.entries:
             self.entries.move_to_end(key)
             return self.entries[key]
-        index = self.entries[key] = build(path)
+        index = self.entries[key] = build(source)
         self.frames += index.frames
         while self.frames > self.budget and len(self.entries) > 1:
             self.frames -= self.entries.popitem(last=False)[1].frames

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast import backends
-from pvdm_fast.ops.registry import expect, register
+from pvdm_fast.ops.registry import expect, expect_real, register
 
 
 def _fake(
@@ -76,6 +76,7 @@ def add_layer_norm(
     Raises:
         ValueError: shapes that don't fit.
     """
+    expect_real("add_layer_norm", x, residual, weight, bias)
     expect(
         x.numel() > 0
         and weight.shape == bias.shape == x.shape[-1:]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast import backends
-from pvdm_fast.ops.registry import expect, register_inference
+from pvdm_fast.ops.registry import expect, expect_real, register_inference
 
 # Where launches, not bytes or products, are what takes time. Every program of the fused projection norms all tokens of
 # its clip: with more clips that costs more than the launches and bytes it saves.
@@ -79,13 +79,14 @@ def attention_block(
     Raises:
         ValueError: shapes that don't fit, or more tokens.
     """
+    expect_real("attention_block", x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
     expect(
         x.dim() == 3 and x.numel() > 0 and x.shape[1] <= MOST_TOKENS,
         f"attention_block: x must be (B, N, C) with N up to {MOST_TOKENS}, not empty; got {tuple(x.shape)}.",
     )
     channels = x.shape[-1]
     expect(
-        channels % heads == 0 and channels % groups == 0,
+        min(heads, groups) > 0 and channels % heads == 0 and channels % groups == 0,
         f"attention_block: {heads} heads and {groups} groups must divide the {channels} channels.",
     )
     shapes = [tuple(t.shape) for t in (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast import backends
-from pvdm_fast.ops.registry import autocast, expect, register
+from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
 
 def _fake(
@@ -77,6 +77,7 @@ def axial_attention(
     Raises:
         ValueError: shapes that don't fit, an unknown axis, or `query` with a rotation or along space.
     """
+    expect_real("axial_attention", qkv, query, *(rotation or ()))
     parts = 3 if query is None else 2
     expect(
         qkv.dim() == 7 and qkv.shape[4] == parts and qkv.numel() > 0,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast import backends
-from pvdm_fast.ops.registry import expect, register
+from pvdm_fast.ops.registry import expect, expect_real, register
 
 
 def _fake(x: Tensor) -> Tensor:
@@ -51,6 +51,7 @@ def geglu(x: Tensor) -> Tensor:
     Raises:
         ValueError: the last axis is odd or x is empty.
     """
+    expect_real("geglu", x)
     expect(
         x.dim() > 0 and x.numel() > 0 and x.shape[-1] % 2 == 0,
         f"geglu: the last axis must be even and x not empty, but its shape is {tuple(x.shape)}.",

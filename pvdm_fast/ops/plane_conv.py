@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pvdm_fast import backends
 from pvdm_fast.layout import PlaneLayout
-from pvdm_fast.ops.registry import autocast, expect, register
+from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
@@ -63,11 +63,12 @@ def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor) -> 
     Raises:
         ValueError: shapes or dtypes that don't fit.
     """
+    expect_real("plane_conv", x, weight, bias)
     expect(x.dim() == 3 and x.numel() > 0, f"plane_conv: x must be (B, N, C), not empty; got {tuple(x.shape)}.")
     layout.check(x)
     x, weight, bias = autocast(x, weight, bias)
     expect(
-        weight.shape[1:] == (x.shape[-1], 3, 3) and bias.shape == weight.shape[:1],
+        weight.shape[1:] == (x.shape[-1], 3, 3) and bias.shape == weight.shape[:1] and weight.numel() > 0,
         f"plane_conv: for {x.shape[-1]} channels weight must be (C', {x.shape[-1]}, 3, 3) and bias (C'), "
         f"not {tuple(weight.shape)} and {tuple(bias.shape)}.",
     )

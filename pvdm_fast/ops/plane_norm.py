@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pvdm_fast import backends
 from pvdm_fast.layout import PlaneLayout
-from pvdm_fast.ops.registry import expect, register
+from pvdm_fast.ops.registry import expect, expect_real, register
 
 _RESAMPLE = {None: 0, "up": 1, "down": -1}
 
@@ -96,11 +96,12 @@ def plane_norm(
     Raises:
         ValueError: shapes that don't fit, groups that don't divide C, odd sizes to halve.
     """
+    expect_real("plane_norm", x, weight, bias, scale_shift)
     expect(x.dim() == 3 and x.numel() > 0, f"plane_norm: x must be (B, N, C), not empty; got {tuple(x.shape)}.")
     layout.check(x)
     channels = x.shape[-1]
     expect(
-        channels % groups == 0 and weight.shape == bias.shape == (channels,),
+        isinstance(groups, int) and groups > 0 and channels % groups == 0 and weight.shape == bias.shape == (channels,),
         f"plane_norm: x has {channels} channels, which {groups} groups must divide, and weight and bias must have "
         f"that length; they have shapes {tuple(weight.shape)} and {tuple(bias.shape)}.",
     )

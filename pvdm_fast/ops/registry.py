@@ -84,3 +84,13 @@ def expect(condition: bool, message: str) -> None:
     """Raise ValueError with `message` unless `condition`: the check of arguments at the border of the package."""
     if not condition:
         raise ValueError(message)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def expect_real(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors have a dtype that the operations compute in."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"{op}: tensors must be float32, bfloat16, float16 or float64, not {tensor.dtype}.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast import backends
-from pvdm_fast.ops.registry import autocast, expect, register
+from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
 
 def _fake(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
@@ -59,6 +59,7 @@ def segment_attention(qkv: Tensor, offsets: Sequence[int] | None = None, scale: 
     Raises:
         ValueError: shapes or offsets that don't fit.
     """
+    expect_real("segment_attention", qkv)
     expect(
         qkv.dim() == 5 and qkv.shape[2] == 3 and qkv.numel() > 0,
         f"segment_attention: qkv must be (B, N, 3, heads, d) and not empty, but has shape {tuple(qkv.shape)}.",

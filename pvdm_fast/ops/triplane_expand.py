@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvdm_fast import backends
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.ops.registry import autocast, expect, register
+from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
 
 def _fake(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int, width: int) -> Tensor:
@@ -61,6 +61,7 @@ def triplane_expand(planes: Tensor, layout: TriplaneLayout, weight: Tensor, bias
     Raises:
         ValueError: shapes or dtypes that don't fit.
     """
+    expect_real("triplane_expand", planes, weight, bias)
     expect(
         planes.dim() == 3 and planes.numel() > 0,
         f"triplane_expand: planes must be (B, N, D), not empty; got {tuple(planes.shape)}.",
@@ -68,7 +69,7 @@ def triplane_expand(planes: Tensor, layout: TriplaneLayout, weight: Tensor, bias
     layout.check(planes)
     expect(
         weight.dim() == 3 and weight.shape[0] == 3 and weight.shape[2] == planes.shape[2]
-        and bias.shape == weight.shape[:2],
+        and bias.shape == weight.shape[:2] and weight.numel() > 0,
         f"triplane_expand: weight must be (3, C, {planes.shape[2]}) and bias (3, C), not {tuple(weight.shape)} and "
         f"{tuple(bias.shape)}.",
     )  # fmt: skip

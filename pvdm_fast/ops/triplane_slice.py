@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvdm_fast import backends
 from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
-from pvdm_fast.ops.registry import expect, register
+from pvdm_fast.ops.registry import expect, expect_real, register
 
 
 def _fake(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:
@@ -62,6 +62,7 @@ def triplane_slice(x: Tensor, layout: TriplaneLayout, plane: str, token: Tensor,
     Raises:
         ValueError: shapes that don't fit, an unknown plane.
     """
+    expect_real("triplane_slice", x, token, positions)
     expect(plane in PLANE_NAMES, f"triplane_slice: plane must be one of {', '.join(PLANE_NAMES)}, not {plane!r}.")
     length = dict(xy=layout.time, yt=layout.height, xt=layout.width)[plane]
     expect(

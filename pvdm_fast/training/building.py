@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,18 @@ import torch
 from pvdm_fast.data.layouts import find_classes
 from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
-from pvdm_fast.training.config import TrainConfig
+from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
+from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.files import whole_file
+from pvdm_fast.training.processes import TIMEOUT, Processes
 from pvdm_fast.training.run_folder import RunFolder
+from pvdm_fast.training.sharding import shard
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from pvdm_fast.data import ClipDataset
     from pvdm_fast.models import Autoencoder, Denoiser
 
 AUTOENCODER_SIZES = (
@@ -37,36 +41,67 @@ DENOISER_SIZES = ("model_channels", "channel_mult", "num_res_blocks", "attention
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, for one process; bf16 only where it serves. Raises UserError for a precision that doesn't fit."""
-    from accelerate import Accelerator
+    """Accelerate, with as many processes as were started; bf16 only where it serves.
+
+    Raises:
+        UserError: the precision, the batch size or the launcher's own settings don't fit.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     precision = config.mixed_precision
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
     if precision == "bf16" and not bfloat16_serves(device, "--mixed-precision bf16"):
         precision = "no"
     try:
-        accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=precision)
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=precision,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
     except ValueError as error:
         raise UserError(f"--mixed-precision {config.mixed_precision} cannot be used here: {error}") from error
-    if accelerator.num_processes > 1:
-        raise UserError("this trainer runs in one process: start it with python -m pvdm_fast.train")
+    check_processes(config, accelerator)
     return accelerator
 
 
-def make_stage(name: str, config: TrainConfig, run: RunFolder) -> Stage:
-    """The stage with freshly initialised weights; diffusion takes the run's autoencoder."""
+def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raises UserError, in the main process, for what several processes cannot do."""
+    processes, kind, problem = accelerator.num_processes, accelerator.distributed_type.value, None
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        problem = f"accelerate's {kind} is not supported: start with --multi_gpu or torchrun, and shard with --fsdp"
+    for stage in STAGES if config.stage == "all" else (config.stage,):
+        size = getattr(config, stage).batch_size
+        if size % processes:
+            problem = (
+                f"--{stage}-batch-size {size} cannot be shared evenly among {processes} processes: it is the batch of "
+                f"all together, so choose a multiple of {processes}, or another number of processes"
+            )
+    if config.fsdp and config.mixed_precision == "fp16":
+        problem = "--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients"
+    if problem is not None:
+        Processes(accelerator).fail(UserError(problem))
+
+
+def make_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Stage:
+    """The stage with freshly initialised weights, sharded with --fsdp; diffusion takes the run's autoencoder."""
     torch.manual_seed(config.seed)
     if name == "autoencoder":
         autoencoder = make_autoencoder(config)
         model: Autoencoder | Denoiser = autoencoder
-        stage: Stage = AutoencoderStage(config, autoencoder)
     else:
         autoencoder = load_autoencoder(run.autoencoder)
-        model = denoiser = make_denoiser(config, autoencoder, run)
-        stage = DiffusionStage(config, autoencoder, denoiser)
-    if stage.options.checkpointing:
+        names = class_names(config, run, accelerator.is_main_process) if config.diffusion.class_conditional else None
+        model = denoiser = make_denoiser(config, autoencoder, names)
+    if getattr(config, name).checkpointing:
         model.enable_gradient_checkpointing()
-    return stage
+    if config.fsdp and accelerator.num_processes > 1:
+        shard(model, accelerator.device, accelerator.num_processes)
+    if name == "diffusion":
+        return DiffusionStage(config, autoencoder, denoiser)
+    return (SecondPhaseStage if wants_second_phase(config) else AutoencoderStage)(config, autoencoder)
 
 
 @contextmanager
@@ -88,13 +123,13 @@ def make_autoencoder(config: TrainConfig) -> Autoencoder:
         return Autoencoder.from_preset(config.preset, **{key: size for key, size in sizes.items() if size is not None})
 
 
-def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, run: RunFolder | None = None) -> Denoiser:
-    """The preset's denoiser for the autoencoder's latents; raises UserError where sizes don't fit or classes lack."""
+def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence[str] | None = None) -> Denoiser:
+    """The preset's denoiser for the autoencoder's latents, with classes where their names are given; raises UserError
+    where sizes don't fit."""
     from pvdm_fast.models import Denoiser
 
     sizes = {name: getattr(config.diffusion, name) for name in DENOISER_SIZES}
     layout = autoencoder.layout
-    names = class_names(config, run) if config.diffusion.class_conditional else None
     with _as_user_error():
         return Denoiser.from_preset(
             config.preset,
@@ -108,26 +143,26 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, run: RunFolder 
         )
 
 
-def class_names(config: TrainConfig, run: RunFolder | None) -> list[str]:
+def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:
     """The classes of the data. A run keeps those it began with, so that their numbers stay when the data moves."""
-    kept = None if run is None else run.path / "classes.json"
-    if kept is not None and kept.is_file():
+    kept = run.path / "classes.json"
+    if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
     names = find_classes(Path(config.data))
-    if kept is not None:
+    if writes:
         with whole_file(kept) as temporary:
             temporary.write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
     return names
 
 
 def load_autoencoder(path: Path) -> Autoencoder:
-    """A saved autoencoder; raises UserError where there is none."""
+    """A saved autoencoder; raises UserError where there is none, or it is damaged."""
+    from pvdm_fast.checkpoints import load_model
     from pvdm_fast.models import Autoencoder
 
     if not (path / "config.json").is_file():
         raise UserError(f"there is no autoencoder in {path}: train one first, or name one with --autoencoder-from")
-    with _as_user_error():
-        return Autoencoder.from_pretrained(path)
+    return load_model(Autoencoder, path)
 
 
 def existing_autoencoder(config: TrainConfig, resume: Path | None) -> Autoencoder | None:
@@ -151,6 +186,22 @@ def existing_autoencoder(config: TrainConfig, resume: Path | None) -> Autoencode
         if want is not None and want != have:
             raise UserError(f"--{name} is {want}, but the autoencoder in {place} was made for {have}")
     return autoencoder
+
+
+def check_latents(data: ClipDataset, stages: tuple[str, ...], autoencoder: Autoencoder) -> None:
+    """Raises UserError for cached latents that another autoencoder made, or that another stage would need."""
+    from pvdm_fast.data.latents import LatentClips, fingerprint
+
+    if not isinstance(data, LatentClips):
+        return
+    if stages != ("diffusion",):
+        raise UserError(f"{data.root} holds cached latents, which serve --stage diffusion only")
+    made_by, used = data.settings.autoencoder, fingerprint(autoencoder)
+    if made_by != used:
+        raise UserError(
+            f"the latents in {data.root} were made by another autoencoder ({made_by[:12]}) than the one to be used "
+            f"({used[:12]}): encode the clips with this one, or name that one with --autoencoder-from"
+        )
 
 
 def empty_autoencoder(config: TrainConfig) -> Autoencoder:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pvdm_fast.checksums import checksum
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.config import STAGES
-from pvdm_fast.training.files import whole_folder
+from pvdm_fast.training.files import remove_folder, whole_folder
 
 KEPT = 2
 STATE, NOTE = "state.pt", "checkpoint.json"
@@ -33,17 +32,8 @@ class Checkpoint:
         return STAGES[self.stage]
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file, read in pieces."""
-    value = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            value = zlib.crc32(piece, value)
-    return value
-
-
 def save(folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: int = KEPT) -> Path:
-    """Write ``state`` as ``folder/STAGE-step-NNNNNNN`` and remove all but the newest ``keep`` complete checkpoints.
+    """Write ``state`` as ``folder/STAGE-step-NNNNNNN`` and remove all before it but the newest ``keep - 1``.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; what was there before is still there.
@@ -59,8 +49,9 @@ def save(folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: in
                 "crc32": checksum(temporary / STATE),
             }
             (temporary / NOTE).write_text(json.dumps(note), encoding="utf-8")
-        for old in found(folder)[:-keep]:
-            shutil.rmtree(old.path, ignore_errors=True)
+        place = Checkpoint(STAGES.index(stage), step, path)  # later ones are damaged and were passed over
+        for old in [item for item in found(folder) if item <= place][:-keep]:
+            remove_folder(old.path)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _is_writer_failure(error):
             raise
@@ -77,40 +68,66 @@ def _is_writer_failure(error: RuntimeError) -> bool:
 
 
 def found(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in a folder, oldest first; half-written ones have other names and don't count."""
+    """The checkpoints in a folder, oldest first; half-written ones have other names and don't count."""
     result = []
-    for note in folder.glob(f"[!.]*/{NOTE}"):
-        stage, _, number = note.parent.name.rpartition("-step-")
-        if stage in STAGES and number.isdigit():
-            result.append(Checkpoint(STAGES.index(stage), int(number), note.parent))
+    for path in folder.glob("[!.]*"):
+        stage, _, number = path.name.rpartition("-step-")
+        if stage in STAGES and number.isascii() and number.isdecimal():
+            result.append(Checkpoint(STAGES.index(stage), int(number), path))
     return sorted(result)
 
 
-def damage(path: Path) -> str | None:
+def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint's files; None where they are as written."""
+    path = checkpoint.path
     try:
         note = json.loads((path / NOTE).read_text(encoding="utf-8"))
+        if (note["stage"], note["step"]) != (checkpoint.stage_name, checkpoint.step):
+            return f"its {NOTE} is of another checkpoint"
         if (path / STATE).stat().st_size != note["bytes"]:
             return "its size is wrong"
         return None if checksum(path / STATE) == note["crc32"] else "its checksum is wrong"
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         return f"it cannot be read ({error})"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"its {NOTE} is damaged"
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest undamaged checkpoint, and a sentence for each newer one that had to be passed over."""
+    """The newest undamaged checkpoint, and a sentence for each newer one that had to be passed over.
+
+    Raises:
+        UserError: there are checkpoints, but none is good: to start again would throw a run away.
+    """
     passed_over: list[str] = []
     for candidate in reversed(found(folder)):
-        problem = damage(candidate.path)
+        problem = damage(candidate)
         if problem is None:
             return candidate, passed_over
         passed_over.append(f"{candidate.path} is passed over: {problem}")
+    if passed_over:
+        raise UserError(
+            f"no checkpoint in {folder} is good ({'; '.join(passed_over)}): put a good copy there, or remove the "
+            f"folder to train the stage from its start"
+        )
     return None, passed_over
 
 
 def load(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The state saved in a checkpoint, on the CPU; nothing but tensors and plain values is ever unpickled."""
-    return torch.load(checkpoint.path / STATE, map_location="cpu", weights_only=True)
+    """The state saved in a checkpoint, on the CPU; nothing but tensors and plain values is ever unpickled.
+
+    Raises:
+        UserError: the file holds something else, though its checksum is right.
+    """
+    try:
+        state = torch.load(checkpoint.path / STATE, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {checkpoint.path / STATE}: {error.strerror or error}") from error
+    except Exception as error:  # a reader of untrusted pickles may raise anything
+        raise UserError(f"{checkpoint.path / STATE} is not a state that this trainer wrote: remove it") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{checkpoint.path / STATE} is not a state that this trainer wrote: remove it")
+    return state
 
 
 def random_states() -> dict[str, Any]:

@@ -25,9 +25,10 @@ def option(
     maximum: float | None = None,
     resumable: bool = False,
     may_be_empty: bool = False,
+    metavar: str | None = None,
 ) -> Any:
     """A dataclass field with its help text, its range, and whether it may change when a run is resumed."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum}
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "metavar": metavar}
     return field(default=default, metadata={**metadata, "resumable": resumable, "may_be_empty": may_be_empty})
 
 
@@ -42,6 +43,9 @@ class VideoOptions:
     flip: bool = option(False, "mirror half of the training clips left to right")
     fps: float = option(8.0, "frames a second of the videos written", minimum=0.1, resumable=True)
     workers: int = option(2, "processes that read clips ahead; 0 reads in the main process", minimum=0, resumable=True)
+    read_timeout: float = option(
+        120.0, "seconds after which a file that cannot be read is left out; 0: no limit", minimum=0, resumable=True
+    )
 
 
 @dataclass
@@ -49,7 +53,7 @@ class StageOptions:
     """What both stages share."""
 
     steps: int = option(10_000, "optimizer steps", minimum=1, resumable=True)
-    batch_size: int = option(8, "clips a forward pass", minimum=1)
+    batch_size: int = option(8, "clips a forward pass, of all processes together", minimum=1)
     accumulate: int = option(1, "forward passes whose gradients are averaged for one optimizer step", minimum=1)
     learning_rate: float = option(1e-4, "highest learning rate", minimum=0)
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up; cosine ends near 0")
@@ -82,6 +86,27 @@ class AutoencoderOptions(StageOptions):
 
 
 @dataclass
+class AdversarialOptions:
+    """The autoencoder's adversarial phase."""
+
+    start: int | None = option(
+        None, "autoencoder step at which discriminators come in; none: never", minimum=0, resumable=True
+    )
+    weight: float = option(1.0, "weight of what the discriminators say", minimum=0)
+    adaptive: bool = option(
+        True, "scale that weight so that its gradient at the last decoder layer is as large as the other losses'"
+    )
+    norm: Literal["batch", "spectral", "none"] = option(
+        "batch", "of the discriminators: batch statistics, the release's; or each convolution's singular value"
+    )
+    r1: float = option(
+        0.0, "weight of the penalty on the discriminators' gradient; not with --adversarial-norm batch", minimum=0
+    )
+    channels: int = option(64, "width of the discriminators", minimum=1)
+    learning_rate: float = option(1e-4, "learning rate of the discriminators, constant", minimum=0)
+
+
+@dataclass
 class DiffusionOptions(StageOptions):
     """The denoiser and its training."""
 
@@ -110,15 +135,29 @@ class TrainConfig:
     preset: Literal["tiny", "small", "base"] = option("tiny", "sizes of the models and matching hyper-parameters")
     stage: Literal["autoencoder", "diffusion", "all"] = option("all", "what to train", resumable=True)
     data: str = option(
-        "synthetic:shapes", "a folder of videos, of frame folders, UCF-101 or SkyTimelapse", resumable=True
+        "synthetic:shapes",
+        "a folder of videos, of frame folders, UCF-101, SkyTimelapse, or of latents (python -m pvdm_fast.encode)",
+        resumable=True,
     )
     autoencoder_from: str | None = option(
         None, "with --stage diffusion: the run, or the model folder, whose autoencoder to use"
+    )
+    lpips_weights: str | None = option(
+        None,
+        "add the perceptual loss to the autoencoder's: a file with VGG16's weights, or the word torchvision",
+        resumable=True,
+        metavar="FILE",
     )
     seed: int = option(0, "seed of weights, clips and noise", minimum=0)
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
+    )
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]')"
+    )
+    fsdp: bool = option(
+        False, "with several processes: cut weights and optimizer state among them (FSDP2)", resumable=True
     )
     save_every: int = option(1000, "steps between checkpoints", minimum=1, resumable=True)
     preview_every: int = option(5000, "steps between sample videos and held-out scores", minimum=1, resumable=True)
@@ -131,6 +170,7 @@ class TrainConfig:
     )
     video: VideoOptions = field(default_factory=VideoOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
+    adversarial: AdversarialOptions = field(default_factory=AdversarialOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
 
 
@@ -174,6 +214,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 GROUPS: dict[str, type[Any]] = {
     "video": VideoOptions,
     "autoencoder": AutoencoderOptions,
+    "adversarial": AdversarialOptions,
     "diffusion": DiffusionOptions,
 }
 

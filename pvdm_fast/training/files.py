@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pvdm_fast.errors import UserError
+
 TEMPORARY = ".writing-"
+ASIDE = f"{TEMPORARY}old-"
 
 
 def flush(path: Path) -> None:
@@ -42,15 +46,54 @@ def whole_folder(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder that counts by its name: it loses the name first, so that none is ever seen half removed."""
+    gone = path.parent / f"{TEMPORARY}gone-{path.name}"
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def _replace(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    old = path.parent / f"{TEMPORARY}old-{path.name}"
+    old = path.parent / f"{ASIDE}{path.name}"
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, worker: str, option: str) -> Iterator[None]:
+    """Keep other processes that lock this file away; the kernel ends that when this process dies, however it dies.
+
+    Args:
+        path: a file in the folder that is worked in; it is made, and left behind.
+        worker: what works there, and ``option`` the option that names another folder: for the message.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written.
+    """
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the folder {path.parent}: {error.strerror}") from error
+    with file:
+        try:
+            # Not flock: data workers would inherit that, and outlive a killed process by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"another {worker} ({file.read()}) is at work in {path.parent}: wait until it ends, stop it, or name "
+                f"another folder with {option}"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
 
 
 @contextmanager
@@ -64,3 +107,21 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    flush(path.parent)
+
+
+def clean_up(folder: Path) -> None:
+    """Put a folder in order after a process was killed while writing into it; no other may be writing there.
+
+    What was moved aside comes back where its successor did not get into place; all else that was begun is removed, the
+    video writer's temporary files too.
+    """
+    for old in folder.rglob(f"{ASIDE}*"):
+        place = old.with_name(old.name.removeprefix(ASIDE))
+        if not place.exists():
+            old.rename(place)
+    for begun in [*folder.rglob(f"{TEMPORARY}*"), *folder.rglob(".*.tmp")]:
+        if begun.is_dir():
+            shutil.rmtree(begun, ignore_errors=True)
+        else:
+            begun.unlink(missing_ok=True)

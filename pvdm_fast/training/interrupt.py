@@ -8,12 +8,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from pvdm_fast.errors import Interrupted
+from pvdm_fast.training.processes import Processes
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM sets ``number``; a second one stops at once."""
+    """While active, the first SIGINT or SIGTERM is remembered; a second one stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.number: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -34,7 +36,11 @@ class StopRequest:
         self.number = number
         print("\nfinishing this step, then saving; once more stops at once", file=sys.stderr, flush=True)
 
+    def agreed(self) -> int | None:
+        """The signal that has come to this or another process; all of them call this at the same place."""
+        return self.processes.largest(self.number or 0) or None
+
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
-        if self.number is not None:
-            raise Interrupted(self.number)
+        """Raises Interrupted if a signal has come to any process, in all of them."""
+        if number := self.agreed():
+            raise Interrupted(number)

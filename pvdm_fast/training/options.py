@@ -79,7 +79,9 @@ def make_parser() -> Parser:
     presets = {name: make_config({"preset": name}) for name in PRESETS}
     run = parser.add_argument_group("the run")
     run.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of options, such as a run's config.yaml")
-    run.add_argument("--run", type=Path, metavar="DIR", help="folder for the results (default: runs/DATE-TIME)")
+    # torchrun takes --run for an abbreviation of its own --run-path, wherever it stands
+    text = "folder for the results (default: runs/DATE-TIME); after torchrun write --run-dir"
+    run.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=text)
     run.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
     groups = {"": run} | {
         name: parser.add_argument_group(str(owner.__doc__).strip(".").lower()) for name, owner in GROUPS.items()
@@ -94,7 +96,7 @@ def make_parser() -> Parser:
         elif get_origin(option.kind) is tuple:
             arguments.update(nargs="*", metavar="N")
         else:
-            arguments["metavar"] = {int: "N", float: "X", str: "DIR"}[option.kind]
+            arguments["metavar"] = option.metadata["metavar"] or {int: "N", float: "X", str: "DIR"}[option.kind]
         groups[option.group].add_argument(flag(option), **arguments)
     return parser
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pvdm_fast.training.files import whole_file
 
 SHOWN_CLIPS = 8
 SHOWN_FRAMES = 8
+ADVERSARIAL_VALUES = ("d_loss", "g_loss", "feature_matching", "adversarial_weight")
 
 
 def write_reconstructions(path: Path, originals: Tensor, reconstructions: Tensor, fps: float) -> None:
@@ -49,25 +52,48 @@ def _strip(video: Tensor) -> np.ndarray:
     return video_grid(frames, columns=len(times))[0]
 
 
-def write_loss_curves(path: Path, records: list[dict[str, Any]]) -> None:
-    """A PNG with the loss of each stage over its steps, as it was and smoothed; held-out scores are its title."""
+def write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """A PNG with the loss of each stage over its steps, as it was and smoothed; records are gone through once.
+
+    Where discriminators took part, whose terms can be negative, the autoencoder's is the loss of pixels, and what they
+    said has a picture of its own.
+    """
     from matplotlib.figure import Figure
 
-    stages = [stage for stage in STAGES if any(item["stage"] == stage for item in records)]
-    figure = Figure(figsize=(5 * len(stages), 3.5), layout="constrained")
-    for axes, stage in zip(np.atleast_1d(figure.subplots(1, len(stages))), stages, strict=True):
-        points = [
-            (item["step"], item["loss"]) for item in records if item["stage"] == stage and item.get("loss") is not None
-        ]
-        steps, losses = np.array(points, dtype=float).reshape(-1, 2).T
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
-        width = max(1, len(losses) // 40)
-        if len(losses) >= width:
-            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], smooth, color="tab:blue")
+    found: dict[tuple[str, str], tuple[array[float], array[float]]] = {}
+    for item in records:
+        shown = {**item, "loss": item.get("reconstruction", item.get("loss"))}
+        for name in ("loss", *ADVERSARIAL_VALUES):
+            steps, values = found.setdefault((item["stage"], name), (array("d"), array("d")))
+            if shown.get(name) is not None:
+                steps.append(item["step"])
+                values.append(shown[name])
+    stages = [stage for stage in STAGES if (stage, "loss") in found]
+    adversarial = [key for key in found if key[1] in ADVERSARIAL_VALUES and len(found[key][0])]
+    pictures = len(stages) + bool(adversarial)
+    figure = Figure(figsize=(5 * pictures, 3.5), layout="constrained")
+    every_axes = np.atleast_1d(figure.subplots(1, pictures))
+    for axes, stage in zip(every_axes, stages, strict=False):
+        _draw(axes, *found[stage, "loss"], "loss", "tab:blue")
         axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+    if adversarial:
+        for number, key in enumerate(adversarial):
+            _draw(every_axes[-1], *found[key], key[1], f"C{number}")
+        every_axes[-1].set(title="adversarial phase", xlabel="step")
+        every_axes[-1].legend(fontsize=8)
+    for axes in every_axes:
         axes.grid(alpha=0.3, which="both")
     _save_figure(figure, path)
+
+
+def _draw(axes: Any, steps: Sequence[float], values: Sequence[float], name: str, colour: str) -> None:
+    """A recorded value over the steps, pale, and its running mean."""
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+    width = max(1, len(values) // 40)
+    if len(values) >= width:
+        axes.plot(
+            steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour, label=name
+        )
 
 
 def _save_figure(figure: Any, path: Path) -> None:

@@ -11,10 +11,13 @@ from tqdm import tqdm
 QUIET_SECONDS = 30.0
 
 
-def make_bar(label: str, total: int, *, done: int = 0, unit: str = "step", keep: bool = True) -> tqdm[Any]:
+def make_bar(
+    label: str, total: int, *, done: int = 0, unit: str = "step", keep: bool = True, shown: bool = True
+) -> tqdm[Any]:
     """A bar on stderr; where that is no terminal, it is printed only every half minute."""
     return tqdm(
         total=total,
+        disable=not shown,
         initial=done,
         desc=label,
         unit=unit,
@@ -28,13 +31,16 @@ def make_bar(label: str, total: int, *, done: int = 0, unit: str = "step", keep:
 class StepBar:
     """The bar of a training stage: smoothed loss, clips a second, time left."""
 
-    def __init__(self, label: str, steps: int, done: int) -> None:
-        self.bar = make_bar(label, steps, done=done)
+    def __init__(self, label: str, steps: int, done: int, *, shown: bool = True) -> None:
+        self.shown = shown
+        self.bar = make_bar(label, steps, done=done, shown=shown)
         self.loss: float | None = None
         self.speed: float | None = None
 
     def advance(self, record: dict[str, Any], clips_per_second: float) -> None:
         """One more step, from its record in metrics.jsonl."""
+        if not self.shown:
+            return
         loss = record["loss"]
         if loss is None:
             clips = ", ".join(record["clips"])

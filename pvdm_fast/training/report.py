@@ -12,8 +12,10 @@ import torch
 
 from pvdm_fast import backends
 from pvdm_fast.data import open_dataset
+from pvdm_fast.data.layouts import find_classes
 from pvdm_fast.errors import UserError
-from pvdm_fast.training.building import make_denoiser
+from pvdm_fast.training.adversarial import check_second_phase
+from pvdm_fast.training.building import check_latents, make_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import video_size
@@ -46,11 +48,20 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
     clip_frames = frames
     if "diffusion" in stages:
         clip_frames = 2 * frames
+        names = find_classes(Path(config.data)) if config.diffusion.class_conditional else None
         with torch.device("meta"):
-            models += f", denoiser {_count(make_denoiser(config, autoencoder))}"
+            models += f", denoiser {_count(make_denoiser(config, autoencoder, names))}"
     data = open_dataset(
-        config.data, frames=clip_frames, height=height, width=width, stride=config.video.stride, seed=config.seed
+        config.data,
+        frames=clip_frames,
+        height=height,
+        width=width,
+        stride=config.video.stride,
+        seed=config.seed,
+        flip=config.video.flip,
+        read_timeout=config.video.read_timeout,
     )
+    check_latents(data, stages, autoencoder)
     work = ", then ".join(f"{name} {getattr(config, name).steps} steps" for name in stages)
     lines = [
         ("training", f"{work} (preset {config.preset})"),
@@ -60,6 +71,8 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
         ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
         ("data", data.description),
     ]
+    if "autoencoder" in stages:
+        lines += check_second_phase(config, height, width)
     return Plan(stages, lines)
 
 
@@ -71,6 +84,8 @@ def _machine(accelerator: Accelerator) -> str:
     where = f"{torch.get_num_threads()} threads of {os.cpu_count()} CPU cores"
     if accelerator.device.type == "cuda":
         where = torch.cuda.get_device_name(accelerator.device)
+    if accelerator.num_processes > 1:
+        where = f"{accelerator.num_processes} processes, here {where}"
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return f"{where}, PyTorch {torch.__version__}, {precision}"
 

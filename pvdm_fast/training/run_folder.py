@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
-from pvdm_fast.training.files import whole_file
+from pvdm_fast.training.files import clean_up, locked, whole_file
 
 
 class RunFolder:
@@ -27,11 +28,12 @@ class RunFolder:
         self.denoiser = path / "denoiser"
         self.metrics = path / "metrics.jsonl"
         self.results_file = path / "results.json"
+        self.lock = path / "trainer.lock"
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     @staticmethod
-    def create(path: Path | None, config: TrainConfig) -> RunFolder:
-        """A new folder with its config.yaml; without ``path`` it is runs/DATE-TIME.
+    def create(path: Path | None) -> RunFolder:
+        """A new folder; without ``path`` it is runs/DATE-TIME.
 
         Raises:
             UserError: the folder already holds something, or cannot be written.
@@ -40,10 +42,9 @@ class RunFolder:
         try:
             if run.config.exists():
                 raise UserError(f"{run.path} already holds a run: continue it with --resume, or name another")
-            if run.path.is_dir() and any(run.path.iterdir()):
+            if run.path.is_dir() and any(item != run.lock for item in run.path.glob("[!.]*")):
                 raise UserError(f"the folder {run.path} is not empty: give a new one with --run")
             run.path.mkdir(parents=True, exist_ok=True)
-            run.write_config(config)
         except OSError as error:
             raise UserError(f"cannot write the run folder {run.path}: {error.strerror}") from error
         return run
@@ -56,12 +57,29 @@ class RunFolder:
             raise UserError(f"{path} holds no run: there is no {run.config}")
         return run
 
+    def clean_up(self) -> None:
+        """Remove what a killed process left half written, see :func:`pvdm_fast.training.files.clean_up`."""
+        clean_up(self.path)
+
     def read_config(self) -> TrainConfig:
         return make_config(read_changes(self.config))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainers out of the folder; the kernel ends that when this process dies, however it dies.
+
+        Raises:
+            UserError: another trainer is at work in the folder, or it cannot be written.
+        """
+        with locked(self.lock, "trainer", "--run"):
+            yield
+
     def write_config(self, config: TrainConfig) -> None:
-        with whole_file(self.config) as temporary:
-            temporary.write_text(to_yaml(config), encoding="utf-8")
+        try:
+            with whole_file(self.config) as temporary:
+                temporary.write_text(to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl; raises UserError when the disk is full."""
@@ -73,30 +91,42 @@ class RunFolder:
         for listener in self.listeners:
             listener(record)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; a last line that was cut off in writing is left out."""
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of metrics.jsonl, one in memory at a time; damaged or cut-off lines are left out."""
         if not self.metrics.exists():
-            return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return records
+            return
+        with self.metrics.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(record, dict) and record.get("stage") in STAGES and isinstance(record.get("step"), int):
+                    yield record
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All of :meth:`records`."""
+        return list(self.records())
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop records later than a checkpoint, so that the steps taken again are not recorded twice."""
         place = (STAGES.index(stage), step)
-        kept = [item for item in self.read_metrics() if (STAGES.index(item["stage"]), item["step"]) <= place]
-        with whole_file(self.metrics) as temporary:
-            temporary.write_text("".join(json.dumps(item) + "\n" for item in kept), encoding="utf-8")
+        with whole_file(self.metrics) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for item in self.records():
+                if (STAGES.index(item["stage"]), item["step"]) <= place:
+                    file.write(json.dumps(item) + "\n")
 
     def results(self) -> dict[str, Any]:
-        """What the finished stages recorded, by stage."""
+        """What the finished stages recorded, by stage; raises UserError where the file is damaged."""
         if not self.results_file.exists():
             return {}
-        return json.loads(self.results_file.read_text(encoding="utf-8"))
+        try:
+            results = json.loads(self.results_file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            results = None
+        if not isinstance(results, dict) or not results.keys() <= set(STAGES):
+            raise UserError(f"{self.results_file} is damaged: mend it, or remove it to train its stages again")
+        return results
 
     def record_result(self, stage: str, result: dict[str, Any]) -> None:
         """Mark a stage as finished, with its results."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from pvdm_fast.allocator import keep_freed_memory
+from pvdm_fast.checksums import write_checksums
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.pipeline import sample_video
 from pvdm_fast.training import checkpoint, previews, report
@@ -16,12 +21,16 @@ from pvdm_fast.training.config import OPTIONS, TrainConfig, get, make_config
 from pvdm_fast.training.files import whole_folder
 from pvdm_fast.training.interrupt import StopRequest
 from pvdm_fast.training.options import Request, flag
+from pvdm_fast.training.processes import Processes, lost_another, starts_again
 from pvdm_fast.training.run_folder import RunFolder
+from pvdm_fast.training.sharding import unsharded
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, video_size
 from pvdm_fast.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from pvdm_fast.models import Autoencoder
 
 
 def run_training(request: Request) -> RunFolder:
@@ -31,37 +40,80 @@ def run_training(request: Request) -> RunFolder:
         UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
     """
     keep_freed_memory()
-    config = resumed_config(request) if request.resume else make_config(request.changes)
+    resume = resumed_folder(request)
+    config = resumed_config(resume, request) if resume else make_config(request.changes)
     accelerator = make_accelerator(config)
-    found = existing_autoencoder(config, request.resume)
+    accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
+    processes = Processes(accelerator)
+    found = existing_autoencoder(config, resume)
     plan = report.make_plan(config, found or empty_autoencoder(config), accelerator)
-    if request.resume:
-        run = RunFolder.existing(request.resume)
-        run.write_config(config)
-    else:
-        run = RunFolder.create(request.run, config)
-        if found is not None:
-            save_model(found, run.autoencoder)
-    print(plan.text(run.path), flush=True)
-    if config.tensorboard:
-        run.listeners.append(report.tensorboard_listener(run.path))
-    with StopRequest() as stop:
+    with ExitStack() as ending:
+        run = RunFolder(processes.on_main(lambda: claim_folder(resume, request, config, found, ending)))
+        if processes.main:
+            print(plan.text(run.path), flush=True)
+            if config.tensorboard:
+                run.listeners.append(report.tensorboard_listener(run.path))
         try:
-            for name in plan.stages:
-                if name not in run.results():
-                    train_stage(name, config, run, accelerator, stop)
-                stop.check()
-        except Interrupted:
-            print(f"stopped and saved; continue with: python -m pvdm_fast.train --resume {run.path}", flush=True)
-            raise
-    print(report.summary(run), flush=True)
+            train_stages(plan.stages, config, run, accelerator, ending.enter_context(StopRequest(processes)))
+        except RuntimeError as error:
+            if not lost_another(error):
+                raise
+            raise UserError(
+                f"another process of this job ended or did not answer ({str(error).splitlines()[0]}); continue from "
+                f"the last checkpoint with --resume {run.path}"
+            ) from error
+        if processes.main:
+            print(report.summary(run), flush=True)
+    accelerator.end_training()
     return run
 
 
-def resumed_config(request: Request) -> TrainConfig:
+def train_stages(
+    names: Iterable[str], config: TrainConfig, run: RunFolder, accelerator: Accelerator, stop: StopRequest
+) -> None:
+    """Train the stages that have no results yet, one after the other."""
+    try:
+        for name in names:
+            if name not in stop.processes.on_main(run.results):
+                train_stage(name, config, run, accelerator, stop)
+            stop.check()
+    except Interrupted:
+        if accelerator.is_main_process:
+            print(f"stopped and saved; continue with: python -m pvdm_fast.train --resume {run.path}", flush=True)
+        raise
+
+
+def resumed_folder(request: Request) -> Path | None:
+    """The folder of the run to continue; None for a new run.
+
+    A job that torchrun starts again after a failure has the same command line as before: its --run is continued.
+
+    Raises:
+        UserError: such a job doesn't name its folder.
+    """
+    if request.resume is not None or not starts_again():
+        return request.resume
+    if request.run is None:
+        raise UserError("a job that is started again after a failure must know its folder: name it with --run-dir")
+    return request.run if RunFolder(request.run).config.exists() else None
+
+
+def claim_folder(
+    resume: Path | None, request: Request, config: TrainConfig, found: Autoencoder | None, ending: ExitStack
+) -> Path:
+    """Make or open the run's folder, and keep other trainers out of it until ``ending``."""
+    run = RunFolder.existing(resume) if resume else RunFolder.create(request.run)
+    ending.enter_context(run.locked())
+    run.clean_up()
+    if resume is None and found is not None:
+        save_model(found, run.autoencoder)
+    run.write_config(config)
+    return run.path
+
+
+def resumed_config(resume: Path, request: Request) -> TrainConfig:
     """The run's own configuration, with the changes that are harmless; raises UserError for others."""
-    assert request.resume is not None
-    config = RunFolder.existing(request.resume).read_config()
+    config = RunFolder.existing(resume).read_config()
     values = {key: get(config, key) for key in OPTIONS}
     for key, value in request.changes.items():
         if value != values[key] and not OPTIONS[key].metadata["resumable"]:
@@ -71,14 +123,22 @@ def resumed_config(request: Request) -> TrainConfig:
 
 def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Accelerator, stop: StopRequest) -> None:
     """Train one stage from its newest checkpoint, or from the start, and write its model and results."""
-    stage = make_stage(name, config, run)
+    stage = make_stage(name, config, run, accelerator)
     trainer = Trainer(stage, config, run, accelerator, stop)
     restore_newest(trainer, run)
     trainer.fit(lambda: show(trainer))
     scores = show(trainer)
     with stage.evaluation_weights():
         model: Any = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        save_model(model, run.path / ("autoencoder" if name == "autoencoder" else "denoiser"))
+        model = unsharded(model, trainer.processes.main)
+        trainer.processes.on_main(lambda: write_results(trainer, model, scores))
+    accelerator.free_memory()
+
+
+def write_results(trainer: Trainer, model: Any, scores: dict[str, float]) -> None:
+    """Save a finished stage's model, then mark the stage as finished."""
+    name, run = trainer.stage.name, trainer.run
+    save_model(model, run.path / ("autoencoder" if name == "autoencoder" else "denoiser"))
     run.record_result(
         name,
         {
@@ -88,21 +148,26 @@ def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acc
             "unreadable_files": trainer.progress.unreadable,
         },
     )
-    accelerator.free_memory()
 
 
 def restore_newest(trainer: Trainer, run: RunFolder) -> None:
     """Continue from the newest good checkpoint of the trainer's stage; later records are dropped."""
+    newest = trainer.processes.on_main(lambda: place_to_continue(trainer.stage.name, run))
+    if newest is not None:
+        trainer.restore(checkpoint.load(newest))
+
+
+def place_to_continue(stage: str, run: RunFolder) -> checkpoint.Checkpoint | None:
+    """The newest good checkpoint of a stage; later records are dropped."""
     newest, passed_over = checkpoint.newest_good(run.checkpoints)
     for sentence in passed_over:
         print(sentence)
-    stage = trainer.stage.name
     if newest is None or newest.stage_name != stage:
         run.forget_after(stage, 0)
-        return
-    trainer.restore(checkpoint.load(newest))
+        return None
     run.forget_after(stage, newest.step)
-    print(f"continuing the {stage} stage after step {newest.step}")
+    print(f"continuing the {stage} stage after step {newest.step}", flush=True)
+    return newest
 
 
 def save_model(model: Any, path: Path) -> None:
@@ -110,22 +175,32 @@ def save_model(model: Any, path: Path) -> None:
     try:
         with whole_folder(path) as temporary:
             model.save_pretrained(temporary)
-    except OSError as error:
-        raise UserError(f"cannot write the model folder {path}: {error.strerror or error}") from error
+            write_checksums(temporary)
+    except (OSError, SafetensorError) as error:  # the latter's writer has errors of its own
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the model folder {path}: {reason}") from error
 
 
 def show(trainer: Trainer) -> dict[str, float]:
-    """Score held-out clips and write videos, picture and curves, with the weights that will be saved."""
+    """Score held-out clips and write videos, picture and curves, with the weights that will be saved.
+
+    Every process computes the same, and the main one writes.
+    """
     run, stage, config = trainer.run, trainer.stage, trainer.config
     scores = trainer.score()
     autoencoder: Any = stage.model if isinstance(stage, AutoencoderStage) else stage.autoencoder  # type: ignore[attr-defined]
     with torch.no_grad(), stage.evaluation_weights(), trainer.accelerator.autocast():
         frames = video_size(autoencoder)[0]
-        originals = next(trainer.held_out())[: previews.SHOWN_CLIPS, :, :frames]
-        reconstructions = autoencoder.decode(autoencoder.encode(originals).latent).sample.float()
+        clips = next(trainer.held_out())[: previews.SHOWN_CLIPS]
+        cached = clips.dim() == 4  # latents
+        latents = clips[:, 0] if cached else autoencoder.encode(clips[:, :, :frames]).latent
+        reconstructions = autoencoder.decode(latents).sample.float()
+        originals = clips[:, :, :frames]
         rows = []
-        for index in range(min(3, len(originals))):
-            rows += [("held-out clip", originals[index]), ("its reconstruction", reconstructions[index])]
+        for index in range(min(3, len(clips))):
+            if not cached:
+                rows.append(("held-out clip", originals[index]))
+            rows.append(("held-out latents, decoded" if cached else "its reconstruction", reconstructions[index]))
         if isinstance(stage, DiffusionStage):
             samples = sample_video(
                 autoencoder,
@@ -136,11 +211,18 @@ def show(trainer: Trainer) -> dict[str, float]:
                 seed=config.seed,
                 progress=lambda done, total: trainer.stop.check(),
             )
-            previews.write_samples(run.path / "samples.mp4", samples, config.video.fps)
             rows += [(f"sample, {2 * frames} frames", video) for video in samples[:4]]
+
+    def write() -> None:
+        if isinstance(stage, DiffusionStage):
+            previews.write_samples(run.path / "samples.mp4", samples, config.video.fps)
         else:
-            path = run.path / "reconstructions.mp4"
-            previews.write_reconstructions(path, originals, reconstructions, config.video.fps)
-    previews.write_picture(run.path / "grid.png", rows)
-    previews.write_loss_curves(run.path / "loss.png", run.read_metrics())
+            previews.write_reconstructions(
+                run.path / "reconstructions.mp4", originals, reconstructions, config.video.fps
+            )
+        previews.write_picture(run.path / "grid.png", rows)
+        previews.write_loss_curves(run.path / "loss.png", run.records())
+
+    trainer.processes.on_main(write)
+    gc.collect()  # a figure is a ring of references: 2 MB a preview stayed until the collector happened to come
     return scores

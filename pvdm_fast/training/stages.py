@@ -12,16 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, psnr
+from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, joint_latents, psnr
 from pvdm_fast.errors import UserError
 from pvdm_fast.pipeline import check_pair
+from pvdm_fast.shares import Share
 from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
+from pvdm_fast.training.sharding import cut_like, local, of_parts
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from pvdm_fast.models import Autoencoder, Denoiser
 
 L1_WEIGHT, L2_WEIGHT = 4.0, 16.0
 Classes = Sequence[str | None] | None
+WHOLE = Share()
 
 
 class Stage(ABC):
@@ -35,9 +40,17 @@ class Stage(ABC):
     width: int
 
     @abstractmethod
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, classes: Classes = None) -> Tensor:
+    def loss(
+        self,
+        model: nn.Module,
+        video: Tensor,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+        classes: Classes = None,
+    ) -> Tensor:
         """The training loss of a batch (B, 3, clip_frames, H, W); ``model`` is the prepared form of ``self.model``.
 
+        The batch is the ``share`` of a global one: the mean of all processes' losses is the global batch's.
         ``classes``: the name of each clip's class, or None where it has none.
         """
 
@@ -48,8 +61,21 @@ class Stage(ABC):
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Move what is not trained; the model itself is moved by accelerate."""
 
+    def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027
+        """Make ready what is trained beside the model."""
+
+    def before_step(self, step: int) -> None:  # noqa: B027
+        """Called before the losses of step number ``step``, counted from 0."""
+
+    def after_backward(self) -> None:  # noqa: B027
+        """Called after the backward pass of each batch of a step."""
+
     def after_step(self) -> None:  # noqa: B027
-        """Called after each optimizer step."""
+        """Called after each optimizer step; not where it was left out."""
+
+    def values(self) -> dict[str, float | None]:
+        """What to record of the step just taken, beside its loss."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond model and optimizer."""
@@ -84,12 +110,28 @@ class AutoencoderStage(Stage):
         self.options: AutoencoderOptions = config.autoencoder
         self.clip_frames, self.height, self.width = video_size(autoencoder)
 
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, classes: Classes = None) -> Tensor:
+    def loss(
+        self,
+        model: nn.Module,
+        video: Tensor,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+        classes: Classes = None,
+    ) -> Tensor:
+        return self.pixel_loss(self.reconstruct(model, video, generator, share), video)
+
+    def reconstruct(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share) -> Tensor:
+        """The reconstruction in training, float32."""
         noise = None
         if self.options.latent_noise > 0:
-            shape = (len(video), int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
-            noise = self.options.latent_noise * torch.randn(shape, generator=generator).to(video.device)
-        sample = model(video, noise).sample.float()
+            clips = share.world * len(video)
+            shape = (clips, int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
+            noise = self.options.latent_noise * share.of(torch.randn(shape, generator=generator)).to(video.device)
+        sample: Tensor = model(video, noise).sample
+        return sample.float()
+
+    def pixel_loss(self, sample: Tensor, video: Tensor) -> Tensor:
+        """The loss that compares pixels, weighted."""
         if self.options.loss == "l1":
             return L1_WEIGHT * F.l1_loss(sample, video)
         return L2_WEIGHT * F.mse_loss(sample, video)
@@ -116,7 +158,8 @@ class DiffusionStage(Stage):
         self.clip_frames = 2 * frames
         self.conditional_probability = config.diffusion.conditional_probability
         self.class_dropout = config.diffusion.class_dropout
-        self.ema = EMAModel(denoiser.parameters(), decay=config.diffusion.ema_decay, foreach=True)
+        # of a sharded model each process averages its part
+        self.ema = EMAModel(local(denoiser.parameters()), decay=config.diffusion.ema_decay, foreach=True)
         self.schedule = NoiseSchedule.create()
 
     def to(self, device: torch.device) -> None:
@@ -124,17 +167,30 @@ class DiffusionStage(Stage):
         self.ema.to(device)
         self.schedule = NoiseSchedule.create(device)
 
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, classes: Classes = None) -> Tensor:
-        with torch.no_grad():
-            target, condition = joint_batch(video, self._encode, self.conditional_probability, generator)
-        noise = torch.randn(target.shape, generator=generator).to(target.device)
-        timestep = torch.randint(TRAIN_STEPS, (len(target),), generator=generator).to(target.device)
+    def loss(
+        self,
+        model: nn.Module,
+        video: Tensor,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+        classes: Classes = None,
+    ) -> Tensor:
+        """Also of cached latents (B, windows, D, N)."""
+        probability = self.conditional_probability
+        if video.dim() == 4:
+            target, condition = joint_latents(video, self.clip_frames // 2, probability, generator, share)
+        else:
+            with torch.no_grad():
+                target, condition = joint_batch(video, self._encode, probability, generator, share)
+        clips = share.world * len(target)
+        noise = share.of(torch.randn((clips, *target.shape[1:]), generator=generator)).to(target.device)
+        timestep = share.of(torch.randint(TRAIN_STEPS, (clips,), generator=generator)).to(target.device)
         prediction = str(self.model.config["prediction"])
-        labels = self._labels(classes, len(target), generator)
+        labels = self._labels(classes, len(target), generator, share)
         denoise = model if labels is None else partial(model, class_labels=labels.to(target.device))
         return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction)
 
-    def _labels(self, classes: Classes, clips: int, generator: torch.Generator) -> Tensor | None:
+    def _labels(self, classes: Classes, clips: int, generator: torch.Generator, share: Share = WHOLE) -> Tensor | None:
         """Class numbers (B,) with a share of them dropped in training; None for a denoiser without classes."""
         config = self.model.config
         if config["num_classes"] is None:
@@ -145,7 +201,7 @@ class DiffusionStage(Stage):
         if unknown:
             raise UserError(f"the data has classes that the denoiser doesn't know: {', '.join(unknown[:5])}")
         labels = torch.tensor([none if name is None else number[name] for name in classes or [None] * clips])
-        dropped = torch.rand(clips, generator=generator) < self.class_dropout
+        dropped = share.of(torch.rand(share.world * clips, generator=generator)) < self.class_dropout
         return labels.masked_fill(dropped, none) if self.model.training else labels
 
     def _encode(self, video: Tensor) -> Tensor:
@@ -161,21 +217,25 @@ class DiffusionStage(Stage):
         return {"held_out_loss": losses / clips}
 
     def after_step(self) -> None:
-        self.ema.step(self.model.parameters())
+        self.ema.step(local(self.model.parameters()))
 
     def state(self) -> dict[str, Any]:
-        return {"ema": self.ema.state_dict()}
+        state = self.ema.state_dict()
+        averages = zip(state["shadow_params"], self.model.parameters(), strict=True)
+        return {"ema": {**state, "shadow_params": [of_parts(average, like) for average, like in averages]}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.ema.load_state_dict(state["ema"])
+        averages = zip(state["ema"]["shadow_params"], self.model.parameters(), strict=True)
+        parts = local(cut_like(average, like) for average, like in averages)
+        self.ema.load_state_dict({**state["ema"], "shadow_params": parts})
         self.ema.to(next(self.model.parameters()).device)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
+        self.ema.store(local(self.model.parameters()))
+        self.ema.copy_to(local(self.model.parameters()))
         try:
             with super().evaluation_weights():
                 yield
         finally:
-            self.ema.restore(self.model.parameters())
+            self.ema.restore(local(self.model.parameters()))

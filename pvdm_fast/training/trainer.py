@@ -6,18 +6,25 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from pvdm_fast.data import make_loader, open_dataset
-from pvdm_fast.errors import NonFiniteLossError
+from pvdm_fast.data.watch import is_lasting
+from pvdm_fast.errors import Interrupted, NonFiniteLossError
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.config import StageOptions, TrainConfig
 from pvdm_fast.training.interrupt import StopRequest
+from pvdm_fast.training.optimizer import make_optimizer
+from pvdm_fast.training.processes import Processes
 from pvdm_fast.training.progress import StepBar
 from pvdm_fast.training.run_folder import RunFolder
+from pvdm_fast.training.sharding import load_model, load_optimizer, whole
 from pvdm_fast.training.stages import Stage
 
 if TYPE_CHECKING:
@@ -54,23 +61,24 @@ class Progress:
 
 
 class Trainer:
-    """Trains one stage of a run; everything that changes is in ``progress``, the model, optimizer and stage state."""
+    """Trains one stage of a run; everything that changes is in ``progress``, the model, optimizer and stage state.
+
+    All processes take the same steps, each with its share of the clips; the main one writes.
+    """
 
     def __init__(
         self, stage: Stage, config: TrainConfig, run: RunFolder, accelerator: Accelerator, stop: StopRequest
     ) -> None:
         self.stage, self.config, self.run, self.accelerator, self.stop = stage, config, run, accelerator, stop
+        self.processes = Processes(accelerator)
         self.options = options = stage.options
         self.progress = Progress()
         stage.to(accelerator.device)
-        optimizer = torch.optim.AdamW(
-            stage.model.parameters(),
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
+        optimizer = make_optimizer(config.optimizer, stage.model.parameters(), options)
+        sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
+        self.model = stage.model if sharded else accelerator.prepare_model(stage.model)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        stage.prepare(accelerator)
 
     def fit(self, preview: Callable[[], object]) -> None:
         """Take the steps that are left; ``preview`` is called between steps every ``preview_every`` of them.
@@ -82,7 +90,7 @@ class Trainer:
         """
         self.model.train()
         batches = self.batches()
-        with StepBar(self.stage.name, self.options.steps, self.progress.step) as bar:
+        with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
             while self.progress.step < self.options.steps:
                 started = time.perf_counter()
                 outcome = self.train_step([next(batches) for _ in range(self.options.accumulate)])
@@ -91,9 +99,11 @@ class Trainer:
                 bar.advance(record, self.options.batch_size * self.options.accumulate / seconds)
                 finished = self.progress.step == self.options.steps
                 preview_due = self.progress.step % self.config.preview_every == 0 and not finished
-                if finished or preview_due or self.stop.number or self.progress.step % self.config.save_every == 0:
+                stop = self.stop.agreed()
+                if finished or preview_due or stop or self.progress.step % self.config.save_every == 0:
                     self.save()
-                self.stop.check()
+                if stop:
+                    raise Interrupted(stop)
                 if preview_due:
                     preview()
 
@@ -104,50 +114,59 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
+        self.stage.before_step(number)
         total = 0.0
         for index, batch in enumerate(batches):
             generator = step_generator(self.config.seed, self.stage.name, number, index)
             video = batch["video"].to(self.accelerator.device, non_blocking=True)
-            with self.accelerator.autocast():
-                loss = self.stage.loss(self.model, video, generator, batch["labels"]) / len(batches)
-            total += loss.item()
-            if not math.isfinite(total):
-                return self.skip(batches, f"a loss of {total}")
-            self.accelerator.backward(loss)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm))
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    loss = self.stage.loss(self.model, video, generator, self.processes.share, batch["labels"])
+                    loss = loss / len(batches)
+                total += self.processes.mean(loss)
+                if not math.isfinite(total):
+                    return self.skip(batches, f"a loss of {total}")
+                self.accelerator.backward(loss)
+            self.stage.after_backward()
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm), True))
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             return self.skip(batches, f"a gradient norm of {norm}")
         self.optimizer.step()
         self.stage.after_step()
         self.progress.skipped_in_a_row = 0
         self.count(batches)
-        return {"loss": total, "learning_rate": rate, "gradient_norm": norm if math.isfinite(norm) else None}
+        values = self.stage.values()
+        return {"loss": total, "learning_rate": rate, "gradient_norm": norm if math.isfinite(norm) else None, **values}
 
     def skip(self, batches: list[Batch], reason: str) -> dict[str, Any]:
         """Leave a step out whose loss or gradient is not finite; after too many in a row, save aside and stop."""
-        names = [name for batch in batches for name in batch["names"]]
+        everyone = self.processes.gathered([name for batch in batches for name in batch["names"]])
+        names = [name for position in zip(*everyone, strict=True) for name in position]
         self.progress.skipped_in_a_row += 1
         self.count(batches)
         if self.progress.skipped_in_a_row > self.config.max_skipped:
             step = self.progress.step
-            path = checkpoint.save(self.run.path / "failed", self.stage.name, step, self.state(), keep=1)
-            raise NonFiniteLossError(
+            path = self.save(self.run.path / "failed", keep=1)
+            error = NonFiniteLossError(
                 f"step {step} of the {self.stage.name} stage had {reason}, and the {self.config.max_skipped} steps "
                 f"before it were not finite either; its clips were {', '.join(names)}; the state is saved in {path}, "
                 f"while --resume {self.run.path} goes back to the last good checkpoint"
             )
+            self.processes.fail(error)
         return {"loss": None, "skipped": reason, "clips": names}
 
     def count(self, batches: list[Batch]) -> None:
         """A step is done, or left out: go on with the next draws."""
         self.progress.step += 1
         for batch in batches:
-            self.progress.draw += len(batch["names"])
+            self.progress.draw += len(batch["names"]) * self.processes.share.world
             self.progress.unreadable.update(batch["skipped"])
 
     def record(self, outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
         record = {"stage": self.stage.name, "step": self.progress.step, **outcome, "seconds": round(seconds, 4)}
-        self.run.append_metrics(record)
+        if self.processes.main:
+            self.run.append_metrics(record)
         return record
 
     def dataset(self, split: str) -> ClipDataset:
@@ -162,21 +181,29 @@ class Trainer:
             split=split,
             seed=self.config.seed,
             flip=video.flip,
+            read_timeout=video.read_timeout,
         )
 
     def batches(self) -> Iterator[Batch]:
         """Training batches from the next draw on, without end."""
+        share = self.processes.share
+        dataset = self.dataset("train")
+        for file, reason in self.progress.unreadable.items():
+            if is_lasting(reason):  # as in the run that was interrupted
+                dataset.set_aside(file, reason)
         loader = make_loader(
-            self.dataset("train"),
-            batch_size=self.options.batch_size,
+            dataset,
+            batch_size=self.options.batch_size // share.world,
             start_draw=self.progress.draw,
             workers=self.config.video.workers,
+            rank=share.rank,
+            world=share.world,
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return iter(loader)
 
     def held_out(self) -> Iterator[torch.Tensor]:
-        """Batches of held-out clips (B, 3, T, H, W) on the model's device, the same ones each time."""
+        """Batches of held-out clips (B, 3, T, H, W) on the model's device, the same ones in every process."""
         dataset = self.dataset("test")
         count = min(self.config.held_out_clips, len(dataset))
         for first in range(0, count, self.options.batch_size):
@@ -185,16 +212,22 @@ class Trainer:
 
     @torch.no_grad()
     def score(self) -> dict[str, float]:
-        """Held-out scores with the weights that will be saved, also written to the records."""
+        """Held-out scores with the weights that will be saved, also written to the records.
+
+        Every process computes them: the others would only wait, and a sharded model needs all of them.
+        """
         with self.stage.evaluation_weights(), self.accelerator.autocast():
             scores = self.stage.score(self.held_out())
-        self.run.append_metrics({"stage": self.stage.name, "step": self.progress.step, **scores})
+        if self.processes.main:
+            self.run.append_metrics({"stage": self.stage.name, "step": self.progress.step, **scores})
         return scores
 
     def state(self) -> dict[str, Any]:
-        """Everything that continuing exactly needs."""
+        """Everything that continuing exactly needs, the same for any number of processes; for the main one to save."""
         scaler = self.accelerator.scaler
-        return {
+        for unreadable in self.processes.gathered(self.progress.unreadable):
+            self.progress.unreadable.update(unreadable)
+        state = {
             "progress": vars(self.progress),
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -202,15 +235,18 @@ class Trainer:
             "stage": self.stage.state(),
             "random": checkpoint.random_states(),
         }
+        return whole(state, self.processes.main)
 
-    def save(self) -> None:
-        checkpoint.save(self.run.checkpoints, self.stage.name, self.progress.step, self.state())
+    def save(self, folder: Path | None = None, keep: int = checkpoint.KEPT) -> Path:
+        """Write a checkpoint, among the run's where no other folder is given."""
+        state, place = self.state(), (folder or self.run.checkpoints, self.stage.name, self.progress.step)
+        return self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what :meth:`state` returned."""
         self.progress = Progress(**state["progress"])
-        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_model(self.accelerator.unwrap_model(self.model), state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.stage.restore(state["stage"])

@@ -15,7 +15,7 @@ from benchmarks import floors, machine, plots, report, rows
 from benchmarks.cases import Form, Setting, all_cases, assemble
 from benchmarks.measure import Disagreement, Timings, alternate, check_agreement, rounds_for, seconds
 from benchmarks.memory import LiveMemory, saved_bytes, weigh, weigh_runner
-from benchmarks.session import DoesNotFit, get_ready
+from benchmarks.session import DoesNotFit, devices, get_ready
 
 TINY = Setting("tiny")
 BFLOAT = replace(TINY, dtype=torch.bfloat16)
@@ -103,6 +103,45 @@ def test_forward_is_timed_without_a_graph_and_backward_without_the_forward() -> 
     assert calls == [False, True]
     assert [gradient.tolist() for gradient in step()] == [[2.0] * 8]  # type: ignore[attr-defined]
     assert calls == [False, True]
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is overwritten, then events around the work alone, then one wait."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.5  # ms
+
+    class Scratch:
+        def zero_(self) -> None:
+            log.append("overwrite")
+
+    def function(t: Tensor) -> Tensor:
+        log.append("forward")
+        return t * 2
+
+    runner = assemble(TINY, "8", {"ours": Form(function, [torch.ones(8)])}, {}, 0).runners["ours"]
+    runner.gradients = [torch.ones(8)]
+    real = runner.differentiate
+    monkeypatch.setattr(runner, "differentiate", lambda results: log.append("backward") or real(results))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: Scratch())
+    assert seconds(runner, "backward", "cuda") == 0.0025
+    assert log == ["forward", "overwrite", "record", "backward", "record", "wait"]
+
+
+def test_a_gpu_is_measured_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, expected in ((True, ["cpu", "cuda"]), (False, ["cpu"])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert devices() == expected
 
 
 def test_runners_alternate() -> None:

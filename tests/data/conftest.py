@@ -7,6 +7,7 @@ from pathlib import Path
 import films
 import numpy as np
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,9 @@ def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(["a.mp4", "b.mkv", "c.avi", "nested/d.mov", "nested/e.mp4", "nested/f.mp4"]):
         films.encode(folder / name, films.frames(20, seed=seed))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch asks after its workers every five seconds; these tests need not wait that long."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))

@@ -93,8 +93,12 @@ class Probe(ClipDataset):
             os.kill(os.getpid(), signal.SIGINT)
             if draw < 4:  # the first draw of either worker
                 os.kill(os.getpid(), signal.SIGTERM if draw % 2 == 0 else signal.SIGINT)
-        name = str(torch.get_num_threads())
-        return {"video": torch.zeros(3, 1, 1, 1), "name": name, "label": None, "skipped": [("f", str(draw))]}
+        return {
+            "video": torch.zeros(3, 1, 1, 1),
+            "name": str(torch.get_num_threads()),
+            "label": None,
+            "skipped": [("f", str(draw))],
+        }
 
 
 def test_a_dead_worker_is_a_clear_error() -> None:

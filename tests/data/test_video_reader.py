@@ -174,6 +174,6 @@ def test_the_index_cache_forgets_the_least_used_and_counts_frames() -> None:
     cache = IndexCache(budget=100)
     first, second, third = Path("1"), Path("2"), Path("3")
     for path in (first, second, first, third, first, second):
-        cache.get(path, build)
+        cache.get(str(path), path, build)
     assert built == [first, second, third, second]
     assert cache.frames == 80

@@ -53,16 +53,29 @@ def test_planted_faults_are_found(
         assert any(fault in problem for problem in planted[architecture][fault]), planted[architecture]
 
 
-@pytest.mark.exhaustive
-def test_every_kernel_on_every_target() -> None:
-    """All configurations that serve; entries of tables that nothing uses are problems too."""
-    result = run("-m", "benchmarks.kernel_resources", "--quick")
+def check_resources(*options: str) -> None:
+    result = run("-m", "benchmarks.kernel_resources", *options)
     assert result.returncode == 0, result.stdout + result.stderr
-    kernels = {line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("|")}
+    rows = [line.split("|")[1:3] for line in result.stdout.splitlines() if line.startswith("|")][2:]
+    kernels = {kernel.strip() for kernel, _ in rows}
     assert {kernel.partition(".")[0] for kernel in kernels} >= set(SERVED["triton"])
+    compiled = {(kernel.strip(), target.strip()) for kernel, target in rows}
+    assert compiled == {(kernel, target) for kernel in kernels for target in kernel_resources.ARCHITECTURES}
     documented = kernel_resources.DOCS.read_text()
     missing = [kernel for kernel in kernels if f"| {kernel} |" not in documented]
     assert not missing, f"run python -m benchmarks.kernel_resources --write-docs: docs/kernels.md lacks {missing}"
+
+
+@pytest.mark.slow
+def test_every_kernel_on_every_target() -> None:
+    """In the configurations that serve the networks of full size."""
+    check_resources("--quick")
+
+
+@pytest.mark.exhaustive
+def test_every_configuration() -> None:
+    """All that serve; entries of tables that nothing uses are problems too."""
+    check_resources()
 
 
 def test_refuses_the_interpreter() -> None:
@@ -75,7 +88,7 @@ def test_writes_between_the_marks(tmp_path: Path) -> None:
     begin, end = kernel_resources.BEGIN, kernel_resources.END
     path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):
-        kernel_resources.write_docs([], path)
+        kernel_resources.write_docs([], path=path)
     text = path.read_text()
     assert text.startswith(f"before\n{begin}\nMade by") and text.endswith(f"{end}\nafter\n") and "old" not in text
     assert text.count("| kernel |") == 1
@@ -85,4 +98,4 @@ def test_does_not_write_without_marks(tmp_path: Path) -> None:
     path = tmp_path / "kernels.md"
     path.write_text("nothing")
     with pytest.raises(UserError, match="must have the lines"):
-        kernel_resources.write_docs([], path)
+        kernel_resources.write_docs([], path=path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from types import ModuleType
@@ -36,10 +38,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def emulated_device(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The CUDA kernels built for the host, once a session."""
+    """The CUDA kernels built for the host, once for all processes of a test run."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return emulated.load(emulated.build(tmp_path_factory.mktemp("emulated")))
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with (folder / "emulated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = list(folder.glob("_emulated.*"))
+        return emulated.load(found[0] if found else emulated.build(folder))
 
 
 @pytest.fixture(scope="module")

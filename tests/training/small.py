@@ -7,6 +7,8 @@ import os
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,3 +60,12 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def checkpoint_names(run: Path) -> list[str]:
     return sorted(item.name for item in (run / "checkpoints").iterdir())
+
+
+def wait_for(condition: Callable[[], bool], process: object, seconds: float = 90) -> None:
+    """Until ``condition`` holds, while the process runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not get going"
+        assert process.poll() is None, process.communicate()[0]  # type: ignore[attr-defined]
+        time.sleep(0.1)

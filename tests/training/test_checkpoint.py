@@ -10,7 +10,7 @@ import torch
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.training import checkpoint
-from pvdm_fast.training.files import whole_file, whole_folder
+from pvdm_fast.training.files import clean_up, whole_file, whole_folder
 
 
 def save(folder: Path, step: int, stage: str = "autoencoder") -> Path:
@@ -33,7 +33,7 @@ def test_the_newest_two_are_kept_across_stages(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.load(newest)["values"], torch.arange(5))
 
 
-@pytest.mark.parametrize("harm", ["shorter", "changed", "gone", "note"])
+@pytest.mark.parametrize("harm", ["shorter", "changed", "empty", "gone", "note", "another's note", "no note"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
@@ -44,8 +44,14 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str) -> None:
     elif harm == "changed":
         data[len(data) // 2] ^= 1
         state.write_bytes(data)
+    elif harm == "empty":
+        state.write_bytes(b"")
     elif harm == "gone":
         state.unlink()
+    elif harm == "another's note":
+        (path / checkpoint.NOTE).write_bytes((tmp_path / "autoencoder-step-0000001" / checkpoint.NOTE).read_bytes())
+    elif harm == "no note":
+        (path / checkpoint.NOTE).unlink()
     else:
         (path / checkpoint.NOTE).write_text("{")
     newest, passed_over = checkpoint.newest_good(tmp_path)
@@ -55,8 +61,39 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str) -> None:
     assert str(path) in passed_over[0]
 
 
+def test_where_none_is_good_training_does_not_start_again(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (save(tmp_path, step) / checkpoint.STATE).write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is good .*0000002 is passed over: its size.*0000001"):
+        checkpoint.newest_good(tmp_path)
+
+
+def test_a_damaged_later_one_does_not_push_out_good_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 9):
+        path = save(tmp_path, step)
+    (path / checkpoint.STATE).write_bytes(b"")
+    save(tmp_path, 3)
+    save(tmp_path, 4)
+    assert [item.step for item in checkpoint.found(tmp_path)] == [3, 4, 9]
+    newest, (sentence,) = checkpoint.newest_good(tmp_path)
+    assert newest is not None and newest.step == 4 and "0000009 is passed over" in sentence
+    save(tmp_path, 10)
+    assert [item.step for item in checkpoint.found(tmp_path)] == [9, 10]
+
+
+def test_what_a_killed_process_left_is_put_in_order(tmp_path: Path) -> None:
+    for name in (".writing-old-model", ".writing-old-other", "other", ".writing-other", ".writing-gone-last"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    for name in (".writing-results.json", ".samples.mp4.123.tmp", "kept.json"):
+        (tmp_path / name).write_text("half")
+    clean_up(tmp_path)
+    assert names(tmp_path) == ["kept.json", "model", "other"]
+    assert (tmp_path / "model" / "file").read_text() == ".writing-old-model"
+    assert (tmp_path / "other" / "file").read_text() == "other"
+
+
 def test_an_unfinished_checkpoint_does_not_count(tmp_path: Path) -> None:
-    (tmp_path / "autoencoder-step-0000009").mkdir()
     (tmp_path / ".writing-autoencoder-step-0000010").mkdir()
     (tmp_path / ".writing-autoencoder-step-0000010" / checkpoint.NOTE).write_text("{}")
     assert checkpoint.found(tmp_path) == []

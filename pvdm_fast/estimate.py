@@ -1,0 +1,236 @@
+"""``python -m pvdm_fast.estimate``: what a training step needs, in memory and arithmetic, before anything is run.
+
+The step's own code runs by shapes alone: nothing is allocated or computed, a laptop can weigh what fits no machine.
+
+- saved for backward: the distinct tensors that autograd keeps, weights excluded, copies of them in 16 bits included.
+- at work: gradients and tensors of the passes that are alive at once, at the moment of highest use.
+- peak: that, and what stands between steps (weights, optimizer, averaged weights, the frozen autoencoder).
+- FLOPs: of all products of a step, a multiply-add being 2, those that recomputation repeats included.
+- checkpoint: weights, both moments, and for diffusion the averaged weights.
+
+Not counted: scratch inside kernels, what the allocator loses to fragments, the program itself (about 0.6 GiB with
+PyTorch on a CPU, 0.5 to 1 GiB for a CUDA context), and the adversarial phase of the autoencoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pvdm_fast.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from pvdm_fast.training.config import TrainConfig
+
+GIB = 2**30
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, and FLOPs of one optimizer step.
+
+    batch: clips of a forward pass. averaged: weights of the EMA. frozen: the autoencoder that the diffusion stage
+    encodes with, which makes `frozen_flops` of the `flops`. at_work: gradients included.
+    """
+
+    stage: str
+    batch: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    averaged: int
+    frozen: int
+    saved: int
+    at_work: int
+    flops: int
+    frozen_flops: int
+    checkpoint: int
+
+    @property
+    def standing(self) -> int:
+        """Bytes that are there between steps."""
+        return self.weights + self.optimizer + self.averaged + self.frozen
+
+    @property
+    def peak(self) -> int:
+        return self.standing + max(self.at_work, self.gradients)
+
+    def table(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "averaged", "frozen", "saved", "at_work", "peak", "checkpoint")
+        names = {
+            "averaged": "averaged weights",
+            "frozen": "frozen autoencoder",
+            "saved": "saved for backward",
+            "at_work": "at work, at most",
+        }
+        rows = [
+            (names.get(part, part), f"{getattr(self, part) / GIB:.3f} GiB") for part in parts if getattr(self, part)
+        ]
+        rows.append(("FLOPs a step", f"{self.flops / 1e12:.4g} T"))
+        if self.frozen_flops:
+            rows.append(("of these, encoding", f"{self.frozen_flops / 1e12:.4g} T"))
+        title = f"{self.stage}, {self.parameters / 1e6:.1f} M parameters, batch {self.batch}"
+        return "\n".join([title, *(f"  {name:<20} {value:>14}" for name, value in rows)])
+
+
+def estimate(config: TrainConfig, stage: str) -> Estimate:
+    """Run a training step of a stage by shapes alone.
+
+    Raises:
+        UserError: sizes that do not fit.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from pvdm_fast.flops import FlopCount
+    from pvdm_fast.memory import LiveMemory, saved_bytes
+    from pvdm_fast.training.optimizer import state_bytes
+
+    if config.mixed_precision not in PRECISIONS:
+        raise UserError("--mixed-precision must be no or bf16 here: fp16 weighs the same as bf16")
+    low = PRECISIONS[config.mixed_precision]
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=low == torch.bfloat16):
+        model, frozen, encode, step = _step(config, stage)
+        parameters = list(model.parameters())
+        saved = saved_bytes(lambda: [step()], parameters)
+        with LiveMemory() as live, FlopCount() as count:
+            gradients = torch.autograd.grad(step(), parameters, allow_unused=True)
+        del gradients
+        with FlopCount() as encoding:
+            encode()
+    weights = _bytes(model)
+    trained = sum(parameter.nbytes for parameter in parameters)
+    moments = state_bytes(config.optimizer, parameters)
+    averaged = trained if stage == "diffusion" else 0
+    options = getattr(config, stage)
+    return Estimate(
+        stage=stage,
+        batch=options.batch_size,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        weights=weights,
+        gradients=trained,
+        optimizer=moments,
+        averaged=averaged,
+        frozen=_bytes(frozen) if frozen is not None else 0,
+        saved=saved,
+        at_work=live.peak,
+        flops=count.total * options.accumulate,
+        frozen_flops=encoding.total * options.accumulate,
+        checkpoint=weights + moments + averaged,
+    )
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _step(
+    config: TrainConfig, stage: str
+) -> tuple[Any, nn.Module | None, Callable[[], Tensor | None], Callable[[], Tensor]]:
+    """The model trained, the one it builds on, what that computes, and a forward pass with its loss (and with that).
+
+    Diffusion: clips are conditional with the configuration's probability, so the batch's condition clips are that
+    share of it, rounded up.
+    """
+    from pvdm_fast.diffusion import NoiseSchedule, diffusion_loss
+    from pvdm_fast.training.building import make_autoencoder, make_denoiser
+    from pvdm_fast.training.stages import AutoencoderStage
+
+    autoencoder: Any = make_autoencoder(config)
+    options: Any = getattr(config, stage)
+    batch, video = options.batch_size, autoencoder.config
+    clips = torch.empty(batch, 3, video.frames, video.height, video.width)
+    if stage == "autoencoder":
+        if options.checkpointing:
+            autoencoder.enable_gradient_checkpointing()
+        trained = AutoencoderStage(config, autoencoder)
+        return autoencoder, None, lambda: None, lambda: trained.loss(autoencoder, clips, torch.Generator())
+    denoiser: Any = make_denoiser(config, autoencoder)
+    if options.checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    autoencoder.eval().requires_grad_(False)
+    schedule = NoiseSchedule.create()
+    conditions = -(-int(1000 * batch * options.conditional_probability) // 1000)
+    windows = torch.empty(batch + conditions, *clips.shape[1:])
+
+    @torch.no_grad()
+    def encode() -> Tensor:
+        latent: Tensor = autoencoder.encode(windows).latent.float()
+        return latent
+
+    def step() -> Tensor:
+        target = encode()[:batch]
+        timestep = torch.zeros(batch, dtype=torch.long)
+        prediction = str(denoiser.config.prediction)
+        noise, condition = torch.empty_like(target), torch.zeros_like(target)
+        return diffusion_loss(denoiser, schedule, target, condition, noise, timestep, prediction)
+
+    return denoiser, autoencoder, encode, step
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from pvdm_fast.training.config import OPTIONS, PRESETS
+    from pvdm_fast.training.options import Parser
+
+    parser = Parser(
+        prog="python -m pvdm_fast.estimate",
+        description="Predicts the memory, the FLOPs and the checkpoint size of training, without running it.",
+    )
+    parser.add_argument("--preset", default="tiny", metavar="{" + ",".join(PRESETS) + "}", help="sizes (default: tiny)")
+    parser.add_argument("--stage", default="all", metavar="{autoencoder,diffusion,all}", help="(default: all)")
+    parser.add_argument("--batch", type=int, metavar="N", help="clips a forward pass (default: the preset's)")
+    for name in ("frames", "height", "width"):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{OPTIONS[f'video.{name}'].metadata['help']}")
+    parser.add_argument("--mixed-precision", default="no", metavar="{no,bf16}", help="(default: no)")
+    parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit}", help="(default: adamw)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--json", action="store_true", help="print bytes and FLOPs as JSON")
+    return parser.parse_args(arguments)
+
+
+def configure(options: argparse.Namespace) -> TrainConfig:
+    """The training configuration of the command line; raises UserError for a value that doesn't fit."""
+    from pvdm_fast.training.config import STAGES, make_config
+
+    changes: dict[str, Any] = {
+        "preset": options.preset,
+        "stage": options.stage,
+        "mixed_precision": options.mixed_precision,
+        "optimizer": options.optimizer,
+    }
+    changes |= {f"video.{name}": getattr(options, name) for name in ("frames", "height", "width")}
+    for stage in STAGES:
+        changes[f"{stage}.checkpointing"] = options.checkpointing
+        if options.batch is not None:
+            changes[f"{stage}.batch_size"] = options.batch
+    return make_config(changes)
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Parse, estimate, print."""
+    from pvdm_fast.training.config import STAGES
+
+    options = _options(arguments)
+    config = configure(options)
+    found = [estimate(config, stage) for stage in (STAGES if config.stage == "all" else (config.stage,))]
+    if options.json:
+        print(json.dumps([{**asdict(item), "peak": item.peak} for item in found], indent=2))
+    else:
+        print("\n\n".join(item.table() for item in found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Mean and covariance from sums that can be added up in any pieces, and the Fréchet distance of two Gaussians."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def moments(values: Tensor) -> Tensor:
+    """Count, sums and outer products of rows at once: (D + 1, D + 1) float64, the sum of z zᵀ for z = (1, row).
+
+    Moments of several sets of rows add up to those of all rows.
+
+    Args:
+        values: (B, D).
+    """
+    ones = torch.ones(len(values), 1, dtype=torch.float64)
+    rows = torch.cat([ones, values.detach().to("cpu", torch.float64)], dim=1)
+    return rows.T @ rows
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """``mean`` (D,) and ``covariance`` (D, D) of ``count`` rows, float64; the covariance divides by the count."""
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+    @staticmethod
+    def of(sums: Tensor) -> Gaussian:
+        """From :func:`moments`."""
+        count = sums[0, 0]
+        mean = sums[0, 1:] / count
+        return Gaussian(int(count), mean, sums[1:, 1:] / count - torch.outer(mean, mean))
+
+    @property
+    def standard_error(self) -> Tensor:
+        """Of the mean, (D,); NaN for a single row."""
+        variance = self.covariance.diagonal().clamp_min(0)
+        return (variance / (self.count - 1)).sqrt() if self.count > 1 else torch.full_like(variance, torch.nan)
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """|m1 - m2|² + tr(C1) + tr(C2) - 2 tr((C1 C2)^½), in float64.
+
+    The last trace is the sum of the singular values of C1^½ C2^½. Both roots come from symmetric eigenproblems whose
+    eigenvalues below their rounding error count as 0, so that covariances of few clips, which have no full rank, are
+    as good as others: the general square root of the product C1 C2 is neither symmetric nor always real.
+    """
+    product = _root(first.covariance) @ _root(second.covariance)
+    common = torch.linalg.svdvals(product).sum()
+    spread = first.covariance.trace() + second.covariance.trace() - 2 * common
+    return float((first.mean - second.mean).square().sum() + spread)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(covariance)
+    rounding = values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
+    values = torch.where(values > rounding, values, 0.0)
+    return (vectors * values.sqrt()) @ vectors.T

@@ -1,0 +1,190 @@
+"""The passes of an evaluation: reconstructions, real clips of other lengths, samples; each in batches, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvdm_fast.data import ClipDataset, video_grid, write_video
+from pvdm_fast.data.draws import stable_hash
+from pvdm_fast.diffusion import psnr
+from pvdm_fast.errors import Interrupted, UserError
+from pvdm_fast.evaluation.clips import read_batches
+from pvdm_fast.evaluation.features import FeatureNetwork
+from pvdm_fast.evaluation.processes import wait
+from pvdm_fast.evaluation.ssim import WINDOW, ssim
+from pvdm_fast.evaluation.subject import Subject
+from pvdm_fast.evaluation.tally import Measured, Tally, read_tallies, remaining, total
+from pvdm_fast.training.interrupt import StopRequest
+from pvdm_fast.training.processes import Processes
+from pvdm_fast.training.progress import make_bar
+
+SHOWN = 8
+SHOWN_SIDE = 160
+MAX_PSNR = 100.0
+
+Measure = Callable[[Sequence[range], Path], Iterator[Measured]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One thing to measure on ``clips`` clips.
+
+    ``identity`` is all that decides the values; statistics of another identity lie in another folder. ``measure`` is
+    given batches of clip numbers and the pass's folder, for videos, and yields what each batch gave.
+    """
+
+    name: str
+    clips: int
+    batch_size: int
+    identity: dict[str, Any]
+    measure: Measure
+
+    @property
+    def batches(self) -> list[range]:
+        starts = range(0, self.clips, self.batch_size)
+        return [range(first, min(self.clips, first + self.batch_size)) for first in starts]
+
+    def folder(self, parent: Path) -> Path:
+        identity = {"clips": self.clips, "batch_size": self.batch_size, **self.identity}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return parent / f"{self.name}-{digest[:16]}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Moments by name, files that could not be read, and where the videos lie."""
+
+    sums: dict[str, Tensor]
+    unreadable: dict[str, str]
+    folder: Path
+
+
+def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, save_every: int) -> Outcome:
+    """Do what is left of a pass, together with the other processes, and add everything up.
+
+    What is left is shared out anew at each start, so that an interrupted pass can go on with another number of
+    processes. Every process writes its own file.
+
+    Raises:
+        Interrupted: a signal came; what was done is saved.
+        UserError: the statistics could not be written, or the processes don't see each other's files.
+    """
+    folder, batches, share = work.folder(parent), work.batches, processes.share
+    tallies = read_tallies(folder, len(batches))
+    name = f"part-{share.rank}.safetensors"
+    own = tallies.get(name) or Tally(folder / name, len(batches))
+    todo = remaining(list(tallies.values()), len(batches))
+    wait(processes)  # everybody has read before anybody writes
+    mine = todo[share.rank :: share.world]
+    unsaved = 0
+    done = work.clips - sum(len(batches[number]) for number in todo)
+    with make_bar(work.name, work.clips, done=done, unit="clip", shown=processes.main) as bar:
+        for number, measured in zip(mine, work.measure([batches[n] for n in mine], folder), strict=True):
+            own.add(number, measured)
+            unsaved += len(batches[number])
+            if unsaved >= save_every or stop.number is not None:
+                own.save()
+                unsaved = 0
+            if stop.number is not None:  # each process for itself: they have different numbers of batches
+                raise Interrupted(stop.number)
+            bar.update(len(batches[number]) * share.world)
+    if unsaved:
+        own.save()
+    wait(processes)
+    tallies = read_tallies(folder, len(batches))
+    if missing := remaining(list(tallies.values()), len(batches)):
+        raise UserError(
+            f"{len(missing)} of {len(batches)} batches of other processes are missing in {folder}: "
+            "all processes must see one folder, so name a shared one with --out"
+        )
+    return Outcome(*total(list(tallies.values())), folder)
+
+
+def measure_reconstructions(
+    subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, workers: int
+) -> Measure:
+    """Measures PSNR, SSIM (where frames are large enough) and the features of originals and reconstructions."""
+
+    def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
+        for numbers, batch in zip(batches, read_batches(dataset, batches, workers), strict=True):
+            original = batch["video"].to(subject.autoencoder.device)
+            result = subject.reconstruct(original)
+            values = {"psnr": psnr(result, original).clamp_max(MAX_PSNR)[:, None]}
+            if min(subject.size) >= WINDOW:
+                values["ssim"] = ssim(result, original)[:, None]
+            if network is not None:
+                values["original"], values["reconstruction"] = network(original), network(result)
+            _show(folder, numbers, torch.stack([original, result], dim=1), subject.fps)
+            yield Measured(values, dict(batch["skipped"]))
+
+    return measure
+
+
+def measure_real_clips(dataset: ClipDataset, network: FeatureNetwork, workers: int) -> Measure:
+    """Measures the features of real clips."""
+
+    def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
+        for batch in read_batches(dataset, batches, workers):
+            yield Measured({"original": network(batch["video"])}, dict(batch["skipped"]))
+
+    return measure
+
+
+def measure_samples(
+    subject: Subject, network: FeatureNetwork | None, lengths: Sequence[int], sampling: dict[str, Any]
+) -> Measure:
+    """Samples videos of the greatest length, and measures the features of their first frames for every length.
+
+    A sample's first frames don't depend on how long it goes on: each clip is conditioned on the one before.
+    """
+
+    def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
+        for numbers in batches:
+            videos = sample_batch(subject, numbers, max(lengths), sampling)
+            _show(folder, numbers, videos[:, None], subject.fps)
+            values = {} if network is None else {f"{n} frames": network(videos[:, :, :n]) for n in lengths}
+            yield Measured(values)
+
+    return measure
+
+
+def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:
+    """The samples of these numbers, (B, 3, frames, H, W) in [-1, 1]; their noise depends on seed and numbers alone."""
+    from pvdm_fast.pipeline import sample_video
+
+    assert subject.denoiser is not None
+    return sample_video(
+        subject.autoencoder,
+        subject.denoiser,
+        clips=len(numbers),
+        frames=frames,
+        steps=sampling["steps"],
+        scheduler=sampling["scheduler"],
+        guidance=sampling["guidance"],
+        eta=sampling["eta"],
+        seed=stable_hash("sample", sampling["seed"], numbers.start) % 2**63,
+    )
+
+
+def _show(folder: Path, numbers: Sequence[int], videos: Tensor, fps: float) -> None:
+    """Write the first clips as mp4: of each, videos (n, 3, T, H, W) side by side; small ones enlarged, pixels kept."""
+    for number, row in zip(numbers, videos, strict=True):
+        if number >= SHOWN:
+            return
+        factor = max(1, SHOWN_SIDE // min(row.shape[-2:]))
+        enlarged = row.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_video(folder / f"clip-{number}.mp4", video_grid(enlarged, columns=len(row)), fps)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the video of clip {number} to {folder}: {error.strerror or error}"
+            ) from error

@@ -1,0 +1,163 @@
+"""What was asked for, and the protocol that goes with every number: everything that another group must know."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pvdm_fast
+from pvdm_fast import backends
+from pvdm_fast.data import ClipDataset
+from pvdm_fast.errors import UserError
+from pvdm_fast.evaluation import features
+from pvdm_fast.evaluation.clips import RESIZING, SPLITS
+from pvdm_fast.evaluation.features import FeatureNetwork
+from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
+from pvdm_fast.evaluation.subject import Subject
+from pvdm_fast.info import cpu_facts, installed_version
+from pvdm_fast.training.processes import Processes
+
+METRICS = {
+    "psnr": f"of each clip, all its frames and colours together, values not rounded to 8 bits, {MAX_PSNR:.0f} dB at "
+    "most; averaged over clips",
+    "ssim": "of each frame and colour: Gaussian window of 11 pixels, sigma 1.5, inside the frame; K1 0.01, K2 0.03; "
+    "values not rounded to 8 bits; averaged over frames, colours and clips",
+    "frechet_distance": "|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features in float64; covariances divide by the "
+    "number of clips, as in StyleGAN-V and cd-fvd; called FVD only for the I3D network of StyleGAN-V",
+}
+PACKAGES = ("torch", "triton", "diffusers", "numpy", "av")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command line."""
+
+    run: Path
+    data: str
+    split: str = "test"
+    clips: int = 2048
+    samples: int | None = None
+    frames: tuple[int, ...] = (16, 128)
+    stride: int = 1
+    seed: int = 0
+    features: Path | None = None
+    features_sha256: str | None = None
+    scheduler: str = "ddim"
+    steps: int = 100
+    eta: float = 1.0
+    guidance: float = 0.0
+    batch_size: int = 8
+    workers: int = 0
+    device: str = "auto"
+    dtype: str = "fp32"
+    out: Path | None = None
+    save_every: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "stride", "steps", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("samples", "workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
+        for name, known in (("split", SPLITS), ("device", ("auto", "cpu")), ("dtype", ("fp32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if not self.frames or min(self.frames) < 1 or len(set(self.frames)) < len(self.frames):
+            raise UserError(f"--frames must be different numbers of at least 1, not {list(self.frames)}")
+        if (self.features is None) != (self.features_sha256 is None):
+            raise UserError(
+                "--features and --features-sha256 go together: a Fréchet distance means something only for a "
+                f"network that is known to the bit; for example {features.HOW_TO_GET}"
+            )
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The parts of the protocol, each plain values; :meth:`identity` is what decides the values of a pass."""
+
+    data: dict[str, Any]
+    model: dict[str, Any]
+    sampling: dict[str, Any]
+    features: dict[str, Any] | None
+    environment: dict[str, Any]
+
+    def identity(self, *parts: str, **more: Any) -> dict[str, Any]:
+        """The named parts and the versions: where one of them changes, statistics aren't added to earlier ones."""
+        software = {key: self.environment[key] for key in ("versions", "device", "backends")}
+        return {**{part: getattr(self, part) for part in parts}, **more, "software": software}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "metrics": METRICS}
+
+
+def make_protocol(
+    request: Request, subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, processes: Processes
+) -> Protocol:
+    """Everything that the results depend on."""
+    height, width = subject.size
+    data = {
+        "source": request.data,
+        "description": dataset.description,
+        "split": request.split,
+        "clips": request.clips,
+        "seed": request.seed,
+        "stride": request.stride,
+        "height": height,
+        "width": width,
+        "resizing": RESIZING,
+        "view": "centre crop, not mirrored",
+        "windows": "video by a seeded permutation of the split, again from its start where clips outnumber videos; "
+        "window drawn uniformly inside the video; too short videos passed over",
+    }
+    sampling = {
+        "samples": count_samples(request, subject, network),
+        "frames": list(request.frames),
+        **{name: getattr(request, name) for name in ("scheduler", "steps", "eta", "guidance", "seed", "batch_size")},
+        "noise": "drawn on the CPU, from one generator a batch, seeded by the seed and the batch's first sample",
+    }
+    network_facts = None
+    if network is not None:
+        network_facts = {
+            "file": network.path.name,
+            "sha256": network.sha256,
+            "network": "I3D of StyleGAN-V" if network.is_i3d else "not the I3D of StyleGAN-V",
+            "input": features.INPUT,
+        }
+    return Protocol(data, subject.facts(), sampling, network_facts, environment(processes))
+
+
+def count_samples(request: Request, subject: Subject, network: FeatureNetwork | None) -> int:
+    """How many samples are made: without features only those that are shown."""
+    if subject.denoiser is None:
+        return 0
+    wanted = request.clips if request.samples is None else request.samples
+    return wanted if network else min(wanted, SHOWN)
+
+
+def environment(processes: Processes) -> dict[str, Any]:
+    """Machine, versions, and the backend of each operation."""
+    kind = processes.device.type
+    gpu = torch.cuda.get_device_name(processes.device) if kind == "cuda" else None
+    return {
+        "versions": {
+            "pvdm_fast": pvdm_fast.__version__,
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in PACKAGES},
+        },
+        "device": gpu or cpu_facts()["name"],
+        "processes": processes.share.world,
+        "threads": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "system": platform.platform(),
+        "backend": backends.requested(),
+        "backends": {name: row["auto"] for name, row in backends.report(kind).items()}
+        if backends.requested() == "auto"
+        else backends.requested(),
+    }

@@ -1,0 +1,169 @@
+"""The readable report: one HTML file that holds everything, videos included, and asks nothing of the network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from pvdm_fast.evaluation.curves import curves
+
+NAMED_FILES = 20
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d5d8dc; }
+table { border-collapse: collapse; } td, th { text-align: left; vertical-align: top; padding: .2rem 1.2rem .2rem 0; }
+tr + tr td { border-top: 1px solid #eceef0; } td.number { font-variant-numeric: tabular-nums; }
+#protocol td { font-size: .85rem; overflow-wrap: anywhere; } #protocol td:first-child { white-space: nowrap; }
+.row { display: flex; flex-wrap: wrap; gap: .8rem; } figure { margin: 0; } video { max-width: 100%; display: block; }
+figcaption { font-size: .8rem; color: #5a6068; } .failed { color: #b00020; } li { margin: .2rem 0; }
+svg { max-width: 100%; height: auto; }
+"""
+
+BUTTONS = (
+    '<p>All videos: <button id="play">play</button> <button id="pause">pause</button> '
+    '<button id="restart">from the start</button></p>'
+)
+
+# Tells the reader, and the test, whether this browser really decodes the videos.
+SCRIPT = """
+const videos = [...document.querySelectorAll("video")];
+let ready = 0, failed = 0;
+window.addEventListener("error", event => { if (event.message) document.body.dataset.error = event.message; });
+function tell() { document.body.dataset.videos = `${ready} ready, ${failed} failed, ${videos.length} in all`; }
+for (const video of videos) {
+  const caption = video.parentElement.querySelector("figcaption");
+  const loaded = () => {
+    if (video.dataset.state || !(video.readyState >= 2 && video.duration > 0 && video.videoWidth > 0)) return;
+    ready += 1; video.dataset.state = "ready"; video.dataset.duration = video.duration; tell();
+  };
+  video.addEventListener("loadeddata", loaded);
+  const broken = () => {
+    if (video.dataset.state === "failed") return;
+    if (video.dataset.state === "ready") ready -= 1;
+    failed += 1; video.dataset.state = "failed"; caption.classList.add("failed");
+    caption.textContent += ": this browser cannot play it (" + (video.error ? video.error.message : "unknown") + ")";
+    tell();
+  };
+  video.addEventListener("error", broken);
+  if (video.error) broken(); else loaded();
+}
+tell();
+const onClick = (id, action) => { document.getElementById(id).onclick = () => videos.forEach(action); };
+onClick("play", video => video.play());
+onClick("pause", video => video.pause());
+onClick("restart", video => { video.currentTime = 0; video.play(); });
+"""
+
+
+def write_report(path: Path, document: dict[str, Any], videos: dict[str, Path], records: list[dict[str, Any]]) -> None:
+    """Write the page.
+
+    Args:
+        path: the HTML file.
+        document: what evaluation.json holds.
+        videos: folders with clip-N.mp4, under "reconstruction" and "samples".
+        records: of metrics.jsonl.
+    """
+    results, protocol = document["results"], document["protocol"]
+    name = Path(document["run"]).resolve().name
+    parts = [
+        f"<h1>Evaluation of {escape(name)}</h1>",
+        BUTTONS if videos else "",
+        _section("Scores", _table(score_rows(results), ("", "score", "of"))),
+        _section("Missing", _list(results["missing"])) if results["missing"] else "",
+        _section("Beware", _list(results["caveats"])) if results["caveats"] else "",
+        _videos("Reconstructions", "left the clip, right its reconstruction", videos.get("reconstruction")),
+        _videos("Samples", _sampling(protocol), videos.get("samples")),
+        _section("Training", _figures((title, svg) for title, svg in curves(records))) if records else "",
+        _section("Protocol", f'<div id="protocol">{_table(list(flat(protocol)), ("", ""))}</div>'),
+        _section("Files that could not be read", _list(_unreadable(results["unreadable_files"])))
+        if results["unreadable_files"]
+        else "",
+    ]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>Evaluation of {escape(name)}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def score_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, value, of what) of every score, for people; a distance is called FVD only where it is one."""
+    reconstruction = results["reconstruction"]
+    clips = f"{reconstruction['clips']:,} clips of {reconstruction['frames']} frames"
+    rows = []
+    for key, label, digits, unit in (("psnr", "PSNR", 2, " dB"), ("ssim", "SSIM", 4, "")):
+        if reconstruction[key] is not None:
+            mean, error = reconstruction[key]["mean"], reconstruction[key]["standard_error"]
+            spread = "" if error is None else f" ± {error:.{digits}f}"
+            rows.append((f"reconstruction {label}", f"{mean:.{digits}f}{spread}{unit}", clips))
+    if "frechet_distance" in reconstruction:
+        label = "R-FVD" if reconstruction["fvd"] is not None else "reconstruction, Fréchet distance of other features"
+        rows.append((label, f"{reconstruction['frechet_distance']:.2f}", clips))
+    for frames, scores in results["generation"].items():
+        if "frechet_distance" in scores:
+            label = "FVD" if scores["fvd"] is not None else "samples, Fréchet distance of other features"
+            of = f"{scores['samples']:,} samples and {scores['real_clips']:,} clips of {frames} frames"
+            rows.append((f"{label}, {frames} frames", f"{scores['frechet_distance']:.2f}", of))
+    return rows
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as ("data.split", "test") pairs; what every operation shares is said once."""
+    for key, value in values.items():
+        label = f"{prefix}{key}"
+        if isinstance(value, dict) and len(set(map(str, value.values()))) == 1 and len(value) > 2:
+            yield label, f"{next(iter(value.values()))} (all {len(value)})"
+        elif isinstance(value, dict):
+            yield from flat(value, f"{label}.")
+        else:
+            yield label, "none" if value is None else str(value)
+
+
+def _sampling(protocol: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in protocol["sampling"].items())
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{content}"
+
+
+def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>" if any(header) else ""
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>\n{head}{body}\n</table>"
+
+
+def _list(items: Iterable[str]) -> str:
+    return "<ul>\n" + "\n".join(f"<li>{escape(item)}</li>" for item in items) + "\n</ul>"
+
+
+def _unreadable(files: dict[str, str]) -> list[str]:
+    lines = [f"{path}: {reason}" for path, reason in list(files.items())[:NAMED_FILES]]
+    more = len(files) - NAMED_FILES
+    return [*lines, f"and {more} more, all in evaluation.json"] if more > 0 else lines
+
+
+def _figures(figures: Iterable[tuple[str, str]]) -> str:
+    made = (f"<figure>{content}<figcaption>{escape(title)}</figcaption></figure>" for title, content in figures)
+    return '<div class="row">\n' + "\n".join(made) + "\n</div>"
+
+
+def _videos(title: str, note: str, folder: Path | None) -> str:
+    """The section of a folder's videos, inside the page as data; empty where there are none."""
+    paths = [] if folder is None else sorted(folder.glob("clip-*.mp4"), key=lambda path: int(path.stem.split("-")[1]))
+    if not paths:
+        return ""
+    figures = ((path.stem.replace("-", " "), _player(path)) for path in paths)
+    return _section(title, f"<p>{escape(note)}</p>\n{_figures(figures)}")
+
+
+def _player(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<video autoplay loop muted playsinline preload="auto" src="data:video/mp4;base64,{data}"></video>'

@@ -1,0 +1,245 @@
+"""An evaluation from its request to its files: passes, results, evaluation.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pvdm_fast.data import ClipDataset
+from pvdm_fast.errors import Interrupted, UserError
+from pvdm_fast.evaluation import features
+from pvdm_fast.evaluation.clips import open_clips
+from pvdm_fast.evaluation.features import FeatureNetwork
+from pvdm_fast.evaluation.moments import Gaussian, frechet_distance
+from pvdm_fast.evaluation.passes import (
+    Outcome,
+    Pass,
+    measure_real_clips,
+    measure_reconstructions,
+    measure_samples,
+    run_pass,
+)
+from pvdm_fast.evaluation.processes import these_processes
+from pvdm_fast.evaluation.protocol import Protocol, Request, make_protocol
+from pvdm_fast.evaluation.report import write_report
+from pvdm_fast.evaluation.ssim import WINDOW
+from pvdm_fast.evaluation.subject import Subject, load_subject
+from pvdm_fast.pipeline import check_pair
+from pvdm_fast.training.files import locked, whole_file
+from pvdm_fast.training.interrupt import StopRequest
+from pvdm_fast.training.processes import Processes
+
+PUBLISHED_CLIPS = 2048
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the passes share."""
+
+    request: Request
+    processes: Processes
+    subject: Subject
+    network: FeatureNetwork | None
+    datasets: dict[int, ClipDataset]
+    protocol: Protocol
+    folder: Path
+
+    @property
+    def samples(self) -> int:
+        return int(self.protocol.sampling["samples"])
+
+    def passes(self) -> dict[str, Pass]:
+        """By name: "reconstruction", "real-16" for each other length with features, "samples"."""
+        request, network, length = self.request, self.network, self.subject.frames
+        measure = measure_reconstructions(self.subject, self.datasets[length], network, request.workers)
+        made = {"reconstruction": self._data_pass("reconstruction", measure, "model", frames=length)}
+        for frames in request.frames if network and self.samples else ():
+            if frames != length:
+                measure = measure_real_clips(self.datasets[frames], network, request.workers)  # type: ignore[arg-type]
+                made[f"real-{frames}"] = self._data_pass(f"real-{frames}", measure, frames=frames)
+        if self.samples:
+            identity = self.protocol.identity("model", "sampling", "features")
+            measure = measure_samples(self.subject, network, request.frames, self.protocol.sampling)
+            made["samples"] = Pass("samples", self.samples, request.batch_size, identity, measure)
+        return made
+
+    def _data_pass(self, name: str, measure: Any, *parts: str, frames: int) -> Pass:
+        identity = self.protocol.identity("data", "features", *parts, frames=frames)
+        return Pass(name, self.request.clips, self.request.batch_size, identity, measure)
+
+
+def evaluate(request: Request) -> tuple[dict[str, Any] | None, Path]:
+    """Evaluate a run.
+
+    Returns:
+        The results, as in evaluation.json (in the first process; None in the others), and their folder.
+
+    Raises:
+        UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
+    """
+    processes = these_processes(request.device)
+    evaluation = prepare(request, processes)
+    with _alone(evaluation), StopRequest(processes) as stop:
+        started = time.perf_counter()
+        statistics = evaluation.folder / "statistics"
+        outcomes: dict[str, Outcome] = {}
+        try:
+            for name, work in evaluation.passes().items():
+                outcomes[name] = run_pass(work, statistics, processes, stop, request.save_every)
+        except Interrupted:
+            print("stopped and saved; the same command goes on from here", flush=True)
+            raise
+        if not processes.main:
+            return None, evaluation.folder
+        result = results(evaluation, outcomes)
+        result["seconds_since_last_start"] = round(time.perf_counter() - started, 1)
+        write(evaluation, result, outcomes)
+        return result, evaluation.folder
+
+
+@contextmanager
+def _alone(evaluation: Evaluation) -> Iterator[None]:
+    """Make the folder, and keep other evaluations out of it; raises UserError where one is at work there."""
+    if not evaluation.processes.main:
+        yield
+        return
+    try:
+        evaluation.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {evaluation.folder}: {error.strerror}") from error
+    with locked(evaluation.folder / "evaluation.lock", "evaluation", "--out"):
+        yield
+
+
+def prepare(request: Request, processes: Processes) -> Evaluation:
+    """Open everything, so that what doesn't fit is found before anything is computed."""
+    subject = load_subject(request.run, processes.device, request.dtype)
+    if subject.denoiser is not None:
+        from pvdm_fast.schedulers import make_scheduler
+
+        check_pair(subject.autoencoder, subject.denoiser)
+        make_scheduler(request.scheduler)
+    network = None
+    if request.features is not None and request.features_sha256 is not None:
+        network = FeatureNetwork(request.features, request.features_sha256, processes.device)
+    lengths = {subject.frames} | (set(request.frames) if network and subject.denoiser else set())
+    datasets = {
+        frames: open_clips(
+            request.data, request.split, frames=frames, size=subject.size, stride=request.stride, seed=request.seed
+        )
+        for frames in sorted(lengths)
+    }
+    protocol = make_protocol(request, subject, datasets[subject.frames], network, processes)
+    folder = request.out or request.run / "evaluation"
+    return Evaluation(request, processes, subject, network, datasets, protocol, folder)
+
+
+def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """All scores, what is missing and how to get it, and what a reader should beware of."""
+    reconstruction = outcomes["reconstruction"].sums
+    scores: dict[str, Any] = {"frames": evaluation.subject.frames, "clips": evaluation.request.clips}
+    for name in ("psnr", "ssim"):
+        scores[name] = _score(reconstruction[name]) if name in reconstruction else None
+    if evaluation.network is not None:
+        pair = (reconstruction["original"], reconstruction["reconstruction"])
+        scores |= _distance(evaluation, *(Gaussian.of(sums) for sums in pair))
+    unreadable = {path: reason for outcome in outcomes.values() for path, reason in outcome.unreadable.items()}
+    return {
+        "reconstruction": scores,
+        "generation": _generation(evaluation, outcomes),
+        "missing": _missing(evaluation),
+        "caveats": _caveats(evaluation, outcomes),
+        "unreadable_files": unreadable,
+    }
+
+
+def _generation(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """By number of frames: the distance of samples from real clips."""
+    if "samples" not in outcomes:
+        return {}
+    scores: dict[str, Any] = {}
+    for frames in evaluation.request.frames:
+        scores[str(frames)] = {"samples": evaluation.samples}
+        if evaluation.network is not None:
+            real = outcomes["reconstruction" if frames == evaluation.subject.frames else f"real-{frames}"]
+            pair = (real.sums["original"], outcomes["samples"].sums[f"{frames} frames"])
+            scores[str(frames)] |= _distance(evaluation, *(Gaussian.of(sums) for sums in pair))
+    return scores
+
+
+def _score(sums: Any) -> dict[str, Any]:
+    gaussian = Gaussian.of(sums)
+    error = float(gaussian.standard_error[0])
+    return {"mean": float(gaussian.mean[0]), "standard_error": error if math.isfinite(error) else None}
+
+
+def _distance(evaluation: Evaluation, real: Gaussian, made: Gaussian) -> dict[str, Any]:
+    """The distance, under the name of FVD only where the network is the one that gives it its meaning."""
+    assert evaluation.network is not None
+    distance = frechet_distance(real, made)
+    return {
+        "frechet_distance": distance,
+        "fvd": distance if evaluation.network.is_i3d else None,
+        "features": len(real.mean),
+        "real_clips": real.count,
+    }
+
+
+def _missing(evaluation: Evaluation) -> list[str]:
+    missing = []
+    if evaluation.network is None:
+        missing.append(f"R-FVD and FVD: no feature network was named; {features.HOW_TO_GET}")
+    elif not evaluation.network.is_i3d:
+        missing.append(
+            f"R-FVD and FVD: {evaluation.network.path.name} is not the I3D network of StyleGAN-V, so its Fréchet "
+            f"distances compare with nothing that is published; {features.HOW_TO_GET}"
+        )
+    if min(evaluation.subject.size) < WINDOW:
+        missing.append(f"SSIM: its window needs frames of {WINDOW} x {WINDOW} at least")
+    if evaluation.subject.denoiser is None:
+        missing.append("samples: the run has no denoiser yet; train it with python -m pvdm_fast.train --resume RUN")
+    return missing
+
+
+def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
+    caveats = []
+    clips, videos = evaluation.request.clips, len(evaluation.datasets[evaluation.subject.frames])
+    if clips > videos:
+        caveats.append(
+            f"{clips} clips of {videos} videos: a video counts more than once, with other windows if it has any"
+        )
+    if evaluation.network is not None:
+        fewest = min(clips, evaluation.samples or clips)
+        if fewest < PUBLISHED_CLIPS:
+            caveats.append(
+                f"{fewest} clips: a Fréchet distance falls as clips are added, and published ones are of "
+                f"{PUBLISHED_CLIPS:,}; compare with the same number only"
+            )
+        width = len(outcomes["reconstruction"].sums["original"]) - 1
+        if fewest <= width:
+            caveats.append(f"{fewest} clips cannot give covariances of {width} features full rank")
+    if evaluation.request.split != "test":
+        caveats.append(f"the {evaluation.request.split} split holds clips that the models were trained on")
+    return caveats
+
+
+def write(evaluation: Evaluation, result: dict[str, Any], outcomes: dict[str, Outcome]) -> None:
+    """evaluation.json and report.html, each whole or not at all."""
+    document = {"results": result, "protocol": evaluation.protocol.as_dict(), "run": str(evaluation.request.run)}
+    folder = evaluation.folder
+    try:
+        with whole_file(folder / "evaluation.json") as temporary:
+            temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        videos: dict[str, Path] = {
+            name: outcomes[name].folder for name in ("reconstruction", "samples") if name in outcomes
+        }
+        with whole_file(folder / "report.html") as temporary:
+            write_report(temporary, document, videos, evaluation.subject.run.read_metrics())
+    except OSError as error:
+        raise UserError(f"cannot write the results to {folder}: {error.strerror or error}") from error

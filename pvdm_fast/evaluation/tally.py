@@ -1,0 +1,102 @@
+"""Sums that survive a crash: which batches of a pass are done, and the moments of what was measured on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pvdm_fast.errors import UserError
+from pvdm_fast.evaluation.moments import moments
+from pvdm_fast.training.files import whole_file
+
+
+@dataclass
+class Measured:
+    """What a batch gave: values (B, D) by name, and files that could not be read, with reasons."""
+
+    values: dict[str, Tensor]
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+class Tally:
+    """The part of a pass that one process has done.
+
+    Args:
+        path: the file that :meth:`save` writes; where it exists, this goes on from what it holds.
+        batches: number of batches of the whole pass.
+
+    Raises:
+        UserError: the file cannot be read, or is of another number of batches.
+    """
+
+    def __init__(self, path: Path, batches: int) -> None:
+        self.path = path
+        self.done = torch.zeros(batches, dtype=torch.bool)
+        self.sums: dict[str, Tensor] = {}
+        self.unreadable: dict[str, str] = {}
+        if path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        advice = f"remove the folder {self.path.parent} to measure again"
+        try:
+            with safe_open(self.path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                self.unreadable = json.loads((file.metadata() or {})["unreadable"])
+            done = tensors.pop("done").bool()
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"the statistics {self.path} cannot be read ({error}): {advice}") from error
+        if done.shape != self.done.shape:
+            raise UserError(f"the statistics {self.path} are of {len(done)} batches, not {len(self.done)}: {advice}")
+        self.done, self.sums = done, tensors
+
+    def add(self, batch: int, measured: Measured) -> None:
+        """Count a batch in; in memory only. Raises UserError for values that are not finite."""
+        for name, values in measured.values.items():
+            if not values.isfinite().all():
+                raise UserError(f"{name} is not finite for batch {batch}: the model's weights must be damaged")
+            sums = moments(values)
+            self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self.unreadable.update(measured.unreadable)
+        self.done[batch] = True
+
+    def save(self) -> None:
+        """Write the file, whole or not at all; raises UserError where the disk is full."""
+        tensors = {**self.sums, "done": self.done.to(torch.uint8)}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.path) as temporary:
+                save_file(tensors, temporary, {"unreadable": json.dumps(self.unreadable)})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot write the statistics {self.path}: {error}") from error
+
+
+def read_tallies(folder: Path, batches: int) -> dict[str, Tally]:
+    """The tallies that any process has left in a folder, by file name, in order of the names."""
+    return {path.name: Tally(path, batches) for path in sorted(folder.glob("[!.]*.safetensors"))}
+
+
+def remaining(tallies: Sequence[Tally], batches: int) -> list[int]:
+    """The batches that none of the tallies holds."""
+    done = torch.zeros(batches, dtype=torch.bool)
+    for tally in tallies:
+        done |= tally.done
+    return (~done).nonzero().flatten().tolist()
+
+
+def total(tallies: Sequence[Tally]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Sums and unreadable files of all tallies together."""
+    sums: dict[str, Tensor] = {}
+    unreadable: dict[str, str] = {}
+    for tally in tallies:
+        for name, values in tally.sums.items():
+            sums[name] = sums[name] + values if name in sums else values
+        unreadable.update(tally.unreadable)
+    return sums, unreadable

@@ -1,0 +1,285 @@
+"""The autoencoder's second phase: the perceptual loss, and discriminators that are trained against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pvdm_fast.diffusion import psnr
+from pvdm_fast.errors import UserError
+from pvdm_fast.losses.lpips import LPIPS, MINIMUM_SIZE, load_lpips
+from pvdm_fast.losses.patchgan import Discriminators, frames_of
+from pvdm_fast.shares import Share
+from pvdm_fast.training.config import AdversarialOptions, TrainConfig
+from pvdm_fast.training.stages import WHOLE, AutoencoderStage, Classes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pvdm_fast.models import Autoencoder
+
+LPIPS_WEIGHT, FEATURE_WEIGHT = 4.0, 4.0
+BETAS = (0.5, 0.9)
+CLIP_NORM = 1.0  # of each discriminator's gradient
+LARGEST_WEIGHT = 1e4  # of the adaptive weight, as in VQGAN
+
+
+def wants_second_phase(config: TrainConfig) -> bool:
+    return config.lpips_weights is not None or config.adversarial.start is not None
+
+
+def check_second_phase(config: TrainConfig, height: int, width: int) -> list[tuple[str, str]]:
+    """What the second phase will do, in lines of (label, text), before anything is written.
+
+    Raises:
+        UserError: options that exclude each other, or LPIPS weights that are missing or wrong.
+    """
+    options, lines = config.adversarial, []
+    if config.lpips_weights is not None:
+        if min(height, width) < MINIMUM_SIZE:
+            raise UserError(
+                f"--lpips-weights needs frames of at least {MINIMUM_SIZE} x {MINIMUM_SIZE} pixels, not {height}x{width}"
+            )
+        lines.append(("perceptual", load_lpips(config.lpips_weights)[1]))
+    if options.start is not None:
+        if options.start >= config.autoencoder.steps:
+            raise UserError(
+                f"--adversarial-start {options.start} is never reached in {config.autoencoder.steps} steps: raise "
+                "--autoencoder-steps, or start earlier"
+            )
+        if config.fsdp and options.adaptive:
+            raise UserError(
+                "--fsdp cuts the last layer, whose gradient the adaptive weight needs: choose --no-adversarial-adaptive"
+            )
+        if options.r1 > 0 and options.norm == "batch":
+            raise UserError(
+                "--adversarial-r1 needs --adversarial-norm spectral or none: batch statistics tie the clips of a batch "
+                "together, and the penalty is on each one's gradient"
+            )
+        lines.append(("adversarial", f"from step {options.start} on"))
+    return lines
+
+
+class _KnownGradient(torch.autograd.Function):
+    """The value of a loss whose gradient at ``sample`` has been computed already."""
+
+    @staticmethod
+    def forward(sample: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient_output * gradient, None, None
+
+
+class Adversary:
+    """The discriminators, their optimizer and, for float16, their loss scale."""
+
+    def __init__(self, options: AdversarialOptions, seed: int) -> None:
+        self.options = options
+        with torch.random.fork_rng(devices=[]):  # what else the run draws does not depend on them
+            torch.manual_seed(seed)
+            self.nets = Discriminators(options.channels, options.norm)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Move and wrap the discriminators; under data parallel their gradients are averaged.
+
+        Raises:
+            UserError: batch statistics over several processes on a CPU, where PyTorch cannot share them.
+        """
+        self.accelerator = accelerator
+        if self.options.norm == "batch" and accelerator.num_processes > 1:
+            if accelerator.device.type == "cpu":
+                raise UserError(
+                    "--adversarial-norm batch works in several processes only on GPUs (its statistics are of the "
+                    "global batch): choose --adversarial-norm spectral"
+                )
+            self.nets = nn.SyncBatchNorm.convert_sync_batchnorm(self.nets)
+        self.nets.to(accelerator.device)
+        self.prepared = accelerator.prepare_model(self.nets)
+        self.optimizer = torch.optim.AdamW(
+            self.nets.parameters(), lr=self.options.learning_rate, betas=BETAS, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.scaler is not None)
+
+    def backward(self, real: Tensor, fake: Tensor, frames: Tensor, share: float) -> dict[str, Tensor]:
+        """Add ``share`` of the gradients of a batch; what to record of it."""
+        with self.accelerator.autocast():
+            terms = self.prepared(real, fake, frames, self.options.r1)
+        self.scaler.scale(terms.loss * share).backward()
+        values = {"d_loss": terms.loss.detach(), "d_real": terms.real, "d_fake": terms.fake}
+        return values | ({"r1": terms.penalty} if self.options.r1 > 0 else {})
+
+    def step(self) -> float:
+        """One optimizer step, left out where the gradients are not finite; their norm."""
+        self.scaler.unscale_(self.optimizer)
+        nets = (self.nets.image, self.nets.clip)
+        norm = math.hypot(*(float(nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM)) for net in nets))
+        if math.isfinite(norm) or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "nets": self.nets.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.nets.load_state_dict(state["nets"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+class SecondPhaseStage(AutoencoderStage):
+    """Reconstruction judged by pixels, by LPIPS of one random frame of each clip, and by discriminators.
+
+    The losses are differentiated with respect to the reconstruction alone, each once; the sum of these gradients, each
+    with its weight, is what goes on into the autoencoder. So the adaptive weight costs two products at the last layer.
+    """
+
+    def __init__(self, config: TrainConfig, autoencoder: Autoencoder) -> None:
+        super().__init__(config, autoencoder)
+        self.lpips: LPIPS | None = load_lpips(config.lpips_weights)[0] if config.lpips_weights is not None else None
+        options = config.adversarial
+        self.start = math.inf if options.start is None else options.start
+        self.adversary = None if options.start is None else Adversary(options, config.seed)
+        self.active = False
+        self._for_the_adversary: tuple[Tensor, Tensor, Tensor] | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._d_norm = 0.0
+
+    def to(self, device: torch.device) -> None:
+        if self.lpips is not None:
+            self.lpips.to(device)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        if self.adversary is not None:
+            self.adversary.prepare(accelerator)
+
+    def before_step(self, step: int) -> None:
+        self.active = step >= self.start
+        self._sums = {}
+        if self.adversary is not None:
+            self.adversary.optimizer.zero_grad(set_to_none=True)
+
+    def loss(
+        self,
+        model: nn.Module,
+        video: Tensor,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+        classes: Classes = None,
+    ) -> Tensor:
+        sample = self.reconstruct(model, video, generator, share)
+        frames = share.of(torch.randint(self.clip_frames, (share.world * len(video),), generator=generator))
+        frames = frames.to(video.device)
+        leaf = sample.detach().requires_grad_()
+        value = self._reconstruction_loss(leaf, video, frames)
+        gradient = self._gradient(value, leaf)
+        if self.adversary is not None and self.active:
+            terms = self.adversary.nets.generator_terms(leaf, video, frames)
+            judged = terms.hinge + FEATURE_WEIGHT * terms.feature_matching
+            its_gradient = self._gradient(judged, leaf)
+            weight = self.adversary.options.weight * self._adaptive_weight(sample, gradient, its_gradient)
+            value, gradient = value + weight * judged, gradient + weight * its_gradient
+            self._add({"g_loss": terms.hinge, "feature_matching": terms.feature_matching, "adversarial_weight": weight})
+            self._for_the_adversary = (video, leaf.detach(), frames)
+        loss: Tensor = _KnownGradient.apply(sample, gradient, value.detach())
+        return loss
+
+    def _reconstruction_loss(self, sample: Tensor, video: Tensor, frames: Tensor) -> Tensor:
+        loss = self.pixel_loss(sample, video)
+        self._add({"reconstruction": loss})
+        if self.lpips is not None:
+            perceptual = self.lpips(frames_of(sample, frames), frames_of(video, frames)).mean()
+            self._add({"lpips": perceptual})
+            loss = loss + LPIPS_WEIGHT * perceptual
+        return loss
+
+    def _gradient(self, value: Tensor, at: Tensor) -> Tensor:
+        """The gradient of a loss, computed under the loss scale where there is one: in float16 it would be 0."""
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+        with torch.autocast(at.device.type, enabled=False):
+            (gradient,) = torch.autograd.grad(value * scale, at)
+        return gradient / scale
+
+    def _adaptive_weight(self, sample: Tensor, gradient: Tensor, adversarial: Tensor) -> Tensor:
+        """VQGAN's (Esser et al., 2021): the norm of the other losses' gradient at the last layer over this one's."""
+        assert self.adversary is not None
+        if not self.adversary.options.adaptive:
+            return sample.new_ones(())
+        weight = cast(Tensor, self.model.to_pixel["1"].weight)
+        found = []
+        with torch.autocast(sample.device.type, enabled=False):
+            for at_sample in (gradient, adversarial):
+                size = at_sample.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)  # float16 holds it so
+                (at_weight,) = torch.autograd.grad(sample, weight, at_sample / size, retain_graph=True)
+                found.append(at_weight.float() * size)
+        others, own = self.accelerator.reduce(torch.stack(found), "mean").flatten(1).norm(dim=1)
+        return (others / (own + 1e-6)).clamp(max=LARGEST_WEIGHT)
+
+    def after_backward(self) -> None:
+        if self.adversary is not None and self._for_the_adversary is not None:
+            self._add(self.adversary.backward(*self._for_the_adversary, share=1 / self.options.accumulate))
+            self._for_the_adversary = None
+
+    def after_step(self) -> None:
+        if self.adversary is not None and self.active:
+            self._d_norm = self.adversary.step()
+
+    def _add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+
+    def values(self) -> dict[str, float | None]:
+        means = (
+            self.accelerator.reduce(torch.stack(list(self._sums.values())).float(), "mean") / self.options.accumulate
+        )
+        found = dict(zip(self._sums, means.tolist(), strict=True))
+        if self.active:
+            found["d_gradient_norm"] = self._d_norm
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+    def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
+        """``psnr``, and with LPIPS ``lpips``: of each clip's middle frame. Averaged over clips."""
+        scores: dict[str, list[Tensor]] = {"psnr": []}
+        for video in videos:
+            sample = self.model(video).sample
+            scores["psnr"].append(psnr(sample, video))
+            if self.lpips is not None:
+                middle = torch.full((len(video),), self.clip_frames // 2, device=video.device)
+                distance = self.lpips(frames_of(sample, middle), frames_of(video, middle))
+                scores.setdefault("lpips", []).append(distance)
+        return {name: torch.cat(values).mean().item() for name, values in scores.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "lpips": self.lpips.fingerprint() if self.lpips is not None else None,
+            "adversary": self.adversary.state() if self.adversary is not None else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state` returned; a phase that is switched on on resuming begins afresh.
+
+        Raises:
+            UserError: the LPIPS weights are not those that the run began with.
+        """
+        before = state.get("lpips")
+        if before is not None and self.lpips is not None and before != self.lpips.fingerprint():
+            raise UserError("--lpips-weights now holds other weights than the run began with: name the same file")
+        if self.adversary is not None and state.get("adversary") is not None:
+            self.adversary.restore(state["adversary"])

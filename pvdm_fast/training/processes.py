@@ -1,0 +1,95 @@
+"""The processes of a job: what they agree on, and what the main one does for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pvdm_fast.errors import UserError
+from pvdm_fast.shares import Share
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+# How long a process waits for the others: longer than a checkpoint takes to write, or a batch to read.
+TIMEOUT = timedelta(minutes=10)
+
+
+class Processes:
+    """All processes of a job call these methods in the same order; with a single process they do nothing else."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.device = accelerator.device
+        self.share = Share(accelerator.process_index, accelerator.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that writes and prints."""
+        return self.share.rank == 0
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of a scalar over the processes; not finite where one of them is not."""
+        if self.share.world == 1:
+            return value.item()
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total.item() / self.share.world
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.share.world == 1:
+            return number
+        result = torch.tensor(number, device=self.device)
+        dist.all_reduce(result, dist.ReduceOp.MAX)
+        return int(result.item())
+
+    def gathered(self, mine: T) -> list[T]:
+        """What each process has, in the order of their ranks."""
+        if self.share.world == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.share.world
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """The result of ``action``, run by the main process while the others wait.
+
+        Raises:
+            UserError: what ``action`` raised, by :meth:`fail`.
+        """
+        if self.share.world == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.main:
+            try:
+                outcome[0] = action()
+            except UserError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            self.fail(outcome[1])
+        return outcome[0]
+
+    def fail(self, error: UserError) -> NoReturn:
+        """End all processes with an error that all have met: the main one raises it, the others leave silently."""
+        if self.main:
+            raise error
+        raise SystemExit(error.exit_code)
+
+
+def starts_again() -> bool:
+    """Whether torchrun will start the job again after a failure, with the same command line."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether ``error`` is how NCCL's or Gloo's collectives fail when another process is gone, or doesn't answer."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,0 +1,71 @@
+"""Jobs of several processes on this machine, joined by Gloo: forked from one process that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from pvdm_fast.train import main
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["jobs", "small", "pvdm_fast.training.session", "accelerate", "pvdm_fast.models"])
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def start_job(
+    arguments: Sequence[str], log: Path, world: int = 2, before: Callable[[], None] | None = None
+) -> list[ForkServerProcess]:
+    """``pvdm_fast.train`` in ``world`` processes; each writes what it prints to ``log`` with its rank appended.
+
+    ``before`` is called in each of them first.
+    """
+    port = free_port()
+    processes = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        process = CONTEXT.Process(
+            target=_run, args=(list(arguments), log.with_name(f"{log.name}{rank}"), environment, before)
+        )
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def _run(arguments: list[str], log: Path, environment: dict[str, str], before: Callable[[], None] | None) -> None:
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if before is not None:
+        before()
+    sys.exit(main(arguments))
+
+
+def finish(processes: Sequence[ForkServerProcess], seconds: float = 120) -> list[int | None]:
+    """Wait for the processes to end; their exit codes, negative for a signal. None is one that had to be killed."""
+    codes: list[int | None] = []
+    for process in processes:
+        process.join(seconds)
+        codes.append(process.exitcode)
+        if process.exitcode is None:
+            process.kill()
+    return codes
+
+
+def run_job(arguments: Sequence[str], log: Path, world: int = 2, before: Callable[[], None] | None = None) -> str:
+    """Run a job that must succeed; returns what its main process printed."""
+    codes = finish(start_job(arguments, log, world, before))
+    texts = [log.with_name(f"{log.name}{rank}").read_text() for rank in range(world)]
+    assert codes == [0] * world, "\n".join(texts)
+    return texts[0]

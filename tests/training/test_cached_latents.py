@@ -1,0 +1,76 @@
+"""The diffusion stage on cached latents: the training it would do on the videos, and only with their autoencoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small import SMALL, losses, steps
+
+from pvdm_fast import encode
+from pvdm_fast.models import Autoencoder
+from pvdm_fast.train import main
+
+STEPS = 6
+
+
+def cached(run: Path, out: Path) -> Path:
+    """The clips of all steps, at every window."""
+    options = ["--clips", str(2 * STEPS), "--windows", "5", "--workers", "0", "--shard-clips", "5", "--device", "cpu"]
+    assert encode.main(["synthetic:shapes", str(out), "--autoencoder", str(run), "--test-clips", "3", *options]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has its autoencoder."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert main([*SMALL, "--autoencoder-steps", "1", "--stage", "autoencoder", "--run", str(run)]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def latents(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cached(trained, tmp_path_factory.mktemp("latents") / "out")
+
+
+def diffusion(run: Path, autoencoder: Path, data: str | Path) -> int:
+    where = ["--run", str(run), "--autoencoder-from", str(autoencoder), "--data", str(data)]
+    return main([*SMALL, *steps(STEPS), "--stage", "diffusion", *where])
+
+
+def test_training_equals_training_on_the_videos(trained: Path, latents: Path, tmp_path: Path) -> None:
+    """The same losses, gradient norms and held-out loss, up to the rounding of batches of other sizes."""
+    assert diffusion(tmp_path / "a", trained, "synthetic:shapes") == 0
+    assert diffusion(tmp_path / "b", trained, latents) == 0
+    on_videos, on_latents = (losses(tmp_path / name, "diffusion") for name in "ab")
+    assert len(on_videos) == STEPS
+    for first, second in zip(on_videos, on_latents, strict=True):
+        assert second == pytest.approx(first, rel=1e-3)
+    results = [json.loads((tmp_path / name / "results.json").read_text())["diffusion"] for name in "ab"]
+    assert results[0]["held_out_loss"] == pytest.approx(results[1]["held_out_loss"], rel=1e-3)
+    for name in ("samples.mp4", "grid.png"):
+        assert (tmp_path / "b" / name).stat().st_size > 0
+    assert main(["--resume", str(tmp_path / "b"), "--stage", "diffusion", "--data", str(latents)]) == 0
+
+
+def test_another_autoencoder_is_refused(
+    trained: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One weight differs in its last digits."""
+    other = Autoencoder.from_pretrained(trained / "autoencoder")
+    with torch.no_grad():
+        other.xy_token[0, 0, 0] *= 1.0001
+    other.save_pretrained(tmp_path / "other")
+    assert diffusion(tmp_path / "b", tmp_path / "other", latents) == 2
+    assert "made by another autoencoder" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_autoencoder_cannot_be_trained_on_latents(
+    latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, *steps(2), "--run", str(tmp_path / "a"), "--data", str(latents)]) == 2
+    assert "serve --stage diffusion only" in capsys.readouterr().err
