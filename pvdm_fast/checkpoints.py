@@ -285,12 +285,13 @@ def to_release(model: Autoencoder | Denoiser) -> dict[str, Tensor]:
     A model that came from `load_release_*` gives back the names it was loaded with, bit for bit.
 
     Raises:
-        CheckpointError: a denoiser with learned positions, or one that predicts v: the release has neither.
+        CheckpointError: a denoiser with learned positions, the prediction v or classes: the release has none of them.
     """
-    if model.config.get("positions") or model.config.get("prediction", "noise") != "noise":
+    config = model.config
+    if config.get("positions") or config.get("prediction", "noise") != "noise" or config.get("num_classes"):
         raise CheckpointError(
-            "The release has no denoiser with learned positions or the prediction v: train one with positions=False "
-            'and prediction="noise".'
+            "The release has no denoiser with learned positions, the prediction v or classes: train one with "
+            'positions=False, prediction="noise" and num_classes=None.'
         )
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     names: dict[str, str] | None = getattr(model, "release_names", None)

@@ -28,6 +28,7 @@ class _Captured:
     latent: Tensor
     times: Tensor
     condition: Tensor | None
+    labels: Tensor | None
     predicted: Tensor
 
 
@@ -47,36 +48,43 @@ class GraphedPrediction:
         timestep: int,
         condition: Tensor | None = None,
         guidance: float = 0.0,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """As `predict_noise`, without gradients; the result is the caller's to keep."""
-        key = (denoiser, tuple(latent.shape), latent.dtype, None if condition is None else condition.dtype, guidance)
+        kinds = (None if condition is None else condition.dtype, labels is None)
+        key = (denoiser, tuple(latent.shape), latent.dtype, *kinds, guidance)
         with torch.no_grad():
             if key not in self._captured:
                 with torch.cuda.device(latent.device):
-                    self._captured[key] = self._capture(denoiser, latent, condition, guidance)
+                    self._captured[key] = self._capture(denoiser, latent, condition, guidance, labels)
             captured = self._captured[key]
             captured.latent.copy_(latent)
             captured.times.fill_(timestep)
             if captured.condition is not None and condition is not None:
                 captured.condition.copy_(condition)
+            if captured.labels is not None and labels is not None:
+                captured.labels.copy_(labels)
             captured.graph.replay()
             return captured.predicted.clone()
 
     @staticmethod
-    def _capture(denoiser: Denoiser, latent: Tensor, condition: Tensor | None, guidance: float) -> _Captured:
+    def _capture(
+        denoiser: Denoiser, latent: Tensor, condition: Tensor | None, guidance: float, labels: Tensor | None
+    ) -> _Captured:
         static = latent.clone()
         times = torch.zeros(len(latent), dtype=torch.long, device=latent.device)
         kept = None if condition is None else condition.clone()
+        classes = None if labels is None else labels.clone()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP_PASSES):
-                predict_noise(denoiser, static, times, kept, guidance)
+                predict_noise(denoiser, static, times, kept, guidance, classes)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            predicted = predict_noise(denoiser, static, times, kept, guidance)
-        return _Captured(graph, static, times, kept, predicted)
+            predicted = predict_noise(denoiser, static, times, kept, guidance, classes)
+        return _Captured(graph, static, times, kept, classes, predicted)
 
 
 def graphed_prediction(denoiser: Denoiser) -> GraphedPrediction:

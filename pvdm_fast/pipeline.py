@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,36 +16,61 @@ if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
 
 Progress = Callable[[int, int], None]
+OnStep = Callable[[int, int, Tensor], Tensor]
 
 
 class NoiseSource:
-    """Standard normal noise drawn on the CPU, so that a seed means the same noise on every device."""
+    """Standard normal noise, drawn on the CPU so that a seed means the same noise on every device.
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    Args:
+        seed: a number; or a generator, which is used where it is, or a list with one for each video.
+    """
+
+    def __init__(self, seed: int | torch.Generator | list[torch.Generator]) -> None:
+        self.generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
-        """A float32 CPU tensor of the given shape."""
-        return torch.randn(tuple(shape), generator=self.generator)
+        """A float32 tensor of the given shape, on the generator's device."""
+        if isinstance(self.generator, list):
+            if len(self.generator) != shape[0]:
+                raise UserError(f"there are {len(self.generator)} generators for {shape[0]} videos: give one for each")
+            return torch.cat([_normal((1, *shape[1:]), generator) for generator in self.generator])
+        return _normal(shape, self.generator)
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, device=generator.device)
 
 
 def predict_noise(
-    denoiser: Denoiser, latent: Tensor, timestep: int | Tensor, condition: Tensor | None = None, guidance: float = 0.0
+    denoiser: Denoiser,
+    latent: Tensor,
+    timestep: int | Tensor,
+    condition: Tensor | None = None,
+    guidance: float = 0.0,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Predicted noise (B, D, N), in the denoiser's dtype.
 
-    With guidance w it is (1 + w) eps(condition) - w eps(zeros), in one batched pass.
+    With guidance w it is (1 + w) eps(condition, labels) - w eps(zeros, no label), in one batched pass.
     """
     batch, latent = latent.shape[0], latent.to(next(denoiser.parameters()).dtype)
     times = timestep
     if not isinstance(times, Tensor):
         times = torch.full((batch,), times, dtype=torch.long, device=latent.device)
-    if condition is None or guidance == 0:
-        return denoiser(latent, times, condition=condition).sample
-    both = torch.cat([condition, torch.zeros_like(condition)])
-    predicted = denoiser(latent.repeat(2, 1, 1), times.repeat(2), condition=both).sample
+    if guidance == 0 or (condition is None and labels is None):
+        return denoiser(latent, times, condition=condition, **_labelled(labels)).sample
+    if condition is not None:
+        condition = torch.cat([condition, torch.zeros_like(condition)])
+    if labels is not None:
+        labels = torch.cat([labels, torch.full_like(labels, int(denoiser.config["num_classes"]))])
+    predicted = denoiser(latent.repeat(2, 1, 1), times.repeat(2), condition=condition, **_labelled(labels)).sample
     conditional, unconditional = predicted.chunk(2)
     return (1 + guidance) * conditional - guidance * unconditional
+
+
+def _labelled(labels: Tensor | None) -> dict[str, Tensor]:
+    return {} if labels is None else {"class_labels": labels}
 
 
 @torch.no_grad()
@@ -56,24 +82,26 @@ def sample_latents(
     steps: int,
     noise: NoiseSource,
     condition: Tensor | None = None,
+    labels: Tensor | None = None,
     guidance: float = 0.0,
     eta: float = 1.0,
     predict: Callable[..., Tensor] = predict_noise,
-    progress: Progress | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise latents from pure noise.
 
     Args:
         denoiser: predicts noise; put it into eval mode first.
-        scheduler: from :func:`pvdm_fast.schedulers.make_scheduler`.
+        scheduler: from :func:`pvdm_fast.schedulers.make_scheduler`, or another of diffusers' that takes the noise.
         shape: (B, D, N) of the latents.
         steps: number of denoising steps, 1 to 1000.
         noise: where the starting noise and that of each step come from.
         condition: latents (B, D, N) of the clips before, or None.
-        guidance: weight w of :func:`predict_noise`; without a condition it changes nothing.
+        labels: classes (B,) int64, or None.
+        guidance: weight w of :func:`predict_noise`; without a condition or labels it changes nothing.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
         predict: what predicts the noise, with the arguments of :func:`predict_noise`.
-        progress: called as ``progress(steps done, steps)``.
+        on_step: called as ``on_step(index of the step, timestep, latent)``; returns the latent to go on with.
 
     Returns:
         (B, D, N) float32 on the denoiser's device.
@@ -81,11 +109,11 @@ def sample_latents(
     device = next(denoiser.parameters()).device
     scheduler.set_timesteps(steps, device=device)
     latent = noise(shape).to(device)
-    for done, timestep in enumerate(scheduler.timesteps.tolist(), start=1):
-        predicted = predict(denoiser, latent, timestep, condition, guidance).float()
+    for index, timestep in enumerate(scheduler.timesteps.tolist()):
+        predicted = predict(denoiser, latent, timestep, condition, guidance, labels).float()
         latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
-        if progress is not None:
-            progress(done, steps)
+        if on_step is not None:
+            latent = on_step(index, timestep, latent)
     return latent
 
 
@@ -93,70 +121,85 @@ def _scheduler_step(
     scheduler: Any, predicted: Tensor, timestep: int, latent: Tensor, noise: NoiseSource, eta: float
 ) -> Tensor:
     """One step of whichever scheduler this is, all its randomness taken from ``noise``."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+    from pvdm_fast.schedulers import ReleaseDDIMScheduler
 
-    if isinstance(scheduler, DDIMScheduler):
+    if isinstance(scheduler, ReleaseDDIMScheduler):
         draws = eta > 0 and scheduler.next_time(timestep) >= 0
         extra = noise(latent.shape).to(latent.device) if draws else None
         return scheduler.step(predicted, timestep, latent, eta=eta, variance_noise=extra).prev_sample
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
+    if scheduler.config.prediction_type == "sample":
         level = scheduler.alphas_cumprod[timestep].item()
-        clean = ((latent - (1 - level) ** 0.5 * predicted) / level**0.5).clamp(-1, 1)
-        return scheduler.step(clean, timestep, latent).prev_sample
-    return scheduler.step(predicted, timestep, latent, generator=noise.generator).prev_sample
+        predicted = ((latent - (1 - level) ** 0.5 * predicted) / level**0.5).clamp(-1, 1)
+    taken = inspect.signature(scheduler.step).parameters
+    options = {"eta": eta, "generator": noise.generator}
+    options = {name: value for name, value in options.items() if name in taken}
+    return scheduler.step(predicted, timestep, latent, **options).prev_sample
 
 
 @torch.no_grad()
-def sample_video(
+def stream_video(
     autoencoder: Autoencoder,
     denoiser: Denoiser,
     *,
     clips: int,
     frames: int,
     steps: int = 50,
-    scheduler: str = "ddim",
+    scheduler: str | Any = "ddim",
     guidance: float = 0.0,
     eta: float = 1.0,
-    seed: int = 0,
+    seed: int | NoiseSource = 0,
+    condition: Tensor | None = None,
+    labels: Tensor | None = None,
     cuda_graph: bool = False,
     progress: Progress | None = None,
-) -> Tensor:
-    """Videos of any length: the model's clips one after the other, each conditioned on the latent of the one before.
+    on_step: OnStep | None = None,
+) -> Iterator[Tensor]:
+    """Videos of any length in pieces: the model's clips one after the other, each conditioned on the one before.
+
+    What is sampled depends on the latent of the clip before alone, so memory doesn't grow with the length.
 
     Args:
-        autoencoder, denoiser: a matching pair, on one device.
+        autoencoder, denoiser: a matching pair in eval mode, on one device.
         clips: number of videos B.
-        frames: their length; the last clip is cut to fit.
-        steps, guidance, eta: as for :func:`sample_latents`; the first clip has no condition.
-        scheduler: "ddim", "ddpm" or "dpm++".
-        seed: decides everything: the same seed gives the same videos on the same machine.
+        frames: their length; the last piece is cut to fit.
+        steps, guidance, eta: as for :func:`sample_latents`.
+        scheduler: "ddim", "ddpm", "dpm++" or "unipc", or a scheduler.
+        seed: decides everything: the same seed gives the same videos on the same machine. Or where noise comes from.
+        condition: video (B or 1, 3, T, H, W) in [-1, 1] of the model's size that the samples continue; it isn't
+            repeated in them. Without it the first clip has no condition.
+        labels: classes (B,) int64, for a denoiser with classes; None: of no class.
         cuda_graph: capture the denoiser's pass as a CUDA graph and replay it in every step. Not yet run on a GPU.
         progress: called as ``progress(steps done, steps in all)``.
+        on_step: called as ``on_step(steps done before, timestep, latent)``; returns the latent to go on with.
 
-    Returns:
-        (B, 3, frames, H, W) float32 in [-1, 1], on the CPU.
+    Yields:
+        (B, 3, t, H, W) float32 in [-1, 1] on the CPU: T frames each, the last one what is left.
 
     Raises:
         UserError: the two models don't belong together, or a number is out of range; a CUDA graph without a GPU.
     """
     from pvdm_fast.cuda_graph import graphed_prediction
-    from pvdm_fast.schedulers import make_scheduler
 
-    check_pair(autoencoder, denoiser)
-    if clips < 1 or frames < 1:
-        raise UserError(f"clips and frames must be at least 1, not {clips} and {frames}")
+    device = next(denoiser.parameters()).device
+    sampler = _checked_scheduler(scheduler)
+    _check_request(autoencoder, denoiser, clips, frames, condition, labels)
     predict = graphed_prediction(denoiser) if cuda_graph else predict_noise
+    noise = NoiseSource(seed) if isinstance(seed, int) else seed
     layout = denoiser.layout
     shape = (clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
     rounds = math.ceil(frames / layout.time)
-    sampler, noise = make_scheduler(scheduler), NoiseSource(seed)
     latent: Tensor | None = None
-    videos = []
+    if condition is not None:
+        latent = autoencoder.encode(condition.to(device, autoencoder.dtype)).latent.float().expand(shape)
+    labels = None if labels is None else labels.to(device)
     for index in range(rounds):
 
-        def report(done: int, total: int, before: int = index * steps) -> None:
+        def after_step(step: int, timestep: int, latent: Tensor, before: int = index * steps) -> Tensor:
+            if on_step is not None:
+                latent = on_step(before + step, timestep, latent)
             if progress is not None:
-                progress(before + done, rounds * total)
+                progress(before + step + 1, rounds * steps)
+            return latent
 
         latent = sample_latents(
             denoiser,
@@ -165,13 +208,56 @@ def sample_video(
             steps=steps,
             noise=noise,
             condition=latent,
+            labels=labels,
             guidance=guidance,
             eta=eta,
             predict=predict,
-            progress=report,
+            on_step=after_step,
         )
-        videos.append(autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu())
-    return torch.cat(videos, dim=2)[:, :, :frames]
+        video = autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu()
+        yield video[:, :, : frames - index * layout.time]
+
+
+def sample_video(autoencoder: Autoencoder, denoiser: Denoiser, **options: Any) -> Tensor:
+    """All of :func:`stream_video`, with its arguments: videos (B, 3, frames, H, W) float32 in [-1, 1], on the CPU."""
+    return torch.cat(list(stream_video(autoencoder, denoiser, **options)), dim=2)
+
+
+def _checked_scheduler(scheduler: str | Any) -> Any:
+    from pvdm_fast.schedulers import make_scheduler
+
+    if isinstance(scheduler, str):
+        return make_scheduler(scheduler)
+    if scheduler.init_noise_sigma != 1:
+        raise UserError(
+            f"{type(scheduler).__name__} scales its noise by {float(scheduler.init_noise_sigma):.3g}, which this model "
+            "wasn't trained for: take one of pvdm_fast.schedulers.make_scheduler"
+        )
+    return scheduler
+
+
+def _check_request(
+    autoencoder: Autoencoder,
+    denoiser: Denoiser,
+    clips: int,
+    frames: int,
+    condition: Tensor | None,
+    labels: Tensor | None,
+) -> None:
+    """Raises UserError where something cannot be sampled."""
+    check_pair(autoencoder, denoiser)
+    if clips < 1 or frames < 1:
+        raise UserError(f"clips and frames must be at least 1, not {clips} and {frames}")
+    if condition is not None:
+        size = (3, *(int(autoencoder.config[name]) for name in ("frames", "height", "width")))
+        if condition.shape[1:] != size or condition.shape[0] not in (1, clips):
+            raise UserError(f"the condition must be {(clips, *size)} or {(1, *size)}, but is {tuple(condition.shape)}")
+    if labels is not None:
+        number = denoiser.config["num_classes"]
+        if number is None:
+            raise UserError("this model was trained without classes: sample without one, or train with classes")
+        if labels.shape != (clips,) or not bool(((labels >= 0) & (labels <= number)).all()):
+            raise UserError(f"expected {clips} class numbers from 0 to {number - 1}, not {labels.tolist()}")
 
 
 def check_pair(autoencoder: Autoencoder, denoiser: Denoiser) -> None:

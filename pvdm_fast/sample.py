@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pvdm_fast.models import Autoencoder, Denoiser
+
+    Append = Callable[[Tensor], None]
 
 SUFFIXES = (".mp4", ".gif", ".npy")
 
@@ -33,15 +36,26 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=int, metavar="N", help="frames of a video (default: the model's length)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="denoising steps (default: %(default)s)")
     parser.add_argument(
-        "--scheduler", default="ddim", metavar="{ddim,ddpm,dpm++}", help="sampler (default: %(default)s)"
+        "--scheduler", default="ddim", metavar="{ddim,ddpm,dpm++,unipc}", help="sampler (default: %(default)s)"
     )
     parser.add_argument(
         "--guidance",
         type=float,
         default=0.0,
         metavar="W",
-        help="how strongly later clips follow the one before: (1 + W) eps(cond) - W eps(none) (default: %(default)s)",
+        help="how strongly clips follow the one before, and the class: (1 + W) eps(cond) - W eps(none) "
+        "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--condition",
+        type=Path,
+        metavar="VIDEO",
+        help="a video file, or folder of frames, that the samples continue: its last frames, cropped and resized",
+    )
+    parser.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="of --condition take every N-th frame (default: %(default)s)"
+    )
+    parser.add_argument("--class", dest="label", metavar="NAME|NUMBER", help="of a model trained with classes")
     parser.add_argument(
         "--eta", type=float, default=1.0, metavar="X", help="ddim: share of new noise (default: %(default)s)"
     )
@@ -64,7 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("samples.mp4"),
         metavar="FILE",
-        help="mp4 or gif: the videos side by side; npy: uint8 (clips, frames, height, width, 3) (default: %(default)s)",
+        help="mp4 or gif: the videos side by side; npy: uint8 (clips, frames, height, width, 3); written as it is "
+        "sampled (default: %(default)s)",
     )
     return parser
 
@@ -73,49 +88,109 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     """The models of a run in eval mode, in float32 or bfloat16; raises UserError where one is missing."""
     import torch
 
-    from pvdm_fast.checkpoints import load_model
-    from pvdm_fast.models import Autoencoder, Denoiser
+    from pvdm_fast.diffusers_pipeline import MODELS, load_part
     from pvdm_fast.precision import bfloat16_serves
 
-    for name in ("autoencoder", "denoiser"):
-        if not (run / name / "config.json").is_file():
-            raise UserError(f"there is no trained {name} in {run / name}: train it, or finish with --resume {run}")
     place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
     low = dtype == "bf16" and bfloat16_serves(place, "--dtype bf16")
     compute = torch.bfloat16 if low else torch.float32
-    return (
-        load_model(Autoencoder, run / "autoencoder", compute).to(place).eval(),
-        load_model(Denoiser, run / "denoiser", compute).to(place).eval(),
-    )
+    autoencoder, denoiser = (load_part(run, name, compute).to(place).eval() for name in MODELS)
+    return autoencoder, denoiser
 
 
-def write(path: Path, videos: Tensor, fps: float) -> None:
-    """Write videos (B, 3, T, H, W) in [-1, 1] as the suffix says; raises UserError where the file cannot be written."""
-    from pvdm_fast.data import video_grid, write_video
+def write(path: Path, pieces: Iterable[Tensor], clips: int, frames: int, fps: float) -> None:
+    """Write ``clips`` videos of ``frames`` frames as they come, in pieces (B, 3, t, H, W) in [-1, 1]; none is kept.
 
+    The suffix chooses the format; raises UserError where the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() == ".npy":
-            import numpy as np
-
-            from pvdm_fast.training.files import whole_file
-
-            pixels = np.stack([video_grid(video[None], columns=1) for video in videos])
-            with whole_file(path) as temporary, temporary.open("wb") as file:
-                np.save(file, pixels)
-        else:
-            columns = max(1, round(len(videos) ** 0.5))
-            write_video(path, video_grid(videos, columns=columns), fps)
+        with _open_array(path, frames) if path.suffix.lower() == ".npy" else _open_grid(path, clips, fps) as append:
+            for piece in pieces:
+                append(piece)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _open_grid(path: Path, clips: int, fps: float) -> Iterator[Append]:
+    """The videos side by side."""
+    from pvdm_fast.data import open_video, video_grid
+
+    with open_video(path, fps) as append:
+        yield lambda piece: append(video_grid(piece, columns=max(1, round(clips**0.5))))
+
+
+@contextmanager
+def _open_array(path: Path, frames: int) -> Iterator[Append]:
+    """A numpy file uint8 (clips, frames, height, width, 3), each piece written to its places in it.
+
+    Not through a memory map: a full disk would end the process there, here it is an OSError.
+    """
+    import numpy as np
+
+    from pvdm_fast.data import video_grid
+    from pvdm_fast.data.video_writer import whole_video
+
+    with whole_video(path) as temporary, temporary.open("wb") as file:
+        done, start = 0, 0
+
+        def append(piece: Tensor) -> None:
+            nonlocal done, start
+            clips, colours, length, height, width = piece.shape
+            if done == 0:
+                shape = (clips, frames, height, width, colours)
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                start = file.tell()
+            for index, video in enumerate(piece):
+                file.seek(start + (index * frames + done) * height * width * colours)
+                file.write(video_grid(video[None], columns=1).data)
+            done += length
+
+        yield append
 
 
 def run_sampling(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, sample, write."""
     options = make_parser().parse_args(arguments)
-    from pvdm_fast.pipeline import sample_video
+    _check(options)
+    from pvdm_fast.data.continuation import last_clip
+    from pvdm_fast.diffusers_pipeline import class_numbers
+    from pvdm_fast.pipeline import stream_video
     from pvdm_fast.training.progress import make_bar
 
+    autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
+    size = {name: int(autoencoder.config[name]) for name in ("frames", "height", "width")}
+    frames = size["frames"] if options.frames is None else options.frames
+    condition = options.condition and last_clip(options.condition, **size, stride=options.stride)
+    labels = None if options.label is None else class_numbers(denoiser, options.label, options.clips)
+    with make_bar("sampling", options.steps) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        pieces = stream_video(
+            autoencoder,
+            denoiser,
+            clips=options.clips,
+            frames=frames,
+            steps=options.steps,
+            scheduler=options.scheduler,
+            guidance=options.guidance,
+            eta=options.eta,
+            seed=options.seed,
+            condition=condition,
+            labels=labels,
+            cuda_graph=options.cuda_graph,
+            progress=progress,
+        )
+        write(options.out, pieces, options.clips, frames, options.fps)
+    print(f"{options.clips} videos of {frames} frames, {size['height']}x{size['width']}, written to {options.out}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises UserError for what argparse cannot check."""
     if options.out.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {options.out}: its name must end in {', '.join(SUFFIXES)}")
     if options.device not in ("auto", "cpu"):
@@ -124,29 +199,6 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--dtype must be fp32 or bf16, not {options.dtype!r}")
     if not options.fps > 0:
         raise UserError(f"--fps must be positive, not {options.fps}")
-    autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
-    with make_bar("sampling", options.steps) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        videos = sample_video(
-            autoencoder,
-            denoiser,
-            clips=options.clips,
-            frames=denoiser.layout.time if options.frames is None else options.frames,
-            steps=options.steps,
-            scheduler=options.scheduler,
-            guidance=options.guidance,
-            eta=options.eta,
-            seed=options.seed,
-            cuda_graph=options.cuda_graph,
-            progress=progress,
-        )
-    write(options.out, videos, options.fps)
-    clips, _, frames, height, width = videos.shape
-    print(f"{clips} videos of {frames} frames, {height}x{width}, written to {options.out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

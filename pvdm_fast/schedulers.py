@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -14,7 +21,7 @@ from torch import Tensor
 from pvdm_fast.diffusion import BETA_END, BETA_START, TRAIN_STEPS, NoiseSchedule
 from pvdm_fast.errors import UserError
 
-SCHEDULER_NAMES = ("ddim", "ddpm", "dpm++")
+SCHEDULER_NAMES = ("ddim", "ddpm", "dpm++", "unipc")
 
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": TRAIN_STEPS,
@@ -35,8 +42,17 @@ class ReleaseDDIMScheduler(DDIMScheduler):
     """DDIM on the release's times, also where the number of steps doesn't divide 1000.
 
     Diffusers walks in equal strides; the release goes from each of its times to the next one. At time -1 the clean
-    prediction itself is returned.
+    prediction itself is returned. The noise levels are the release's, rounded once from float64; ValueError where the
+    configuration names others.
     """
+
+    @functools.wraps(DDIMScheduler.__init__)  # type: ignore[misc]  # its arguments are what a configuration can hold
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if any(self.config[name] != value for name, value in _BETAS.items()):
+            raise ValueError(f"ReleaseDDIMScheduler has the noise levels of {_BETAS} and no others.")
+        schedule = NoiseSchedule.create()
+        self.betas, self.alphas_cumprod = schedule.betas, schedule.alphas_cumprod
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Fix the times to visit; raises UserError when there are more steps than noise levels."""
@@ -91,19 +107,19 @@ class ReleaseDDPMScheduler(DDPMScheduler):
         self.num_inference_steps = num_inference_steps
 
 
-def make_scheduler(name: str) -> ReleaseDDIMScheduler | ReleaseDDPMScheduler | DPMSolverMultistepScheduler:
-    """The scheduler called ``name``: "ddim", "ddpm" or "dpm++".
+def make_scheduler(name: str) -> SchedulerMixin:
+    """The scheduler called ``name``: "ddim", "ddpm", "dpm++" or "unipc".
 
-    ddim and ddpm take the predicted noise. dpm++ takes the clean latent, which the sampling loop clamps first, because
-    diffusers' solver cannot clamp by a fixed range. Raises UserError for another name.
+    ddim and ddpm take the predicted noise. dpm++ and unipc take the clean latent, which the sampling loop clamps first,
+    because diffusers' solvers cannot clamp by a fixed range; their steps are even in the logarithm of the noise level
+    (10 steps then come 4 dB nearer to the exact trajectory, docs/sampling.md). Raises UserError for another name.
     """
     if name == "ddim":
-        scheduler = ReleaseDDIMScheduler(**_BETAS)
-        schedule = NoiseSchedule.create()
-        scheduler.betas, scheduler.alphas_cumprod = schedule.betas, schedule.alphas_cumprod
-        return scheduler
+        return ReleaseDDIMScheduler(**_BETAS)
     if name == "ddpm":
         return ReleaseDDPMScheduler(**_BETAS, variance_type="fixed_small", clip_sample=True)
     if name == "dpm++":
-        return DPMSolverMultistepScheduler(**_BETAS, algorithm_type="dpmsolver++", prediction_type="sample")
+        return DPMSolverMultistepScheduler(**_BETAS, prediction_type="sample", use_lu_lambdas=True)
+    if name == "unipc":
+        return UniPCMultistepScheduler(**_BETAS, prediction_type="sample", use_exponential_sigmas=True)
     raise UserError(f"there is no scheduler called {name!r}: choose one of {', '.join(SCHEDULER_NAMES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pvdm_fast.data.clips import Batch, ClipDataset, Item, collate, open_dataset
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.loader import ClipLoader, make_loader
-from pvdm_fast.data.video_writer import video_grid, write_video
+from pvdm_fast.data.video_writer import open_video, video_grid, write_video
 
 __all__ = [
     "Batch",
@@ -16,6 +16,7 @@ __all__ = [
     "collate",
     "make_loader",
     "open_dataset",
+    "open_video",
     "video_grid",
     "write_video",
 ]

@@ -114,6 +114,13 @@ def read_index(root: Path) -> Settings:
         raise DataError(f"cannot read {root / INDEX}: {error}; make the latents with pvdm_fast.encode") from error
 
 
+def read_labels(root: Path) -> list[str]:
+    """The classes in a folder of latents, in the order of their numbers; raises DataError where it has no index."""
+    read_index(root)
+    labels: list[str] = json.loads((root / INDEX).read_text(encoding="utf-8"))["labels"]
+    return labels
+
+
 def is_latents(root: Path) -> bool:
     """Whether a folder was written by ``python -m pvdm_fast.encode``; raises DataError where it isn't finished."""
     if not (root / SETTINGS).is_file():

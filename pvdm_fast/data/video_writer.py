@@ -1,11 +1,13 @@
-"""Write frames as mp4, gif or npy; the same frames give the same bytes."""
+"""Write frames as mp4, gif or npy, all at once or as they come; the same frames give the same bytes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,32 +15,59 @@ import torch
 # x264's macroblock tree reads memory it never wrote: with it the bytes change from one run to the next.
 X264_OPTIONS = {"crf": "18", "x264-params": "mbtree=0"}
 
+Write = Callable[[np.ndarray], None]
+
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float = 8) -> None:
-    """Write uint8 ``frames`` (T, H, W, 3) to ``path``, its format chosen by the suffix .mp4, .gif or .npy.
+    """Write uint8 ``frames`` (T, H, W, 3) to ``path``: :func:`open_video` for frames that are all there."""
+    _check_frames(frames)
+    with open_video(path, fps) as write:
+        write(frames)
 
-    mp4: H.264, or MPEG-4 part 2 where PyAV comes without libx264; odd sizes are padded by one row or column. gif: 256
-    colours a frame, the duration of a frame rounded to 10 ms. npy: the array itself.
-    The file appears whole or not at all. Raises ValueError for other suffixes and shapes, OSError when it cannot be
-    written.
+
+@contextmanager
+def open_video(path: str | Path, fps: float = 8) -> Iterator[Write]:
+    """Write a video as its frames come: gives a function that appends uint8 frames (T, H, W, 3), all of one size.
+
+    The suffix .mp4, .gif or .npy chooses the format. mp4: H.264, or MPEG-4 part 2 where PyAV comes without libx264; odd
+    sizes are padded by one row or column. gif: 256 colours a frame, the duration of a frame rounded to 10 ms; Pillow
+    writes it at the end, so that its frames are kept until then, a byte a pixel. npy: one array of all frames.
+    However the frames are cut into pieces, the file is the same. It appears whole when the block ends, and not at all
+    where the block raises. Raises ValueError for other suffixes and shapes, OSError when it cannot be written.
     """
     path = Path(path)
-    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".npy": _write_npy}
-    if path.suffix.lower() not in writers:
-        raise ValueError(f'cannot write "{path.name}": the name must end in {", ".join(writers)}')
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"expected uint8 frames (T, H, W, 3), none of them 0, got {frames.dtype} {frames.shape}")
+    formats = {".mp4": _mp4, ".gif": _gif, ".npy": _npy}
+    if path.suffix.lower() not in formats:
+        raise ValueError(f'cannot write "{path.name}": the name must end in {", ".join(formats)}')
     if not fps > 0:
         raise ValueError(f"fps must be positive, got {fps}")
-    write = writers[path.suffix.lower()]
-    _atomically(path, lambda temporary: write(temporary, frames, fps))
+    size: tuple[int, ...] | None = None
+    with whole_video(path) as temporary, formats[path.suffix.lower()](temporary, fps) as append:
+
+        def write(frames: np.ndarray) -> None:
+            nonlocal size
+            _check_frames(frames)
+            if size is not None and frames.shape[1:] != size:
+                raise ValueError(f"expected frames of {size} as before, got {frames.shape[1:]}")
+            size = frames.shape[1:]
+            append(frames)
+
+        yield write
+        if size is None:
+            raise ValueError(f'no frames were written to "{path.name}"')
 
 
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Run ``write`` on a temporary name beside ``path``, flush it to the disk, rename it."""
+def _check_frames(frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"expected uint8 frames (T, H, W, 3), none of them 0, got {frames.dtype} {frames.shape}")
+
+
+@contextmanager
+def whole_video(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``; what was written there is flushed to the disk and renamed, or removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -46,33 +75,61 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+@contextmanager
+def _mp4(path: Path, fps: float) -> Iterator[Write]:
     import av
 
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     codec, options = ("libx264", X264_OPTIONS) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "2"})
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.height, stream.width = frames.shape[1:3]
+        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # the bytes depend on the number of threads
-        for array in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
-        container.mux(stream.encode())
+
+        def write(frames: np.ndarray) -> None:
+            height, width = frames.shape[1:3]
+            frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frames.shape[1:3]
+            for array in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+
+        yield write
+        if stream.codec_context.is_open:
+            container.mux(stream.encode())
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+@contextmanager
+def _gif(path: Path, fps: float) -> Iterator[Write]:
     from PIL import Image
 
-    first, *rest = (Image.fromarray(array).quantize(256) for array in frames)
-    duration = max(10, round(100 / fps) * 10)
-    first.save(path, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+    pictures: list[Image.Image] = []
+    yield lambda frames: pictures.extend(Image.fromarray(array).quantize(256) for array in frames)
+    if pictures:
+        duration = max(10, round(100 / fps) * 10)
+        first, *rest = pictures
+        first.save(path, format="GIF", save_all=True, append_images=rest, duration=duration, loop=0)
 
 
-def _write_npy(path: Path, frames: np.ndarray, fps: float) -> None:
-    with open(path, "wb") as file:  # given a name, np.save would append a suffix
-        np.save(file, frames)
+@contextmanager
+def _npy(path: Path, fps: float) -> Iterator[Write]:
+    with open(path, "wb") as file:
+        shape: list[int] = []
+
+        def header() -> None:
+            """Numpy leaves room in it for the first axis to grow, so that it can be written again over itself."""
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+
+        def write(frames: np.ndarray) -> None:
+            if not shape:
+                shape.extend((0, *frames.shape[1:]))
+                header()
+            shape[0] += len(frames)
+            file.write(np.ascontiguousarray(frames).data)
+
+        yield write
+        if shape:
+            file.seek(0)
+            header()
 
 
 def video_grid(videos: torch.Tensor, columns: int, gap: int = 2) -> np.ndarray:

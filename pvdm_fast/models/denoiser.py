@@ -66,9 +66,12 @@ class Denoiser(ModelMixin, ConfigMixin):
         prediction: what the network itself puts out: "noise" (the release's), or "v" = sqrt(a) noise - sqrt(1 - a)
             latent (Salimans and Ho 2022), a being the noise level's alphas_cumprod. `forward` returns the noise in
             either case; but from v it is exact where there is nothing but noise.
+        num_classes: of the videos, for class-conditional training; None: without classes. An embedding of the class is
+            added to that of the time; it has one entry more, for no class.
+        class_names: their names, in the order of their numbers.
 
     Raises:
-        ValueError: sizes that don't divide; an unknown prediction.
+        ValueError: sizes that don't divide; an unknown prediction; not as many names as classes.
     """
 
     _supports_gradient_checkpointing = True
@@ -87,8 +90,12 @@ class Denoiser(ModelMixin, ConfigMixin):
         num_heads: int = 8,
         positions: bool = False,
         prediction: str = "noise",
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"There are {len(class_names)} class names for {num_classes} classes.")
         if prediction not in ("noise", "v"):
             raise ValueError(f'The prediction must be "noise" or "v", not {prediction!r}.')
         self.layout = TriplaneLayout(time, height, width)
@@ -99,6 +106,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
+        if num_classes is not None:
+            self.class_embed = nn.Embedding(num_classes + 1, embedding)
         if prediction == "v":  # as bits: floats would be rounded when the model is moved to bfloat16
             levels = NoiseSchedule.create().alphas_cumprod.view(torch.int32)
             self.register_buffer("noise_levels", levels, persistent=False)
@@ -168,19 +177,26 @@ class Denoiser(ModelMixin, ConfigMixin):
         """A new model of a named size: "tiny", "small" or "base" (528.3 M parameters), with `overrides` on top."""
         return cls(**preset(DENOISER, name, overrides))
 
-    def forward(self, latent: Tensor, timestep: Tensor | int, condition: Tensor | None = None) -> DenoiserOutput:
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor | int,
+        condition: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> DenoiserOutput:
         """Predict the noise in a latent.
 
         Args:
             latent: (B, D, N) packed noisy planes. Differentiable.
             timestep: (B,), or one number for all; for the prediction "v" whole numbers in [0, 1000).
             condition: (B, D, N), the latent of the clip before; None: unconditional (zeros). Differentiable.
+            class_labels: (B,) int64, from 0 to num_classes, the last of which means no class; None: no class for all.
 
         Returns:
             `.sample`: (B, D, N).
 
         Raises:
-            ValueError: shapes that don't fit the model's layout.
+            ValueError: shapes that don't fit the model's layout; labels for a model without classes.
         """
         shape = (self.config.latent_channels, self.layout.num_tokens)
         for name, tensor in (("latent", latent), ("condition", condition)):
@@ -193,12 +209,24 @@ class Denoiser(ModelMixin, ConfigMixin):
         timestep = torch.as_tensor(timestep, device=latent.device).expand(len(latent))
         embedding = timestep_embedding(timestep, self.config.model_channels)
         embedding = self.time_embed(embedding.to(self.zeros.dtype))
+        if self.config.num_classes is not None:
+            embedding = embedding + self.class_embed(self._class_labels(class_labels, latent))
+        elif class_labels is not None:
+            raise ValueError("This denoiser has no classes, but class_labels were given: make it with num_classes.")
         tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)
         sample = self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype)
         if self.config.prediction == "v":
             level = self.noise_levels.view(torch.float32)[timestep].view(-1, 1, 1)
             sample = (level.sqrt() * sample + (1 - level).sqrt() * latent).to(latent.dtype)
         return DenoiserOutput(sample=sample)
+
+    def _class_labels(self, labels: Tensor | None, latent: Tensor) -> Tensor:
+        """The given classes, or for each latent the number that means no class."""
+        if labels is None:
+            return torch.full((len(latent),), self.config.num_classes, dtype=torch.long, device=latent.device)
+        if labels.shape != (len(latent),):
+            raise ValueError(f"class_labels must be ({len(latent)},), but is {tuple(labels.shape)}.")
+        return labels
 
     def _unet(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, N, 2 D) -> (B, N, D)."""

@@ -15,7 +15,7 @@ from pvdm_fast.losses.lpips import LPIPS, MINIMUM_SIZE, load_lpips
 from pvdm_fast.losses.patchgan import Discriminators, frames_of
 from pvdm_fast.shares import Share
 from pvdm_fast.training.config import AdversarialOptions, TrainConfig
-from pvdm_fast.training.stages import WHOLE, AutoencoderStage
+from pvdm_fast.training.stages import WHOLE, AutoencoderStage, Classes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -176,7 +176,14 @@ class SecondPhaseStage(AutoencoderStage):
         if self.adversary is not None:
             self.adversary.optimizer.zero_grad(set_to_none=True)
 
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
+    def loss(
+        self,
+        model: nn.Module,
+        video: Tensor,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+        classes: Classes = None,
+    ) -> Tensor:
         sample = self.reconstruct(model, video, generator, share)
         frames = share.of(torch.randint(self.clip_frames, (share.world * len(video),), generator=generator))
         frames = frames.to(video.device)

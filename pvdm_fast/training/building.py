@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from pvdm_fast.data.layouts import find_classes
 from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import STAGES, TrainConfig
+from pvdm_fast.training.files import whole_file
 from pvdm_fast.training.processes import TIMEOUT, Processes
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
@@ -90,7 +93,8 @@ def make_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acce
         model: Autoencoder | Denoiser = autoencoder
     else:
         autoencoder = load_autoencoder(run.autoencoder)
-        model = denoiser = make_denoiser(config, autoencoder)
+        names = class_names(config, run, accelerator.is_main_process) if config.diffusion.class_conditional else None
+        model = denoiser = make_denoiser(config, autoencoder, names)
     if getattr(config, name).checkpointing:
         model.enable_gradient_checkpointing()
     if config.fsdp and accelerator.num_processes > 1:
@@ -119,8 +123,9 @@ def make_autoencoder(config: TrainConfig) -> Autoencoder:
         return Autoencoder.from_preset(config.preset, **{key: size for key, size in sizes.items() if size is not None})
 
 
-def make_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> Denoiser:
-    """The preset's denoiser for the autoencoder's latents; raises UserError where sizes don't fit."""
+def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence[str] | None = None) -> Denoiser:
+    """The preset's denoiser for the autoencoder's latents, with classes where their names are given; raises UserError
+    where sizes don't fit."""
     from pvdm_fast.models import Denoiser
 
     sizes = {name: getattr(config.diffusion, name) for name in DENOISER_SIZES}
@@ -132,8 +137,22 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> Denoiser:
             height=layout.height,
             width=layout.width,
             latent_channels=autoencoder.config["latent_channels"],
+            num_classes=None if names is None else len(names),
+            class_names=names,
             **{key: size for key, size in sizes.items() if size is not None},
         )
+
+
+def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:
+    """The classes of the data. A run keeps those it began with, so that their numbers stay when the data moves."""
+    kept = run.path / "classes.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    names = find_classes(Path(config.data))
+    if writes:
+        with whole_file(kept) as temporary:
+            temporary.write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+    return names
 
 
 def load_autoencoder(path: Path) -> Autoencoder:

@@ -122,6 +122,8 @@ class DiffusionOptions(StageOptions):
     conditional_probability: float = option(
         0.2, "share of the clips trained with the clip before as condition", minimum=0, maximum=1
     )
+    class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")
+    class_dropout: float = option(0.1, "share of the clips trained without their class", minimum=0, maximum=1)
     ema_decay: float = option(0.9999, "decay of the averaged weights that are saved for sampling", minimum=0, maximum=1)
     sampling_steps: int = option(50, "DDIM steps of the sample videos", minimum=1, maximum=1000, resumable=True)
 

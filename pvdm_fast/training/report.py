@@ -12,6 +12,7 @@ import torch
 
 from pvdm_fast import backends
 from pvdm_fast.data import open_dataset
+from pvdm_fast.data.layouts import find_classes
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import check_latents, make_denoiser
@@ -47,8 +48,9 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
     clip_frames = frames
     if "diffusion" in stages:
         clip_frames = 2 * frames
+        names = find_classes(Path(config.data)) if config.diffusion.class_conditional else None
         with torch.device("meta"):
-            models += f", denoiser {_count(make_denoiser(config, autoencoder))}"
+            models += f", denoiser {_count(make_denoiser(config, autoencoder, names))}"
     data = open_dataset(
         config.data,
         frames=clip_frames,

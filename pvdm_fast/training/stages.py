@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvdm_fast.diffusion import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, joint_latents, psnr
+from pvdm_fast.errors import UserError
 from pvdm_fast.pipeline import check_pair
 from pvdm_fast.shares import Share
 from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
 
 L1_WEIGHT, L2_WEIGHT = 4.0, 16.0
+Classes = Sequence[str | None] | None
 WHOLE = Share()
 
 
@@ -37,10 +40,18 @@ class Stage(ABC):
     width: int
 
     @abstractmethod
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
+    def loss(
+        self,
+        model: nn.Module,
+        video: Tensor,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+        classes: Classes = None,
+    ) -> Tensor:
         """The training loss of a batch (B, 3, clip_frames, H, W); ``model`` is the prepared form of ``self.model``.
 
         The batch is the ``share`` of a global one: the mean of all processes' losses is the global batch's.
+        ``classes``: the name of each clip's class, or None where it has none.
         """
 
     @abstractmethod
@@ -99,7 +110,14 @@ class AutoencoderStage(Stage):
         self.options: AutoencoderOptions = config.autoencoder
         self.clip_frames, self.height, self.width = video_size(autoencoder)
 
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
+    def loss(
+        self,
+        model: nn.Module,
+        video: Tensor,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+        classes: Classes = None,
+    ) -> Tensor:
         return self.pixel_loss(self.reconstruct(model, video, generator, share), video)
 
     def reconstruct(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share) -> Tensor:
@@ -139,6 +157,7 @@ class DiffusionStage(Stage):
         frames, self.height, self.width = video_size(autoencoder)
         self.clip_frames = 2 * frames
         self.conditional_probability = config.diffusion.conditional_probability
+        self.class_dropout = config.diffusion.class_dropout
         # of a sharded model each process averages its part
         self.ema = EMAModel(local(denoiser.parameters()), decay=config.diffusion.ema_decay, foreach=True)
         self.schedule = NoiseSchedule.create()
@@ -148,7 +167,14 @@ class DiffusionStage(Stage):
         self.ema.to(device)
         self.schedule = NoiseSchedule.create(device)
 
-    def loss(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
+    def loss(
+        self,
+        model: nn.Module,
+        video: Tensor,
+        generator: torch.Generator,
+        share: Share = WHOLE,
+        classes: Classes = None,
+    ) -> Tensor:
         """Also of cached latents (B, windows, D, N)."""
         probability = self.conditional_probability
         if video.dim() == 4:
@@ -160,7 +186,23 @@ class DiffusionStage(Stage):
         noise = share.of(torch.randn((clips, *target.shape[1:]), generator=generator)).to(target.device)
         timestep = share.of(torch.randint(TRAIN_STEPS, (clips,), generator=generator)).to(target.device)
         prediction = str(self.model.config["prediction"])
-        return diffusion_loss(model, self.schedule, target, condition, noise, timestep, prediction)
+        labels = self._labels(classes, len(target), generator, share)
+        denoise = model if labels is None else partial(model, class_labels=labels.to(target.device))
+        return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction)
+
+    def _labels(self, classes: Classes, clips: int, generator: torch.Generator, share: Share = WHOLE) -> Tensor | None:
+        """Class numbers (B,) with a share of them dropped in training; None for a denoiser without classes."""
+        config = self.model.config
+        if config["num_classes"] is None:
+            return None
+        none = int(config["num_classes"])
+        number = {name: index for index, name in enumerate(config["class_names"])}
+        unknown = sorted({name for name in classes or () if name is not None and name not in number})
+        if unknown:
+            raise UserError(f"the data has classes that the denoiser doesn't know: {', '.join(unknown[:5])}")
+        labels = torch.tensor([none if name is None else number[name] for name in classes or [None] * clips])
+        dropped = share.of(torch.rand(share.world * clips, generator=generator)) < self.class_dropout
+        return labels.masked_fill(dropped, none) if self.model.training else labels
 
     def _encode(self, video: Tensor) -> Tensor:
         return self.autoencoder.encode(video).latent.float()

@@ -122,7 +122,8 @@ class Trainer:
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss = self.stage.loss(self.model, video, generator, self.processes.share) / len(batches)
+                    loss = self.stage.loss(self.model, video, generator, self.processes.share, batch["labels"])
+                    loss = loss / len(batches)
                 total += self.processes.mean(loss)
                 if not math.isfinite(total):
                     return self.skip(batches, f"a loss of {total}")

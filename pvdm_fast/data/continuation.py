@@ -1,0 +1,59 @@
+"""The end of a given video, as the clip that samples continue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pvdm_fast.data.draws import View
+from pvdm_fast.data.errors import DataError, UnreadableVideo
+from pvdm_fast.data.frame_folders import list_frames, read_picture
+from pvdm_fast.data.transforms import fit, to_video
+from pvdm_fast.data.video_reader import IndexMismatch, counted_index, packet_index, read_frames
+
+
+def last_clip(path: str | Path, *, frames: int, height: int, width: int, stride: int = 1) -> torch.Tensor:
+    """The last ``frames`` frames of a video file or a folder of frames, ``stride`` apart, ending with its last one.
+
+    Cropped at the centre and resized as the test split's clips: float32 (1, 3, frames, height, width) in [-1, 1].
+    Raises :class:`DataError` where the video is too short or cannot be read.
+    """
+    path = Path(path)
+    if stride < 1:
+        raise DataError(f"the step between the frames of the given video must be at least 1, not {stride}")
+    if not path.exists():
+        raise DataError(f"there is no video {path}")
+    try:
+        return fit_clip(_last_frames(path, frames, stride), height, width)
+    except UnreadableVideo as reason:
+        raise DataError(f"cannot continue {path}: {reason}") from reason
+
+
+def fit_clip(frames: Sequence[np.ndarray], height: int, width: int) -> torch.Tensor:
+    """uint8 frames (h, w, 3), cropped at the centre and resized: float32 (1, 3, frames, height, width) in [-1, 1]."""
+    return to_video([fit(frame, height, width, View()) for frame in frames])[None]
+
+
+def _last_frames(path: Path, frames: int, stride: int) -> list[np.ndarray]:
+    if path.is_dir():
+        pictures = list_frames(path)
+        return [read_picture(pictures[number]) for number in _last(len(pictures), frames, stride)]
+    for build in (packet_index, counted_index):
+        index = build(path)
+        try:
+            return read_frames(path, index, _last(index.frames, frames, stride), lambda frame: frame)
+        except IndexMismatch:
+            continue
+    raise UnreadableVideo("it delivers other frames each time it is decoded")
+
+
+def _last(total: int, frames: int, stride: int) -> range:
+    """The numbers of the last frames of a video of ``total`` frames."""
+    span = (frames - 1) * stride + 1
+    if total < span:
+        every = f", every {stride}th one," if stride > 1 else ""
+        raise UnreadableVideo(f"it has {total} frames, but the model's clip of {frames}{every} takes {span}")
+    return range(total - span, total, stride)

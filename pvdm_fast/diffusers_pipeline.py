@@ -1,0 +1,192 @@
+"""Sampling as a diffusers pipeline: ``PVDMPipeline.from_pretrained(run)(num_frames=128).frames``."""
+
+# No `from __future__ import annotations` here: diffusers reads the types of the pipeline's parts from its signature.
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+from pvdm_fast.checkpoints import load_model
+from pvdm_fast.data.continuation import fit_clip, last_clip
+from pvdm_fast.errors import UserError
+from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.pipeline import NoiseSource, check_pair, sample_video
+from pvdm_fast.schedulers import make_scheduler
+
+MODELS = ("autoencoder", "denoiser")
+
+
+@dataclass
+class PVDMPipelineOutput(BaseOutput):
+    """frames: the videos, (B, T, H, W, 3) in [0, 1] ("np"), (B, T, 3, H, W) ("pt"), or B lists of PIL pictures."""
+
+    frames: Any
+
+
+class PVDMPipeline(DiffusionPipeline):
+    """Samples videos of any length: without a condition, of a class, or as the continuation of a given video.
+
+    Args:
+        autoencoder, denoiser: two models that were trained together.
+        scheduler: from :func:`pvdm_fast.schedulers.make_scheduler`. Another of diffusers' works where it needs no
+            scaling of the latents; only those of ``make_scheduler`` clamp the clean latents.
+
+    Raises:
+        UserError: the models don't belong together.
+    """
+
+    model_cpu_offload_seq = "denoiser->autoencoder"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(self, autoencoder: Autoencoder, denoiser: Denoiser, scheduler: SchedulerMixin) -> None:
+        super().__init__()
+        check_pair(autoencoder, denoiser)
+        self.register_modules(autoencoder=autoencoder.eval(), denoiser=denoiser.eval(), scheduler=scheduler)
+        self.video_processor = VideoProcessor(vae_scale_factor=1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
+        """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``.
+
+        ``options`` are diffusers'; of a run's folder ``torch_dtype`` and the parts, for example ``scheduler=``. Raises
+        UserError where a run lacks a model.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir() or (folder / "model_index.json").is_file():
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        parts = {name: options.pop(name, None) for name in (*MODELS, "scheduler")}
+        scheduler = parts["scheduler"] or make_scheduler("ddim")
+        models = [parts[name] or load_part(folder, name, **options) for name in MODELS]
+        return cls(autoencoder=models[0], denoiser=models[1], scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_frames: int | None = None,
+        num_inference_steps: int = 50,
+        *,
+        batch_size: int = 1,
+        condition: Any = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        guidance_scale: float = 1.0,
+        eta: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> PVDMPipelineOutput | tuple[Any]:
+        """Sample videos.
+
+        Args:
+            num_frames: of a video; by default one clip of the model. Beyond it, clip after clip.
+            num_inference_steps: denoising steps a clip.
+            batch_size: number of videos.
+            condition: what they continue: the path of a video file or folder of frames, or a video as diffusers'
+                pipelines take them (PIL pictures, numpy (T, H, W, 3) or torch (T, 3, H, W) in [0, 1], or ``batch_size``
+                of those). Its last T frames are taken, cropped at the centre and resized.
+            class_labels: number or name of a class, or one for each video; for a denoiser that was trained with them.
+            guidance_scale: 1 + w of :func:`pvdm_fast.pipeline.predict_noise`; 1 or less: without guidance.
+            eta: DDIM's share of new noise: 1 is the release's choice, 0 is deterministic.
+            generator: where all noise comes from; a list: one for each video. By default one seeded by torch's own.
+            output_type: "np", "pt" or "pil".
+            return_dict: False: a tuple instead of the output object.
+            callback_on_step_end: called as ``f(pipeline, step, timestep, {"latents": ...})``; the latents that it
+                returns in a dictionary are taken on. ``step`` counts on over the clips of a video.
+            callback_on_step_end_tensor_inputs: "latents", or nothing.
+
+        Returns:
+            :class:`PVDMPipelineOutput`, or ``(frames,)``.
+
+        Raises:
+            UserError: an argument out of range, or a condition that cannot be used.
+        """
+        if output_type not in ("np", "pt", "pil"):
+            raise UserError(f'output_type must be "np", "pt" or "pil", not {output_type!r}')
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise UserError(f"callbacks can be given {self._callback_tensor_inputs}, not {', '.join(sorted(unknown))}")
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+        def on_step(step: int, timestep: int, latents: Tensor) -> Tensor:
+            bar.update()
+            if callback_on_step_end is None:
+                return latents
+            shown = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
+            return (callback_on_step_end(self, step, timestep, shown) or {}).get("latents", latents)
+
+        frames = self.denoiser.layout.time if num_frames is None else num_frames
+        with self.progress_bar(total=num_inference_steps * -(-frames // self.denoiser.layout.time)) as bar:
+            video = sample_video(
+                self.autoencoder,
+                self.denoiser,
+                clips=batch_size,
+                frames=frames,
+                steps=num_inference_steps,
+                scheduler=self.scheduler,
+                guidance=max(0.0, guidance_scale - 1),
+                eta=eta,
+                seed=NoiseSource(generator),
+                condition=None if condition is None else self._condition(condition),
+                labels=None if class_labels is None else class_numbers(self.denoiser, class_labels, batch_size),
+                on_step=on_step,
+            )
+        self.maybe_free_model_hooks()
+        result = self.video_processor.postprocess_video(video, output_type)
+        return PVDMPipelineOutput(frames=result) if return_dict else (result,)
+
+    def _condition(self, condition: Any) -> Tensor:
+        """The given video's last frames, (B, 3, T, H, W) in [-1, 1]."""
+        config = self.autoencoder.config
+        size = {"height": config["height"], "width": config["width"]}
+        if isinstance(condition, (str, Path)):
+            return last_clip(condition, frames=config["frames"], **size)
+        try:
+            videos = self.video_processor.preprocess_video(condition)
+        except (ValueError, TypeError, IndexError) as error:
+            raise UserError(f"the condition is not a video: {error}") from error
+        if videos.shape[2] < config["frames"]:
+            raise UserError(
+                f"the condition has {videos.shape[2]} frames, but the model's clip takes {config['frames']}"
+            )
+        pixels = ((videos[:, :, -config["frames"] :] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        clips = [np.array(clip.permute(1, 2, 3, 0).cpu()) for clip in pixels]
+        return torch.cat([fit_clip(list(clip), **size) for clip in clips])
+
+
+def load_part(folder: Path, name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
+    """A run's "autoencoder" or "denoiser"; raises UserError where it is missing or damaged."""
+    if not (folder / name / "config.json").is_file():
+        raise UserError(f"there is no trained {name} in {folder / name}: train it, or finish with --resume {folder}")
+    kind: Any = {"autoencoder": Autoencoder, "denoiser": Denoiser}[name]
+    return load_model(kind, folder / name, torch_dtype)
+
+
+def class_numbers(denoiser: Denoiser, classes: int | str | Sequence[int | str], clips: int) -> Tensor:
+    """Numbers (clips,) int64 of one class for all, or of one for each; raises UserError for unknown ones."""
+    count, names = denoiser.config["num_classes"], list(denoiser.config["class_names"] or ())
+    if count is None:
+        raise UserError(
+            "this model was trained without classes: leave the class out, or train with --class-conditional"
+        )
+    given = [classes] * clips if isinstance(classes, (int, str)) else list(classes)
+    numbers = []
+    for item in given:
+        number = names.index(item) if item in names else item
+        if isinstance(number, str) and number.isdecimal():
+            number = int(number)
+        if not isinstance(number, int) or not 0 <= number < count:
+            known = f", and its names are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
+            raise UserError(f"there is no class {item!r}: its number is below {count}{known}")
+        numbers.append(number)
+    if len(numbers) != clips:
+        raise UserError(f"there are {len(numbers)} classes for {clips} videos: give one, or one for each")
+    return torch.tensor(numbers)
