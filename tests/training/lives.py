@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,7 @@ from unittest.mock import patch
 
 TICK = os.sysconf("SC_CLK_TCK")
 WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir"}
+LOG_BYTES = 1 << 20
 COMMANDS = {"train": "pvdm_fast.train", "sample": "pvdm_fast.sample"}
 
 
@@ -39,7 +41,7 @@ class Life:
 
 
 def _live(command: str, arguments: list[str], folder: str, moment: Moment, file_limit: int, record: str) -> None:
-    log = os.open(record + ".log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(record + ".log", os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
     changes = 0
@@ -71,6 +73,15 @@ def _context() -> Any:
     return context
 
 
+def _open_log(path: Path) -> int:
+    """A pipe with a name: limits of files don't hold for it, and it takes all that a short run prints."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    log = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, LOG_BYTES)
+    return log
+
+
 def live(
     command: str,
     arguments: list[str],
@@ -90,6 +101,7 @@ def live(
     written = record or folder.with_name(f"{folder.name}.life")
     written.unlink(missing_ok=True)
     parameters = (command, arguments, str(folder), moment, file_limit, str(written))
+    log = _open_log(Path(f"{written}.log"))
     process = _context().Process(target=_live, args=parameters)
     process.start()
     assert process.pid is not None
@@ -101,8 +113,10 @@ def live(
     finally:
         process.kill()
         process.join()
+    output = os.read(log, LOG_BYTES).decode(errors="replace")
+    os.close(log)
     cpu, changes = written.read_text().split() if written.exists() else ("0", "0")
-    return Life(process.exitcode, float(cpu), int(changes), Path(f"{written}.log").read_text(errors="replace"))
+    return Life(process.exitcode, float(cpu), int(changes), output)
 
 
 def cpu_seconds(process: int) -> float:

@@ -40,8 +40,7 @@ def fill_and_resume(limits: list[int], folder: Path, whole: Path) -> int:
         assert ended.code in (0, 2), (limit, ended.output)
         if ended.code:
             stopped += 1
-            # the log has the same limit: a sentence is there or cut off, a traceback never
-            assert "Traceback" not in ended.output, (limit, ended.output)
+            assert_one_sentence(ended.output)
         assert_whole(run)
         begun = (run / "config.yaml").exists()
         ended = live("train", ["--resume", str(run)] if begun else [*SHORT, "--run", str(run)], run)

@@ -13,6 +13,8 @@ import yaml
 from lives import Life, Moment, live
 from small import SMALL, losses, same_weights, steps
 
+from pvdm_fast import checksums
+from pvdm_fast.checkpoints import load_model
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.training import checkpoint
 
@@ -53,7 +55,8 @@ def assert_whole(run: Path) -> None:
         assert checkpoint.load(found)["progress"]["step"] == found.step
     for kind, name in ((Autoencoder, "autoencoder"), (Denoiser, "denoiser")):
         if (run / name).exists():
-            kind.from_pretrained(run / name)
+            assert (run / name / checksums.NAME).exists()
+            load_model(kind, run / name)
 
 
 def moments(generator: random.Random, life: Life) -> Moment:
