@@ -67,7 +67,10 @@ CHUNKS = ConfigTable(
 # Sums of BLOCK_B batch elements x BLOCK_K chunks x BLOCK_C channels at a time.
 PARAMETERS = ConfigTable(
     "plane_norm_parameter_gradients",
-    {(ANY, ANY, ANY): Config({"BLOCK_B": 4, "BLOCK_K": 16, "BLOCK_C": 32}, num_warps=4)},
+    {
+        (ANY, ANY, ANY): Config({"BLOCK_B": 4, "BLOCK_K": 16, "BLOCK_C": 32}, num_warps=4),
+        ("sm100", ANY, ANY): Config({"BLOCK_B": 4, "BLOCK_K": 8, "BLOCK_C": 32}, num_warps=4),  # 16 spill
+    },
     candidates=tuple(Config({"BLOCK_B": b, "BLOCK_K": k, "BLOCK_C": 32}, 4) for b in (1, 4, 8) for k in (4, 16)),
 )
 
