@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Case:
     """Shapes of the differentiable tensors by name, and the operation on them."""
 
     op: str
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
     run: Callable[..., Any]
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
