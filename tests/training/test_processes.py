@@ -244,12 +244,9 @@ def test_the_commands_of_the_page_parse() -> None:
             assert parse(arguments.training_script_args).run == Path("RUN")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "launcher",
-    [
-        ("torchrun", "torch.distributed.run"),
-        pytest.param(("accelerate launch", "accelerate.commands.launch"), marks=pytest.mark.exhaustive),
-    ],
+    "launcher", [("torchrun", "torch.distributed.run"), ("accelerate launch", "accelerate.commands.launch")]
 )
 def test_a_launched_job_goes_on_by_itself_after_a_loss(launcher: tuple[str, str], tmp_path: Path) -> None:
     """The page's first command; one of its processes is killed in the middle of training."""
