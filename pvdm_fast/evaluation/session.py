@@ -212,7 +212,7 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
     clips, videos = evaluation.request.clips, len(evaluation.datasets[evaluation.subject.frames])
     if clips > videos:
         caveats.append(
-            f"{clips} clips of {videos} videos: a video counts more than once, with other windows if it has any"
+            f"{clips} clips of {videos} videos: a video counts more than once, and standard errors are too small"
         )
     if evaluation.network is not None:
         fewest = min(clips, evaluation.samples or clips)
