@@ -151,7 +151,7 @@ def is_narrow(made: Resources, config: Config, constants: dict[str, Any]) -> boo
 def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config: Config) -> Resources:
     """Read what a compiled kernel takes from its machine code."""
     products = [line for line in compiled.asm["ttir"].splitlines() if re.search(r"= tt\.dot\b", line)]
-    counts = _cuda(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
+    counts: dict[str, Any] = _cuda(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
     blocks = " ".join(f"{name.lower()} {size}" for name, size in config.blocks.items())
     return Resources(
         kernel=kernel,
