@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,32 @@ pytestmark = [
     pytest.mark.skipif(not backends.interpreting(), reason="needs Triton's interpreter"),
 ]
 pytest.importorskip("triton")
+
+from pvdm_fast.kernels import configs, plane_norm_tiles  # noqa: E402
+from pvdm_fast.kernels.launch import Config  # noqa: E402
+
+# How many times larger tiles are than in the operations' own tests, by the beginning of the table's name: the
+# interpreter's time goes by programs and their steps (20 minutes with the usual tiles), not by what a tile holds.
+LARGER = {
+    "segment_attention": {"BLOCK_M": 8, "BLOCK_N": 8},
+    "axial_attention_long": {"BLOCK_M": 4, "BLOCK_N": 4},
+    "axial_attention_short": {"BLOCK": 8},
+    "plane_conv_weight": {"BLOCK_K": 8},
+    "plane_conv": {"BLOCK_M": 8},
+}
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = configs.ConfigTable.__call__
+
+    def larger(table: configs.ConfigTable, *asked: Any) -> Config:
+        config = choose(table, *asked)
+        times = next((times for name, times in LARGER.items() if table.name.startswith(name)), {})
+        return replace(config, blocks={name: size * times.get(name, 1) for name, size in config.blocks.items()})
+
+    monkeypatch.setattr(configs.ConfigTable, "__call__", larger)
+    monkeypatch.setattr(plane_norm_tiles, "ENOUGH_PROGRAMS", 1)  # eight groups a program
 
 
 @pytest.fixture(autouse=True)
