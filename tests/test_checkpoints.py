@@ -175,8 +175,8 @@ def test_convert_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("change", [{"positions": True}, {"prediction": "v"}])
+@pytest.mark.parametrize("change", [{"positions": True}, {"prediction": "v"}, {"num_classes": 3}])
 def test_what_the_release_does_not_have_is_refused(change: dict[str, Any]) -> None:
     model = Denoiser(time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_heads=2, **change)
-    with pytest.raises(CheckpointError, match="no denoiser with learned positions or the prediction v"):
+    with pytest.raises(CheckpointError, match="no denoiser with learned positions, the prediction v or classes"):
         to_release(model)
