@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pvdm_fast.data.clips import Batch, ClipDataset, Item, collate, open_dataset
+from pvdm_fast.data.clips import Batch, ClipDataset, Item, collate
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.loader import ClipLoader, make_loader
+from pvdm_fast.data.sources import find_classes, open_dataset
 from pvdm_fast.data.video_writer import open_video, video_grid, write_video
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DataError",
     "Item",
     "collate",
+    "find_classes",
     "make_loader",
     "open_dataset",
     "open_video",

@@ -15,9 +15,9 @@ import torch
 from pvdm_fast.data.draws import View, Window, draw_window, epoch_order, generator
 from pvdm_fast.data.errors import DataError, UnreadableVideo
 from pvdm_fast.data.frame_folders import list_frames, read_picture
-from pvdm_fast.data.layouts import Found, Video, find_videos
+from pvdm_fast.data.layouts import Found, Video
 from pvdm_fast.data.shapes import draw_scene
-from pvdm_fast.data.shards import Sample, find_samples, list_shards, read_video, shard_order
+from pvdm_fast.data.shards import Sample, read_video, shard_order
 from pvdm_fast.data.transforms import fit, to_video
 from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, Source, counted_index, packet_index, read_frames
 from pvdm_fast.data.watch import READ_TIMEOUT, TooSlow, reading
@@ -212,54 +212,6 @@ class SyntheticClips(ClipDataset):
         return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "label": None, "skipped": []}
 
 
-def open_dataset(
-    source: str | Path,
-    *,
-    frames: int,
-    height: int,
-    width: int,
-    stride: int = 1,
-    split: str = "train",
-    seed: int = 0,
-    flip: bool = False,
-    read_timeout: float = READ_TIMEOUT,
-    centred: bool = False,
-) -> ClipDataset:
-    """Clips from ``"synthetic:shapes"``, a folder (layout detected, see :mod:`pvdm_fast.data.layouts`) or one file.
-
-    webdataset shards are named by a pattern (``shards/{0000..0099}.tar``) or their folder.
-
-    A folder that ``python -m pvdm_fast.encode`` wrote gives latents: :class:`pvdm_fast.data.latents.LatentClips`.
-
-    ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
-    holds other videos, cropped at the centre and never mirrored. Raises :class:`DataError` when no video can be used;
-    one clip is read to find out. A file that takes longer than ``read_timeout`` seconds (0: no limit) is skipped; see
-    :mod:`pvdm_fast.data.watch` for what that can interrupt. ``centred``: training clips too are cropped at the centre
-    and not mirrored.
-    """
-    from pvdm_fast.data.latents import LatentClips, is_latents
-
-    spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout, centred)
-    if str(source).startswith("synthetic:"):
-        if str(source) != SYNTHETIC:
-            raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
-        return SyntheticClips(spec)
-    root = Path(source)
-    if is_latents(root):
-        return LatentClips(root, spec)
-
-    def usable(video: Video) -> bool:
-        return _is_long_enough(video, spec)
-
-    shards = list_shards(source)
-    if shards:
-        dataset: FolderClips = ShardClips(root, find_samples(shards, split, usable), spec)
-    else:
-        dataset = FolderClips(root, find_videos(root, split, usable), spec)
-    dataset[0]
-    return dataset
-
-
 def collate(items: Sequence[Item]) -> Batch:
     """Items of one size as a batch."""
     return {
@@ -270,7 +222,7 @@ def collate(items: Sequence[Item]) -> Batch:
     }
 
 
-def _is_long_enough(video: Video, spec: ClipSpec) -> bool:
+def is_long_enough(video: Video, spec: ClipSpec) -> bool:
     """Whether a video has the frames of a clip, as far as can be told without decoding."""
     try:
         with reading(video.place, spec.read_timeout):

@@ -103,20 +103,6 @@ def list_videos(root: Path) -> list[Video]:
     return sorted(files or folders, key=lambda video: (natural_key(video.name), video.name))
 
 
-def find_classes(root: Path) -> list[str]:
-    """The classes of all videos below ``root``, both splits, in alphabetical order, as UCF-101 numbers them; or those
-    of its cached latents.
-
-    Raises :class:`DataError` unless every video is named as in UCF-101.
-    """
-    from pvdm_fast.data.latents import is_latents, read_labels
-
-    labels = set(read_labels(root)) if is_latents(root) else {video.label for video in list_videos(root)}
-    if not labels or None in labels:
-        raise DataError(f"no classes in {root}: they are read from names as in UCF-101, v_<Class>_g01_c01.avi")
-    return sorted((label for label in labels if label), key=lambda label: (label.casefold(), label))
-
-
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """Folders below ``root`` with the names of their ordinary files; hidden ones left out, each real folder once."""
     visited: set[str] = set()

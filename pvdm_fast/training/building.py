@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pvdm_fast.data.layouts import find_classes
+from pvdm_fast.data import find_classes
 from pvdm_fast.errors import UserError
 from pvdm_fast.precision import bfloat16_serves
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pvdm_fast import backends
-from pvdm_fast.data import open_dataset
-from pvdm_fast.data.layouts import find_classes
+from pvdm_fast.data import find_classes, open_dataset
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import check_latents, make_denoiser

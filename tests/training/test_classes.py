@@ -12,8 +12,9 @@ from tolerances import FLOAT32_ERROR
 from torch import Tensor
 
 from pvdm_fast.checkpoints import CheckpointError, to_release
+from pvdm_fast.data import find_classes
 from pvdm_fast.data.errors import DataError
-from pvdm_fast.data.layouts import find_classes, find_videos
+from pvdm_fast.data.layouts import find_videos
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.pipeline import NoiseSource, sample_latents
