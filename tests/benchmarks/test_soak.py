@@ -53,9 +53,9 @@ def test_last_step(tmp_path: Path) -> None:
     assert last_step(path) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_short_soak(tmp_path: Path) -> None:
     """Both stages for some seconds: samples are taken and judged, whatever they say in so short a time."""
-    found = soak(tmp_path / "soak", minutes=0.4, every=0.25, options=["--frames", "4", "--save-every", "50"])
+    found = soak(tmp_path / "soak", minutes=1.0, every=0.5, options=["--frames", "4", "--save-every", "50"])
     assert set(found) == {"autoencoder", "diffusion"}
     assert all(judgement.steps > 0 and judgement.memory > 100 for judgement in found.values())
