@@ -114,7 +114,11 @@ FORWARD = ConfigTable(
     "axial_attention_query_forward", {("*", "*", "*"): Config({"PAIRS": 8, "KEYS": 4}, 4, 1)} | ENTRIES, CANDIDATES
 )
 BACKWARD = ConfigTable(
-    "axial_attention_query_backward", {("*", "*", "*"): Config({"PAIRS": 8, "KEYS": 4}, 4, 1)} | ENTRIES, CANDIDATES
+    "axial_attention_query_backward",
+    {("*", "*", "*"): Config({"PAIRS": 8, "KEYS": 4}, 4, 1)}
+    | ENTRIES
+    | {("*", "d32", "*"): Config({"PAIRS": 32, "KEYS": 2}, 4, 1)},  # with four keys 16-bit heads of 32 spill
+    CANDIDATES,
 )
 
 
