@@ -1,21 +1,37 @@
-"""Checksums of a folder's files, kept beside them: safetensors has none, and a flipped bit would be another weight."""
+"""Checksums of files; those of a folder's are kept beside them: safetensors has none, and a flipped bit would be
+another weight."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "checksums.json"
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file, read in pieces."""
-    value = 0
+def _pieces(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
-            value = zlib.crc32(piece, value)
+            yield piece
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: against accidents."""
+    value = 0
+    for piece in _pieces(path):
+        value = zlib.crc32(piece, value)
     return value
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal: which file it is."""
+    digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_checksums(folder: Path) -> None:

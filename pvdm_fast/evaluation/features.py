@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pvdm_fast.checksums import sha256
 from pvdm_fast.errors import UserError
 
 SIDE = 224
@@ -24,15 +24,6 @@ HOW_TO_GET = (
     f"fetch the I3D network of StyleGAN-V, i3d_torchscript.pt, from {I3D_SOURCE} and add "
     f"--features i3d_torchscript.pt --features-sha256 {I3D_SHA256}"
 )
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 class FeatureNetwork:

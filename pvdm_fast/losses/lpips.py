@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pvdm_fast.checkpoints import read_state_dict
+from pvdm_fast.checksums import sha256
 from pvdm_fast.errors import UserError
 
 TORCHVISION = "torchvision"
@@ -160,7 +161,7 @@ def load_lpips(source: str) -> tuple[LPIPS, str]:
                 f"(https://download.pytorch.org/models/vgg16-397923af.pth), or give the word {TORCHVISION} where that "
                 "is installed"
             )
-        state, described = read_state_dict(path), f"VGG16 from {source} (SHA-256 {_sha256(path)})"
+        state, described = read_state_dict(path), f"VGG16 from {source} (SHA-256 {sha256(path)})"
         if not _backbone(state):
             raise UserError(f"{source} holds no VGG16: expected tensors such as features.0.weight")
     if _heads(state):
@@ -171,7 +172,7 @@ def load_lpips(source: str) -> tuple[LPIPS, str]:
             f"the heads of LPIPS are neither in {source} nor installed: pip install --no-deps lpips, or name a file "
             "that holds the whole state dict of lpips.LPIPS(net='vgg')"
         )
-    return LPIPS({**state, **read_state_dict(heads)}), f"{described}, heads from {heads} (SHA-256 {_sha256(heads)})"
+    return LPIPS({**state, **read_state_dict(heads)}), f"{described}, heads from {heads} (SHA-256 {sha256(heads)})"
 
 
 def _torchvision_vgg16() -> State:
@@ -200,11 +201,3 @@ def _packaged_heads() -> Path | None:
         if path.is_file():
             return path
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
