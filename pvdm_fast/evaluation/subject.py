@@ -58,20 +58,22 @@ class Subject:
 
 
 def load_subject(run: Path, device: torch.device, dtype: str) -> Subject:
-    """The models of a run on a device, in "fp32" or "bf16"; raises UserError where there is no autoencoder."""
+    """The models of a run on a device, in "fp32" or "bf16"; raises UserError where there is no autoencoder, or one of
+    the models is damaged."""
+    from pvdm_fast.checkpoints import load_model
     from pvdm_fast.models import Autoencoder, Denoiser
 
     folder = RunFolder(run)
     if not (folder.autoencoder / "config.json").is_file():
         raise UserError(f"there is no trained autoencoder in {folder.autoencoder}: name the folder of a run")
     low = dtype == "bf16" and bfloat16_serves(device, "--dtype bf16")
-    options = {"torch_dtype": torch.bfloat16 if low else torch.float32}
+    compute = torch.bfloat16 if low else torch.float32
     denoiser = None
     if (folder.denoiser / "config.json").is_file():
-        denoiser = Denoiser.from_pretrained(folder.denoiser, **options).to(device).eval()
+        denoiser = load_model(Denoiser, folder.denoiser, compute).to(device).eval()
     return Subject(
         folder,
-        Autoencoder.from_pretrained(folder.autoencoder, **options).to(device).eval(),
+        load_model(Autoencoder, folder.autoencoder, compute).to(device).eval(),
         denoiser,
         folder.read_config() if folder.config.is_file() else None,
     )

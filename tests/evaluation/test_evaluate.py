@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from published import by_scipy
+from safetensors.torch import load_file, save_file
 from tolerances import FRECHET, SUM_ORDER
 
 from pvdm_fast.data import ClipDataset, Item, open_dataset, write_video
@@ -256,6 +257,21 @@ def test_damaged_statistics_are_refused(
     part.write_bytes(part.read_bytes()[:100])
     assert main([str(run), *QUICK, *network, "--out", str(tmp_path)]) == 2
     assert "remove the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["autoencoder", "denoiser"])
+def test_a_model_that_lacks_weights_is_refused(
+    model: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """diffusers would start them at random."""
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged)
+    (file,) = (damaged / model).glob("*.safetensors")
+    weights = load_file(file)
+    del weights[next(iter(weights))]
+    save_file(weights, file)
+    assert main([str(damaged), *QUICK]) == 2
+    assert "damaged or of another model" in capsys.readouterr().err
 
 
 def test_videos_that_cannot_be_used_are_passed_over_and_named(run: Path, network: list[str], tmp_path: Path) -> None:
