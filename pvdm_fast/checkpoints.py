@@ -88,9 +88,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
             damaged = None if packed else archive.testzip()
-    except (
-        Exception
-    ) as error:  # of a damaged archive: BadZipFile, but also struct.error, ValueError, OverflowError, ...
+    except Exception as error:  # of a damaged archive: BadZipFile, struct.error, ValueError, OverflowError, ...
         raise CheckpointError(
             f"{path} can't be read as a PyTorch file: it is damaged, or older than PyTorch 1.6 (load it there and save "
             f"it again with torch.save): {_reason(error)}"

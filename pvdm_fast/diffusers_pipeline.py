@@ -175,7 +175,7 @@ def class_numbers(denoiser: Denoiser, classes: int | str | Sequence[int | str], 
     count, names = denoiser.config["num_classes"], list(denoiser.config["class_names"] or ())
     if count is None:
         raise UserError(
-            "this model was trained without classes: leave the class out, or train with --class-conditional"
+            "this model was trained without classes: leave the class out, or train with --diffusion-class-conditional"
         )
     given = [classes] * clips if isinstance(classes, (int, str)) else list(classes)
     numbers = []

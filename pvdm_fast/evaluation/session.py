@@ -224,6 +224,9 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
         width = len(outcomes["reconstruction"].sums["original"]) - 1
         if fewest <= width:
             caveats.append(f"{fewest} clips cannot give covariances of {width} features full rank")
+    denoiser = evaluation.subject.denoiser
+    if evaluation.samples and denoiser is not None and denoiser.config["num_classes"] is not None:
+        caveats.append("the denoiser was trained with classes, and the samples are of none")
     if evaluation.request.split != "test":
         caveats.append(f"the {evaluation.request.split} split holds clips that the models were trained on")
     return caveats

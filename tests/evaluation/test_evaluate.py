@@ -30,6 +30,7 @@ from pvdm_fast.evaluation.clips import BothSplits, open_clips, read_batches
 from pvdm_fast.evaluation.features import I3D_SHA256, FeatureNetwork
 from pvdm_fast.evaluation.ssim import ssim
 from pvdm_fast.evaluation.subject import load_subject
+from pvdm_fast.models import Denoiser
 
 CPU = torch.device("cpu")
 QUICK = shlex.split("--clips 18 --samples 10 --frames 4 6 --steps 2 --batch-size 4 --save-every 4 --device cpu")
@@ -257,6 +258,16 @@ def test_damaged_statistics_are_refused(
     part.write_bytes(part.read_bytes()[:100])
     assert main([str(run), *QUICK, *network, "--out", str(tmp_path)]) == 2
     assert "remove the folder" in capsys.readouterr().err
+
+
+def test_samples_of_no_class_are_told(run: Path, tmp_path: Path) -> None:
+    known = tmp_path / "run"
+    shutil.copytree(run, known)
+    denoiser = Denoiser.from_pretrained(known / "denoiser")
+    config = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
+    Denoiser(**{**config, "num_classes": 2, "class_names": ["a", "b"]}).save_pretrained(known / "denoiser")
+    assert main([str(known), *QUICK, "--clips", "4", "--samples", "1", "--out", str(tmp_path / "out")]) == 0
+    assert any("samples are of none" in line for line in results(tmp_path / "out")["results"]["caveats"])
 
 
 @pytest.mark.parametrize("model", ["autoencoder", "denoiser"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small import SMALL, losses
 
-from pvdm_fast.data import clips, write_video
+from pvdm_fast.data import clips, open_dataset, write_video
 from pvdm_fast.train import main
 
 
@@ -21,7 +21,7 @@ def test_a_run_goes_on_past_a_file_that_hangs(tmp_path: Path, monkeypatch: pytes
         film = np.random.default_rng(number).integers(0, 255, (6, 16, 16, 3), np.uint8)
         write_video(tmp_path / "videos" / f"{number}.mp4", film)
     opened, original = [], clips.read_frames
-    held_out = clips.open_dataset(tmp_path / "videos", frames=4, height=16, width=16, split="test")
+    held_out = open_dataset(tmp_path / "videos", frames=4, height=16, width=16, split="test")
     hanging = next(str(path) for path in sorted((tmp_path / "videos").iterdir()) if path != held_out.videos[0].path)
 
     def read_frames(source: Path, *arguments: object) -> object:
