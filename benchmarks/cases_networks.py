@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from benchmarks import eager, eager_autoencoder, floors
 from benchmarks.cases import (
@@ -187,9 +188,10 @@ def sampler_step(setting: Setting) -> Prepared:
     shape = (setting.clips, config["latent_channels"], layout.num_tokens)
     latent, condition = setting.draw(*shape), setting.draw(*shape, seed=1).tanh()
     noise = setting.draw(*shape, seed=2)
-    scheduler: Any = make_scheduler("ddim")
-    scheduler.set_timesteps(50)
-    time = int(scheduler.timesteps[25])
+    with unset_fake_temporarily():  # times and noise levels are numbers, also where shapes alone are run
+        scheduler: Any = make_scheduler("ddim")
+        scheduler.set_timesteps(50)
+        time = int(scheduler.timesteps[25])
     guidance = 1.0
     timestep = torch.full((setting.clips,), time, device=setting.device)
 

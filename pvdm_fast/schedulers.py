@@ -53,6 +53,7 @@ class ReleaseDDIMScheduler(DDIMScheduler):
             raise ValueError(f"ReleaseDDIMScheduler has the noise levels of {_BETAS} and no others.")
         schedule = NoiseSchedule.create()
         self.betas, self.alphas_cumprod = schedule.betas, schedule.alphas_cumprod
+        self._levels: list[float] = schedule.alphas_cumprod.tolist()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Fix the times to visit; raises UserError when there are more steps than noise levels."""
@@ -78,13 +79,13 @@ class ReleaseDDIMScheduler(DDIMScheduler):
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """One step from ``timestep`` to the next time; arguments as in diffusers, but eta is 1 by default."""
         next_time = self.next_time(timestep)
-        level = self.alphas_cumprod[int(timestep)].item()
+        level = self._levels[int(timestep)]
         clean = ((sample - (1 - level) ** 0.5 * model_output) / level**0.5).clamp(-1, 1)
         if use_clipped_model_output:
             model_output = (sample - level**0.5 * clean) / (1 - level) ** 0.5
         previous = clean
         if next_time >= 0:
-            next_level = self.alphas_cumprod[next_time].item()
+            next_level = self._levels[next_time]
             sigma = eta * ((1 - level / next_level) * (1 - next_level) / (1 - level)) ** 0.5
             previous = next_level**0.5 * clean + (1 - next_level - sigma**2) ** 0.5 * model_output
             if eta > 0:

@@ -193,6 +193,14 @@ def test_weighing_shapes_equals_weighing_a_run(name: str) -> None:
         assert weights["ours, recomputing"].saved < weights["ours"].saved
 
 
+@pytest.mark.parametrize("name", all_cases())
+def test_every_case_can_be_weighed(name: str) -> None:
+    case = all_cases()[name]
+    for direction in case.directions:
+        for runner, weight in weigh(case, TINY, direction).items():
+            assert weight.peak > 0 and (weight.saved == 0 or direction != "forward"), runner
+
+
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     case = all_cases()["block/TimeSformer layer"]
     weights = weigh(case, TINY, "both")
