@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,30 @@ def test_the_index_cache_forgets_the_least_used_and_counts_frames() -> None:
         cache.get(str(path), path, build)
     assert built == [first, second, third, second]
     assert cache.frames == 80
+
+
+class Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in NAMES)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc 2.33 or newer")
+@pytest.mark.parametrize("counting", [False, True])
+def test_reading_a_part_loses_no_memory(tmp_path: Path, film: np.ndarray, counting: bool) -> None:
+    path = make(tmp_path, "h264.mkv", film, SEEKABLE)
+    index = packet_index(path)
+    index = VideoIndex(index.frames) if counting else index
+    malloc = ctypes.CDLL(None)
+    malloc.mallinfo2.restype = Mallinfo
+
+    def taken(reads: int) -> int:
+        """Bytes that malloc has handed out after some more reads."""
+        for _ in range(reads):
+            read_frames(path, index, [1], np.copy)
+        gc.collect()
+        return malloc.mallinfo2().uordblks
+
+    before = taken(100)
+    assert taken(300) - before < 300 * 75  # half of what PyAV lost where a generator of packets was only dropped
