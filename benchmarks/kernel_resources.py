@@ -63,6 +63,8 @@ def other_calls() -> list[Call]:
         ("small", {}, {}),
         ("base", {"num_heads": 4}, {"channels": 1024, "head_dim": 128, "depth": 1}),
         ("base", {"num_heads": 16}, {"channels": 2048, "head_dim": 256, "depth": 1}),
+        # heads 256 wide of many tokens
+        ("tiny", {"model_channels": 1024, "num_heads": 4, "time": 16, "height": 32, "width": 32}, {}),
     ]
     for size, denoiser, autoencoder in sizes:
         found = workload.calls(size, half, batch=2, denoiser=denoiser, autoencoder=autoencoder)

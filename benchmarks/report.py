@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compiled", action="store_true", help="add torch.compile of the baseline (takes minutes)")
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     parser.add_argument("--no-store", action="store_true", help="show only: write no rows, peaks or plots")
-    parser.add_argument("--write-docs", action="store_true", help=f"write tables of all stored rows to {DOCUMENT.name}")
+    parser.add_argument(
+        "--write-docs", action="store_true", help=f"write tables of every machine's rows to {DOCUMENT.name}"
+    )
     return parser
 
 
@@ -91,31 +94,42 @@ def draw(device: str) -> list[Path]:
     for size in SIZES:
         found = [row for row in stored if row["size"] == size]
         if found:
-            suffix = f"{size}-{device}.png"
+            suffix = f"{size}-{machine.name(device)}.png"
             drawn.append(plots.ratio_bars(found, plots.IMAGES / f"ratios-{suffix}"))
             drawn.append(plots.roofline(found, plots.IMAGES / f"roofline-{suffix}"))
     return drawn
 
 
-def sections(stored: list[rows.Row]) -> dict[str, str]:
-    """Generated text by marker: a table for each size, and the machine."""
-    texts = {}
-    for size in SIZES:
-        if found := [row for row in stored if row["size"] == size]:
-            texts[size] = rows.markdown(found)
-    last = stored[-1]
-    known = last["machine"]
+def title(row: rows.Row) -> str:
+    """The machine of a row, in a few words."""
+    known = row["machine"]
+    return f"{known.get('gpu') or known['cpu']} (family/model {known['cpu_family']}), {known['threads']} threads"
+
+
+def description(stored: Sequence[rows.Row]) -> str:
+    """One machine, with its measured peaks, as an item of a list."""
+    known = stored[-1]["machine"]
     peaks = {row["dtype"]: row["floor"]["flops_per_second"] / 1e9 for row in stored}
-    texts["machine"] = "\n".join(
-        [
-            f"- {known.get('gpu') or known['cpu']} (family/model {known['cpu_family']}), {known['threads']} threads, "
-            f"features {', '.join(known['flags'])}; our kernels' instruction set: {known['isa']}",
-            f"- torch {known['torch']} ({known['torch_cpu_capability']}), Python {known['python']}, "
-            f"pvdm_fast {known['pvdm_fast']}, commit {known['commit']}, {last['time'][:10]}",
-            "- measured peaks: " + ", ".join(f"{dtype} GEMM {peak:.0f} GFLOP/s" for dtype, peak in peaks.items()),
-            f"- other programs kept {sorted(row['busy'] for row in stored)[len(stored) // 2]:.1f} cores busy (median)",
-        ]
+    busy = sorted(row["busy"] for row in stored)[len(stored) // 2]
+    return (
+        f"- **{title(stored[-1])}**: features {', '.join(known['flags'])}; our kernels' set: {known['isa']}; "
+        f"torch {known['torch']} ({known['torch_cpu_capability']}), Python {known['python']}, "
+        f"pvdm_fast {known['pvdm_fast']}, commit {known['commit']}, {stored[-1]['time'][:10]}; measured peaks: "
+        f"{', '.join(f'{dtype} GEMM {peak:.0f} GFLOP/s' for dtype, peak in peaks.items())}; other programs kept "
+        f"{busy:.1f} cores busy (median)"
     )
+
+
+def sections(machines: Sequence[list[rows.Row]]) -> dict[str, str]:
+    """Generated text by marker, from the rows of each machine: a table for each size and machine, and the machines."""
+    texts = {"machine": "\n".join(description(stored) for stored in machines)}
+    for size in SIZES:
+        tables = []
+        for stored in machines:
+            if found := [row for row in stored if row["size"] == size]:
+                tables.append(f"{title(found[-1])}, torch {found[-1]['machine']['torch']}:\n\n{rows.markdown(found)}")
+        if tables:
+            texts[size] = "\n\n".join(tables)
     return texts
 
 
@@ -162,12 +176,12 @@ def main(arguments: list[str] | None = None) -> int:
                 for figure in draw(device):
                     print(f"drawn: {figure.name}")
     if options.write_docs:
-        stored = [row for device in devices() for row in rows.newest(rows.read(rows.path(device)))]
-        if not stored:
-            print("There are no stored rows of this machine to write: run the report first.", file=sys.stderr)
+        machines = [rows.newest(rows.read(path)) for path in rows.all_paths()]
+        if not machines:
+            print("There are no stored rows to write: run the report first.", file=sys.stderr)
             return 2
         text = DOCUMENT.read_text()
-        for marker, content in {**sections(stored), "memory": memory_table()}.items():
+        for marker, content in {**sections(machines), "memory": memory_table()}.items():
             text = write_between(text, marker, content)
         DOCUMENT.write_text(text)
     return 0

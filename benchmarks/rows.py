@@ -83,6 +83,16 @@ def path(device: str) -> Path:
     return RESULTS / f"{machine.name(device)}.jsonl"
 
 
+def scaling_path(device: str) -> Path:
+    """The file of this machine's rows of `benchmarks.scaling`."""
+    return RESULTS / f"{machine.name(device)}.scaling.jsonl"
+
+
+def all_paths() -> list[Path]:
+    """The files of every machine's rows, but those of scaling."""
+    return sorted(path for path in RESULTS.glob("*.jsonl") if not path.name.endswith(".scaling.jsonl"))
+
+
 def peaks_path(device: str) -> Path:
     return RESULTS / f"{machine.name(device)}.peaks.json"
 

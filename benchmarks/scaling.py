@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    target = rows.RESULTS / f"{machine.name('cpu')}.scaling.jsonl"
+    target = rows.scaling_path("cpu")
     for name in NETWORKS if options.network is None else [options.network]:
         slowness: dict[str, float] = {}
         found = []

@@ -27,6 +27,7 @@ FORWARD = ConfigTable(
         ("*", "*", "*"): Config({"ROWS": 1}, num_warps=16),
         ("*", "narrow", "*"): Config({"ROWS": 2}, num_warps=1),
         ("*", "middle", "*"): Config({"ROWS": 1}),
+        ("gfx942", "middle", "*"): Config({"ROWS": 1}, num_warps=2),  # of 64 threads
         ("interpreter", "narrow", "*"): Config({"ROWS": 64}),
     },
     candidates=(Config({"ROWS": 4}, num_warps=1), Config({"ROWS": 1}, num_warps=1), Config({"ROWS": 4})),
@@ -38,6 +39,7 @@ BACKWARD = ConfigTable(
         ("*", "*", "*"): Config({"ROWS": 1, "PROGRAMS": 264}, num_warps=16),
         ("*", "narrow", "*"): Config({"ROWS": 2, "PROGRAMS": 1056}, num_warps=1),
         ("*", "middle", "*"): Config({"ROWS": 1, "PROGRAMS": 528}),
+        ("gfx942", "middle", "*"): Config({"ROWS": 1, "PROGRAMS": 528}, num_warps=2),
         ("interpreter", "narrow", "*"): Config({"ROWS": 32, "PROGRAMS": 3}),
     },
     candidates=tuple(Config({"ROWS": 2, "PROGRAMS": programs}, num_warps=1) for programs in (528, 864, 1216, 2112)),

@@ -55,6 +55,7 @@ WHOLE = ConfigTable(
         (ANY, "tile2048", ANY): Config(num_warps=4),
         (ANY, "tile4096", ANY): Config(num_warps=4),
         (ANY, "tile8192", ANY): Config(num_warps=8),
+        ("sm100", "tile32768", "float32"): Config(num_warps=32),  # 16 spill
         ("gfx942", ANY, ANY): Config(num_warps=8),  # of 64 threads
         ("gfx942", "tile1024", ANY): Config(num_warps=1),
         ("gfx942", "tile2048", ANY): Config(num_warps=2),

@@ -11,12 +11,12 @@ from __future__ import annotations
 import io
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from pvdm_fast.data.errors import UnreadableVideo
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -126,8 +127,15 @@ def read_frames(source: Source, index: VideoIndex, wanted: Sequence[int], each: 
     raise IndexMismatch
 
 
-# Packets are asked for under `closing`: where PyAV's generator of them (18.1, container.decode's too) is dropped before
-# its end, 150 bytes of native memory are lost, a kilobyte for each step of training.
+@contextmanager
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Iterator[Packet[VideoStream]]]:
+    """The packets of a stream. PyAV's generator of them is closed here: where one is dropped before its end (with 18.1;
+    container.decode's too) 150 bytes of native memory are lost, a kilobyte for each step of training."""
+    packets = cast("Generator[Packet[VideoStream]]", container.demux(stream))
+    try:
+        yield packets
+    finally:
+        packets.close()
 
 
 def _seek_targets(keys: np.ndarray, first: int) -> list[int]:
@@ -150,7 +158,7 @@ def _read_from(
     found: list[T] = []
     numbers = set(wanted)
     try:
-        with _opened(source) as (container, stream), closing(container.demux(stream)) as packets:
+        with _opened(source) as (container, stream), _packets(container, stream) as packets:
             if target:
                 container.seek(int(pts[target]), stream=stream, backward=True)
             key = next((packet for packet in packets if packet.is_keyframe), None)
@@ -177,7 +185,7 @@ def _read_counting(source: Source, wanted: Sequence[int], each: Callable[[np.nda
     """The wanted frames by counting from the start of the file."""
     found: list[T] = []
     numbers = set(wanted)
-    with _opened(source) as (container, stream), closing(container.demux(stream)) as packets:
+    with _opened(source) as (container, stream), _packets(container, stream) as packets:
         for number, frame in enumerate(frame for packet in packets for frame in packet.decode()):
             if number in numbers:
                 found.append(each(_rgb(frame)))

@@ -271,9 +271,15 @@ def test_plots(stored: list[rows.Row], tmp_path: Path) -> None:
 
 def test_documents_are_written_between_markers(stored: list[rows.Row]) -> None:
     text = "before\n<!-- tiny -->\nold\n<!-- /tiny -->\nafter\n"
-    written = report.write_between(text, "tiny", report.sections(stored)["tiny"])
-    assert written.startswith("before\n<!-- tiny -->\n| case |")
+    other = json.loads(json.dumps(stored))
+    for row in other:
+        row["machine"]["cpu"] = "another"
+    sections = report.sections([stored, other])
+    written = report.write_between(text, "tiny", sections["tiny"])
+    assert written.startswith("before\n<!-- tiny -->\n" + report.title(stored[0]))
     assert written.endswith("|\n<!-- /tiny -->\nafter\n")
+    assert written.count("| case |") == 2
+    assert [line.startswith("- **another") for line in sections["machine"].splitlines()] == [False, True]
     with pytest.raises(ValueError, match="no lines <!-- small -->"):
         report.write_between(text, "small", "")
 

@@ -78,6 +78,15 @@ def test_every_configuration() -> None:
     check_resources()
 
 
+@pytest.mark.slow
+def test_every_entry_of_a_table_serves() -> None:
+    calls = "[*resources.full_size_calls(), *resources.other_calls()]"
+    result = run(
+        "-c", f"from benchmarks import kernel_resources as resources; print(resources.unused_entries({calls}))"
+    )
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
 def test_refuses_the_interpreter() -> None:
     with pytest.raises(UserError, match="TRITON_INTERPRET is set, so kernels are not compiled: unset it"):
         kernel_resources.run([])
