@@ -93,7 +93,7 @@ class PVDMPipeline(DiffusionPipeline):
                 pipelines take them (PIL pictures, numpy (T, H, W, 3) or torch (T, 3, H, W) in [0, 1], or ``batch_size``
                 of those). Its last T frames are taken, cropped at the centre and resized.
             class_labels: number or name of a class, or one for each video; for a denoiser that was trained with them.
-            guidance_scale: 1 + w of :func:`pvdm_fast.pipeline.predict_noise`; 1 or less: without guidance.
+            guidance_scale: 1 + w of :func:`pvdm_fast.guidance.predict_noise`; 1 or less: without guidance.
             eta: DDIM's share of new noise: 1 is the release's choice, 0 is deterministic.
             generator: where all noise comes from; a list: one for each video. By default one seeded by torch's own.
             output_type: "np", "pt" or "pil".

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pvdm_fast.cuda_graph import graphed_prediction
 from pvdm_fast.errors import UserError
+from pvdm_fast.guidance import predict_noise
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -42,37 +44,6 @@ def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, device=generator.device)
 
 
-def predict_noise(
-    denoiser: Denoiser,
-    latent: Tensor,
-    timestep: int | Tensor,
-    condition: Tensor | None = None,
-    guidance: float = 0.0,
-    labels: Tensor | None = None,
-) -> Tensor:
-    """Predicted noise (B, D, N), in the denoiser's dtype.
-
-    With guidance w it is (1 + w) eps(condition, labels) - w eps(zeros, no label), in one batched pass.
-    """
-    batch, latent = latent.shape[0], latent.to(next(denoiser.parameters()).dtype)
-    times = timestep
-    if not isinstance(times, Tensor):
-        times = torch.full((batch,), times, dtype=torch.long, device=latent.device)
-    if guidance == 0 or (condition is None and labels is None):
-        return denoiser(latent, times, condition=condition, **_labelled(labels)).sample
-    if condition is not None:
-        condition = torch.cat([condition, torch.zeros_like(condition)])
-    if labels is not None:
-        labels = torch.cat([labels, torch.full_like(labels, int(denoiser.config["num_classes"]))])
-    predicted = denoiser(latent.repeat(2, 1, 1), times.repeat(2), condition=condition, **_labelled(labels)).sample
-    conditional, unconditional = predicted.chunk(2)
-    return (1 + guidance) * conditional - guidance * unconditional
-
-
-def _labelled(labels: Tensor | None) -> dict[str, Tensor]:
-    return {} if labels is None else {"class_labels": labels}
-
-
 @torch.no_grad()
 def sample_latents(
     denoiser: Denoiser,
@@ -98,9 +69,9 @@ def sample_latents(
         noise: where the starting noise and that of each step come from.
         condition: latents (B, D, N) of the clips before, or None.
         labels: classes (B,) int64, or None.
-        guidance: weight w of :func:`predict_noise`; without a condition or labels it changes nothing.
+        guidance: weight w of :mod:`pvdm_fast.guidance`; without a condition or labels it changes nothing.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
-        predict: what predicts the noise, with the arguments of :func:`predict_noise`.
+        predict: what predicts the noise, with the arguments of :func:`pvdm_fast.guidance.predict_noise`.
         on_step: called as ``on_step(index of the step, timestep, latent)``; returns the latent to go on with.
 
     Returns:
@@ -178,7 +149,6 @@ def stream_video(
     Raises:
         UserError: the two models don't belong together, or a number is out of range; a CUDA graph without a GPU.
     """
-    from pvdm_fast.cuda_graph import graphed_prediction
 
     device = next(denoiser.parameters()).device
     sampler = _checked_scheduler(scheduler)

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_iter
 
 from pvdm_fast.cuda_graph import WARM_UP_PASSES, GraphedPrediction
 from pvdm_fast.errors import UserError
+from pvdm_fast.guidance import predict_noise
 from pvdm_fast.models import Autoencoder, Denoiser
-from pvdm_fast.pipeline import NoiseSource, predict_noise, sample_latents, sample_video
+from pvdm_fast.pipeline import NoiseSource, sample_latents, sample_video
 from pvdm_fast.sample import main
 from pvdm_fast.schedulers import make_scheduler
 

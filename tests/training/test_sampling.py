@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from pvdm_fast.checkpoints import load_release_denoiser
 from pvdm_fast.diffusion import NoiseSchedule
 from pvdm_fast.errors import UserError
+from pvdm_fast.guidance import predict_noise
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.pipeline import NoiseSource, predict_noise, sample_latents, sample_video
+from pvdm_fast.pipeline import NoiseSource, sample_latents, sample_video
 from pvdm_fast.schedulers import SCHEDULER_NAMES, make_scheduler, release_times
 
 SHAPE = (2, 4, 2048)

@@ -1,0 +1,42 @@
+"""One prediction of the denoiser in sampling, with classifier-free guidance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pvdm_fast.models import Denoiser
+
+
+def predict_noise(
+    denoiser: Denoiser,
+    latent: Tensor,
+    timestep: int | Tensor,
+    condition: Tensor | None = None,
+    guidance: float = 0.0,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Predicted noise (B, D, N), in the denoiser's dtype.
+
+    With guidance w it is (1 + w) eps(condition, labels) - w eps(zeros, no label), in one batched pass.
+    """
+    batch, latent = latent.shape[0], latent.to(next(denoiser.parameters()).dtype)
+    times = timestep
+    if not isinstance(times, Tensor):
+        times = torch.full((batch,), times, dtype=torch.long, device=latent.device)
+    if guidance == 0 or (condition is None and labels is None):
+        return denoiser(latent, times, condition=condition, **_labelled(labels)).sample
+    if condition is not None:
+        condition = torch.cat([condition, torch.zeros_like(condition)])
+    if labels is not None:
+        labels = torch.cat([labels, torch.full_like(labels, int(denoiser.config["num_classes"]))])
+    predicted = denoiser(latent.repeat(2, 1, 1), times.repeat(2), condition=condition, **_labelled(labels)).sample
+    conditional, unconditional = predicted.chunk(2)
+    return (1 + guidance) * conditional - guidance * unconditional
+
+
+def _labelled(labels: Tensor | None) -> dict[str, Tensor]:
+    return {} if labels is None else {"class_labels": labels}
