@@ -108,30 +108,53 @@ def serving_entries(architecture: str, calls: Iterable[Call]) -> set[tuple[str, 
         return {(name, table.entry_of(key)) for name, table in configs.TABLES.items() for key in table.asked}
 
 
-def compile_calls(architecture: str, calls: Iterable[Call], variants: bool = False) -> list[Resources]:
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], Config, dict[str, Any]]
+
+
+def launches_of(architecture: str, calls: Iterable[Call]) -> list[Launch]:
+    """(kernel, grid, arguments, configuration, constants) of every launch of `calls` on `architecture`."""
+    found: list[Launch] = []
+    with configs.assume(architecture), watch(lambda *launched: found.append(launched)):
+        run_on_meta(calls)
+    return found
+
+
+def configuration_of(kernel: Any, config: Config) -> tuple[Any, ...]:
+    """What tells two configurations of a kernel apart. Blocks that no table has were made from the shapes: those of one
+    size are one configuration."""
+    entries = {str(entry) for table in configs.TABLES.values() for entry in table.entries.values()}
+    blocks = str(config.blocks) if str(config) in entries else math.prod(config.blocks.values())
+    return name_of(kernel), blocks, config.num_warps, config.num_stages
+
+
+def compile_calls(
+    architecture: str, calls: Iterable[Call], rest: Iterable[Call] = (), variants: bool = False
+) -> list[Resources]:
     """Every kernel that `calls` launch on `architecture`, for each configuration and set of dtypes once.
 
+    rest: further calls, of which only configurations are compiled that are not yet, for float32 and 16 bits apart.
     variants: also those that differ in other constants, or in what divides their sizes.
     """
-    launches: list[tuple[Any, ...]] = []
-    with configs.assume(architecture), watch(lambda *launched: launches.append(launched)):
-        run_on_meta(calls)
-    entries = {str(config) for table in configs.TABLES.values() for config in table.entries.values()}
     seen: set[Any] = set()
     found: list[Resources] = []
-    for kernel, grid, arguments, config, constants in launches:
-        dtypes = tuple(a.dtype if isinstance(a, Tensor) else a is None for a in arguments)
-        # Blocks that no table has were made from the shapes: those of one size are one configuration.
-        blocks = str(config.blocks) if str(config) in entries else math.prod(config.blocks.values())
-        key = (name_of(kernel), blocks, config.num_warps, config.num_stages, dtypes)
-        if not variants and key in seen:
-            continue
-        seen.add(key)
+
+    def add(key: Any, launch: Launch) -> None:
+        kernel, grid, arguments, config, constants = launch
+        single = (*configuration_of(kernel, config), dtype_of(arguments) == "float32")
+        if key in seen:
+            return
+        seen.update((key, single))
         compiled = compile_launch(architecture, kernel, grid, arguments, config, **constants)
         if id(compiled) not in seen:  # Triton hands out the same object for the same specialisation
             seen.add(id(compiled))
             made = resources(compiled, architecture, name_of(kernel), dtype_of(arguments), config)
             found.append(replace(made, narrow=is_narrow(made, config, constants)))
+
+    for number, launch in enumerate(launches_of(architecture, calls)):
+        dtypes = tuple(a.dtype if isinstance(a, Tensor) else a is None for a in launch[2])
+        add(number if variants else (*configuration_of(launch[0], launch[3]), dtypes), launch)
+    for launch in launches_of(architecture, rest):
+        add((*configuration_of(launch[0], launch[3]), dtype_of(launch[2]) == "float32"), launch)
     return found
 
 

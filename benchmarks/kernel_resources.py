@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib.metadata import version
@@ -76,32 +76,34 @@ def has_float16(call: Call) -> bool:
     return any(isinstance(a, TensorSpec) and a.dtype == torch.float16 for a in call.arguments)
 
 
-def wanted_calls(architecture: str, quick: bool) -> list[Call]:
-    """What is compiled for a family of GPUs. float16, which takes what bfloat16 takes, is compiled for the first only.
+def wanted_calls(architecture: str, quick: bool) -> tuple[list[Call], list[Call]]:
+    """What is compiled for a family of GPUs: all that these calls launch, and what further calls add in configurations.
+    float16, which takes what bfloat16 takes, is compiled for the first family only.
 
-    quick: full size in bfloat16; for the first family in float32 too.
+    quick: of full size in bfloat16 all, for the first family in float32 too; of the others configurations alone.
     """
     first, full = architecture == ARCHITECTURES[0], full_size_calls()
+    others = [call for call in other_calls() if first or not has_float16(call)]
     if quick:
-        return [*full, *(call.with_dtype(torch.bfloat16, torch.float32) for call in full if first)]
-    return [*full, *(call for call in other_calls() if first or not has_float16(call))]
+        return [*full, *(call.with_dtype(torch.bfloat16, torch.float32) for call in full if first)], others
+    return [*full, *others], []
 
 
-def _compile(architecture: str, calls: list[Call], variants: bool) -> list[Resources]:
+def _compile(architecture: str, calls: list[Call], rest: list[Call], variants: bool) -> list[Resources]:
     from benchmarks.ahead_of_time import compile_calls
 
-    return compile_calls(architecture, calls, variants)
+    return compile_calls(architecture, calls, rest, variants)
 
 
 def compile_all(
-    calls: Mapping[str, list[Call]], operations: Sequence[str], workers: int, variants: bool
+    architectures: Sequence[str], operations: Sequence[str], workers: int, quick: bool, variants: bool
 ) -> list[Resources]:
     """Compile what is called on each architecture, in processes of their own."""
-    tasks = [
-        (architecture, [call for call in calls[architecture] if call.op == op], variants)
-        for op in operations
-        for architecture in calls
-    ]
+    tasks = []
+    for op in operations:
+        for architecture in architectures:
+            calls, rest = ([call for call in part if call.op == op] for part in wanted_calls(architecture, quick))
+            tasks.append((architecture, calls, rest, variants))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [row for found in pool.map(_compile, *zip(*tasks, strict=True)) for row in found]
 
@@ -167,17 +169,20 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--operations", nargs="+", choices=backends.SERVED["triton"], default=backends.SERVED["triton"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--quick", action="store_true", help="full size only, in bfloat16; in float32 too for sm80")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="full size in bfloat16, for sm80 in float32 too; of the rest every configuration once",
+    )
     parser.add_argument("--variants", action="store_true", help="also what differs in other constants only (hours)")
     options = parser.parse_args(arguments)
     check_process()
     from benchmarks.ahead_of_time import over_budget
 
-    calls = {architecture: wanted_calls(architecture, options.quick) for architecture in options.architectures}
-    rows = compile_all(calls, options.operations, options.workers, options.variants)
+    rows = compile_all(options.architectures, options.operations, options.workers, options.quick, options.variants)
     print("\n".join(table(rows)))
     problems = [problem for row in rows for problem in over_budget(row, NARROW)]
-    if not options.quick and set(options.operations) == set(backends.SERVED["triton"]):
+    if set(options.operations) == set(backends.SERVED["triton"]):
         problems += unused_entries([*full_size_calls(), *other_calls()])
     print(f"{len(rows)} compiled kernels")
     if options.write_docs:

@@ -25,7 +25,8 @@ def _pyplot() -> Any:
 def _where(rows: Sequence[Row]) -> str:
     row = rows[-1]
     known = row["machine"]
-    device = known.get("gpu") if row["device"] == "cuda" else f"{known['cpu']}, {known['threads']} threads"
+    cpu = f"{known['cpu']} (family/model {known['cpu_family']}), {known['threads']} threads"
+    device = known.get("gpu") if row["device"] == "cuda" else cpu
     return f"{device}, torch {known['torch']}, {row['size']} size"
 
 
