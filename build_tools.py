@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,9 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16",  # the tile instructions are in assembly
 }
+TILE_SOURCES = ("attention_forward", "attention_backward")  # what amx is compiled for; avx512bf16 lends it the rest
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 
 
@@ -47,11 +50,6 @@ class Extension:
     objects: dict[str, tuple[Path, str, str]] = field(default_factory=dict)
 
 
-def isa_flags() -> dict[str, str]:
-    """Instruction sets to build for on this machine's architecture, with their compiler flags."""
-    return X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"plain": ""}
-
-
 def compiler() -> str:
     """The C++ compiler: CXX, else g++, else c++ or clang++.
 
@@ -66,6 +64,24 @@ def compiler() -> str:
     raise Unbuildable(
         f"no C++ compiler found (looked for {', '.join(candidates)}): install g++, or set CXX, and install again"
     )
+
+
+def assembles(instruction: str) -> bool:
+    """Whether the compiler's assembler knows an instruction."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*shlex.split(compiler()), "-x", "c++", "-c", "-", "-o", str(Path(folder) / "probe.o")]
+        probe = f'void probe() {{ asm("{instruction}"); }}'
+        return subprocess.run(command, input=probe, capture_output=True, text=True, check=False).returncode == 0
+
+
+def isa_flags() -> dict[str, str]:
+    """Instruction sets to build for on this machine's architecture, with their compiler flags.
+
+    Without amx where the assembler is older than it (GNU's: before 2.36, as Debian 11's).
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"plain": ""}
+    return {isa: flags for isa, flags in X86_ISAS.items() if isa != "amx" or assembles("tilerelease")}
 
 
 def first_line(command: list[str], pattern: str = ".*") -> str:
@@ -171,13 +187,18 @@ def cpu_extension(output: Path, python_flags: str) -> Extension:
     """pvdm_fast._cpu: the border and run time once, each operation once for every instruction set."""
     link = f"{compiler()} -shared -fopenmp -Wl,--gc-sections"
     ext = Extension("_cpu", output, link)
-    defines = " ".join(f"-DPVDM_HAVE_{isa.upper()}" for isa in isa_flags())
+    isas = isa_flags()
+    defines = " ".join(f"-DPVDM_HAVE_{isa.upper()}" for isa in isas)
     source = ROOT / "csrc"
     ext.objects["bindings_cpu"] = (source / "bindings_cpu.cpp", "cxx", f"{defines} {python_flags}")
     for path in sorted((source / "cpu" / "runtime").glob("*.cpp")):
         ext.objects[f"runtime_{path.stem}"] = (path, "cxx", f"{defines} -fopenmp")
     for path in sorted((source / "cpu").glob("*.cpp")):
-        for isa, flags in isa_flags().items():
+        for isa, flags in isas.items():
+            if isa == "amx":
+                if path.stem not in TILE_SOURCES:
+                    continue
+                flags = f"{defines} {flags}"  # the sets that lend are declared
             ext.objects[f"{path.stem}_{isa}"] = (path, "cxx", f"-DPVDM_ISA={isa} -DPVDM_ISA_{isa.upper()} {flags}")
     return ext
 

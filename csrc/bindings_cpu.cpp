@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "attention_checks.h"
+#include "bindings_attention.h"
 #include "bindings_pointwise.h"
 #include "cpu/kernels.h"
 #include "tensor_caster.h"
@@ -105,31 +105,6 @@ void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView 
   pvdm::choose_plane_norm_backward()(grad, x, weight, bias, film, mean, rstd, dx, dweight, dbias, dfilm, o);
 }
 
-pvdm::AttentionOptions attention_options(const Sizes& offsets, int64_t tokens, double scale, int threads) {
-  check_offsets(offsets, tokens);
-  return {offsets.data(), static_cast<int64_t>(offsets.size()) - 1, scale, threads};
-}
-
-void attention_forward(TensorView qkv, TensorView query, TensorView sin, TensorView cos, TensorView out, TensorView lse,
-                       const Sizes& offsets, double scale, int threads) {
-  check_attention(qkv, query, sin, cos, out, lse, offsets);
-  const auto o = attention_options(offsets, qkv.size[2], scale, threads);
-  py::gil_scoped_release release;
-  pvdm::choose_attention_forward()(qkv, query, sin, cos, out, lse, o);
-}
-
-void attention_backward(TensorView grad, TensorView qkv, TensorView query, TensorView sin, TensorView cos, TensorView out,
-                        TensorView lse, TensorView dqkv, TensorView dquery, const Sizes& offsets, double scale, int threads) {
-  check_attention(qkv, query, sin, cos, out, lse, offsets);
-  const auto o = attention_options(offsets, qkv.size[2], scale, threads);
-  check_attention_gradients(grad, qkv, query, out, dqkv, dquery);
-  py::gil_scoped_release release;
-  if (query.data)
-    pvdm::choose_attention_backward_single()(grad, qkv, query, out, lse, dqkv, dquery, o);
-  else
-    pvdm::choose_attention_backward()(grad, qkv, sin, cos, out, lse, dqkv, o);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -142,7 +117,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("triplane_expand_sums", &expand_sums);
   m.def("plane_norm_forward", &norm_forward);
   m.def("plane_norm_backward", &norm_backward);
-  m.def("attention_forward", &attention_forward);
-  m.def("attention_backward", &attention_backward);
+  pvdm::border::bind_attention(m);
   pvdm::border::bind_pointwise(m);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,17 @@ def test_arch_list() -> None:
 def test_bad_arch_list(text: str) -> None:
     with pytest.raises(Unbuildable, match=r"TORCH_CUDA_ARCH_LIST .*8\.0"):
         build_tools.parse_arch_list(text)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only")
+def test_an_old_assembler_leaves_out_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is built all the same, and nothing names the set."""
+    old = tmp_path / "old-g++"
+    old.write_text("#!/bin/sh\necho \"no such instruction: 'tilerelease'\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    assert list(build_tools.isa_flags()) == ["plain", "avx2", "avx512", "avx512bf16"]
+    assert "AMX" not in build_tools.ninja_file(build_tools.cpu_extension(tmp_path / "_cpu.so", ""))
 
 
 def fake_nvcc(folder: Path, script: str) -> Path:

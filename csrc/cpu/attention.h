@@ -4,6 +4,7 @@
 // equal cost, so that unequal segments, and fewer problems than threads, stay balanced. Each output has one writer.
 #pragma once
 #include "attention_softmax.h"
+#include "attention_tiles.h"
 #include "kernels.h"
 #include "runtime/parallel.h"
 

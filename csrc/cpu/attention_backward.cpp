@@ -37,9 +37,22 @@ struct Workspace {
   }
 };
 
+// The zeros that tiles sum with what `weights` writes: behind an odd vector of queries half a tile's row, and behind the last
+// pair of keys.
+template <class Op>
+void pad_weights(const Workspace& w, int64_t keys, int64_t vectors) {
+  if constexpr (Op::depth == 1) return;
+  const int64_t written = vectors * lanes / 2, zeros = words<Op>(vectors * lanes) - written;
+  for (float* part : {w.p_pairs, w.ds_pairs})
+    for (int64_t j = 0; j < keys && zeros; j++) memset(part + j * block_queries / 2 + written, 0, zeros * sizeof(float));
+  for (int64_t j = (keys + 1) / 2; j < words<Op>(keys); j++)
+    for (int64_t v = 0; v < vectors; v++) store(w.ds_along + j * block_queries + v * lanes, Vec{});
+}
+
 // Scores -> P and dP -> dS = P (dP - D), in place. Pairs: also rounded, P and dS paired along the queries and dS along keys.
 template <class Op>
 void weights(const Workspace& w, int64_t query, int64_t keys, int64_t vectors, float scale) {
+  pad_weights<Op>(w, keys, vectors);
   for (int64_t v = 0; v < vectors; v++) {
     const Vec log = load(w.logs + query + v * lanes), delta = load(w.deltas + query + v * lanes);
     for (int64_t j = 0; j < keys; j++) {
@@ -104,7 +117,7 @@ struct Backward {
       const int64_t first = b * block_keys, count = p.count - first < block_keys ? p.count - first : block_keys;
       const auto keys = tokens_of<const T>(qkv, p, 1).from(first), values = tokens_of<const T>(qkv, p, 2).from(first);
       pack_panels<Op>(keys, count, width, turn.from(first), w.keys_across);
-      pack_rows<Op>(keys, count, width, turn.from(first), w.keys);
+      pack_left_rows<Op>(keys, count, width, turn.from(first), w.keys);
       pack_panels<Op>(values, count, width, Rotation{}, w.values_across);
       for (int64_t q = 0; q < p.count; q += block_queries)
         block(q, p.count - q < block_queries ? p.count - q : block_queries, count, b > begin, w, dqueries);
@@ -174,6 +187,7 @@ void backward(const TensorView& grad, const TensorView& qkv, const Tables& table
   const Buffer memory(plan.threads * size * 4);
   const Backward<Op, T> op{grad, qkv, out, lse, dqkv, tables.rotation(), static_cast<float>(o.scale), width};
   parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
+    [[maybe_unused]] const typename Op::Session session{};
     for (int64_t t = begin; t < end; t++) {
       const Workspace w({memory.floats() + t * size}, longest, width, shared);
       plan.run(t, [&](const Problem& p, const Problem& next, int64_t first, int64_t last, int64_t all) {
@@ -196,11 +210,16 @@ void backward(const TensorView& grad, const TensorView& qkv, const Tables& table
 
 void attention_backward(const TensorView& grad, const TensorView& qkv, const TensorView& sin, const TensorView& cos,
                         const TensorView& out, const TensorView& lse, const TensorView& dqkv, const AttentionOptions& o) {
+#if defined(PVDM_ISA_AMX)
+  if (!use_pairs(qkv, o)) return avx512bf16::attention_backward(grad, qkv, sin, cos, out, lse, dqkv, o);
+  backward<Tiles, bf16>(grad, qkv, Tables(sin, cos), out, lse, dqkv, o);
+#else
   const Tables tables(sin, cos);
 #if defined(PVDM_ISA_AVX512BF16)
   if (use_pairs(qkv, o)) return backward<Pairs, bf16>(grad, qkv, tables, out, lse, dqkv, o);
 #endif
   PVDM_WITH_TYPE(qkv.dtype, T, backward<Floats, T>(grad, qkv, tables, out, lse, dqkv, o))
+#endif
 }
 
 }  // namespace pvdm::PVDM_ISA

@@ -1,8 +1,8 @@
 // Softmax attention, forward: segment_attention and axial_attention.
 // Formula: pvdm_fast/reference/{segment,axial}_attention.py.
 //
-// Flash-style: a thread packs keys and values of a problem once, then takes blocks of 48 queries through blocks of keys
-// with a running maximum. Work-space per thread: two packed copies of the longest segment, O(N d).
+// Flash-style: a thread packs keys and values of a problem once, then takes blocks of 48 or 64 queries through blocks of
+// keys with a running maximum. Work-space per thread: two packed copies of the longest segment, O(N d).
 #include "attention.h"
 
 namespace pvdm::PVDM_ISA {
@@ -55,7 +55,7 @@ struct Forward {
     const Rotation turn = rotation.from(p.start);
     for (int part = 0; part < 3 - !first; part++) prefetch(tokens_of<const T>(qkv, next, part), next.count, width);
     pack_panels<Op>(tokens_of<const T>(qkv, p, first), p.count, width, turn, w.keys);
-    pack_rows<Op>(tokens_of<const T>(qkv, p, first + 1), p.count, width, Rotation{}, w.values);
+    pack_left_rows<Op>(tokens_of<const T>(qkv, p, first + 1), p.count, width, Rotation{}, w.values);
     const auto queries = query.data ? tokens_of<const T>(query, p) : tokens_of<const T>(qkv, p, 0);
     const auto results = tokens_of<T>(out, p);
     float* logs = logs_of(lse, p);
@@ -127,6 +127,7 @@ void forward(const TensorView& qkv, const TensorView& query, const Tables& table
   const Buffer memory(plan.threads * size * 4);
   const Forward<Op, T> op{qkv, query, out, lse, tables.rotation(), static_cast<float>(o.scale), width};
   parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
+    [[maybe_unused]] const typename Op::Session session{};
     for (int64_t t = begin; t < end; t++) {
       const Workspace workspace({memory.floats() + t * size}, longest, width);
       plan.run(t, [&](const Problem& p, const Problem& next, int64_t first, int64_t last, int64_t) {
@@ -140,11 +141,16 @@ void forward(const TensorView& qkv, const TensorView& query, const Tables& table
 
 void attention_forward(const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
                        const TensorView& out, const TensorView& lse, const AttentionOptions& o) {
+#if defined(PVDM_ISA_AMX)
+  if (query.data || !use_pairs(qkv, o)) return avx512bf16::attention_forward(qkv, query, sin, cos, out, lse, o);
+  forward<Tiles, bf16>(qkv, query, Tables(sin, cos), out, lse, o);
+#else
   const Tables tables(sin, cos);
 #if defined(PVDM_ISA_AVX512BF16)
   if (!query.data && use_pairs(qkv, o)) return forward<Pairs, bf16>(qkv, query, tables, out, lse, o);
 #endif
   PVDM_WITH_TYPE(qkv.dtype, T, forward<Floats, T>(qkv, query, tables, out, lse, o))
+#endif
 }
 
 }  // namespace pvdm::PVDM_ISA

@@ -80,9 +80,11 @@ PVDM_INLINE Vec unrotated(Vec x, int64_t n, int64_t c, const Rotation& rotation)
   return x * load(rotation.cos + at) + swap_neighbours(x * load(rotation.sin + at));
 }
 
+// Words that hold so many numbers, and the zeros behind them.
 template <class Op>
 constexpr int64_t words(int64_t numbers) {
-  return (numbers + Op::step - 1) / Op::step;
+  constexpr int64_t whole = Op::step * Op::depth;
+  return (numbers + whole - 1) / whole * Op::depth;
 }
 
 // Words k ... k + lanes along the width of token n. whole: the width reaches that far.
@@ -110,7 +112,7 @@ PVDM_INLINE Vec paired(Vec low, Vec high) {
 }
 #endif
 
-template <class Op, bool turned, bool whole, class T>
+template <class Op, bool turned, bool transposed, bool whole, class T>
 PVDM_INLINE void pack_square(const Tokens<const T>& x, int64_t count, int64_t k, int64_t width, const Rotation& rotation,
                              float* to, int64_t stride) {
   Vec square[lanes];
@@ -120,7 +122,7 @@ PVDM_INLINE void pack_square(const Tokens<const T>& x, int64_t count, int64_t k,
   } else {
     for (int n = 0; n < lanes; n++) square[n] = n < count ? along<Op, turned, false>(x, n, k, width, rotation) : Vec{};
   }
-  transpose(square);
+  if (transposed) transpose(square);
   if (whole) {
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; i++) store(to + i * stride, square[i]);
@@ -141,36 +143,37 @@ PVDM_INLINE void pack_lane(const Tokens<const T>& x, int64_t k, int64_t width, c
   }
 }
 
-template <class Op, bool turned, class T>
+template <class Op, bool turned, bool transposed, class T>
 __attribute__((noinline)) void pack_squares(const Tokens<const T>& x, int64_t count, int64_t width,
                                             const Rotation& rotation, float* to, int64_t stride) {
   int64_t k = 0;
   if (count == lanes)
     for (; (k + lanes) * Op::step <= width; k += lanes)
-      pack_square<Op, turned, true>(x, count, k, width, rotation, to + k * stride, stride);
+      pack_square<Op, turned, transposed, true>(x, count, k, width, rotation, to + k * stride, stride);
   for (; k < words<Op>(width); k += lanes)
-    if (count == 1)
+    if (transposed && count == 1)
       pack_lane<Op, turned>(x, k, width, rotation, to + k * stride, stride);
     else
-      pack_square<Op, turned, false>(x, count, k, width, rotation, to + k * stride, stride);
+      pack_square<Op, turned, transposed, false>(x, count, k, width, rotation, to + k * stride, stride);
 }
 
 // `count` <= lanes tokens, transposed: word k of token n goes to to[k * stride + n]; lanes beyond the count get zeros.
-template <class Op, class T>
+// Not transposed: each square of lanes x lanes words keeps a token in a row.
+template <class Op, bool transposed = true, class T>
 PVDM_INLINE void pack_panel(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to,
                             int64_t stride) {
   if (rotation.cos)
-    pack_squares<Op, true>(x, count, width, rotation, to, stride);
+    pack_squares<Op, true, transposed>(x, count, width, rotation, to, stride);
   else
-    pack_squares<Op, false>(x, count, width, rotation, to, stride);
+    pack_squares<Op, false, transposed>(x, count, width, rotation, to, stride);
 }
 
-// All tokens as panels of `lanes` tokens, one after another.
+// A left operand: all tokens as panels of `lanes` tokens, one after another.
 template <class Op, class T>
 PVDM_INLINE void pack_panels(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to) {
   const int64_t panel = words<Op>(width) * lanes;
   for (int64_t n = 0; n < count; n += lanes, to += panel)
-    pack_panel<Op>(x.from(n), count_at(n, count), width, rotation.from(n), to, lanes);
+    pack_panel<Op, Op::depth == 1>(x.from(n), count_at(n, count), width, rotation.from(n), to, lanes);
 }
 
 // Changes the sign of every number in `count` words.
@@ -205,15 +208,37 @@ __attribute__((noinline)) void pack_all_rows(const Tokens<const T>& x, int64_t c
     pack_row<Op, turned>(x, n, n + 1 < count, c, count_at(c, width), rotation, to);
     to += lanes;
   }
+  const int64_t zeros = words<Op>(count) - (count + Op::step - 1) / Op::step;
+  for (int64_t i = 0; i < zeros * padded(width); i += lanes, to += lanes) store(to, Vec{});
 }
 
-// Token by token: word c of row n / step holds number c of tokens n (and n + 1). Rows of padded(width) words.
+// A right operand, token by token: word c of row n / step holds number c of tokens n (and n + 1). Rows of padded(width)
+// words.
 template <class Op, class T>
 PVDM_INLINE void pack_rows(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to) {
   if (rotation.cos)
     pack_all_rows<Op, true>(x, count, width, rotation, to);
   else
     pack_all_rows<Op, false>(x, count, width, rotation, to);
+}
+
+// The same as a left operand.
+template <class Op, class T>
+PVDM_INLINE void pack_left_rows(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation,
+                                float* to) {
+  pack_rows<Op>(x, count, width, rotation, to);
+  if constexpr (Op::depth == 1) return;
+  const int64_t stride = padded(width);
+  for (int64_t n = 0; n < words<Op>(count); n += lanes)
+    for (int64_t c = 0; c < stride; c += lanes) {
+      float* corner = to + n * stride + c;
+      Vec square[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i++) square[i] = load(corner + i * stride);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i++) store(corner + i * stride, square[i]);
+    }
 }
 
 template <bool turned, class T>

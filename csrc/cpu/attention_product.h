@@ -13,20 +13,30 @@ namespace {
 constexpr int tile_rows = lanes == 16 ? 8 : 4;
 constexpr int tile_vectors = 3;
 constexpr int few_rows = 4;        // what is left over; 17 keys are a tile of 16 rows and one of these
+#if defined(PVDM_ISA_AMX)
+constexpr int block_queries = 64;  // 32 pairs: where queries are summed over, 48 would fill one and a half AMX tiles
+#else
 constexpr int block_queries = 48;  // a whole number of tiles for every width of vectors
+#endif
 // Scores of a block: 24 KB (12 KB where the first-level cache tends to be 32 KB, not 48). 128 against 64: 2-4 % in fp32.
 constexpr int block_keys = lanes == 16 ? 128 : 64;
 
+// An Op: `step` numbers of the summed index lie in a word; `depth` words are summed at once, and operands are padded with
+// zeros to a multiple of that; a Session lasts as long as a thread multiplies.
+struct NoSession {};
+
 // One word holds one float.
 struct Floats {
-  static constexpr int step = 1;
+  static constexpr int step = 1, depth = 1;
+  using Session = NoSession;
   PVDM_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
 };
 
 #if defined(PVDM_ISA_AVX512BF16)
 // One word holds two bf16 that are neighbours in the summed index: one instruction multiplies and adds both.
 struct Pairs {
-  static constexpr int step = 2;
+  static constexpr int step = 2, depth = 1;
+  using Session = NoSession;
   PVDM_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
     return cast<Vec>(_mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(a), cast<__m512bh>(b)));
   }
@@ -95,12 +105,9 @@ PVDM_INLINE void tiles(int64_t all_rows, const float* a, int64_t panel, int64_t 
   }
 }
 
-// (rows x vectors * lanes) product. Left operand, row == 1: panels of `lanes` rows, `panel` words apart, each with its rows
-// side by side at every step; else rows of `row` words (panel unused). All buffers are padded to whole panels of rows: rows
-// up to the next multiple of `lanes` are computed.
 template <class Op, int row>
-void multiply(int64_t rows, int64_t vectors, const float* a, int64_t panel, int64_t step_a, const float* b, int64_t step_b,
-              Into to, int64_t steps) {
+void multiply_in_registers(int64_t rows, int64_t vectors, const float* a, int64_t panel, int64_t step_a, const float* b,
+                           int64_t step_b, Into to, int64_t steps) {
   while (vectors > 0) {
     int done = tile_vectors;
     if (vectors == 1) {
@@ -117,6 +124,19 @@ void multiply(int64_t rows, int64_t vectors, const float* a, int64_t panel, int6
     to.data += done * lanes;
     if (to.factor) to.factor += done * lanes;
   }
+}
+
+// (rows x vectors * lanes) product. Left operand, row == 1: panels of `lanes` rows, `panel` words apart, each with its rows
+// side by side at every step; else rows of `row` words (panel unused). All buffers are padded to whole panels of rows: rows
+// up to the next multiple of `lanes` are computed. Where depth > 1 and row == 1, every square of lanes x lanes words of the
+// left operand is transposed in its place.
+template <class Op, int row>
+void multiply(int64_t rows, int64_t vectors, const float* a, int64_t panel, int64_t step_a, const float* b, int64_t step_b,
+              Into to, int64_t steps) {
+  if constexpr (Op::depth > 1)
+    Op::template multiply<row>(rows, vectors, a, panel, step_a, b, step_b, to, steps);
+  else
+    multiply_in_registers<Op, row>(rows, vectors, a, panel, step_a, b, step_b, to, steps);
 }
 
 // One row: a[k] b[k * step_b ...], for a single query.

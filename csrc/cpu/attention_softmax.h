@@ -85,7 +85,7 @@ PVDM_INLINE bool any_huge(Vec x) {
 
 // A block of scores becomes probabilities, in place, relative to the maximum so far. Keys x queries, rows of
 // block_queries; `vectors` of queries. maximum, total: of each query; factor: what earlier sums must be multiplied with.
-// Pairs: rows 2i and 2i + 1 end up side by side in row i.
+// Pairs: rows 2i and 2i + 1 end up side by side in row i. Then come the zeros that the next product wants.
 template <class Op>
 void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, bool first, float* maximum, float* total,
                   float* factor) {
@@ -128,6 +128,7 @@ void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, boo
       store(s + j * block_queries, a);
 #endif
     }
+    for (j = (keys + Op::step - 1) / Op::step; j < words<Op>(keys); j++) store(s + j * block_queries, Vec{});
     Vec sum = sums[0] + sums[1];
     if (!first) {
       const Vec change = exp2<Floats>(load(maximum + v * lanes) - top);

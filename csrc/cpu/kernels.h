@@ -44,13 +44,14 @@ struct AttentionOptions {
 // qkv (B, places, L, 3, heads, d), or keys and values (..., 2, heads, d) with query (B, places, 1, heads, d); sin, cos (L, d)
 // f32 or null -> out (B, places, L or 1, heads, d), of one dtype; lse (B, places, heads, L or 1) f32. Attention is inside
 // each segment of L. Last strides are 1.
-PVDM_CPU_KERNEL(attention_forward,
-                (const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
-                 const TensorView& out, const TensorView& lse, const AttentionOptions& options))
+PVDM_CPU_TILE_KERNEL(attention_forward,
+                     (const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
+                      const TensorView& out, const TensorView& lse, const AttentionOptions& options))
 // grad and out as out above -> dqkv as qkv.
-PVDM_CPU_KERNEL(attention_backward,
-                (const TensorView& grad, const TensorView& qkv, const TensorView& sin, const TensorView& cos,
-                 const TensorView& out, const TensorView& lse, const TensorView& dqkv, const AttentionOptions& options))
+PVDM_CPU_TILE_KERNEL(attention_backward,
+                     (const TensorView& grad, const TensorView& qkv, const TensorView& sin, const TensorView& cos,
+                      const TensorView& out, const TensorView& lse, const TensorView& dqkv,
+                      const AttentionOptions& options))
 // The same with a query: -> dkv as kv, dquery as query.
 PVDM_CPU_KERNEL(attention_backward_single,
                 (const TensorView& grad, const TensorView& kv, const TensorView& query, const TensorView& out,

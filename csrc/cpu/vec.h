@@ -6,8 +6,11 @@
 #include <cstring>
 
 #include "../tensor_view.h"
+#if defined(PVDM_ISA_AMX)
+#define PVDM_ISA_AVX512BF16  // and everything of it
+#endif
 #if defined(PVDM_ISA_AVX512BF16)
-#define PVDM_ISA_AVX512  // and everything of it
+#define PVDM_ISA_AVX512
 #endif
 #if defined(PVDM_ISA_AVX2) || defined(PVDM_ISA_AVX512)
 #include <immintrin.h>

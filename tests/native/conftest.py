@@ -5,19 +5,22 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from native import emulated
+from native import amx, emulated
 from native.inputs import poisoned_empty
 from torch import Tensor
 
 from pvdm_fast import native
 
+ISAS = native.extension("_cpu").isas() if native.availability("cpu") is None else []
 
-@pytest.fixture(params=native.extension("_cpu").isas() if native.availability("cpu") is None else [])
+
+@pytest.fixture(params=ISAS)
 def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this machine in turn."""
     module = native.extension("_cpu")
@@ -36,17 +39,31 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture(scope="session")
-def emulated_device(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The CUDA kernels built for the host, once for all processes of a test run."""
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]) -> ModuleType:
+    """The extension `name`, built once for all processes of a test run."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    folder = tmp_path_factory.getbasetemp()
+    folder = factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with (folder / "emulated.lock").open("w") as lock:
+    with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = list(folder.glob("_emulated.*"))
-        return emulated.load(found[0] if found else emulated.build(folder))
+        found = list(folder.glob(f"{name}.*.so"))
+        return emulated.load(found[0] if found else build(folder))
+
+
+@pytest.fixture(scope="session")
+def emulated_device(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA kernels built for the host."""
+    return built_once(tmp_path_factory, "_emulated", emulated.build)
+
+
+@pytest.fixture(scope="session")
+def amx_stand_in(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Attention in the instruction set amx, with the stand-in of its tiles."""
+    amx.skip_where_it_cannot_run(ISAS)
+    module = built_once(tmp_path_factory, "_tiles", amx.build)
+    module.set_isa("amx")
+    return module
 
 
 @pytest.fixture(scope="module")

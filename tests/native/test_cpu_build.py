@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
+from native import amx
 from native.sanitizers import FLAGS, RACE, THREAD_FLAGS, run_sanitized, run_thread_sanitized, thread_sanitizer
 
 from pvdm_fast import native
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import build_tools  # noqa: E402
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+needs_extension = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only")
@@ -32,7 +34,8 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
     """
     extension = build_tools.cpu_extension(tmp_path / "unused.so", "")
     for name, (source, _, flags) in extension.objects.items():
-        if not name.endswith("_avx512"):
+        isa = name.rpartition("_")[2]
+        if isa not in ("avx512", "amx"):
             continue
         target = tmp_path / f"{name}.o"
         common = [*build_tools.CXX_FLAGS.replace("-O3", "-O1").split(), f"-I{ROOT / 'csrc'}"]
@@ -42,7 +45,25 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
         )
         shared = re.findall(r"^[0-9a-f]+ ([TWi]) (.*)$", listing.stdout, re.MULTILINE)
         assert shared, "nm lists nothing"
-        assert not [symbol for _, symbol in shared if "pvdm::avx512" not in symbol and "avx512::" not in symbol]
+        assert not [symbol for _, symbol in shared if f"pvdm::{isa}" not in symbol and f"{isa}::" not in symbol]
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif("amx" not in native.build_info().get("_cpu", {}).get("targets", ()), reason="built without AMX")
+def test_tile_instructions_are_in_amx_only() -> None:
+    """In the installed extension; and their operands are a sum (tiles 0-3), a left (4, 5) and a right one (6, 7)."""
+    command = ["objdump", "-dC", "-M", "intel", "--no-show-raw-insn", str(native.extension("_cpu").__file__)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, set[str]] = {}
+    for function in re.split(r"^[0-9a-f]+ <", code, flags=re.MULTILINE)[1:]:
+        name, _, body = function.partition("\n")
+        for instruction in re.findall(r"\s(ldtilecfg|tilerelease|tilezero|tileload\w+|tilestored|tdp\w+)\b", body):
+            found.setdefault(instruction, set()).add(name)
+        for operands in re.findall(r"tdpbf16ps\s+(\S+)", body):
+            assert re.fullmatch(r"tmm[0-3],tmm[45],tmm[67]", operands), f"{operands} in {name}"
+    assert set(found) == {"ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored", "tdpbf16ps"}
+    assert all("pvdm::amx::" in name for names in found.values() for name in names), found
 
 
 def build_instrumented(folder: Path, isas: Sequence[str], flags: tuple[str, ...], *extra: Path) -> Path:
@@ -61,7 +82,6 @@ def build_instrumented(folder: Path, isas: Sequence[str], flags: tuple[str, ...]
     return extension.output
 
 
-needs_extension = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
 SCRIPT = Path(__file__).with_name("sanitized_cpu.py")
 
 
@@ -76,6 +96,14 @@ def test_addresses_and_undefined_behaviour(isas: str, tmp_path: Path) -> None:
     """Every kernel and dtype under AddressSanitizer and UBSan."""
     used = [best()] if isas == "best" else native.extension("_cpu").isas()
     run_sanitized(SCRIPT, build_instrumented(tmp_path, used, FLAGS), 2, *used)
+
+
+@pytest.mark.slow
+@needs_extension
+def test_addresses_of_tiles(tmp_path: Path) -> None:
+    """Attention in the set amx: what is loaded and stored by the stand-in of the tiles, and all around it."""
+    amx.skip_where_it_cannot_run(native.extension("_cpu").isas())
+    run_sanitized(SCRIPT, amx.build(tmp_path, ("-O1", *FLAGS)), 2, "amx")
 
 
 @pytest.fixture(scope="module")

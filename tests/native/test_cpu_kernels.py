@@ -265,6 +265,8 @@ def test_isa_from_the_environment() -> None:
     code = "from pvdm_fast import native; print(native.availability('cpu') or native.extension('_cpu').isa())"
     assert run_python(code, PVDM_FAST_CPU_ISA="plain").stdout.strip() == "plain"
     assert "Unknown instruction set 'sse9'" in run_python(code, PVDM_FAST_CPU_ISA="sse9").stdout
+    said = run_python(code, PVDM_FAST_CPU_ISA="amx").stdout.strip()
+    assert said == "amx" if "amx" in ISAS else "asks for amx, which this CPU or its system does not have" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

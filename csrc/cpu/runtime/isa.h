@@ -1,13 +1,14 @@
-// Instruction sets: every csrc/cpu/*.cpp is compiled once for each, into a namespace of that name.
+// Instruction sets: every csrc/cpu/*.cpp is compiled once for each, into a namespace of that name; for amx only what
+// multiplies by tiles is, and the rest is borrowed from avx512bf16.
 #pragma once
 #include <string>
 #include <vector>
 
 namespace pvdm {
 
-enum class Isa { plain, avx2, avx512, avx512bf16 };
+enum class Isa { plain, avx2, avx512, avx512bf16, amx };
 
-// The set in use: PVDM_FAST_CPU_ISA, else the best that was built and this CPU has.
+// The set in use: PVDM_FAST_CPU_ISA, else the best that was built and this CPU has, but amx.
 // Throws std::invalid_argument where the variable names a set that is unknown, not built, or not in this CPU.
 Isa current_isa();
 void set_isa(const std::string& name);
@@ -53,21 +54,48 @@ std::vector<std::string> usable_isas();
 #define PVDM_DECLARE_AVX512BF16(name, args)
 #define PVDM_CASE_AVX512BF16(name)
 #endif
-#define PVDM_CPU_KERNEL(name, args)      \
-  namespace pvdm::plain {                \
-  void name args;                        \
-  }                                      \
-  PVDM_DECLARE_AVX2(name, args)          \
-  PVDM_DECLARE_AVX512(name, args)        \
-  PVDM_DECLARE_AVX512BF16(name, args)    \
-  namespace pvdm {                       \
-  inline auto choose_##name() -> void(*) args { \
-    switch (current_isa()) {             \
-      PVDM_CASE_AVX2(name)               \
-      PVDM_CASE_AVX512(name)             \
-      PVDM_CASE_AVX512BF16(name)         \
-      default:                           \
-        return plain::name;              \
-    }                                    \
-  }                                      \
+#ifdef PVDM_HAVE_AMX
+#define PVDM_DECLARE_AMX(name, args) \
+  namespace pvdm::amx {              \
+  void name args;                    \
   }
+#define PVDM_BORROW_AMX(name) \
+  namespace pvdm::amx {       \
+  using avx512bf16::name;     \
+  }
+#define PVDM_CASE_AMX(name) \
+  case Isa::amx:            \
+    return amx::name;
+#else
+#define PVDM_DECLARE_AMX(name, args)
+#define PVDM_BORROW_AMX(name)
+#define PVDM_CASE_AMX(name)
+#endif
+#define PVDM_DECLARE(name, args)      \
+  namespace pvdm::plain {             \
+  void name args;                     \
+  }                                   \
+  PVDM_DECLARE_AVX2(name, args)       \
+  PVDM_DECLARE_AVX512(name, args)     \
+  PVDM_DECLARE_AVX512BF16(name, args)
+#define PVDM_CHOOSE(name, args)        \
+  namespace pvdm {                     \
+  inline auto choose_##name() -> void(*) args { \
+    switch (current_isa()) {           \
+      PVDM_CASE_AVX2(name)             \
+      PVDM_CASE_AVX512(name)           \
+      PVDM_CASE_AVX512BF16(name)       \
+      PVDM_CASE_AMX(name)              \
+      default:                         \
+        return plain::name;            \
+    }                                  \
+  }                                    \
+  }
+#define PVDM_CPU_KERNEL(name, args) \
+  PVDM_DECLARE(name, args)          \
+  PVDM_BORROW_AMX(name)             \
+  PVDM_CHOOSE(name, args)
+#define PVDM_CPU_TILE_KERNEL(name, args) \
+  PVDM_DECLARE(name, args)               \
+  PVDM_DECLARE_AMX(name, args)           \
+  PVDM_CHOOSE(name, args)

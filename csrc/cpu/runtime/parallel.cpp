@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #ifdef PVDM_PARALLEL_STD_THREAD
 #include <thread>
@@ -47,6 +48,9 @@ Buffer::Buffer(int64_t bytes) {
   const auto rounded = (static_cast<size_t>(std::max<int64_t>(bytes, 1)) + 63) / 64 * 64;
   data_ = std::aligned_alloc(64, rounded);
   if (!data_) throw std::bad_alloc();
+#ifdef PVDM_AMX_STAND_IN  // tests: whatever a kernel reads before it writes is NaN
+  std::memset(data_, 0xff, rounded);
+#endif
 }
 Buffer::~Buffer() { std::free(data_); }
 
