@@ -38,6 +38,7 @@ BACKWARD = ConfigTable(
     {
         ("*", "*", "*"): Config({"ROWS": 1, "PROGRAMS": 264}, num_warps=16),
         ("*", "narrow", "*"): Config({"ROWS": 2, "PROGRAMS": 1056}, num_warps=1),
+        ("sm100", "narrow", "*"): Config({"ROWS": 1, "PROGRAMS": 1056}, num_warps=1),  # two rows spill
         ("*", "middle", "*"): Config({"ROWS": 1, "PROGRAMS": 528}),
         ("gfx942", "middle", "*"): Config({"ROWS": 1, "PROGRAMS": 528}, num_warps=2),
         ("interpreter", "narrow", "*"): Config({"ROWS": 32, "PROGRAMS": 3}),

@@ -160,7 +160,7 @@ KEY = ConfigTable(
         ("*", "d128", "*"): blocks(32, 64, 8, 2),
         ("*", "d256", "*"): blocks(32, 32, 8, 1),
         ("*", "*", "float32"): blocks(32, 32, 8, 2),
-        ("*", "d128", "float32"): blocks(16, 32, 8, 2),  # one stage spills
+        ("*", "d128", "float32"): blocks(16, 16, 8, 2),
         ("*", "d256", "float32"): blocks(16, 16, 8, 1),
         **{
             key: config
@@ -175,7 +175,7 @@ KEY = ConfigTable(
         ("gfx942", "*", "*"): blocks(32, 64, 4, 2),
         ("gfx942", "d128", "*"): blocks(32, 64, 4, 2),
         ("gfx942", "d128", "float32"): blocks(16, 32, 4, 1),
-        ("gfx942", "d256", "*"): blocks(32, 32, 4, 1),
+        ("gfx942", "d256", "*"): blocks(32, 16, 4, 1),
         ("gfx942", "d256", "float32"): blocks(16, 16, 4, 1),
     },
     tuple(blocks(m, n, warps, stages) for m in (32, 64) for n in (64, 128) for warps in (4, 8) for stages in (1, 2)),

@@ -67,7 +67,10 @@ WHOLE = ConfigTable(
 # Chunks: TILE elements, rows of at least CHANNELS channels: 256 bytes in 16 bits, whole lines of memory.
 CHUNKS = ConfigTable(
     "plane_norm_chunks",
-    {(ANY, ANY, ANY): Config({"TILE": 8192, "CHANNELS": 128}, num_warps=8)},
+    {
+        (ANY, ANY, ANY): Config({"TILE": 8192, "CHANNELS": 128}, num_warps=8),
+        ("sm100", ANY, "bfloat16"): Config({"TILE": 8192, "CHANNELS": 128}, num_warps=16),  # 8 spill
+    },
     candidates=tuple(
         Config({"TILE": tile, "CHANNELS": channels}, num_warps=tile // 1024)
         for tile in (4096, 8192, 16384)
