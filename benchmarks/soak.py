@@ -1,9 +1,10 @@
 """`python -m benchmarks.soak --minutes 30`: trains both stages on small videos for a set time, watched from outside.
 
 Every few seconds the memory (RSS), the CPU time and the step of the training process are read. Judged after a warm-up
-(the first fifth of a stage): a straight line is fitted to the memory, and what it rises by from end to end must be no
-more than twice the scatter around it, or 1 % of the memory; CPU time a step in the last quarter must be within 10 % of
-that in the first. CPU time, because a busy or frozen machine changes how long a step takes, but not what it costs.
+(the first fifth of a stage, and until checkpoint and preview have come twice: the first preview takes 25 MiB, once): a
+straight line is fitted to the memory, and what it rises by from end to end must be no more than twice the scatter
+around it, or 1 % of the memory; CPU time a step in the last quarter must be within 10 % of that in the first. CPU time,
+because a busy or frozen machine changes how long a step takes, but not what it costs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pvdm_fast.errors import UserError, run_command
 
 STAGES = ("autoencoder", "diffusion")
 WARM_UP = 0.2  # of a stage's time
+PREVIEW_EVERY = 250  # steps; checkpoints too
 FLAT, STEADY = 0.01, 0.10
 FILMS = 24
 PAGE, TICK = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
@@ -78,14 +80,14 @@ class Judgement:
         )
 
 
-def judge(samples: Sequence[Sample]) -> Judgement:
-    """Drop the warm-up, fit the line, compare the quarters.
+def judge(samples: Sequence[Sample], settled: int = 0) -> Judgement:
+    """Drop the warm-up, which lasts beyond step `settled`, fit the line, compare the quarters.
 
     Raises:
         UserError: too few samples or steps to say anything.
     """
     begin = samples[0].seconds + WARM_UP * (samples[-1].seconds - samples[0].seconds) if samples else 0
-    kept = [sample for sample in samples if sample.seconds >= begin]
+    kept = [sample for sample in samples if sample.seconds >= begin and sample.step > settled]
     quarter = len(kept) // 4
     if quarter < 2 or kept[quarter].step == kept[0].step or kept[-1].step == kept[-1 - quarter].step:
         raise UserError("the soak was too short to judge: give it more --minutes or a smaller --every")
@@ -154,14 +156,17 @@ def soak_stage(stage: str, folder: Path, arguments: Sequence[str], minutes: floa
     return samples
 
 
-def soak(folder: Path, minutes: float, every: float, options: Sequence[str]) -> dict[str, Judgement]:
+def soak(
+    folder: Path, minutes: float, every: float, options: Sequence[str], preview_every: int = PREVIEW_EVERY
+) -> dict[str, Judgement]:
     """Half of the time for each stage, on films written to ``folder``; the samples are kept there as JSON."""
     films = folder / "films"
     films.mkdir(parents=True)
     for number in range(FILMS):
         scene = draw_scene(np.random.default_rng(number), 1.5)
         write_video(films / f"film{number:02d}.mp4", scene.render(32, 32, 32), fps=8)
-    short = ["--data", str(films), *SCHEDULE, *options]
+    recurring = ["--save-every", str(preview_every), "--preview-every", str(preview_every)]
+    short = ["--data", str(films), *SCHEDULE, *recurring, *options]
     trained = folder / "first"
     command = [sys.executable, "-m", "pvdm_fast.train", "--run", str(trained), "--stage", "autoencoder", *short]
     if subprocess.run([*command, "--autoencoder-steps", "20"], stdout=subprocess.DEVNULL).returncode:
@@ -171,7 +176,7 @@ def soak(folder: Path, minutes: float, every: float, options: Sequence[str]) -> 
         more = ["--autoencoder-from", str(trained)] if stage == "diffusion" else []
         samples = soak_stage(stage, folder, [*short, f"--{stage}-steps", ENDLESS, *more], minutes / 2, every)
         (folder / f"{stage}.json").write_text(json.dumps([asdict(sample) for sample in samples]))
-        judgements[stage] = judge(samples)
+        judgements[stage] = judge(samples, settled=2 * preview_every)
         print(judgements[stage].line(stage), flush=True)
     return judgements
 

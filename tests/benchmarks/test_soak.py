@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,14 @@ def test_a_leak_and_a_slowdown_are_seen() -> None:
     assert judge(samples(rise=-20)).flat, "memory that is given back is no leak"
 
 
+def test_what_comes_once_is_no_leak() -> None:
+    """30 MiB that step 300 takes for good; the warm-up ends at step 200 by time alone."""
+    once = [replace(sample, memory=sample.memory + (sample.step >= 300) * 30 * MIB) for sample in samples()]
+    assert not judge(once).flat
+    found = judge(once, settled=300)
+    assert found.flat and found.steps == 680
+
+
 def test_too_short() -> None:
     for few in ([], samples(number=3), [Sample(second, MIB, 1, 5) for second in range(50)]):
         with pytest.raises(UserError, match="too short"):
@@ -56,6 +65,6 @@ def test_last_step(tmp_path: Path) -> None:
 @pytest.mark.exhaustive
 def test_a_short_soak(tmp_path: Path) -> None:
     """Both stages for some seconds: samples are taken and judged, whatever they say in so short a time."""
-    found = soak(tmp_path / "soak", minutes=1.0, every=0.5, options=["--frames", "4", "--save-every", "50"])
+    found = soak(tmp_path / "soak", minutes=1.0, every=0.5, options=["--frames", "4"], preview_every=20)
     assert set(found) == {"autoencoder", "diffusion"}
     assert all(judgement.steps > 0 and judgement.memory > 100 for judgement in found.values())
