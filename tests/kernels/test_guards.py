@@ -189,11 +189,11 @@ def arithmetic_kernel(x, y, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
     if OPERATION == "add":
         v = v + v
     elif OPERATION == "scale":
-        v = v * 2.0
+        v = v * tl.load(x)
     elif OPERATION == "negate":
         v = -v
     elif OPERATION == "compare":
-        v = tl.where(v > 0, v, v)
+        v = tl.where(v > tl.load(x), v, v)  # with a plain number Triton 3.8 compares in float32
     elif OPERATION == "reduce":
         v = tl.reduce(v, 0, largest) + tl.zeros_like(v)
     elif OPERATION == "choose":
