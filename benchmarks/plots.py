@@ -22,11 +22,14 @@ def _pyplot() -> Any:
     return plt
 
 
+def _cpu(known: dict[str, Any]) -> str:
+    return f"{known['cpu']} (family/model {known['cpu_family']}), {known['threads']} threads"
+
+
 def _where(rows: Sequence[Row]) -> str:
     row = rows[-1]
     known = row["machine"]
-    cpu = f"{known['cpu']} (family/model {known['cpu_family']}), {known['threads']} threads"
-    device = known.get("gpu") if row["device"] == "cuda" else cpu
+    device = known.get("gpu") if row["device"] == "cuda" else _cpu(known)
     return f"{device}, torch {known['torch']}, {row['size']} size"
 
 
@@ -107,11 +110,11 @@ def scaling(rows: Sequence[Row], target: Path) -> Path:
             for row in found:
                 if what == "seconds" and "eager" not in row["seconds"]:
                     plot.axvline(row["value"], color=EAGER, ls=":", lw=0.8)
-    grid[0][0].legend(fontsize=8)
+    grid[1][0].legend(fontsize=8)
     known = rows[-1]["machine"]
     figure.suptitle(
-        f"{rows[-1]['network']}, {rows[-1]['size']} channels, fp32; {known['cpu']}, {known['threads']} threads. "
-        "Dotted: eager would exceed the memory bound.", fontsize=8,
+        f"{rows[-1]['network']}, {rows[-1]['size']} channels, fp32; {_cpu(known)}. "
+        "Dotted: eager would exceed the bound of memory or time.", fontsize=8,
     )  # fmt: skip
     figure.tight_layout()
     return _save(plt, figure, target)
