@@ -39,6 +39,14 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.fixture
+def poisoned_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and torch.empty_like give NaN."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+
+
 def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]) -> ModuleType:
     """The extension `name`, built once for all processes of a test run."""
     if shutil.which("g++") is None:

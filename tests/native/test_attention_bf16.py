@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import amx
 from native import test_attention_cpu as attention
-from native.inputs import poisoned_empty
 from native.test_attention_cpu import by_head, run
 from tolerances import BFLOAT16_FACTOR, OPERATION
 from torch import Tensor
@@ -25,10 +24,12 @@ from pvdm_fast import native
 from pvdm_fast.native.cpu import axial_attention, segment_attention
 from pvdm_fast.reference import axial_attention as axial_reference
 
-pytestmark = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
+pytestmark = [
+    pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu"))),
+    pytest.mark.usefixtures("poisoned_likes"),
+]
 SETS = [isa for isa in attention.ISAS if isa in ("avx512bf16", "amx")]
 STAND_IN = "amx stand-in"
-_empty_like = torch.empty_like
 
 
 @pytest.fixture(scope="module", params=[*SETS, STAND_IN])
@@ -45,13 +46,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         module.set_isa(request.param)
         yield request.param
         module.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is NaN."""
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _empty_like(*a, **k).fill_(float("nan")))
 
 
 def inputs(tokens: int, heads: int, width: int, batch: int = 1) -> tuple[Tensor, Tensor]:
