@@ -120,15 +120,15 @@ def launches_of(architecture: str, calls: Iterable[Call]) -> list[Launch]:
 
 
 @cache
-def _entries() -> frozenset[str]:
-    """Every configuration that a table has."""
+def _entries(tables: int) -> frozenset[str]:
+    """Every configuration that a table has. There are more `tables` with every operation that is imported."""
     return frozenset(str(entry) for table in configs.TABLES.values() for entry in table.entries.values())
 
 
 def configuration_of(kernel: Any, config: Config) -> tuple[Any, ...]:
     """What tells two configurations of a kernel apart. Blocks that no table has were made from the shapes: those of one
     size are one configuration."""
-    blocks = str(config.blocks) if str(config) in _entries() else math.prod(config.blocks.values())
+    blocks = str(config.blocks) if str(config) in _entries(len(configs.TABLES)) else math.prod(config.blocks.values())
     return name_of(kernel), blocks, config.num_warps, config.num_stages
 
 
