@@ -26,7 +26,7 @@ from pvdm_fast import backends
 from pvdm_fast.kernels import configs
 from pvdm_fast.kernels.configs import Key
 from pvdm_fast.kernels.launch import Config, options, watch
-from pvdm_fast.workload import Call
+from pvdm_fast.analysis.workload import Call
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

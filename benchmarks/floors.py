@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.flops import attention, attention_block, conv, linear
+from pvdm_fast.analysis.flops import attention, attention_block, conv, linear
 from pvdm_fast.layout import TriplaneLayout
 
 PROJECTION_HEADS = 4

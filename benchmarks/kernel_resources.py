@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pvdm_fast import backends, workload
+from pvdm_fast import backends
+from pvdm_fast.analysis import workload
 from pvdm_fast.errors import UserError, run_command
-from pvdm_fast.workload import Call, TensorSpec
+from pvdm_fast.analysis.workload import Call, TensorSpec
 
 if TYPE_CHECKING:
     from benchmarks.ahead_of_time import Resources

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.cases import Case, Setting
 from benchmarks.measure import Runner
-from pvdm_fast.memory import LiveMemory, saved_bytes
+from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
 
 SHARE_OF_MEMORY = 0.85  # of what is free; a run that would need more is left out
 

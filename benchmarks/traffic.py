@@ -40,7 +40,7 @@ from benchmarks.cases import Case, Setting, all_cases
 from benchmarks.measure import Runner
 from pvdm_fast import backends
 from pvdm_fast.errors import UserError, run_command
-from pvdm_fast.flops import operation_flops
+from pvdm_fast.analysis.flops import operation_flops
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 MARKER = "traffic"

@@ -90,8 +90,8 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from pvdm_fast.flops import FlopCount
-    from pvdm_fast.memory import LiveMemory, saved_bytes
+    from pvdm_fast.analysis.flops import FlopCount
+    from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
     from pvdm_fast.training.optimizer import state_bytes
 
     if config.mixed_precision not in PRECISIONS:

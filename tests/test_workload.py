@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pvdm_fast.backends import FUSED, OPERATIONS
-from pvdm_fast.workload import Call, TensorSpec, calls
+from pvdm_fast.analysis.workload import Call, TensorSpec, calls
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 

@@ -19,7 +19,7 @@ from pvdm_fast import backends, tune
 from pvdm_fast.kernels import configs
 from pvdm_fast.kernels.configs import TABLES, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.workload import Call, TensorSpec, calls
+from pvdm_fast.analysis.workload import Call, TensorSpec, calls
 
 CPU = torch.device("cpu")
 KEY = ("sm90", "any", "float32")

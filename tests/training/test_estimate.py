@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import cost, floors
 from pvdm_fast.errors import UserError
 from pvdm_fast.estimate import Estimate, estimate, main
-from pvdm_fast.flops import FlopCount
-from pvdm_fast.memory import LiveMemory, saved_bytes
+from pvdm_fast.analysis.flops import FlopCount
+from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
 from pvdm_fast.models import Denoiser
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.building import make_autoencoder, make_denoiser
