@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.kernels import configs
 from pvdm_fast.kernels.configs import Key
 from pvdm_fast.kernels.launch import Config, options, watch
@@ -98,7 +98,7 @@ def dtype_of(arguments: Iterable[Any]) -> str:
 
 def run_on_meta(calls: Iterable[Call]) -> None:
     for call in calls:
-        getattr(backends.implementation("triton", call.op), call.direction)(*call.inputs("meta"))
+        getattr(choice.implementation("triton", call.op), call.direction)(*call.inputs("meta"))
 
 
 def serving_entries(architecture: str, calls: Iterable[Call]) -> set[tuple[str, Key]]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.analysis import workload
 from pvdm_fast.errors import UserError, run_command
 from pvdm_fast.analysis.workload import Call, TensorSpec
@@ -42,7 +42,7 @@ def check_process() -> None:
     """Raise UserError where nothing can be compiled."""
     if find_spec("triton") is None:
         raise UserError("Triton is not installed: pip install triton.")
-    if backends.interpreting():
+    if choice.interpreting():
         raise UserError("TRITON_INTERPRET is set, so kernels are not compiled: unset it for this command.")
 
 
@@ -114,7 +114,7 @@ def unused_entries(calls: Iterable[Call]) -> list[str]:
     from benchmarks.ahead_of_time import serving_entries
     from pvdm_fast.kernels.configs import ANY, TABLES
 
-    calls = [call for call in calls if call.op in backends.SERVED["triton"]]
+    calls = [call for call in calls if call.op in choice.SERVED["triton"]]
     serving = {entry for architecture in ARCHITECTURES for entry in serving_entries(architecture, calls)}
     return [
         f"The table of {name} has an entry for {'/'.join(key)} that no launch uses."
@@ -168,7 +168,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
     parser.add_argument("--write-docs", action="store_true", help="put the table into docs/kernels.md")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--operations", nargs="+", choices=backends.SERVED["triton"], default=backends.SERVED["triton"])
+    parser.add_argument("--operations", nargs="+", choices=choice.SERVED["triton"], default=choice.SERVED["triton"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument(
         "--quick",
@@ -183,7 +183,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     rows = compile_all(options.architectures, options.operations, options.workers, options.quick, options.variants)
     print("\n".join(table(rows)))
     problems = [problem for row in rows for problem in over_budget(row, NARROW)]
-    if set(options.operations) == set(backends.SERVED["triton"]):
+    if set(options.operations) == set(choice.SERVED["triton"]):
         problems += unused_entries([*full_size_calls(), *other_calls()])
     print(f"{len(rows)} compiled kernels")
     if options.write_docs:

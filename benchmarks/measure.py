@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floors import Work, work
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 
 DIRECTIONS = ("forward", "backward", "both")
 Pack = Callable[[Sequence[Tensor]], Tensor]
@@ -259,16 +259,16 @@ def alternate(
 def record_backends() -> Iterator[dict[str, str]]:
     """The backend that really served each operation, while the context lasts: {"plane_norm": "cpu", ...}."""
     served: dict[str, str] = {}
-    original = backends.choose
-    names = {package: name for name, package in backends.PACKAGE.items()}
+    original = choice.choose
+    names = {package: name for name, package in choice.PACKAGE.items()}
 
     def choose(op: str, name: str, inputs: Sequence[Any]) -> Any:
         module = original(op, name, inputs)
         served[op] = names.get(module.__name__.rpartition(".")[0], module.__name__)
         return module
 
-    backends.choose = choose
+    choice.choose = choose
     try:
         yield served
     finally:
-        backends.choose = original
+        choice.choose = original

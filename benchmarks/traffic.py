@@ -38,7 +38,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import floors
 from benchmarks.cases import Case, Setting, all_cases
 from benchmarks.measure import Runner
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.errors import UserError, run_command
 from pvdm_fast.analysis.flops import operation_flops
 
@@ -148,7 +148,7 @@ class Traffic(TorchDispatchMode):
         *inputs, _backend = arguments
         moved: list[int] = []
         with Traffic() as glue, watch(lambda kernel, grid, given, *_: moved.append(distinct_bytes(given))):
-            getattr(backends.implementation("triton", op), direction)(*inputs)
+            getattr(choice.implementation("triton", op), direction)(*inputs)
         return Item(
             name=name,
             launches=len(moved) + len(glue.items),
@@ -177,7 +177,7 @@ def shapes_alone() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(configs.assume(ARCHITECTURE))
-        stack.enter_context(patch.object(backends, "serves", lambda backend, op, *_: op in backends.SERVED[backend]))
+        stack.enter_context(patch.object(choice, "serves", lambda backend, op, *_: op in choice.SERVED[backend]))
         stack.enter_context(FakeTensorMode())
         yield
 

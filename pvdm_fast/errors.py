@@ -36,7 +36,7 @@ class Interrupted(Exception):
 
 def run_command(action: Callable[[], object]) -> int:
     """Run ``action``; what users cause is printed as one sentence without a traceback. Returns the exit code."""
-    from pvdm_fast.backends import BackendError
+    from pvdm_fast.backends.choice import BackendError
 
     rank = os.environ.get("RANK", "0")  # set by torchrun and accelerate launch
     label = "error" if rank == "0" else f"error in process {rank}"

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import pvdm_fast
-from pvdm_fast import backends, native
+from pvdm_fast import native
+from pvdm_fast.backends import choice
 from pvdm_fast.kernels.configs import user_table
 
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "accelerate", "safetensors", "av", "nvidia-ml-py", "tensorboard")
@@ -75,7 +76,7 @@ def gpu_facts() -> dict[str, Any]:
 def triton_facts() -> dict[str, Any]:
     """Whether Triton's kernels would be interpreted, and the file of configurations that were measured here."""
     path = user_table()
-    return {"interpreter": backends.interpreting(), "user_table": str(path), "user_table_present": path.exists()}
+    return {"interpreter": choice.interpreting(), "user_table": str(path), "user_table_present": path.exists()}
 
 
 def _text(value: str | bytes) -> str:
@@ -96,8 +97,8 @@ def collect() -> dict[str, Any]:
         "gpu": gpu_facts() | {"usable_by_torch": torch.cuda.is_available()},
         "triton": triton_facts(),
         "build": native.build_info(),
-        "backends": {name: backends.unavailable(name) for name in backends.BACKENDS},
-        "operations": backends.report(),
+        "backends": {name: choice.unavailable(name) for name in choice.BACKENDS},
+        "operations": choice.report(),
     }
 
 
@@ -117,10 +118,10 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
 def _table(operations: dict[str, dict[str, str | None]]) -> list[str]:
     """One row an operation: "*" the automatic choice, "serves", or the number of a note below the table."""
     notes: list[str] = []
-    rows = [f"  {'operation':<18}" + "".join(f"{name:<13}" for name in backends.BACKENDS)]
+    rows = [f"  {'operation':<18}" + "".join(f"{name:<13}" for name in choice.BACKENDS)]
     for op, facts in operations.items():
         cells = []
-        for name in backends.BACKENDS:
+        for name in choice.BACKENDS:
             reason = facts[name]
             if reason is None:
                 cells.append("serves *" if facts["auto"] == name else "serves")

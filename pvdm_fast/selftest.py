@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends, info, ops
-from pvdm_fast.backends import KERNEL_DTYPES, OPERATIONS, use_backend
+from pvdm_fast import info, ops
+from pvdm_fast.backends import choice
+from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, use_backend
 from pvdm_fast.errors import UserError, run_command
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
@@ -152,13 +153,13 @@ def check(device: str) -> tuple[int, int]:
     """Print a line for each operation, backend and dtype. Returns how many ran, and how many of those failed."""
     ran = failed = 0
     print(f"{'operation':<18}{'backend':<9}{'dtype':<10}{'error':<9}{'allowed':<9}")
-    for backend in backends.BACKENDS[1:]:
-        if reason := backends.unavailable(backend):
+    for backend in choice.BACKENDS[1:]:
+        if reason := choice.unavailable(backend):
             print(f"{'all':<18}{backend:<9}not run: {reason}")
             continue
         for op in OPERATIONS:
             line = f"{op:<18}{backend:<9}"
-            if reason := backends.why_not(backend, op, torch.empty(0, device=device)):
+            if reason := choice.why_not(backend, op, torch.empty(0, device=device)):
                 print(f"{line}not run: {reason}")
                 continue
             for dtype in KERNEL_DTYPES:

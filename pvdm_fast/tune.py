@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.analysis import workload
 from pvdm_fast.errors import UserError, run_command
 from pvdm_fast.kernels import configs, launch
@@ -64,7 +64,7 @@ class Task:
 
 
 def run_launcher(call: Call, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-    results = getattr(backends.implementation("triton", call.op), call.direction)(*inputs)
+    results = getattr(choice.implementation("triton", call.op), call.direction)(*inputs)
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -170,7 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mixed", action="store_true", help="weights in float32, as in training with autocast")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="clips at a time (default: %(default)s)")
     parser.add_argument(
-        "--operations", nargs="+", choices=backends.SERVED["triton"], default=backends.SERVED["triton"], metavar="OP",
+        "--operations", nargs="+", choices=choice.SERVED["triton"], default=choice.SERVED["triton"], metavar="OP",
         help="only these (default: all)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="list what would be timed; needs no GPU")
@@ -189,7 +189,7 @@ def run_tuning(arguments: Sequence[str] | None = None) -> None:
     if options.batch < 1:
         raise UserError(f"--batch is {options.batch}, but must be at least 1.")
     device, here = torch.device("cuda"), torch.cuda.is_available()
-    if not options.dry_run and (not here or backends.interpreting()):
+    if not options.dry_run and (not here or choice.interpreting()):
         reason = "TRITON_INTERPRET is set: unset it" if here else "PyTorch finds none: see python -m pvdm_fast.info"
         raise UserError(f"Kernels are timed on a GPU, but {reason}; --dry-run lists what would be timed.")
     if find_spec("triton") is None:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pvdm_fast import TriplaneLayout, backends, native, ops, use_backend
-from pvdm_fast.backends import BACKENDS, OPERATIONS, SERVED, BackendError
+from pvdm_fast import TriplaneLayout, native, ops, use_backend
+from pvdm_fast.backends import choice
+from pvdm_fast.backends.choice import BACKENDS, OPERATIONS, SERVED, BackendError
 
 LAYOUT = TriplaneLayout(2, 3, 4)
 
@@ -23,22 +24,22 @@ def expand(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def test_context_manager_and_function_restore() -> None:
-    assert backends.requested() == "auto"
+    assert choice.requested() == "auto"
     with use_backend("reference"):
-        assert backends.requested() == "reference"
+        assert choice.requested() == "reference"
         with use_backend("auto"):
-            assert backends.requested() == "auto"
-        assert backends.requested() == "reference"
-    assert backends.requested() == "auto"
+            assert choice.requested() == "auto"
+        assert choice.requested() == "reference"
+    assert choice.requested() == "auto"
     use_backend("reference")
-    assert backends.requested() == "reference"
+    assert choice.requested() == "reference"
     use_backend("auto")
 
 
 def test_restored_after_an_error() -> None:
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
-    assert backends.requested() == "auto"
+    assert choice.requested() == "auto"
 
 
 def test_unknown_name() -> None:
@@ -49,10 +50,10 @@ def test_unknown_name() -> None:
 @pytest.fixture
 def fresh_reasons() -> Iterator[None]:
     """Why a backend can't run is found out once a process: again for this test, and again after it."""
-    for found in (backends.unavailable, backends.ranking):
+    for found in (choice.unavailable, choice.ranking):
         found.cache_clear()
     yield
-    for found in (backends.unavailable, backends.ranking):
+    for found in (choice.unavailable, choice.ranking):
         found.cache_clear()
 
 
@@ -64,14 +65,14 @@ def test_backend_by_name_that_cannot_run_raises(
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(BackendError, match=rf"Backend '{name}' cannot run here: .*"):
         use_backend(name)
-    assert backends.requested() == "auto"
+    assert choice.requested() == "auto"
 
 
 def test_triton_not_installed(fresh_reasons: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"Backend 'triton' cannot run here: triton is not installed: pip install"):
         use_backend("triton")
-    assert all("not installed" in str(row["triton"]) for row in backends.report("cpu").values())
+    assert all("not installed" in str(row["triton"]) for row in choice.report("cpu").values())
 
 
 def test_everything_else_works_without_triton() -> None:
@@ -92,7 +93,7 @@ info.main([])
 
 def test_backend_by_name_does_not_fall_back() -> None:
     """No kernel for this dtype: a clear refusal, not the reference's result."""
-    if backends.unavailable("cpu"):
+    if choice.unavailable("cpu"):
         pytest.skip("the CPU extension was not built")
     with use_backend("cpu"):
         expand()
@@ -102,8 +103,8 @@ def test_backend_by_name_does_not_fall_back() -> None:
 
 def test_backward_asks_for_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    choose = backends.choose
-    monkeypatch.setattr(backends, "choose", lambda op, name, i: (chosen.append((op, name)), choose(op, name, i))[1])
+    choose = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda op, name, i: (chosen.append((op, name)), choose(op, name, i))[1])
     x = torch.randn(2, 6, requires_grad=True)
     with use_backend("reference"):
         y = ops.geglu(x)
@@ -113,8 +114,8 @@ def test_backward_asks_for_the_backend_of_the_forward(monkeypatch: pytest.Monkey
 
 def test_compiled_code_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    choose = backends.choose
-    monkeypatch.setattr(backends, "choose", lambda op, name, i: (chosen.append(name), choose(op, name, i))[1])
+    choose = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda op, name, i: (chosen.append(name), choose(op, name, i))[1])
     torch._dynamo.reset()
     compiled = torch.compile(ops.geglu, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 6)
@@ -126,17 +127,17 @@ def test_compiled_code_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    backends._log_choice.cache_clear()
+    choice._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="pvdm_fast"):
         expand()
         expand()
     assert [r.message for r in caplog.records if "triplane_expand" in r.message] == [
-        f"triplane_expand on cpu, float32: backend {backends.automatic('triplane_expand', 'cpu', torch.float32)}"
+        f"triplane_expand on cpu, float32: backend {choice.automatic('triplane_expand', 'cpu', torch.float32)}"
     ]
 
 
 def test_environment_variable() -> None:
-    code = "from pvdm_fast import backends; print(backends.requested())"
+    code = "from pvdm_fast.backends import choice; print(choice.requested())"
     found = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PVDM_FAST_BACKEND": "reference"},
@@ -151,7 +152,7 @@ def test_environment_variable() -> None:
 
 
 def test_report_covers_everything() -> None:
-    report = backends.report("cpu")
+    report = choice.report("cpu")
     assert set(report) == set(OPERATIONS)
     for op, row in report.items():
         assert set(row) == {"auto", *BACKENDS}
@@ -162,7 +163,7 @@ def test_report_covers_everything() -> None:
 
 
 def test_served_operations_exist() -> None:
-    assert all(op in (*OPERATIONS, *backends.FUSED) for served in SERVED.values() for op in served)
+    assert all(op in (*OPERATIONS, *choice.FUSED) for served in SERVED.values() for op in served)
 
 
 @pytest.mark.parametrize(
@@ -187,10 +188,10 @@ def test_choice_between_the_gpu_backends(
     tf32: bool,
     first: str,
 ) -> None:
-    monkeypatch.setattr(backends, "why_not", lambda backend, op, _: None if op in SERVED[backend] else "no kernel")
+    monkeypatch.setattr(choice, "why_not", lambda backend, op, _: None if op in SERVED[backend] else "no kernel")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
-    assert backends.ranking.__wrapped__(op, torch.device("cuda"), dtype, tf32)[0] == first
+    assert choice.ranking.__wrapped__(op, torch.device("cuda"), dtype, tf32)[0] == first
 
 
 def test_targets_that_run_on_a_gpu() -> None:

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pvdm_fast import backends, info, native
+from pvdm_fast import info, native
+from pvdm_fast.backends import choice
 
 
 def test_json_has_every_operation_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
     info.main(["--json"])
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts["operations"]) == set(backends.OPERATIONS)
+    assert set(facts["operations"]) == set(choice.OPERATIONS)
     for row in facts["operations"].values():
-        assert set(row) == {"auto", *backends.BACKENDS}
+        assert set(row) == {"auto", *choice.BACKENDS}
         assert row["reference"] is None
         assert row[row["auto"]] is None, "the automatic choice must be one that serves"
     assert facts["versions"]["torch"]
@@ -25,10 +26,10 @@ def test_json_has_every_operation_and_backend(capsys: pytest.CaptureFixture[str]
 def test_text_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     info.main([])
     text = capsys.readouterr().out
-    for op in backends.OPERATIONS:
+    for op in choice.OPERATIONS:
         assert op in text
-    for backend in backends.BACKENDS:
-        reason = backends.unavailable(backend)
+    for backend in choice.BACKENDS:
+        reason = choice.unavailable(backend)
         assert reason is None or reason in text
     assert "chosen automatically" in text
 

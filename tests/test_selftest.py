@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pvdm_fast import backends, selftest
-from pvdm_fast.backends import KERNEL_DTYPES, OPERATIONS
+from pvdm_fast import selftest
+from pvdm_fast.backends import choice
+from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS
 from pvdm_fast.reference import geglu
 
 
@@ -19,9 +20,9 @@ def test_every_operation_has_cases() -> None:
 
 @pytest.mark.slow
 def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    if reason := backends.unavailable("cpu"):
+    if reason := choice.unavailable("cpu"):
         pytest.skip(reason)
-    monkeypatch.setattr(backends, "BACKENDS", ("reference", "cpu", "cuda"))  # Triton's interpreter has its own tests
+    monkeypatch.setattr(choice, "BACKENDS", ("reference", "cpu", "cuda"))  # Triton's interpreter has its own tests
     assert selftest.main(["--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert f"All {3 * len(OPERATIONS)} are right." in text and "Versions" in text and torch.__version__ in text
@@ -36,15 +37,15 @@ def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
     """A backend "cpu" whose geglu has another backward pass."""
     module = SimpleNamespace(forward=geglu.forward, backward=backward)
-    real = backends.implementation
+    real = choice.implementation
 
     def implementation(backend: str, op: str) -> ModuleType | SimpleNamespace:
         return module if (backend, op) == ("cpu", "geglu") else real(backend, op)
 
     monkeypatch.setattr(
-        backends, "unavailable", lambda backend: None if backend in ("cpu", "reference") else "not here."
+        choice, "unavailable", lambda backend: None if backend in ("cpu", "reference") else "not here."
     )
-    monkeypatch.setattr(backends, "implementation", implementation)
+    monkeypatch.setattr(choice, "implementation", implementation)
     monkeypatch.setattr(selftest, "OPERATIONS", ("geglu",))
 
 
@@ -69,7 +70,7 @@ def test_wrong_kernels_fail(
 
 
 def test_nothing_to_compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(backends, "unavailable", lambda backend: "not here.")
+    monkeypatch.setattr(choice, "unavailable", lambda backend: "not here.")
     assert selftest.main(["--device", "cpu"]) == 2
     assert "nothing was compared" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pvdm_fast.backends import FUSED, OPERATIONS
+from pvdm_fast.backends.choice import FUSED, OPERATIONS
 from pvdm_fast.analysis.workload import Call, TensorSpec, calls
 
 HALF, SINGLE = torch.bfloat16, torch.float32

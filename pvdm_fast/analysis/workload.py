@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.models.presets import DENOISER, preset
 
 Fill = Callable[[Tensor], Tensor]
@@ -139,12 +139,12 @@ def calls(
 @contextmanager
 def _served_by_triton() -> Iterator[None]:
     """The networks ask whether a kernel serves before they fuse: yes, though Triton may not run here."""
-    before = backends.serves
-    backends.serves = lambda backend, op, *_: op in backends.SERVED[backend]
+    before = choice.serves
+    choice.serves = lambda backend, op, *_: op in choice.SERVED[backend]
     try:
         yield
     finally:
-        backends.serves = before
+        choice.serves = before
 
 
 def _denoiser_inputs(network: Any, batch: int) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import pvdm_fast
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.data import ClipDataset
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation import features
@@ -156,8 +156,8 @@ def environment(processes: Processes) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),
         "system": platform.platform(),
-        "backend": backends.requested(),
-        "backends": {name: row["auto"] for name, row in backends.report(kind).items()}
-        if backends.requested() == "auto"
-        else backends.requested(),
+        "backend": choice.requested(),
+        "backends": {name: row["auto"] for name, row in choice.report(kind).items()}
+        if choice.requested() == "auto"
+        else choice.requested(),
     }

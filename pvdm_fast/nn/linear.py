@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.native.cpu import gemm, rows_of
 
 # Smaller products, and those of fewer rows, are left to torch: a call of oneDNN takes 15 us to set up, and one through
@@ -28,7 +28,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not isinstance(x, FakeTensor)
         and not torch.is_autocast_enabled("cpu")
-        and backends.requested() != "reference"
+        and choice.requested() != "reference"
     )
 
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pvdm_fast import backends, ops
+from pvdm_fast import ops
+from pvdm_fast.backends import choice
 from pvdm_fast.nn.linear import linear, product, weight_gradient
 from pvdm_fast.ops.registry import autocast
 
@@ -68,7 +69,7 @@ class _FeedForward(torch.autograd.Function):
         first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor,
         eps: float, activation: str, rows: int,
     ) -> Tensor:  # fmt: skip
-        ctx.eps, ctx.activation, ctx.rows, ctx.backend = eps, ACTIVATIONS[activation], rows, backends.requested()
+        ctx.eps, ctx.activation, ctx.rows, ctx.backend = eps, ACTIVATIONS[activation], rows, choice.requested()
         ctx.save_for_backward(total, scale, shift, first, first_bias, second)
         flat = values.flatten(0, -2)
         out = flat.new_empty(len(flat), len(second), dtype=second.dtype)
@@ -155,7 +156,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, values: Tensor, total: Tensor, scale: Tensor, shift: Tensor, weight: Tensor,
         sin: Tensor | None, cos: Tensor | None, eps: float, heads: int, sequences: Sequences, rows: int,
     ) -> Tensor:  # fmt: skip
-        ctx.eps, ctx.heads, ctx.sequences, ctx.rows, ctx.backend = eps, heads, sequences, rows, backends.requested()
+        ctx.eps, ctx.heads, ctx.sequences, ctx.rows, ctx.backend = eps, heads, sequences, rows, choice.requested()
         groups, time, places, axis = sequences
         tokens = values.reshape(groups, time, places, -1)
         out = tokens.new_empty(groups, time, places, len(weight) // 3, dtype=weight.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.ops.registry import expect, expect_real, register
 
 
@@ -84,5 +84,5 @@ def add_layer_norm(
         f"add_layer_norm: x must not be empty; it is {tuple(x.shape)}, so a residual must have that shape, and weight "
         "and bias its last.",
     )
-    total, normed, _, _ = torch.ops.pvdm_fast.add_layer_norm(x, residual, weight, bias, eps, backends.requested())
+    total, normed, _, _ = torch.ops.pvdm_fast.add_layer_norm(x, residual, weight, bias, eps, choice.requested())
     return (x if residual is None else total), normed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.ops.registry import expect, expect_real, register_inference
 
 # Where launches, not bytes or products, are what takes time. Every program of the fused projection norms all tokens of
@@ -47,7 +47,7 @@ def fuses_attention_block(x: Tensor, weight: Tensor) -> bool:
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == weight.dtype
         and not torch.is_autocast_enabled(x.device.type)
-        and backends.serves("triton", "attention_block", backends.requested(), x.device.type, x.dtype)
+        and choice.serves("triton", "attention_block", choice.requested(), x.device.type, x.dtype)
     )
 
 
@@ -98,4 +98,4 @@ def attention_block(
         all(w.dtype == x.dtype for w in weights),
         f"attention_block: the weights must be {x.dtype} as x, but are {[w.dtype for w in weights]}.",
     )
-    return torch.ops.pvdm_fast.attention_block(x, *weights, heads, groups, eps, backends.requested())
+    return torch.ops.pvdm_fast.attention_block(x, *weights, heads, groups, eps, choice.requested())

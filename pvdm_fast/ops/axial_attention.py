@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
 
@@ -101,4 +101,4 @@ def axial_attention(
     (qkv,) = autocast(qkv)
     query = query if query is None else query.to(qkv.dtype)
     scale = head_width**-0.5 if scale is None else scale
-    return torch.ops.pvdm_fast.axial_attention(qkv, query, sin, cos, axis, scale, backends.requested())[0]
+    return torch.ops.pvdm_fast.axial_attention(qkv, query, sin, cos, axis, scale, choice.requested())[0]

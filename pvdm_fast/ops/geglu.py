@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.ops.registry import expect, expect_real, register
 
 
@@ -56,4 +56,4 @@ def geglu(x: Tensor) -> Tensor:
         x.dim() > 0 and x.numel() > 0 and x.shape[-1] % 2 == 0,
         f"geglu: the last axis must be even and x not empty, but its shape is {tuple(x.shape)}.",
     )
-    return torch.ops.pvdm_fast.geglu(x, backends.requested())
+    return torch.ops.pvdm_fast.geglu(x, choice.requested())

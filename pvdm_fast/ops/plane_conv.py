@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
@@ -73,4 +73,4 @@ def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor) -> 
         f"not {tuple(weight.shape)} and {tuple(bias.shape)}.",
     )
     expect(x.dtype == weight.dtype == bias.dtype, f"plane_conv: x is {x.dtype}, but weight {weight.dtype}.")
-    return torch.ops.pvdm_fast.plane_conv(x, weight, bias, layout.sizes, backends.requested())
+    return torch.ops.pvdm_fast.plane_conv(x, weight, bias, layout.sizes, choice.requested())

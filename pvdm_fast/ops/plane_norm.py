@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.ops.registry import expect, expect_real, register
 
@@ -112,5 +112,5 @@ def plane_norm(
     expect(resample in _RESAMPLE, f"plane_norm: resample must be None, 'up' or 'down', not {resample!r}.")
     if resample == "down":
         layout.downsample(2)
-    arguments = (layout.sizes, groups, eps, activation, _RESAMPLE[resample], backends.requested())
+    arguments = (layout.sizes, groups, eps, activation, _RESAMPLE[resample], choice.requested())
     return torch.ops.pvdm_fast.plane_norm(x, weight, bias, scale_shift, *arguments)[0]

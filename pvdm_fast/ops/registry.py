@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 
 _library = torch.library.Library("pvdm_fast", "DEF")
 
@@ -20,7 +20,7 @@ _library = torch.library.Library("pvdm_fast", "DEF")
 def _dispatch(op: str, direction: str) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         *inputs, backend = arguments
-        module = backends.choose(op, backend, inputs)
+        module = choice.choose(op, backend, inputs)
         device = inputs[0].device.type
         if torch.is_autocast_enabled(device):  # the dtypes are settled by now: the kernels must not be cast again
             with torch.autocast(device, enabled=False):

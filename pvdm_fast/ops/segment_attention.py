@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
 
@@ -72,4 +72,4 @@ def segment_attention(qkv: Tensor, offsets: Sequence[int] | None = None, scale: 
     )
     (qkv,) = autocast(qkv)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.pvdm_fast.segment_attention(qkv, offsets, scale, backends.requested())[0]
+    return torch.ops.pvdm_fast.segment_attention(qkv, offsets, scale, choice.requested())[0]

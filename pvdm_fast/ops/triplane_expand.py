@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
@@ -79,5 +79,5 @@ def triplane_expand(planes: Tensor, layout: TriplaneLayout, weight: Tensor, bias
         f"triplane_expand: planes are {planes.dtype}, but weight {weight.dtype}.",
     )
     return torch.ops.pvdm_fast.triplane_expand(
-        planes, weight, bias, layout.time, layout.height, layout.width, backends.requested()
+        planes, weight, bias, layout.time, layout.height, layout.width, choice.requested()
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
 from pvdm_fast.ops.registry import expect, expect_real, register
 
@@ -77,5 +77,5 @@ def triplane_slice(x: Tensor, layout: TriplaneLayout, plane: str, token: Tensor,
         f"not {tuple(token.shape)} and {tuple(positions.shape)}.",
     )
     return torch.ops.pvdm_fast.triplane_slice(
-        x, token, positions, plane, layout.time, layout.height, layout.width, backends.requested()
+        x, token, positions, plane, layout.time, layout.height, layout.width, choice.requested()
     )

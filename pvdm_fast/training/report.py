@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.data import find_classes, open_dataset
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.adversarial import check_second_phase
@@ -91,10 +91,10 @@ def _machine(accelerator: Accelerator) -> str:
 
 def _backends(device: torch.device) -> str:
     """Operations by the backend that serves them, for example ``cpu: plane_norm; reference: the other 7``."""
-    if backends.requested() != "auto":
-        return f"{backends.requested()}, as asked for"
+    if choice.requested() != "auto":
+        return f"{choice.requested()}, as asked for"
     serving: dict[str, list[str]] = {}
-    for operation, row in backends.report(device.type).items():
+    for operation, row in choice.report(device.type).items():
         serving.setdefault(str(row["auto"]), []).append(operation)
     plain = serving.pop("reference", [])
     parts = [f"{name}: {', '.join(operations)}" for name, operations in serving.items()]

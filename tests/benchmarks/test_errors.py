@@ -11,7 +11,8 @@ from tolerances import BFLOAT16_FACTOR, FLOAT32_ERROR
 from benchmarks.cases import Case, Form, Setting, all_cases, assemble
 from benchmarks.errors import Error, cases, markdown, measure
 from benchmarks.measure import Prepared
-from pvdm_fast import backends, native, use_backend
+from pvdm_fast import native, use_backend
+from pvdm_fast.backends import choice
 
 pytestmark = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
 ISAS = native.extension("_cpu").isas() if native.availability("cpu") is None else []
@@ -50,7 +51,7 @@ def test_attention_in_every_instruction_set(name: str, isa: str) -> None:
 
 def test_every_operation_and_both_networks_are_measured() -> None:
     names = {case.name for case in cases()}
-    assert {name.partition("/")[0] for name in names} >= {*backends.OPERATIONS, "denoiser", "autoencoder"}
+    assert {name.partition("/")[0] for name in names} >= {*choice.OPERATIONS, "denoiser", "autoencoder"}
 
 
 def test_what_is_wrong_is_seen() -> None:

@@ -43,7 +43,7 @@ def test_networks_agree(name: str) -> None:
 
 
 def test_every_operation_and_direction_is_covered() -> None:
-    from pvdm_fast.backends import OPERATIONS
+    from pvdm_fast.backends.choice import OPERATIONS
 
     names = {name.partition("/")[0] for name in all_cases()}
     assert set(OPERATIONS) | {"block", "denoiser", "sampler step", "autoencoder"} <= names
@@ -238,9 +238,9 @@ def test_row_says_everything(stored: list[rows.Row]) -> None:
     assert set(row["ratio"]) == {"eager", "eager fp32"}
     for low, median, high in [*row["seconds"].values(), *row["ratio"].values()]:
         assert 0 < low <= median <= high
-    from pvdm_fast import backends
+    from pvdm_fast.backends import choice
 
-    assert row["backends"] == {"plane_conv": backends.automatic("plane_conv", "cpu", torch.bfloat16)}
+    assert row["backends"] == {"plane_conv": choice.automatic("plane_conv", "cpu", torch.bfloat16)}
     assert row["floor"]["share"] == pytest.approx(row["floor"]["seconds"] / row["seconds"]["ours"][1])
     assert row["saved"]["ours"] > 0
     assert set(row["errors"]["ours"]) == {"result", "input", "weights"}

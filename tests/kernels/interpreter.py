@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 
 NOBODY, SEVERAL = -1, -2  # in place of a program's number
 # What is changed or used here of the interpreter, which promises none of it.
@@ -331,8 +331,8 @@ def poisoning(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _poison_launchers() -> None:
-    for op in backends.SERVED["triton"]:
-        module = backends.implementation("triton", op)
+    for op in choice.SERVED["triton"]:
+        module = choice.implementation("triton", op)
         for direction in ("forward", "backward"):
             if hasattr(module, direction):  # what is fused for inference has no backward
                 setattr(module, direction, poisoning(getattr(module, direction)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kernel_resources
-from pvdm_fast.backends import SERVED
+from pvdm_fast.backends.choice import SERVED
 from pvdm_fast.errors import UserError
 
 pytest.importorskip("triton")

@@ -8,10 +8,10 @@ from native.inputs import DTYPES
 from pointwise import FORMS, compare, same_again, wide
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.reference import geglu as reference
 
-pytestmark = pytest.mark.skipif(not backends.interpreting(), reason="needs Triton's interpreter")
+pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 pytest.importorskip("triton")
 
 from pvdm_fast.kernels import geglu  # noqa: E402

@@ -16,7 +16,7 @@ from comparison import assert_close
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 
 N, BLOCK = 100, 32
 
@@ -176,10 +176,10 @@ def test_unwritten_output(dtype: torch.dtype, allocate: Callable[[Tensor], Tenso
 
 
 def test_launchers_are_poisoned() -> None:
-    for op in backends.SERVED["triton"]:
-        module = backends.implementation("triton", op)
+    for op in choice.SERVED["triton"]:
+        module = choice.implementation("triton", op)
         assert hasattr(module.forward, "__wrapped__")
-        assert op in backends.FUSED or hasattr(module.backward, "__wrapped__")
+        assert op in choice.FUSED or hasattr(module.backward, "__wrapped__")
 
 
 @triton.jit

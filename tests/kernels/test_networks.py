@@ -13,12 +13,13 @@ from golden_tools import load_case
 from models.test_golden import check_gradients
 from tolerances import GOLDEN_NETWORK
 
-from pvdm_fast import TriplaneLayout, backends, use_backend
+from pvdm_fast import TriplaneLayout, use_backend
+from pvdm_fast.backends import choice
 from pvdm_fast.checkpoints import load_release_autoencoder, load_release_denoiser
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not backends.interpreting(), reason="needs Triton's interpreter"),
+    pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter"),
 ]
 pytest.importorskip("triton")
 

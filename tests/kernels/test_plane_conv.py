@@ -11,11 +11,12 @@ from native.inputs import DTYPES, transposed
 from tolerances import CONV_SUM, OPERATION
 from torch import Tensor
 
-from pvdm_fast import backends, ops, use_backend
+from pvdm_fast import ops, use_backend
+from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.reference import plane_conv as reference
 
-pytestmark = pytest.mark.skipif(not backends.interpreting(), reason="needs Triton's interpreter")
+pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 triton = pytest.importorskip("triton")
 
 from pvdm_fast.kernels import plane_conv, plane_conv_backward, plane_conv_product  # noqa: E402

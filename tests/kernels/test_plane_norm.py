@@ -12,11 +12,11 @@ from native.inputs import DTYPES, transposed
 from tolerances import OPERATION
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.reference import plane_norm as reference
 
-pytestmark = pytest.mark.skipif(not backends.interpreting(), reason="needs Triton's interpreter")
+pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 triton = pytest.importorskip("triton")
 
 from pvdm_fast.kernels import plane_norm, plane_norm_backward, plane_norm_tiles  # noqa: E402

@@ -12,11 +12,11 @@ from pointwise import FORMS, compare, same_again, wide
 from tolerances import OPERATION
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.reference import triplane_expand as reference
 
-pytestmark = pytest.mark.skipif(not backends.interpreting(), reason="needs Triton's interpreter")
+pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 pytest.importorskip("triton")
 
 from pvdm_fast.kernels import triplane_expand  # noqa: E402

@@ -8,11 +8,11 @@ from native.inputs import DTYPES
 from pointwise import FORMS, compare, same_again, wide
 from torch import Tensor
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.reference import triplane_slice as reference
 
-pytestmark = pytest.mark.skipif(not backends.interpreting(), reason="needs Triton's interpreter")
+pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 pytest.importorskip("triton")
 
 from pvdm_fast.kernels import triplane_slice  # noqa: E402

@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from pvdm_fast import backends, tune
+from pvdm_fast import tune
+from pvdm_fast.backends import choice
 from pvdm_fast.kernels import configs
 from pvdm_fast.kernels.configs import TABLES, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
@@ -54,7 +55,7 @@ class Doubling:
 def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
     candidates = (SLOW, PRESENT, QUICK, WRONG, IMPOSSIBLE, OTHER, QUICK)
     Doubling.table = ConfigTable("double", {("*", "*", "*"): PRESENT}, candidates)
-    monkeypatch.setattr(backends, "implementation", lambda backend, op: Doubling)
+    monkeypatch.setattr(choice, "implementation", lambda backend, op: Doubling)
     yield Call("double", "forward", (TensorSpec((100,), (1,), 0, torch.float32),))
     del TABLES["double"]
 
@@ -151,7 +152,7 @@ def test_failed_write_leaves_the_table(call: Call, tmp_path: Path, monkeypatch: 
 
 def test_real_operations_in_the_interpreter() -> None:
     """The operations' own launchers are planned, and the one with the smallest tensors is timed."""
-    tiny = [call for call in calls("tiny", torch.float32) if call.op in backends.SERVED["triton"]]
+    tiny = [call for call in calls("tiny", torch.float32) if call.op in choice.SERVED["triton"]]
     tasks = tune.plan(tiny, "interpreter")
     assert tasks
     smallest = min(tasks, key=lambda task: sum(map(tune.size_of, task.calls)))

@@ -13,7 +13,7 @@ from types import ModuleType
 import pybind11
 import pytest
 
-from pvdm_fast import backends
+from pvdm_fast.backends import choice
 from pvdm_fast.native.cuda import attention, plane_norm, triplane_expand, triplane_slice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,15 +62,15 @@ def registered(module: ModuleType) -> Iterator[None]:
 
     `use_backend("cuda-emulated")` asks for it; automatic choice takes it where it serves, else the reference.
     """
-    unavailable = backends.unavailable
+    unavailable = choice.unavailable
     with pytest.MonkeyPatch.context() as patch:
         replace_device(patch, module)
-        patch.setattr(backends, "BACKENDS", (*backends.BACKENDS, BACKEND))
-        patch.setattr(backends, "unavailable", lambda name: None if name == BACKEND else unavailable(name))
-        patch.setitem(backends.PACKAGE, BACKEND, backends.PACKAGE["cuda"])
-        patch.setitem(backends.SERVED, BACKEND, backends.SERVED["cuda"])
-        patch.setitem(backends.DEVICE, BACKEND, "cpu")
-        patch.setitem(backends.PREFERENCE, "cpu", (BACKEND, "reference"))
-        backends.ranking.cache_clear()
+        patch.setattr(choice, "BACKENDS", (*choice.BACKENDS, BACKEND))
+        patch.setattr(choice, "unavailable", lambda name: None if name == BACKEND else unavailable(name))
+        patch.setitem(choice.PACKAGE, BACKEND, choice.PACKAGE["cuda"])
+        patch.setitem(choice.SERVED, BACKEND, choice.SERVED["cuda"])
+        patch.setitem(choice.DEVICE, BACKEND, "cpu")
+        patch.setitem(choice.PREFERENCE, "cpu", (BACKEND, "reference"))
+        choice.ranking.cache_clear()
         yield
-    backends.ranking.cache_clear()
+    choice.ranking.cache_clear()

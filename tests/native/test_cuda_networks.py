@@ -16,8 +16,9 @@ from ops.cases import CASES
 from ops.test_operations import run_with_gradients, sliced, tolerance_of, transposed
 from tolerances import ATTENTION_16_BIT, GOLDEN_NETWORK, NETWORK_16_BIT
 
-from pvdm_fast import TriplaneLayout, backends, ops, use_backend
-from pvdm_fast.backends import ATTENTION, KERNEL_DTYPES, SERVED, BackendError
+from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.backends import choice
+from pvdm_fast.backends.choice import ATTENTION, KERNEL_DTYPES, SERVED, BackendError
 from pvdm_fast.checkpoints import load_release_autoencoder, load_release_denoiser
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -60,7 +61,7 @@ def test_equals_reference(
 
 
 def served() -> dict[str, str]:
-    return {op: backends.automatic(op, "cpu", torch.float32) for op in backends.OPERATIONS}
+    return {op: choice.automatic(op, "cpu", torch.float32) for op in choice.OPERATIONS}
 
 
 def test_automatic_choice_keeps_to_the_limits() -> None:

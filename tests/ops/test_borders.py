@@ -15,7 +15,7 @@ from tolerances import OPERATION
 from torch import Tensor
 
 from pvdm_fast import TriplaneLayout, ops, use_backend
-from pvdm_fast.backends import BackendError
+from pvdm_fast.backends.choice import BackendError
 from pvdm_fast.layout import PlaneLayout
 
 DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64)

@@ -12,8 +12,9 @@ from tolerances import CONV_SUM, OPERATION
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pvdm_fast import backends, use_backend
-from pvdm_fast.backends import KERNEL_DTYPES, OPERATIONS, SERVED
+from pvdm_fast import use_backend
+from pvdm_fast.backends import choice
+from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, SERVED
 
 everywhere = pytest.mark.parametrize("name", CASES)
 
@@ -94,7 +95,7 @@ def servers() -> list[Any]:
     return [
         pytest.param(name, backend, dtype, id=f"{name}-{backend}-{str(dtype).removeprefix('torch.')}")
         for name, case in CASES.items()
-        for backend in backends.BACKENDS
+        for backend in choice.BACKENDS
         if case.op in SERVED[backend]
         for dtype in KERNEL_DTYPES
     ]
@@ -108,14 +109,14 @@ def tolerance_of(op: str, what: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("form", ["contiguous", "transposed", "sliced"])
 def test_backend_equals_reference(name: str, backend: str, dtype: torch.dtype, form: str) -> None:
     """Every backend, forward and every gradient, against the float64 reference on the same rounded inputs."""
-    if reason := backends.unavailable(backend):
+    if reason := choice.unavailable(backend):
         pytest.skip(reason)
     case = CASES[name]
     change = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}[form]
     inputs = {n: change(t) for n, t in case.inputs(dtype).items()}
     with use_backend("reference"):
         expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
-    device = "cuda" if backend == "cuda" or (backend == "triton" and not backends.interpreting()) else "cpu"
+    device = "cuda" if backend == "cuda" or (backend == "triton" and not choice.interpreting()) else "cpu"
     with use_backend(backend):
         actual = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype, change)
         again = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype, change)

@@ -8,12 +8,13 @@ from comparison import assert_close
 from ops.cases import BATCH, CASES, LATTICE, LAYOUT, Case, rotation, run_with_gradients
 from tolerances import OPERATION
 
-from pvdm_fast import TriplaneLayout, backends, ops, use_backend
-from pvdm_fast.backends import OPERATIONS, SERVED
+from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.backends import choice
+from pvdm_fast.backends.choice import OPERATIONS, SERVED
 from pvdm_fast.layout import PlaneLayout
 
 WIDTHS = (8, 16, 24, 32, 40, 64, 80, 128, 256)
-KERNELS = [name for name in backends.BACKENDS if name != "reference" and backends.unavailable(name) is None]
+KERNELS = [name for name in choice.BACKENDS if name != "reference" and choice.unavailable(name) is None]
 ATTENTIONS = {
     "segment": lambda width: Case(
         "segment_attention",
@@ -45,7 +46,7 @@ def check(case: Case, backend: str, dtype: torch.dtype) -> None:
     inputs = case.inputs(dtype)
     with use_backend("reference"):
         expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
-    device = "cuda" if backend == "cuda" or (backend == "triton" and not backends.interpreting()) else "cpu"
+    device = "cuda" if backend == "cuda" or (backend == "triton" and not choice.interpreting()) else "cpu"
     with use_backend(backend):
         actual = run_with_gradients(case, {n: t.to(device) for n, t in inputs.items()}, dtype)
     for what, exact in expected.items():
