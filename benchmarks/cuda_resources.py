@@ -21,7 +21,7 @@ from pathlib import Path
 
 import build_tools
 from benchmarks.kernel_resources import DOCS
-from pvdm_fast import native
+from pvdm_fast.backends import extensions
 from pvdm_fast.errors import UserError, run_command
 
 BEGIN, END = "<!-- cuda resources: begin -->", "<!-- cuda resources: end -->"
@@ -218,7 +218,7 @@ def dynamic_shared(kernel: str, variant: str) -> int:
         return 0
     matrix = kernel in MATRIX
     width = int(variant.split(", ")[1]) if matrix else 0
-    return int(native.extension("_cuda").attention_shared_memory(width, matrix, not kernel.endswith("forward")))
+    return int(extensions.extension("_cuda").attention_shared_memory(width, matrix, not kernel.endswith("forward")))
 
 
 def over_budget(found: Resources) -> list[str]:
@@ -282,15 +282,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         try:
-            library = native.extension("_cuda").__file__
-        except native.ExtensionError as error:
+            library = extensions.extension("_cuda").__file__
+        except extensions.ExtensionError as error:
             raise UserError(f"There is nothing to look at: {error}") from error
         rows = resources(Path(str(library)))
         print("\n".join(table(rows)))
         problems.extend(problem for row in rows for problem in over_budget(row))
         print(f"\n{len(rows)} compiled kernels, {len(problems)} problems", *problems, sep="\n")
         if options.write_docs:
-            write_docs(rows, native.build_info()["_cuda"]["compiler"])
+            write_docs(rows, extensions.build_info()["_cuda"]["compiler"])
 
     return run_command(run) or int(bool(problems))
 

@@ -68,11 +68,11 @@ def facts() -> dict[str, Any]:
 
 def _isa() -> str:
     """The instruction set that this package's own CPU kernels run with."""
-    from pvdm_fast import native
+    from pvdm_fast.backends import extensions
 
-    if reason := native.availability("cpu"):
+    if reason := extensions.availability("cpu"):
         return f"none: {reason}"
-    return str(native.extension("_cpu").isa())
+    return str(extensions.extension("_cpu").isa())
 
 
 def name(device: str) -> str:

@@ -108,7 +108,7 @@ void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "CPU kernels of pvdm_fast; call them through pvdm_fast.native.cpu.";
+  m.doc() = "CPU kernels of pvdm_fast; call them through pvdm_fast.backends.cpu.";
   m.attr("abi") = 3;
   m.def("isa", [] { return pvdm::isa_name(pvdm::current_isa()); });
   m.def("isas", &pvdm::usable_isas);

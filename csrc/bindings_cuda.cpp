@@ -194,7 +194,7 @@ PYBIND11_MODULE(_emulated, m) {
 #else
 PYBIND11_MODULE(_cuda, m) {
 #endif
-  m.doc() = "CUDA kernels of pvdm_fast; call them through pvdm_fast.native.cuda.";
+  m.doc() = "CUDA kernels of pvdm_fast; call them through pvdm_fast.backends.cuda.";
   m.attr("abi") = 3;
   m.def("triplane_expand_workspace", [](int64_t batch, int64_t channels, int64_t time, int64_t height, int64_t width) {
     return cuda::triplane_expand_workspace(batch, channels, {time, height, width});

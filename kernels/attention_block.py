@@ -22,7 +22,7 @@ from pvdm_fast.kernels import segment_attention
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
-from pvdm_fast.native import rows_dense
+from pvdm_fast.backends.extensions import rows_dense
 
 # OUTPUTS: of the projection, a program's. At batch 1 and C 1024, 96 programs read the weights of qkv, 64 the others.
 # CHANNELS: of a step. Reasoned, not measured.

@@ -39,7 +39,7 @@ from pvdm_fast.kernels.plane_norm_tiles import (
     whole_blocks,
 )  # fmt: skip
 from pvdm_fast.kernels.planes import chunk_of, chunks_of
-from pvdm_fast.native import rows_dense
+from pvdm_fast.backends.extensions import rows_dense
 
 __all__ = ["backward", "forward"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import pvdm_fast
-from pvdm_fast import native
+from pvdm_fast.backends import extensions
 from pvdm_fast.backends import choice
 from pvdm_fast.kernels.configs import user_table
 
@@ -35,14 +35,14 @@ def cpu_facts() -> dict[str, Any]:
     lines = path.read_text().splitlines() if path.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", fields.get("Features", "")).split()
-    served = native.availability("cpu") is None
+    served = extensions.availability("cpu") is None
     return {
         "name": fields.get("model name") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "threads": torch.get_num_threads(),
         "flags": [flag for flag in CPU_FLAGS if flag in flags],
-        "instruction_set": native.extension("_cpu").isa() if served else None,
-        "instruction_sets": native.extension("_cpu").isas() if served else [],
+        "instruction_set": extensions.extension("_cpu").isa() if served else None,
+        "instruction_sets": extensions.extension("_cpu").isas() if served else [],
     }
 
 
@@ -96,7 +96,7 @@ def collect() -> dict[str, Any]:
         "cpu": cpu_facts(),
         "gpu": gpu_facts() | {"usable_by_torch": torch.cuda.is_available()},
         "triton": triton_facts(),
-        "build": native.build_info(),
+        "build": extensions.build_info(),
         "backends": {name: choice.unavailable(name) for name in choice.BACKENDS},
         "operations": choice.report(),
     }
@@ -104,7 +104,7 @@ def collect() -> dict[str, Any]:
 
 def _build_lines(build: dict[str, Any]) -> list[str]:
     if not build:
-        return [f"  nothing was built: {native.REINSTALL}"]
+        return [f"  nothing was built: {extensions.REINSTALL}"]
     lines = []
     for name in ("_cpu", "_cuda"):
         facts = build.get(name, {"built": False, "reason": "it was not asked for"})

@@ -89,7 +89,7 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     import torch
 
     from pvdm_fast.diffusers_pipeline import MODELS, load_part
-    from pvdm_fast.precision import bfloat16_serves
+    from pvdm_fast.backends.cpu.precision import bfloat16_serves
 
     place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
     low = dtype == "bf16" and bfloat16_serves(place, "--dtype bf16")

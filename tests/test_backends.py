@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from pvdm_fast import TriplaneLayout, native, ops, use_backend
+from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.backends import extensions
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import BACKENDS, OPERATIONS, SERVED, BackendError
 
@@ -196,19 +197,19 @@ def test_choice_between_the_gpu_backends(
 
 def test_targets_that_run_on_a_gpu() -> None:
     targets = ["sm_80", "sm_86", "sm_90a", "sm_120f", "ptx_80"]
-    assert native.runs_on(targets, (8, 0)) and native.runs_on(targets, (8, 9))
-    assert native.runs_on(["sm_86"], (8, 9)) and not native.runs_on(["sm_86"], (8, 0))
-    assert native.runs_on(["sm_90a"], (9, 0)) and not native.runs_on(["sm_90"], (10, 0))
-    assert native.runs_on(["sm_120f"], (12, 1)) and not native.runs_on(["sm_120a"], (12, 1))
-    assert native.runs_on(["ptx_90"], (10, 0)) and not native.runs_on(["ptx_90"], (8, 9))
-    assert not native.runs_on(["ptx_90a"], (10, 0)) and not native.runs_on([], (9, 0))
-    assert not native.runs_on(targets, (7, 5))
+    assert extensions.runs_on(targets, (8, 0)) and extensions.runs_on(targets, (8, 9))
+    assert extensions.runs_on(["sm_86"], (8, 9)) and not extensions.runs_on(["sm_86"], (8, 0))
+    assert extensions.runs_on(["sm_90a"], (9, 0)) and not extensions.runs_on(["sm_90"], (10, 0))
+    assert extensions.runs_on(["sm_120f"], (12, 1)) and not extensions.runs_on(["sm_120a"], (12, 1))
+    assert extensions.runs_on(["ptx_90"], (10, 0)) and not extensions.runs_on(["ptx_90"], (8, 9))
+    assert not extensions.runs_on(["ptx_90a"], (10, 0)) and not extensions.runs_on([], (9, 0))
+    assert not extensions.runs_on(targets, (7, 5))
 
 
 def test_gpu_that_the_extension_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    message = native._gpu_reason(["sm_80", "ptx_80"])
+    message = extensions._gpu_reason(["sm_80", "ptx_80"])
     assert message is not None
     assert "built for sm_80, ptx_80" in message and "7.5" in message and "TORCH_CUDA_ARCH_LIST" in message
-    assert native._gpu_reason(["sm_75"]) is None
+    assert extensions._gpu_reason(["sm_75"]) is None

@@ -197,8 +197,8 @@ def test_wheel_installs_and_runs(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
     code = (
-        "import pvdm_fast, pvdm_fast.kernels, sys; from pvdm_fast import native;"
-        "assert native.availability('cpu') is None; assert 'triton' not in sys.modules;"
+        "import pvdm_fast, pvdm_fast.kernels, sys; from pvdm_fast.backends import extensions;"
+        "assert extensions.availability('cpu') is None; assert 'triton' not in sys.modules;"
         "print(pvdm_fast.__file__); print(pvdm_fast.kernels.__file__)"
     )
     result = subprocess.run(

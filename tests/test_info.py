@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pvdm_fast import info, native
+from pvdm_fast import info
+from pvdm_fast.backends import extensions
 from pvdm_fast.backends import choice
 
 
@@ -64,7 +65,7 @@ def test_build_facts() -> None:
     """What was left out is named with its reason, and a source tree where nothing was built says what to do."""
     lines = info._build_lines({"_cpu": {"built": False, "reason": "no C++ compiler found"}})
     assert lines[0].endswith("left out: no C++ compiler found")
-    assert native.REINSTALL in info._build_lines({})[0]
+    assert extensions.REINSTALL in info._build_lines({})[0]
 
 
 def test_gpus_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

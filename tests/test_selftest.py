@@ -11,7 +11,7 @@ import torch
 from pvdm_fast import selftest
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS
-from pvdm_fast.reference import geglu
+from pvdm_fast.backends.reference import geglu
 
 
 def test_every_operation_has_cases() -> None:

@@ -1,5 +1,5 @@
 // add_layer_norm: each row is read from memory once, summed, and normed while it lies in the first cache.
-// Formula: pvdm_fast/reference/add_layer_norm.py.
+// Formula: pvdm_fast/backends/reference/add_layer_norm.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"

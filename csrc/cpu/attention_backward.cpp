@@ -1,5 +1,5 @@
 // Softmax attention, backward: segment_attention and axial_attention.
-// Formula: pvdm_fast/reference/{segment,axial}_attention.py.
+// Formula: pvdm_fast/backends/reference/{segment,axial}_attention.py.
 //
 // Probabilities are computed again from the saved log-sum-exp. A thread packs queries and gradients of a problem once, then
 // takes blocks of keys through all its queries: dK and dV of a block are summed in place, dQ in a buffer of the thread.

@@ -1,5 +1,5 @@
 // Softmax attention, forward: segment_attention and axial_attention.
-// Formula: pvdm_fast/reference/{segment,axial}_attention.py.
+// Formula: pvdm_fast/backends/reference/{segment,axial}_attention.py.
 //
 // Flash-style: a thread packs keys and values of a problem once, then takes blocks of 48 or 64 queries through blocks of
 // keys with a running maximum. Work-space per thread: two packed copies of the longest segment, O(N d).

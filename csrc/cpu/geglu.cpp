@@ -1,5 +1,5 @@
 // geglu: value * gate * cdf(gate), cdf of the standard normal distribution; one pass in each direction.
-// Formula: pvdm_fast/reference/geglu.py.
+// Formula: pvdm_fast/backends/reference/geglu.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"

@@ -1,4 +1,4 @@
-// plane_norm, forward: one pass over x for the statistics, one to write. Formula: pvdm_fast/reference/plane_norm.py.
+// plane_norm, forward: one pass over x for the statistics, one to write. Formula: pvdm_fast/backends/reference/plane_norm.py.
 #include "plane_norm.h"
 
 namespace pvdm::PVDM_ISA {

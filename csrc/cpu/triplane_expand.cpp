@@ -1,4 +1,4 @@
-// From three planes to a lattice and back; the formulas are in pvdm_fast/reference/triplane_expand.py.
+// From three planes to a lattice and back; the formulas are in pvdm_fast/backends/reference/triplane_expand.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"

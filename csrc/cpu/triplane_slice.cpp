@@ -1,5 +1,5 @@
 // triplane_slice: sequences along one axis of a lattice, a token at their end, positions added; and the way back, which
-// reads the gradient once. Formula: pvdm_fast/reference/triplane_slice.py.
+// reads the gradient once. Formula: pvdm_fast/backends/reference/triplane_slice.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"

@@ -1,4 +1,4 @@
-// GroupNorm of packed planes with scale and shift, SiLU and x2 resampling; formulas in pvdm_fast/reference/plane_norm.py.
+// GroupNorm of packed planes with scale and shift, SiLU and x2 resampling; formulas in pvdm_fast/backends/reference/plane_norm.py.
 //
 // Both directions: sums a channel over chunks of tokens, their totals in a fixed order, then one pass that writes. A block
 // has `rows` tokens in flight, each in packs of channels. The gradient of everything follows from two sums a channel: of g

@@ -1,4 +1,4 @@
-// From three planes to a lattice and back; the formulas are in pvdm_fast/reference/triplane_expand.py.
+// From three planes to a lattice and back; the formulas are in pvdm_fast/backends/reference/triplane_expand.py.
 //
 // Forward: the planes' products with their weights go to a float workspace (megabytes, stays in L2), then one kernel
 // writes the broadcast sum. Backward: each warp reads a tile of the gradient once and leaves three partial sums; a second

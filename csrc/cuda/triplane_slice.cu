@@ -1,5 +1,5 @@
 // An axis of the lattice as sequences, with the token at the end and positions added; formulas in
-// pvdm_fast/reference/triplane_slice.py. A thread has one pack of channels. Nothing is read or written twice; the
+// pvdm_fast/backends/reference/triplane_slice.py. A thread has one pack of channels. Nothing is read or written twice; the
 // positions' gradient is summed in a fixed order: over `places_each` places by a thread, then over those.
 #include "kernels.h"
 #include "launch.cuh"

@@ -32,10 +32,10 @@ OPERATIONS = (
     "add_layer_norm",
 )
 PACKAGE = {
-    "reference": "pvdm_fast.reference",
-    "cpu": "pvdm_fast.native.cpu",
+    "reference": "pvdm_fast.backends.reference",
+    "cpu": "pvdm_fast.backends.cpu",
     "triton": "pvdm_fast.kernels",
-    "cuda": "pvdm_fast.native.cuda",
+    "cuda": "pvdm_fast.backends.cuda",
 }
 BACKENDS = tuple(PACKAGE)
 # Not among OPERATIONS: without gradient, and used only where a kernel serves it (pvdm_fast/ops/attention_block.py).
@@ -134,9 +134,9 @@ def unavailable(backend: str) -> str | None:
         if interpreting() or torch.cuda.is_available():
             return None
         return "no GPU is available to PyTorch: run on a machine with one, or set TRITON_INTERPRET=1 (slow)."
-    from pvdm_fast import native
+    from pvdm_fast.backends import extensions
 
-    return native.availability(backend)
+    return extensions.availability(backend)
 
 
 def why_not(backend: str, op: str, tensor: Tensor | None = None) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvdm_fast.checksums import sha256
 from pvdm_fast.errors import UserError
-from pvdm_fast.precision import bfloat16_serves
+from pvdm_fast.backends.cpu.precision import bfloat16_serves
 from pvdm_fast.training.config import TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from pvdm_fast.backends import choice
-from pvdm_fast.native.cpu import gemm, rows_of
+from pvdm_fast.backends.cpu import gemm, rows_of
 
 # Smaller products, and those of fewer rows, are left to torch: a call of oneDNN takes 15 us to set up, and one through
 # autograd in Python 10 more. From here on it is 1.2 to 1.8 times as fast, forward and backward together, one thread.

@@ -8,7 +8,7 @@ from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.nn import checkpointing
 from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.planes import PlaneConv, PlaneNorm
-from pvdm_fast.reference.plane_resample import resample_planes
+from pvdm_fast.backends.reference.plane_resample import resample_planes
 
 
 class ResidualBlock(nn.Module):

@@ -12,7 +12,7 @@ import torch
 
 from pvdm_fast.data import find_classes
 from pvdm_fast.errors import UserError
-from pvdm_fast.precision import bfloat16_serves
+from pvdm_fast.backends.cpu.precision import bfloat16_serves
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.files import whole_file

@@ -11,11 +11,12 @@ from tolerances import BFLOAT16_FACTOR, FLOAT32_ERROR
 from benchmarks.cases import Case, Form, Setting, all_cases, assemble
 from benchmarks.errors import Error, cases, markdown, measure
 from benchmarks.measure import Prepared
-from pvdm_fast import native, use_backend
+from pvdm_fast import use_backend
+from pvdm_fast.backends import extensions
 from pvdm_fast.backends import choice
 
-pytestmark = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
-ISAS = native.extension("_cpu").isas() if native.availability("cpu") is None else []
+pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
+ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 
 
 def check(errors: list[Error]) -> None:
@@ -35,11 +36,11 @@ def test_errors(name: str) -> None:
     check(errors)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != native.extension("_cpu").isa()])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != extensions.extension("_cpu").isa()])
 @pytest.mark.parametrize("name", [case.name for case in cases("*_attention/*")])
 def test_attention_in_every_instruction_set(name: str, isa: str) -> None:
     """Attention's bf16 products differ from one instruction set to another; the automatic one is tested above."""
-    module = native.extension("_cpu")
+    module = extensions.extension("_cpu")
     before = module.isa()
     module.set_isa(isa)
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pvdm_fast import ops, use_backend
 from pvdm_fast.backends import choice
-from pvdm_fast.reference import add_layer_norm as reference
+from pvdm_fast.backends.reference import add_layer_norm as reference
 
 pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 pytest.importorskip("triton")

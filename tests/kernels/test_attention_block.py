@@ -19,7 +19,7 @@ from pvdm_fast.kernels.configs import assume
 from pvdm_fast.kernels.launch import watch
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.nn import PlaneAttention, TriplaneAttention
-from pvdm_fast.reference import attention_block as reference
+from pvdm_fast.backends.reference import attention_block as reference
 
 
 def inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -11,7 +11,7 @@ from tolerances import OPERATION
 from torch import Tensor
 
 from pvdm_fast import ops, use_backend
-from pvdm_fast.reference import axial_attention as reference
+from pvdm_fast.backends.reference import axial_attention as reference
 
 pytest.importorskip("triton")
 from pvdm_fast.kernels import axial_attention, axial_attention_short

@@ -9,7 +9,7 @@ from pointwise import FORMS, compare, same_again, wide
 from torch import Tensor
 
 from pvdm_fast.backends import choice
-from pvdm_fast.reference import geglu as reference
+from pvdm_fast.backends.reference import geglu as reference
 
 pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 pytest.importorskip("triton")

@@ -14,7 +14,7 @@ from torch import Tensor
 from pvdm_fast import ops, use_backend
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
-from pvdm_fast.reference import plane_conv as reference
+from pvdm_fast.backends.reference import plane_conv as reference
 
 pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 triton = pytest.importorskip("triton")

@@ -16,7 +16,7 @@ from torch import Tensor
 from pvdm_fast.kernels import segment_attention
 from pvdm_fast.kernels.configs import assume
 from pvdm_fast.kernels.launch import watch
-from pvdm_fast.reference import segment_attention as reference
+from pvdm_fast.backends.reference import segment_attention as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

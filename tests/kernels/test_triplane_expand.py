@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.reference import triplane_expand as reference
+from pvdm_fast.backends.reference import triplane_expand as reference
 
 pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
 pytest.importorskip("triton")

@@ -15,15 +15,15 @@ from native import amx, emulated
 from native.inputs import poisoned_empty
 from torch import Tensor
 
-from pvdm_fast import native
+from pvdm_fast.backends import extensions
 
-ISAS = native.extension("_cpu").isas() if native.availability("cpu") is None else []
+ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 
 
 @pytest.fixture(params=ISAS)
 def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this machine in turn."""
-    module = native.extension("_cpu")
+    module = extensions.extension("_cpu")
     before = module.isa()
     module.set_isa(request.param)
     yield request.param

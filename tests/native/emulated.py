@@ -14,7 +14,7 @@ import pybind11
 import pytest
 
 from pvdm_fast.backends import choice
-from pvdm_fast.native.cuda import attention, plane_norm, triplane_expand, triplane_slice
+from pvdm_fast.backends.cuda import attention, plane_norm, triplane_expand, triplane_slice
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pvdm_fast.native.cpu import (
+from pvdm_fast.backends.cpu import (
     add_layer_norm,
     axial_attention,
     geglu,

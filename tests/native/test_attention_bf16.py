@@ -20,12 +20,12 @@ from native.test_attention_cpu import by_head, run
 from tolerances import BFLOAT16_FACTOR, OPERATION
 from torch import Tensor
 
-from pvdm_fast import native
-from pvdm_fast.native.cpu import axial_attention, segment_attention
-from pvdm_fast.reference import axial_attention as axial_reference
+from pvdm_fast.backends import extensions
+from pvdm_fast.backends.cpu import axial_attention, segment_attention
+from pvdm_fast.backends.reference import axial_attention as axial_reference
 
 pytestmark = [
-    pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu"))),
+    pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu"))),
     pytest.mark.usefixtures("poisoned_likes"),
 ]
 SETS = [isa for isa in attention.ISAS if isa in ("avx512bf16", "amx")]
@@ -41,7 +41,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
                 patch.setattr(launcher, "extension", lambda name: module)
             yield request.param
             return
-        module = native.extension("_cpu")
+        module = extensions.extension("_cpu")
         before = module.isa()
         module.set_isa(request.param)
         yield request.param

@@ -13,23 +13,23 @@ from hypothesis import strategies as st
 from tolerances import OPERATION
 from torch import Tensor
 
-from pvdm_fast import native
-from pvdm_fast.native.cpu import axial_attention, segment_attention
-from pvdm_fast.reference import axial_attention as axial_reference
-from pvdm_fast.reference import segment_attention as segment_reference
+from pvdm_fast.backends import extensions
+from pvdm_fast.backends.cpu import axial_attention, segment_attention
+from pvdm_fast.backends.reference import axial_attention as axial_reference
+from pvdm_fast.backends.reference import segment_attention as segment_reference
 
 pytestmark = [
-    pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu"))),
+    pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu"))),
     pytest.mark.usefixtures("poisoned_likes"),
 ]
-ISAS = native.extension("_cpu").isas() if native.availability("cpu") is None else []
+ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 LENGTHS = (1, 2, 16, 17, 33, 77, 300)
 WIDTHS = (8, 12, 16, 32, 40, 64, 80, 128, 256)
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = native.extension("_cpu")
+    module = extensions.extension("_cpu")
     before = module.isa()
     module.set_isa(request.param)
     yield request.param

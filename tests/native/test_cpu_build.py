@@ -16,14 +16,14 @@ import pytest
 from native import amx
 from native.sanitizers import FLAGS, RACE, THREAD_FLAGS, run_sanitized, run_thread_sanitized, thread_sanitizer
 
-from pvdm_fast import native
+from pvdm_fast.backends import extensions
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import build_tools  # noqa: E402
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-needs_extension = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
+needs_extension = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only")
@@ -50,10 +50,10 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
 
 @needs_extension
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
-@pytest.mark.skipif("amx" not in native.build_info().get("_cpu", {}).get("targets", ()), reason="built without AMX")
+@pytest.mark.skipif("amx" not in extensions.build_info().get("_cpu", {}).get("targets", ()), reason="built without AMX")
 def test_tile_instructions_are_in_amx_only() -> None:
     """In the installed extension; and their operands are a sum (tiles 0-3), a left (4, 5) and a right one (6, 7)."""
-    command = ["objdump", "-dC", "-M", "intel", "--no-show-raw-insn", str(native.extension("_cpu").__file__)]
+    command = ["objdump", "-dC", "-M", "intel", "--no-show-raw-insn", str(extensions.extension("_cpu").__file__)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, set[str]] = {}
     for function in re.split(r"^[0-9a-f]+ <", code, flags=re.MULTILINE)[1:]:
@@ -86,7 +86,7 @@ SCRIPT = Path(__file__).with_name("sanitized_cpu.py")
 
 
 def best() -> str:
-    return str(native.extension("_cpu").isas()[-1])
+    return str(extensions.extension("_cpu").isas()[-1])
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def best() -> str:
 @pytest.mark.parametrize("isas", ["best", pytest.param("all", marks=pytest.mark.exhaustive)])
 def test_addresses_and_undefined_behaviour(isas: str, tmp_path: Path) -> None:
     """Every kernel and dtype under AddressSanitizer and UBSan."""
-    used = [best()] if isas == "best" else native.extension("_cpu").isas()
+    used = [best()] if isas == "best" else extensions.extension("_cpu").isas()
     run_sanitized(SCRIPT, build_instrumented(tmp_path, used, FLAGS), 2, *used)
 
 
@@ -102,7 +102,7 @@ def test_addresses_and_undefined_behaviour(isas: str, tmp_path: Path) -> None:
 @needs_extension
 def test_addresses_of_tiles(tmp_path: Path) -> None:
     """Attention in the set amx: what is loaded and stored by the stand-in of the tiles, and all around it."""
-    amx.skip_where_it_cannot_run(native.extension("_cpu").isas())
+    amx.skip_where_it_cannot_run(extensions.extension("_cpu").isas())
     run_sanitized(SCRIPT, amx.build(tmp_path, ("-O1", *FLAGS)), 2, "amx")
 
 

@@ -18,14 +18,14 @@ from native.inputs import DTYPES, poisoned_empty, transposed
 from tolerances import OPERATION
 from torch import Tensor
 
-from pvdm_fast import native
+from pvdm_fast.backends import extensions
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
-from pvdm_fast.native.cpu import plane_norm, triplane_expand
-from pvdm_fast.reference import plane_norm as norm_reference
-from pvdm_fast.reference import triplane_expand as expand_reference
+from pvdm_fast.backends.cpu import plane_norm, triplane_expand
+from pvdm_fast.backends.reference import plane_norm as norm_reference
+from pvdm_fast.backends.reference import triplane_expand as expand_reference
 
-pytestmark = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
-ISAS = native.extension("_cpu").isas() if native.availability("cpu") is None else []
+pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
+ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
     "transposed": transposed,
@@ -37,7 +37,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = native.extension("_cpu")
+    module = extensions.extension("_cpu")
     before = module.isa()
     module.set_isa(request.param)
     yield request.param
@@ -188,7 +188,7 @@ def test_threads_do_not_change_bits(isa: str, threads: int) -> None:
         y, mean, rstd = plane_norm.forward(x, *parameters, layout.sizes, 8, 1e-5, True, 0)
         gradients = plane_norm.backward(grad, x, *parameters, mean, rstd, layout.sizes, 8, True, 0)
         sums = torch.empty(2, layout.num_tokens, 48)
-        native.extension("_cpu").triplane_expand_sums(lattice, sums, 3, 12, 20, count)
+        extensions.extension("_cpu").triplane_expand_sums(lattice, sums, 3, 12, 20, count)
         return [y, *gradients, sums, triplane_expand.forward(planes, weight, bias, 3, 12, 20)]
 
     try:
@@ -262,7 +262,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_isa_from_the_environment() -> None:
-    code = "from pvdm_fast import native; print(native.availability('cpu') or native.extension('_cpu').isa())"
+    code = "from pvdm_fast.backends import extensions; print(extensions.availability('cpu') or extensions.extension('_cpu').isa())"
     assert run_python(code, PVDM_FAST_CPU_ISA="plain").stdout.strip() == "plain"
     assert "Unknown instruction set 'sse9'" in run_python(code, PVDM_FAST_CPU_ISA="sse9").stdout
     said = run_python(code, PVDM_FAST_CPU_ISA="amx").stdout.strip()
@@ -274,8 +274,8 @@ def test_one_openmp_run_time() -> None:
     """The extension shares torch's OpenMP, so that two pools of threads don't compete for the cores."""
     code = """
 import torch
-from pvdm_fast import native
-native.extension("_cpu")
+from pvdm_fast.backends import extensions
+extensions.extension("_cpu")
 names = {line.split()[-1] for line in open("/proc/self/maps")}
 print(len([name for name in names if any(part in name for part in ("gomp", "libomp", "iomp"))]))
 """

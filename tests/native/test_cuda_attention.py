@@ -13,10 +13,10 @@ from native.inputs import DTYPES, poisoned_empty
 from tolerances import ATTENTION_16_BIT, OPERATION
 from torch import Tensor
 
-from pvdm_fast.native.cuda import attention, axial_attention, segment_attention
+from pvdm_fast.backends.cuda import attention, axial_attention, segment_attention
 from pvdm_fast.nn.axial_transformer import time_rotation
-from pvdm_fast.reference import axial_attention as axial_reference
-from pvdm_fast.reference import segment_attention as segment_reference
+from pvdm_fast.backends.reference import axial_attention as axial_reference
+from pvdm_fast.backends.reference import segment_attention as segment_reference
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -14,10 +14,10 @@ from native.inputs import DTYPES, poisoned_empty, transposed
 from tolerances import OPERATION
 from torch import Tensor
 
-from pvdm_fast import native
+from pvdm_fast.backends import extensions
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.native.cuda import triplane_expand as kernels
-from pvdm_fast.reference import triplane_expand as reference
+from pvdm_fast.backends.cuda import triplane_expand as kernels
+from pvdm_fast.backends.reference import triplane_expand as reference
 
 SCHEDULES = (0, 1, 2)
 
@@ -107,6 +107,6 @@ def test_arguments_are_checked(device: ModuleType) -> None:
 
 def test_extension_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a user sees where nvcc was not found at installation."""
-    monkeypatch.setattr(native, "build_info", lambda: {"_cuda": {"built": False, "reason": "no nvcc found"}})
-    with pytest.raises(native.ExtensionError, match="left out when pvdm_fast was installed: no nvcc found"):
-        native.extension.__wrapped__("_cuda")
+    monkeypatch.setattr(extensions, "build_info", lambda: {"_cuda": {"built": False, "reason": "no nvcc found"}})
+    with pytest.raises(extensions.ExtensionError, match="left out when pvdm_fast was installed: no nvcc found"):
+        extensions.extension.__wrapped__("_cuda")

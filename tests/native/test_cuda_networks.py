@@ -22,7 +22,7 @@ from pvdm_fast.backends.choice import ATTENTION, KERNEL_DTYPES, SERVED, BackendE
 from pvdm_fast.checkpoints import load_release_autoencoder, load_release_denoiser
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
-from pvdm_fast.native.cuda import attention
+from pvdm_fast.backends.cuda import attention
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 FORMS = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}

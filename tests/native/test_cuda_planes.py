@@ -14,9 +14,9 @@ from tolerances import NORM_OF_LARGE_MEAN, OPERATION
 from torch import Tensor
 
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
-from pvdm_fast.native.cuda import plane_norm, triplane_slice
-from pvdm_fast.reference import plane_norm as norm_reference
-from pvdm_fast.reference import triplane_slice as slice_reference
+from pvdm_fast.backends.cuda import plane_norm, triplane_slice
+from pvdm_fast.backends.reference import plane_norm as norm_reference
+from pvdm_fast.backends.reference import triplane_slice as slice_reference
 
 ODD, EVEN = TriplaneLayout(3, 5, 7), TriplaneLayout(4, 6, 10)
 

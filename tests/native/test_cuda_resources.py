@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import cuda_resources
 from benchmarks.cuda_resources import GPUS, MATRIX, Resources, main_loop, over_budget
-from pvdm_fast import native
+from pvdm_fast.backends import extensions
 from pvdm_fast.errors import UserError
 
 GOOD = Resources("slice", "float, true", "sm_80", 256, 40, 0, 0, 4, 4, Counter())
@@ -22,9 +22,9 @@ ROWS = {"matrix_forward": {32: 64, 64: 64, 128: 32}, "matrix_dq": {32: 32, 64: 3
 @pytest.fixture(scope="module")
 def rows() -> list[Resources]:
     try:
-        library = Path(str(native.extension("_cuda").__file__))
+        library = Path(str(extensions.extension("_cuda").__file__))
         cuda_resources.cuobjdump()
-    except (native.ExtensionError, UserError) as error:
+    except (extensions.ExtensionError, UserError) as error:
         pytest.skip(str(error))
     return cuda_resources.resources(library)
 
@@ -33,7 +33,7 @@ def rows() -> list[Resources]:
 def test_every_kernel_keeps_the_budget(rows: list[Resources]) -> None:
     problems = [problem for row in rows for problem in over_budget(row)]
     assert not problems, "\n".join(problems)
-    built = {target for target in native.build_info()["_cuda"]["targets"] if target.startswith("sm_")}
+    built = {target for target in extensions.build_info()["_cuda"]["targets"] if target.startswith("sm_")}
     assert {row.gpu for row in rows} == built <= set(GPUS)
 
 
@@ -88,8 +88,8 @@ def test_occupancy() -> None:
 
 def test_nothing_was_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def absent(name: str) -> None:
-        raise native.ExtensionError("it was left out.")
+        raise extensions.ExtensionError("it was left out.")
 
-    monkeypatch.setattr(native, "extension", absent)
+    monkeypatch.setattr(extensions, "extension", absent)
     assert cuda_resources.main([]) == 2
     assert "There is nothing to look at: it was left out." in capsys.readouterr().err

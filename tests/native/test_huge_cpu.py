@@ -15,18 +15,18 @@ from comparison import assert_close
 from tolerances import OPERATION
 from torch import Tensor
 
-from pvdm_fast import native
+from pvdm_fast.backends import extensions
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
-from pvdm_fast.native.cpu import add_layer_norm, geglu, plane_norm, triplane_expand, triplane_slice
-from pvdm_fast.reference import add_layer_norm as add_layer_norm_reference
-from pvdm_fast.reference import geglu as geglu_reference
-from pvdm_fast.reference import plane_norm as norm_reference
-from pvdm_fast.reference import triplane_expand as expand_reference
-from pvdm_fast.reference import triplane_slice as slice_reference
+from pvdm_fast.backends.cpu import add_layer_norm, geglu, plane_norm, triplane_expand, triplane_slice
+from pvdm_fast.backends.reference import add_layer_norm as add_layer_norm_reference
+from pvdm_fast.backends.reference import geglu as geglu_reference
+from pvdm_fast.backends.reference import plane_norm as norm_reference
+from pvdm_fast.backends.reference import triplane_expand as expand_reference
+from pvdm_fast.backends.reference import triplane_slice as slice_reference
 
 pytestmark = [
     pytest.mark.huge,
-    pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu"))),
+    pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu"))),
     pytest.mark.skipif(psutil.virtual_memory().available < 15e9, reason="less than 15 GB of memory are free"),
 ]
 LIMIT = 2**31

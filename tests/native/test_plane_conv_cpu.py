@@ -14,12 +14,13 @@ from native.inputs import DTYPES, transposed
 from tolerances import CONV_SUM, OPERATION
 from torch import Tensor
 
-from pvdm_fast import native, ops
+from pvdm_fast import ops
+from pvdm_fast.backends import extensions
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
-from pvdm_fast.native.cpu import gemm, plane_conv
-from pvdm_fast.reference import plane_conv as reference
+from pvdm_fast.backends.cpu import gemm, plane_conv
+from pvdm_fast.backends.reference import plane_conv as reference
 
-pytestmark = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
+pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
 ODD = TriplaneLayout(3, 5, 7)
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": transposed,
@@ -192,7 +193,7 @@ def test_bfloat16_without_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_border_refuses() -> None:
-    module: Any = native.extension("_cpu")
+    module: Any = extensions.extension("_cpu")
     x, out = torch.randn(1, 12, 4), torch.empty(12, 36)
     for arguments, message in (
         ((x, out, [3, 3], 0, 1), "has not the shape"),

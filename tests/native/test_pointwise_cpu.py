@@ -13,14 +13,15 @@ from native.inputs import DTYPES, transposed
 from tolerances import OPERATION
 from torch import Tensor
 
-from pvdm_fast import native, ops, use_backend
+from pvdm_fast import ops, use_backend
+from pvdm_fast.backends import extensions
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.native.cpu import add_layer_norm, geglu, triplane_slice
-from pvdm_fast.reference import add_layer_norm as norm_reference
-from pvdm_fast.reference import geglu as geglu_reference
-from pvdm_fast.reference import triplane_slice as slice_reference
+from pvdm_fast.backends.cpu import add_layer_norm, geglu, triplane_slice
+from pvdm_fast.backends.reference import add_layer_norm as norm_reference
+from pvdm_fast.backends.reference import geglu as geglu_reference
+from pvdm_fast.backends.reference import triplane_slice as slice_reference
 
-pytestmark = pytest.mark.skipif(native.availability("cpu") is not None, reason=str(native.availability("cpu")))
+pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
 CHANNELS = [1, 3, 5, 33, 256]
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": transposed,
@@ -232,7 +233,7 @@ def test_bfloat16_errors_are_the_eager_ones() -> None:
 
 
 def test_border_refuses() -> None:
-    module: Any = native.extension("_cpu")
+    module: Any = extensions.extension("_cpu")
     rows, row = torch.randn(4, 6), torch.randn(6)
     with pytest.raises(ValueError, match="has not the shape"):
         module.geglu_forward(rows, torch.empty(4, 2), 1)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from pvdm_fast import use_backend
-from pvdm_fast.native.cpu import gemm
+from pvdm_fast.backends.cpu import gemm
 from pvdm_fast.nn import linear as module
 from pvdm_fast.nn.linear import Linear, linear
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pvdm_fast.native.cuda import attention
-from pvdm_fast.native.cuda.attention import refusal as refusal
+from pvdm_fast.backends.cuda import attention
+from pvdm_fast.backends.cuda.attention import refusal as refusal
 
 
 def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:

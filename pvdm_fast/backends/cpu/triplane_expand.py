@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.native import extension, rows_dense
-from pvdm_fast.native.cpu import parameter
-from pvdm_fast.native.expand_products import products
+from pvdm_fast.backends.extensions import extension, rows_dense
+from pvdm_fast.backends.cpu import parameter
+from pvdm_fast.backends.expand_products import products
 
 
 def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int, width: int) -> Tensor:

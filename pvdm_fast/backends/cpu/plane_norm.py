@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pvdm_fast.native import extension, rows_dense
-from pvdm_fast.native.cpu import parameter
+from pvdm_fast.backends.extensions import extension, rows_dense
+from pvdm_fast.backends.cpu import parameter
 
 
 def forward(

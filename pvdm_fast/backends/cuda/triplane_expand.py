@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.native import extension, rows_dense
-from pvdm_fast.native.cuda import place
-from pvdm_fast.native.expand_products import products
+from pvdm_fast.backends.extensions import extension, rows_dense
+from pvdm_fast.backends.cuda import place
+from pvdm_fast.backends.expand_products import products
 
 
 def _workspace(like: Tensor, channels: int, time: int, height: int, width: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.reference import wide
+from pvdm_fast.backends.reference import wide
 
 
 def forward(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.native import extension, rows_dense
-from pvdm_fast.native.cuda import parameter, place
+from pvdm_fast.backends.extensions import extension, rows_dense
+from pvdm_fast.backends.cuda import parameter, place
 
 MOST_PLANES = 32  # of the kernels, whose arguments hold all sizes
 

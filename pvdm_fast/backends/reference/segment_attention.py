@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pvdm_fast.reference import wide
+from pvdm_fast.backends.reference import wide
 
 
 def _segments(qkv: Tensor, offsets: Sequence[int]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.reference import segment_attention, wide
+from pvdm_fast.backends.reference import segment_attention, wide
 
 
 def forward(

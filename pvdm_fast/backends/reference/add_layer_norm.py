@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.reference import wide
+from pvdm_fast.backends.reference import wide
 
 
 def forward(

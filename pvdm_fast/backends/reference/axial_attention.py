@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.reference import wide
+from pvdm_fast.backends.reference import wide
 
 
 def rotate_pairs(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.native import extension
-from pvdm_fast.native.cpu import rows_of
+from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.cpu import rows_of
 
 
 def forward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`triplane_slice` on the CPU: gathered, with token and positions, in one pass; the gradient is read once."""
+"""`triplane_slice` on a GPU: gathered, with token and positions, in one pass; the gradient is read once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.layout import PLANE_NAMES
-from pvdm_fast.native import extension, rows_dense
-from pvdm_fast.native.cpu import parameter
+from pvdm_fast.backends.extensions import extension, rows_dense
+from pvdm_fast.backends.cuda import parameter, place
 
 
 def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:
@@ -15,8 +15,8 @@ def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, 
     length = len(positions)
     out = x.new_empty(x.shape[0], x.shape[1] // (length - 1), length, x.shape[2])
     where = (PLANE_NAMES.index(plane), time, height, width)
-    extension("_cpu").triplane_slice_forward(
-        rows_dense(x), parameter(token), parameter(positions), out, *where, torch.get_num_threads()
+    extension("_cuda").triplane_slice_forward(
+        rows_dense(x), parameter(token), parameter(positions), out, *where, *place(x)
     )
     return out
 
@@ -26,7 +26,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, token and positions from grad: (B, places, L + 1, C)."""
     dx = grad.new_empty(grad.shape[0], time * height * width, grad.shape[3])
-    dpositions = torch.empty(positions.shape, dtype=torch.float32)
+    dpositions = torch.empty(positions.shape, dtype=torch.float32, device=grad.device)
     where = (PLANE_NAMES.index(plane), time, height, width)
-    extension("_cpu").triplane_slice_backward(rows_dense(grad), dx, dpositions, *where, torch.get_num_threads())
+    size = extension("_cuda").triplane_slice_workspace(grad.shape[0], grad.shape[3], *where)
+    workspace = torch.empty(size, dtype=torch.float32, device=grad.device)
+    extension("_cuda").triplane_slice_backward(rows_dense(grad), dx, dpositions, workspace, *where, *place(grad))
     return dx, dpositions[-1].to(token.dtype, copy=True), dpositions.to(positions.dtype)

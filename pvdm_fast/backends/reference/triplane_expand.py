@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.reference import wide
+from pvdm_fast.backends.reference import wide
 
 
 def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int, width: int) -> Tensor:

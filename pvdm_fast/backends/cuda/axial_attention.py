@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.native.cuda import attention
-from pvdm_fast.native.cuda.attention import refusal as refusal
-from pvdm_fast.native.sequences import sequences_of, sequences_to_fill
+from pvdm_fast.backends.cuda import attention
+from pvdm_fast.backends.cuda.attention import refusal as refusal
+from pvdm_fast.backends.sequences import sequences_of, sequences_to_fill
 
 
 def forward(

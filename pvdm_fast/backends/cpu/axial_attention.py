@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.native import extension, rows_dense
-from pvdm_fast.native.cpu import parameter
-from pvdm_fast.native.sequences import sequences_of, sequences_to_fill
+from pvdm_fast.backends.extensions import extension, rows_dense
+from pvdm_fast.backends.cpu import parameter
+from pvdm_fast.backends.sequences import sequences_of, sequences_to_fill
 
 
 def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
