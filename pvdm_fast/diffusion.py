@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvdm_fast.shares import Share
+from pvdm_fast.jobs.share import Share
 
 TRAIN_STEPS = 1000
 BETA_START = 0.0015

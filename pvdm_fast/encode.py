@@ -192,7 +192,7 @@ def make_settings(
 @contextmanager
 def temporary_name(path: Path) -> Iterator[Path]:
     """A name beside ``path`` that no other process uses; nothing is left there."""
-    from pvdm_fast.training.files import TEMPORARY
+    from pvdm_fast.jobs.files import TEMPORARY
 
     temporary = path.with_name(f"{TEMPORARY}{os.uname().nodename}-{os.getpid()}-{path.name}")
     try:
@@ -204,7 +204,7 @@ def temporary_name(path: Path) -> Iterator[Path]:
 def claim(out: Path, settings: Settings) -> None:
     """Write the settings of a new folder; raises UserError where it holds anything made with others."""
     from pvdm_fast.data.latents import SETTINGS
-    from pvdm_fast.training.files import flush
+    from pvdm_fast.jobs.files import flush
 
     path = out / SETTINGS
     try:
@@ -238,7 +238,7 @@ def encode_shards(
 
     from pvdm_fast.data.latents import describe_shard
     from pvdm_fast.data.loader import ClipLoader
-    from pvdm_fast.training.progress import make_bar
+    from pvdm_fast.jobs.progress import make_bar
 
     size = arguments.batch_size
     counts = [-(-len(shard.draws) // size) for shard in shards]
@@ -277,7 +277,7 @@ def encode_windows(video: torch.Tensor, autoencoder: Autoencoder, windows: int) 
 def write_shard(out: Path, shard: Shard, settings: Settings, latents: torch.Tensor, about: dict[str, Any]) -> None:
     """Write one shard, whole or not at all; raises UserError where it cannot be written or is not finite."""
     from pvdm_fast.data.latent_shards import save_shard
-    from pvdm_fast.training.files import flush
+    from pvdm_fast.jobs.files import flush
 
     if not latents.isfinite().all():
         raise UserError(f"the autoencoder's latents of {shard.name} are not finite: it cannot be used")
@@ -296,7 +296,7 @@ def write_shard(out: Path, shard: Shard, settings: Settings, latents: torch.Tens
 def finish(out: Path, settings: Settings) -> None:
     """Write the index if every shard is there; whichever process comes last does."""
     from pvdm_fast.data.latents import INDEX, SPLITS, make_index, shard_problem
-    from pvdm_fast.training.files import TEMPORARY, flush
+    from pvdm_fast.jobs.files import TEMPORARY, flush
 
     missing = [shard.name for shard in settings.shards() if shard_problem(out / shard.name, shard, settings)]
     if missing:

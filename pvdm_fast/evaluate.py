@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pvdm_fast.allocator import keep_freed_memory
+from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.errors import run_command
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pvdm_fast.allocator import keep_freed_memory
+from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
     from pvdm_fast.data.continuation import last_clip
     from pvdm_fast.diffusers_pipeline import class_numbers
     from pvdm_fast.pipeline import stream_video
-    from pvdm_fast.training.progress import make_bar
+    from pvdm_fast.jobs.progress import make_bar
 
     autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
     size = {name: int(autoencoder.config[name]) for name in ("frames", "height", "width")}

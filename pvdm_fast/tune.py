@@ -138,7 +138,7 @@ def best(task: Task, device: torch.device, timer: Timer, say: Callable[[str], No
 
 def write_user_table(found: Iterable[tuple[Task, Config | None]], path: Path) -> None:
     """Put what was found into the user's table, beside what it holds of other entries; a damaged one is replaced."""
-    from pvdm_fast.training.files import whole_file
+    from pvdm_fast.jobs.files import whole_file
 
     try:
         tables = configs.read_user_table(path)

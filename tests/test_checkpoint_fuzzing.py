@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pvdm_fast import checkpoints
 from pvdm_fast.checkpoints import CheckpointError
-from pvdm_fast.checksums import write_checksums
+from pvdm_fast.jobs.checksums import write_checksums
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.training import checkpoint

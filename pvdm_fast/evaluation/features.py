@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvdm_fast.checksums import sha256
+from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.errors import UserError
 
 SIDE = 224

@@ -22,9 +22,9 @@ from pvdm_fast.evaluation.processes import wait
 from pvdm_fast.evaluation.ssim import WINDOW, ssim
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.evaluation.tally import Measured, Tally, read_tallies, remaining, total
-from pvdm_fast.training.interrupt import StopRequest
-from pvdm_fast.training.processes import Processes
-from pvdm_fast.training.progress import make_bar
+from pvdm_fast.jobs.interrupt import StopRequest
+from pvdm_fast.jobs.processes import Processes
+from pvdm_fast.jobs.progress import make_bar
 
 SHOWN = 8
 SHOWN_SIDE = 160

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch
 
-from pvdm_fast.training.processes import Processes
+from pvdm_fast.jobs.processes import Processes
 
 PATIENCE = timedelta(hours=6)  # how long a process that has finished its share waits for the others
 

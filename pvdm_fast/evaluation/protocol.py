@@ -21,7 +21,7 @@ from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.info import cpu_facts, installed_version
-from pvdm_fast.training.processes import Processes
+from pvdm_fast.jobs.processes import Processes
 
 METRICS = {
     "psnr": f"of each clip, all its frames and colours together, values not rounded to 8 bits, {MAX_PSNR:.0f} dB at "

@@ -31,9 +31,9 @@ from pvdm_fast.evaluation.report import write_report
 from pvdm_fast.evaluation.ssim import WINDOW
 from pvdm_fast.evaluation.subject import Subject, load_subject
 from pvdm_fast.pipeline import check_pair
-from pvdm_fast.training.files import locked, whole_file
-from pvdm_fast.training.interrupt import StopRequest
-from pvdm_fast.training.processes import Processes
+from pvdm_fast.jobs.files import locked, whole_file
+from pvdm_fast.jobs.interrupt import StopRequest
+from pvdm_fast.jobs.processes import Processes
 
 PUBLISHED_CLIPS = 2048
 

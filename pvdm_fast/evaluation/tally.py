@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation.moments import moments
-from pvdm_fast.training.files import whole_file
+from pvdm_fast.jobs.files import whole_file
 
 
 @dataclass

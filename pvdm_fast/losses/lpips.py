@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pvdm_fast.checkpoints import read_state_dict
-from pvdm_fast.checksums import sha256
+from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.errors import UserError
 
 TORCHVISION = "torchvision"

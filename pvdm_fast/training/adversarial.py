@@ -13,7 +13,7 @@ from pvdm_fast.diffusion import psnr
 from pvdm_fast.errors import UserError
 from pvdm_fast.losses.lpips import LPIPS, MINIMUM_SIZE, load_lpips
 from pvdm_fast.losses.patchgan import Discriminators, frames_of
-from pvdm_fast.shares import Share
+from pvdm_fast.jobs.share import Share
 from pvdm_fast.training.config import AdversarialOptions, TrainConfig
 from pvdm_fast.training.stages import WHOLE, AutoencoderStage, Classes
 

@@ -15,8 +15,8 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.backends.cpu.precision import bfloat16_serves
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import STAGES, TrainConfig
-from pvdm_fast.training.files import whole_file
-from pvdm_fast.training.processes import TIMEOUT, Processes
+from pvdm_fast.jobs.files import whole_file
+from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size

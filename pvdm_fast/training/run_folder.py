@@ -11,7 +11,7 @@ from typing import Any
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
-from pvdm_fast.training.files import clean_up, locked, whole_file
+from pvdm_fast.jobs.files import clean_up, locked, whole_file
 
 
 class RunFolder:
@@ -58,7 +58,7 @@ class RunFolder:
         return run
 
     def clean_up(self) -> None:
-        """Remove what a killed process left half written, see :func:`pvdm_fast.training.files.clean_up`."""
+        """Remove what a killed process left half written, see :func:`pvdm_fast.jobs.files.clean_up`."""
         clean_up(self.path)
 
     def read_config(self) -> TrainConfig:

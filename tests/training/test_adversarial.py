@@ -17,7 +17,7 @@ from small import SMALL, losses, same_weights, steps, weights
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.losses.patchgan import frames_of
-from pvdm_fast.shares import Share
+from pvdm_fast.jobs.share import Share
 from pvdm_fast.train import main
 from pvdm_fast.training import checkpoint, trainer
 from pvdm_fast.training.adversarial import SecondPhaseStage

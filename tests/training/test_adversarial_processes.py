@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from comparison import assert_close
 from test_adversarial import make_stage
 
-from pvdm_fast.shares import Share
+from pvdm_fast.jobs.share import Share
 from pvdm_fast.training.trainer import step_generator
 
 VIDEO = (4, 3, 4, 16, 24)

@@ -13,7 +13,7 @@ import yaml
 from lives import Life, Moment, live
 from small import SMALL, losses, same_weights, steps
 
-from pvdm_fast import checksums
+from pvdm_fast.jobs import checksums
 from pvdm_fast.checkpoints import load_model
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.training import checkpoint

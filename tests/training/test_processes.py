@@ -24,7 +24,7 @@ from tolerances import PROCESSES_GRADIENTS, PROCESSES_LONG, PROCESSES_RECORDS, P
 
 from pvdm_fast.diffusion import joint_batch
 from pvdm_fast.errors import UserError
-from pvdm_fast.shares import Share
+from pvdm_fast.jobs.share import Share
 from pvdm_fast.train import main
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.building import check_processes

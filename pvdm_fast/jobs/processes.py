@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.shares import Share
+from pvdm_fast.jobs.share import Share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from pvdm_fast.errors import Interrupted
-from pvdm_fast.training.processes import Processes
+from pvdm_fast.jobs.processes import Processes
 
 
 class StopRequest:
