@@ -26,17 +26,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def convert(source: str, output: str, *, frames: int, resolution: int, patch_size: int, num_heads: int) -> str:
     """Write the model of `source` to the folder `output`; returns one line that says what it was."""
-    from pvdm_fast import checkpoints
+    from pvdm_fast.models import release
     from pvdm_fast.layout import TriplaneLayout
     from pvdm_fast.models import Autoencoder, Denoiser
 
-    state = checkpoints.read_state_dict(source)
+    state = release.read_state_dict(source)
     model: Autoencoder | Denoiser
     if any("to_patch_embedding" in name for name in state):
-        model = checkpoints.load_release_autoencoder(state, frames=frames, resolution=resolution, num_heads=num_heads)
+        model = release.load_release_autoencoder(state, frames=frames, resolution=resolution, num_heads=num_heads)
     else:
         side = resolution // patch_size
-        model = checkpoints.load_release_denoiser(state, layout=TriplaneLayout(frames, side, side), num_heads=num_heads)
+        model = release.load_release_denoiser(state, layout=TriplaneLayout(frames, side, side), num_heads=num_heads)
     model.save_pretrained(output)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return f"{type(model).__name__}, {millions:.1f} M parameters, written to {output}"

@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from pvdm_fast.checkpoints import load_model
+from pvdm_fast.models.release import load_model
 from pvdm_fast.data.continuation import fit_clip, last_clip
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser

@@ -20,8 +20,8 @@ from damage import damaged
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pvdm_fast import checkpoints
-from pvdm_fast.checkpoints import CheckpointError
+from pvdm_fast.models import release
+from pvdm_fast.models.release import CheckpointError
 from pvdm_fast.jobs.checksums import write_checksums
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -106,9 +106,9 @@ def fuzz_archives(folder: Path, number: int, change: Callable[[bytes, random.Ran
     right = (lambda found: same(found, state)) if change is damaged else (lambda found: True)
     for _ in range(number):
         path.write_bytes(change(whole, generator))
-        counts[outcome(lambda: checkpoints.read_state_dict(path), right)] += 1
+        counts[outcome(lambda: release.read_state_dict(path), right)] += 1
         if change is rezipped:
-            counts[outcome(lambda: checkpoints.load_release_autoencoder(path).state_dict(), right)] += 0
+            counts[outcome(lambda: release.load_release_autoencoder(path).state_dict(), right)] += 0
     return counts
 
 
@@ -125,7 +125,7 @@ def fuzz_safetensors(folder: Path, number: int) -> dict[str, int]:
         path.write_bytes(damaged(part, generator) + whole[len(part) :])
         counts[
             outcome(
-                lambda: checkpoints.load_release_denoiser(path, layout=model.layout, num_heads=2).state_dict(),
+                lambda: release.load_release_denoiser(path, layout=model.layout, num_heads=2).state_dict(),
                 lambda found: same_form(found, state),
             )
         ] += 1
@@ -147,7 +147,7 @@ def fuzz_model_folders(folder: Path, number: int) -> dict[str, int]:
         if not watched:
             sums.unlink()
         right = same if watched else (lambda first, second: first.keys() == second.keys())
-        read = lambda: checkpoints.load_model(Autoencoder, folder).state_dict()  # noqa: E731
+        read = lambda: release.load_model(Autoencoder, folder).state_dict()  # noqa: E731
         counts[outcome(read, lambda found, right=right: right(found, state))] += 1  # type: ignore[misc]
         path.write_bytes(files[path])
         sums.write_bytes(files[sums])
@@ -235,7 +235,7 @@ def test_planted_calls_are_not_run(where: str, tmp_path: Path) -> None:
             path = tmp_path / f"{name}.pth"
             torch.save(content, path, _use_new_zipfile_serialization=not legacy)
             with pytest.raises(CheckpointError) as caught:
-                checkpoints.read_state_dict(path)
+                release.read_state_dict(path)
             assert_sentence(caught.value)
         saved = checkpoint.save(tmp_path / name, "autoencoder", 1, content)
         newest, _ = checkpoint.newest_good(tmp_path / name)
@@ -278,10 +278,10 @@ def test_tensors_of_another_kind_are_refused(tmp_path: Path) -> None:
         (torch.zeros(2, dtype=torch.int32), torch.zeros(2).to_sparse(), torch.ones(2) * 1j)
     ):
         with pytest.raises(CheckpointError, match="floating tensors"):
-            checkpoints.read_state_dict({"w": tensor})
+            release.read_state_dict({"w": tensor})
         torch.save({"w": tensor}, tmp_path / f"{number}.pth")
         with pytest.raises(CheckpointError):
-            checkpoints.read_state_dict(tmp_path / f"{number}.pth")
+            release.read_state_dict(tmp_path / f"{number}.pth")
 
 
 def test_an_archive_that_would_grow_is_refused(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_an_archive_that_would_grow_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model/data.pkl", bytes(1 << 20))
     with pytest.raises(CheckpointError, match="compressed"):
-        checkpoints.read_state_dict(path)
+        release.read_state_dict(path)
 
 
 def test_a_model_folder_without_a_tensor_is_refused(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_model_folder_without_a_tensor_is_refused(tmp_path: Path) -> None:
     del state["xy_token"]
     save_file(state, path)
     with pytest.raises(CheckpointError, match="xy_token"):
-        checkpoints.load_model(Autoencoder, tmp_path)
+        release.load_model(Autoencoder, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Autoencoder", "frames": "x"}))
     with pytest.raises(CheckpointError):
-        checkpoints.load_model(Autoencoder, tmp_path)
+        release.load_model(Autoencoder, tmp_path)

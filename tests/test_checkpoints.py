@@ -15,7 +15,7 @@ from golden_tools import load_case
 from torch import Tensor
 
 from pvdm_fast import TriplaneLayout
-from pvdm_fast.checkpoints import CheckpointError, load_release_autoencoder, load_release_denoiser, to_release
+from pvdm_fast.models.release import CheckpointError, load_release_autoencoder, load_release_denoiser, to_release
 from pvdm_fast.convert import main as convert
 from pvdm_fast.models import Autoencoder, Denoiser
 

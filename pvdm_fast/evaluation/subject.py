@@ -60,7 +60,7 @@ class Subject:
 def load_subject(run: Path, device: torch.device, dtype: str) -> Subject:
     """The models of a run on a device, in "fp32" or "bf16"; raises UserError where there is no autoencoder, or one of
     the models is damaged."""
-    from pvdm_fast.checkpoints import load_model
+    from pvdm_fast.models.release import load_model
     from pvdm_fast.models import Autoencoder, Denoiser
 
     folder = RunFolder(run)

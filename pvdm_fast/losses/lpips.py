@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pvdm_fast.checkpoints import read_state_dict
+from pvdm_fast.models.release import read_state_dict
 from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.errors import UserError
 

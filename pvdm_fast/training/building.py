@@ -157,7 +157,7 @@ def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:
 
 def load_autoencoder(path: Path) -> Autoencoder:
     """A saved autoencoder; raises UserError where there is none, or it is damaged."""
-    from pvdm_fast.checkpoints import load_model
+    from pvdm_fast.models.release import load_model
     from pvdm_fast.models import Autoencoder
 
     if not (path / "config.json").is_file():

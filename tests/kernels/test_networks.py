@@ -15,7 +15,7 @@ from tolerances import GOLDEN_NETWORK
 
 from pvdm_fast import TriplaneLayout, use_backend
 from pvdm_fast.backends import choice
-from pvdm_fast.checkpoints import load_release_autoencoder, load_release_denoiser
+from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
 
 pytestmark = [
     pytest.mark.slow,

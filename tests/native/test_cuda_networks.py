@@ -19,7 +19,7 @@ from tolerances import ATTENTION_16_BIT, GOLDEN_NETWORK, NETWORK_16_BIT
 from pvdm_fast import TriplaneLayout, ops, use_backend
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import ATTENTION, KERNEL_DTYPES, SERVED, BackendError
-from pvdm_fast.checkpoints import load_release_autoencoder, load_release_denoiser
+from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.backends.cuda import attention

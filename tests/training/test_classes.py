@@ -11,7 +11,7 @@ from comparison import assert_close
 from tolerances import FLOAT32_ERROR
 from torch import Tensor
 
-from pvdm_fast.checkpoints import CheckpointError, to_release
+from pvdm_fast.models.release import CheckpointError, to_release
 from pvdm_fast.data import find_classes
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.layouts import find_videos

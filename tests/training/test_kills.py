@@ -14,7 +14,7 @@ from lives import Life, Moment, live
 from small import SMALL, losses, same_weights, steps
 
 from pvdm_fast.jobs import checksums
-from pvdm_fast.checkpoints import load_model
+from pvdm_fast.models.release import load_model
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.training import checkpoint
 

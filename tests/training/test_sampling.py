@@ -13,7 +13,7 @@ from golden_tools import GoldenCase, load_case
 from tolerances import GOLDEN_NETWORK
 from torch import Tensor, nn
 
-from pvdm_fast.checkpoints import load_release_denoiser
+from pvdm_fast.models.release import load_release_denoiser
 from pvdm_fast.diffusion import NoiseSchedule
 from pvdm_fast.errors import UserError
 from pvdm_fast.guidance import predict_noise
