@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvdm_fast.backends import use_backend
-    from pvdm_fast.diffusers_pipeline import PVDMPipeline
+    from pvdm_fast.diffusion.pipeline import PVDMPipeline
     from pvdm_fast.layout import TriplaneLayout
     from pvdm_fast.nn import TriplaneAttention
 
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 __all__ = ["PVDMPipeline", "TriplaneAttention", "TriplaneLayout", "__version__", "use_backend"]
 
 _HOME = {
-    "PVDMPipeline": "pvdm_fast.diffusers_pipeline",
+    "PVDMPipeline": "pvdm_fast.diffusion.pipeline",
     "TriplaneAttention": "pvdm_fast.nn",
     "TriplaneLayout": "pvdm_fast.layout",
     "use_backend": "pvdm_fast.backends",

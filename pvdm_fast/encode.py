@@ -263,7 +263,7 @@ def encode_windows(video: torch.Tensor, autoencoder: Autoencoder, windows: int) 
     """Latents float32 (B, windows, D, N) on the CPU of clips (B, 3, 2T, H, W)."""
     import torch
 
-    from pvdm_fast.diffusion import window_starts
+    from pvdm_fast.diffusion.noise import window_starts
 
     half = video.shape[2] // 2
     video = video.to(autoencoder.device)

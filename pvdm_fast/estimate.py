@@ -140,7 +140,7 @@ def _step(
     Diffusion: clips are conditional with the configuration's probability, so the batch's condition clips are that
     share of it, rounded up.
     """
-    from pvdm_fast.diffusion import NoiseSchedule, diffusion_loss
+    from pvdm_fast.diffusion.noise import NoiseSchedule, diffusion_loss
     from pvdm_fast.training.building import make_autoencoder, make_denoiser
     from pvdm_fast.training.stages import AutoencoderStage
 

@@ -88,7 +88,7 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     """The models of a run in eval mode, in float32 or bfloat16; raises UserError where one is missing."""
     import torch
 
-    from pvdm_fast.diffusers_pipeline import MODELS, load_part
+    from pvdm_fast.diffusion.pipeline import MODELS, load_part
     from pvdm_fast.backends.cpu.precision import bfloat16_serves
 
     place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
@@ -155,8 +155,8 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     _check(options)
     from pvdm_fast.data.continuation import last_clip
-    from pvdm_fast.diffusers_pipeline import class_numbers
-    from pvdm_fast.pipeline import stream_video
+    from pvdm_fast.diffusion.pipeline import class_numbers
+    from pvdm_fast.diffusion.sampling import stream_video
     from pvdm_fast.jobs.progress import make_bar
 
     autoencoder, denoiser = load_models(options.run, options.device, options.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pvdm_fast.data import ClipDataset, video_grid, write_video
 from pvdm_fast.data.draws import stable_hash
-from pvdm_fast.diffusion import psnr
+from pvdm_fast.diffusion.noise import psnr
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation.clips import read_batches
 from pvdm_fast.evaluation.features import FeatureNetwork
@@ -158,7 +158,7 @@ def measure_samples(
 
 def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:
     """The samples of these numbers, (B, 3, frames, H, W) in [-1, 1]; their noise depends on seed and numbers alone."""
-    from pvdm_fast.pipeline import sample_video
+    from pvdm_fast.diffusion.sampling import sample_video
 
     assert subject.denoiser is not None
     return sample_video(

@@ -30,7 +30,7 @@ from pvdm_fast.evaluation.protocol import Protocol, Request, make_protocol
 from pvdm_fast.evaluation.report import write_report
 from pvdm_fast.evaluation.ssim import WINDOW
 from pvdm_fast.evaluation.subject import Subject, load_subject
-from pvdm_fast.pipeline import check_pair
+from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.jobs.files import locked, whole_file
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
@@ -121,7 +121,7 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
     """Open everything, so that what doesn't fit is found before anything is computed."""
     subject = load_subject(request.run, processes.device, request.dtype)
     if subject.denoiser is not None:
-        from pvdm_fast.schedulers import make_scheduler
+        from pvdm_fast.diffusion.schedulers import make_scheduler
 
         check_pair(subject.autoencoder, subject.denoiser)
         make_scheduler(request.scheduler)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from pvdm_fast.diffusion import psnr
+from pvdm_fast.diffusion.noise import psnr
 from pvdm_fast.errors import UserError
 from pvdm_fast.losses.lpips import LPIPS, MINIMUM_SIZE, load_lpips
 from pvdm_fast.losses.patchgan import Discriminators, frames_of

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
 from pvdm_fast.errors import Interrupted, UserError
-from pvdm_fast.pipeline import sample_video
+from pvdm_fast.diffusion.sampling import sample_video
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
 from pvdm_fast.training.config import OPTIONS, TrainConfig, get, make_config

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from pvdm_fast import encode
 from pvdm_fast.data import DataError, collate, latent_shards, open_dataset
 from pvdm_fast.data.latents import fingerprint
-from pvdm_fast.diffusion import joint_batch, joint_latents, window_starts
+from pvdm_fast.diffusion.noise import joint_batch, joint_latents, window_starts
 from pvdm_fast.models import Autoencoder
 from pvdm_fast.jobs.share import Share
 

@@ -23,7 +23,7 @@ from tolerances import FRECHET, SUM_ORDER
 
 from pvdm_fast.data import ClipDataset, Item, open_dataset, write_video
 from pvdm_fast.data.clips import ClipSpec
-from pvdm_fast.diffusion import psnr
+from pvdm_fast.diffusion.noise import psnr
 from pvdm_fast.evaluate import main, parse
 from pvdm_fast.evaluation import passes
 from pvdm_fast.evaluation.clips import BothSplits, open_clips, read_batches

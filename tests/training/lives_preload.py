@@ -9,7 +9,7 @@ import PIL.Image
 import safetensors.torch
 import torch
 
-import pvdm_fast.pipeline
+import pvdm_fast.diffusion.sampling
 import pvdm_fast.sample
 import pvdm_fast.train
 import pvdm_fast.training.session

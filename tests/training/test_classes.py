@@ -17,8 +17,8 @@ from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.layouts import find_videos
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
-from pvdm_fast.pipeline import NoiseSource, sample_latents
-from pvdm_fast.schedulers import make_scheduler
+from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents
+from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.training.config import make_config
 from pvdm_fast.training.stages import DiffusionStage
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from pvdm_fast.cuda_graph import WARM_UP_PASSES, GraphedPrediction
+from pvdm_fast.diffusion.cuda_graph import WARM_UP_PASSES, GraphedPrediction
 from pvdm_fast.errors import UserError
-from pvdm_fast.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.models import Autoencoder, Denoiser
-from pvdm_fast.pipeline import NoiseSource, sample_latents, sample_video
+from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_video
 from pvdm_fast.sample import main
-from pvdm_fast.schedulers import make_scheduler
+from pvdm_fast.diffusion.schedulers import make_scheduler
 
 
 class Tape(TorchDispatchMode):

@@ -12,7 +12,7 @@ from tolerances import GOLDEN_NETWORK
 from torch import Tensor
 
 from pvdm_fast.models.release import load_release_denoiser
-from pvdm_fast.diffusion import NoiseSchedule, diffusion_loss, joint_batch, psnr
+from pvdm_fast.diffusion.noise import NoiseSchedule, diffusion_loss, joint_batch, psnr
 from pvdm_fast.models import Denoiser
 
 

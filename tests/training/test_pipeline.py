@@ -17,8 +17,8 @@ from pvdm_fast.data import write_video
 from pvdm_fast.data.continuation import last_clip
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
-from pvdm_fast.pipeline import sample_video
-from pvdm_fast.schedulers import SCHEDULER_NAMES, make_scheduler
+from pvdm_fast.diffusion.sampling import sample_video
+from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES, make_scheduler
 
 AUTOENCODER: dict[str, Any] = dict(
     frames=4, height=16, width=24, patch_size=8, channels=16, depth=1, num_heads=1, head_dim=8

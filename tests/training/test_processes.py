@@ -22,7 +22,7 @@ from jobs import finish, run_job, start_job
 from small import SMALL, checkpoint_names, losses, steps, wait_for, weights
 from tolerances import PROCESSES_GRADIENTS, PROCESSES_LONG, PROCESSES_RECORDS, PROCESSES_WEIGHTS
 
-from pvdm_fast.diffusion import joint_batch
+from pvdm_fast.diffusion.noise import joint_batch
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.share import Share
 from pvdm_fast.train import main

@@ -12,7 +12,8 @@ import pytest
 import torch
 from small import SMALL, steps
 
-from pvdm_fast import pipeline, sample
+from pvdm_fast import sample
+from pvdm_fast.diffusion_ import sampling
 from pvdm_fast.data import open_video, write_video
 from pvdm_fast.data.shapes import draw_scene
 from pvdm_fast.models import Denoiser
@@ -30,7 +31,7 @@ def test_memory_does_not_grow_with_the_length(
 ) -> None:
     """Whenever a clip's first step is taken, as many bytes of tensors and arrays are alive as at the third clip's."""
     alive: list[int] = []
-    original = pipeline.sample_latents
+    original = sampling.sample_latents
 
     def counted(*arguments: Any, **options: Any) -> torch.Tensor:
         kinds = {torch.Tensor, torch.nn.Parameter, np.ndarray}
@@ -49,7 +50,7 @@ def test_a_clip_is_written_before_the_next_is_sampled(
 ) -> None:
     """Stopped in the third clip: two clips of frames had reached the writer, and nothing is left."""
     written: list[int] = []
-    original, rounds = pipeline.sample_latents, []
+    original, rounds = sampling.sample_latents, []
 
     def interrupted(*arguments: Any, **options: Any) -> torch.Tensor:
         rounds.append(sum(written))
@@ -72,7 +73,7 @@ def test_the_array_is_all_of_sample_video(finished: Path, tmp_path: Path) -> Non
     """Both suffixes hold the frames that sample_video gives, the last clip cut."""
     assert run_sample(finished, tmp_path / "out.npy", "--frames", "10", "--seed", "4") == 0
     models = sample.load_models(finished, "cpu", "fp32")
-    expected = pipeline.sample_video(*models, clips=2, frames=10, steps=2, seed=4)
+    expected = sampling.sample_video(*models, clips=2, frames=10, steps=2, seed=4)
     pixels = expected.add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
     assert np.array_equal(np.load(tmp_path / "out.npy"), pixels)
     assert run_sample(finished, tmp_path / "out.mp4", "--frames", "10", "--seed", "4") == 0

@@ -14,12 +14,12 @@ from tolerances import GOLDEN_NETWORK
 from torch import Tensor, nn
 
 from pvdm_fast.models.release import load_release_denoiser
-from pvdm_fast.diffusion import NoiseSchedule
+from pvdm_fast.diffusion.noise import NoiseSchedule
 from pvdm_fast.errors import UserError
-from pvdm_fast.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.pipeline import NoiseSource, sample_latents, sample_video
-from pvdm_fast.schedulers import SCHEDULER_NAMES, make_scheduler, release_times
+from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_video
+from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES, make_scheduler, release_times
 
 SHAPE = (2, 4, 2048)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import predict_noise
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Denoiser

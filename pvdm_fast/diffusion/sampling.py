@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.cuda_graph import graphed_prediction
+from pvdm_fast.diffusion.cuda_graph import graphed_prediction
 from pvdm_fast.errors import UserError
-from pvdm_fast.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import predict_noise
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -63,15 +63,15 @@ def sample_latents(
 
     Args:
         denoiser: predicts noise; put it into eval mode first.
-        scheduler: from :func:`pvdm_fast.schedulers.make_scheduler`, or another of diffusers' that takes the noise.
+        scheduler: from :func:`pvdm_fast.diffusion.schedulers.make_scheduler`, or another of diffusers' that takes the noise.
         shape: (B, D, N) of the latents.
         steps: number of denoising steps, 1 to 1000.
         noise: where the starting noise and that of each step come from.
         condition: latents (B, D, N) of the clips before, or None.
         labels: classes (B,) int64, or None.
-        guidance: weight w of :mod:`pvdm_fast.guidance`; without a condition or labels it changes nothing.
+        guidance: weight w of :mod:`pvdm_fast.diffusion.guidance`; without a condition or labels it changes nothing.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
-        predict: what predicts the noise, with the arguments of :func:`pvdm_fast.guidance.predict_noise`.
+        predict: what predicts the noise, with the arguments of :func:`pvdm_fast.diffusion.guidance.predict_noise`.
         on_step: called as ``on_step(index of the step, timestep, latent)``; returns the latent to go on with.
 
     Returns:
@@ -92,7 +92,7 @@ def _scheduler_step(
     scheduler: Any, predicted: Tensor, timestep: int, latent: Tensor, noise: NoiseSource, eta: float
 ) -> Tensor:
     """One step of whichever scheduler this is, all its randomness taken from ``noise``."""
-    from pvdm_fast.schedulers import ReleaseDDIMScheduler
+    from pvdm_fast.diffusion.schedulers import ReleaseDDIMScheduler
 
     if isinstance(scheduler, ReleaseDDIMScheduler):
         draws = eta > 0 and scheduler.next_time(timestep) >= 0
@@ -194,14 +194,14 @@ def sample_video(autoencoder: Autoencoder, denoiser: Denoiser, **options: Any) -
 
 
 def _checked_scheduler(scheduler: str | Any) -> Any:
-    from pvdm_fast.schedulers import make_scheduler
+    from pvdm_fast.diffusion.schedulers import make_scheduler
 
     if isinstance(scheduler, str):
         return make_scheduler(scheduler)
     if scheduler.init_noise_sigma != 1:
         raise UserError(
             f"{type(scheduler).__name__} scales its noise by {float(scheduler.init_noise_sigma):.3g}, which this model "
-            "wasn't trained for: take one of pvdm_fast.schedulers.make_scheduler"
+            "wasn't trained for: take one of pvdm_fast.diffusion.schedulers.make_scheduler"
         )
     return scheduler
 

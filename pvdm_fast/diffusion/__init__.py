@@ -1,0 +1,1 @@
+"""From noise to latents: noise levels and their loss, schedulers, guidance, sampling, and the diffusers pipeline."""
