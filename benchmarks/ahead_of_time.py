@@ -22,11 +22,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from pvdm_fast.analysis.workload import Call
 from pvdm_fast.backends import choice
 from pvdm_fast.kernels import configs
 from pvdm_fast.kernels.configs import Key
 from pvdm_fast.kernels.launch import Config, options, watch
-from pvdm_fast.analysis.workload import Call
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

@@ -22,10 +22,10 @@ from benchmarks.cases import (
 from benchmarks.eager import Variant
 from benchmarks.measure import Pack, Prepared, only
 from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.nn import AxialTransformer, PlaneAttention, PlaneProjection, ResidualBlock, TriplaneAttention
-from pvdm_fast.diffusion.schedulers import make_scheduler
 
 Call = Callable[..., Tensor | Sequence[Tensor]]
 

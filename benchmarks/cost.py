@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.report import write_between
-from pvdm_fast.errors import run_command
 from pvdm_fast.estimate import GIB, Estimate, estimate
+from pvdm_fast.jobs.command import run_command
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"

@@ -22,7 +22,8 @@ from pathlib import Path
 import build_tools
 from benchmarks.kernel_resources import DOCS
 from pvdm_fast.backends import extensions
-from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 
 BEGIN, END = "<!-- cuda resources: begin -->", "<!-- cuda resources: end -->"
 REGISTERS = 64 << 10  # of a multiprocessor, in units of 256 a warp

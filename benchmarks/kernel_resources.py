@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pvdm_fast.backends import choice
 from pvdm_fast.analysis import workload
-from pvdm_fast.errors import UserError, run_command
 from pvdm_fast.analysis.workload import Call, TensorSpec
+from pvdm_fast.backends import choice
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
     from benchmarks.ahead_of_time import Resources

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.report import write_between
-from pvdm_fast.diffusion.noise import psnr
-from pvdm_fast.errors import run_command
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents
-from pvdm_fast.sample import load_models
 from pvdm_fast.diffusion.schedulers import make_scheduler
+from pvdm_fast.jobs.command import run_command
+from pvdm_fast.losses.psnr import psnr
+from pvdm_fast.sample import load_models
 from pvdm_fast.training.run_folder import RunFolder
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "sampling.md"

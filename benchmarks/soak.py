@@ -25,7 +25,8 @@ import numpy as np
 
 from pvdm_fast.data import write_video
 from pvdm_fast.data.shapes import draw_scene
-from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 
 STAGES = ("autoencoder", "diffusion")
 WARM_UP = 0.2  # of a stage's time

@@ -38,9 +38,10 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import floors
 from benchmarks.cases import Case, Setting, all_cases
 from benchmarks.measure import Runner
-from pvdm_fast.backends import choice
-from pvdm_fast.errors import UserError, run_command
 from pvdm_fast.analysis.flops import operation_flops
+from pvdm_fast.backends import choice
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 MARKER = "traffic"

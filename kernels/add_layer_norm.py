@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.partials import sum_partials
-from pvdm_fast.backends.extensions import rows_dense
 
 WIDEST = 8192  # columns: beyond, a row no longer fits into a block's registers
 

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels import segment_attention
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
-from pvdm_fast.backends.extensions import rows_dense
 
 # OUTPUTS: of the projection, a program's. At batch 1 and C 1024, 96 programs read the weights of qkv, 64 the others.
 # CHANNELS: of a step. Reasoned, not measured.

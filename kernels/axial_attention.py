@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pvdm_fast.backends.sequences import sequences_of, sequences_to_fill
 from pvdm_fast.kernels import axial_attention_long as long
 from pvdm_fast.kernels import axial_attention_long_backward as long_backward
 from pvdm_fast.kernels import axial_attention_query as single
 from pvdm_fast.kernels import axial_attention_short as short
-from pvdm_fast.backends.sequences import sequences_of, sequences_to_fill
 
 
 def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

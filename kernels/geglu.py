@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import normal
-from pvdm_fast.backends.extensions import rows_dense
 
 # A warp has 256 neighbouring values of a row, 16 bytes a lane and load in 16 bits; 256 divides the widths in use
 # (1536, 768, 256). Four rows a program leave two loads a lane in flight, and 8 programs or more on each processor.

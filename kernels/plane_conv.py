@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.plane_conv_backward import backward
 from pvdm_fast.kernels.plane_conv_product import convolve, convolve_by_vendor, packed, vendor_is_chosen
-from pvdm_fast.backends.extensions import rows_dense
 
 __all__ = ["backward", "forward"]
 

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ANY, ConfigTable, architecture
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.planes import place_of
 from pvdm_fast.layout import PlaneLayout
-from pvdm_fast.backends.extensions import rows_dense
 
 TAPS = 9
 # Multiprocessors of a large GPU of each family: programs share the inner axis until there are as many as these.

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import silu
@@ -39,7 +40,6 @@ from pvdm_fast.kernels.plane_norm_tiles import (
     whole_blocks,
 )  # fmt: skip
 from pvdm_fast.kernels.planes import chunk_of, chunks_of
-from pvdm_fast.backends.extensions import rows_dense
 
 __all__ = ["backward", "forward"]
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import silu_derivative
@@ -35,7 +36,6 @@ from pvdm_fast.kernels.plane_norm_tiles import (
     whole_blocks,
 )  # fmt: skip
 from pvdm_fast.kernels.planes import chunk_of, chunks_of
-from pvdm_fast.backends.extensions import rows_dense
 
 # Most elements of a tile that holds a plane's tokens: n and dz take 64 registers a thread at 16 warps.
 WHOLE_TILE = 16384

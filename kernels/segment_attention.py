@@ -11,11 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.segment_attention_backward import DKDV, DQ, segment_attention_dkdv, segment_attention_dq
 from pvdm_fast.kernels.segment_attention_forward import FORWARD, SEGMENTS, segment_attention_forward
-from pvdm_fast.backends.extensions import rows_dense
 
 WIDEST = 256  # head size: a block's rows of wider ones leave no room in a multiprocessor
 

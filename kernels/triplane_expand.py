@@ -19,12 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.partials import sum_partials
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.backends.extensions import rows_dense
 
 FORWARD = ConfigTable(
     "triplane_expand_forward",

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.partials import sum_partials
-from pvdm_fast.backends.extensions import rows_dense
 
 # 64 channels divide the widths in use (384, 192, 64) and are a cache line in 16 bits.
 FORWARD = ConfigTable(

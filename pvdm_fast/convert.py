@@ -26,9 +26,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def convert(source: str, output: str, *, frames: int, resolution: int, patch_size: int, num_heads: int) -> str:
     """Write the model of `source` to the folder `output`; returns one line that says what it was."""
-    from pvdm_fast.models import release
     from pvdm_fast.layout import TriplaneLayout
-    from pvdm_fast.models import Autoencoder, Denoiser
+    from pvdm_fast.models import Autoencoder, Denoiser, release
 
     state = release.read_state_dict(source)
     model: Autoencoder | Denoiser

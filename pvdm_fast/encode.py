@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
     from pvdm_fast.training.config import TrainConfig
@@ -140,7 +141,8 @@ def _step(
     Diffusion: clips are conditional with the configuration's probability, so the batch's condition clips are that
     share of it, rounded up.
     """
-    from pvdm_fast.diffusion.noise import NoiseSchedule, diffusion_loss
+    from pvdm_fast.diffusion.noise import diffusion_loss
+    from pvdm_fast.models.noise_schedule import NoiseSchedule
     from pvdm_fast.training.building import make_autoencoder, make_denoiser
     from pvdm_fast.training.stages import AutoencoderStage
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvdm_fast.jobs.allocator import keep_freed_memory
-from pvdm_fast.errors import run_command
+from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
     from pvdm_fast.evaluation.protocol import Request

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 import pvdm_fast
-from pvdm_fast.backends import extensions
-from pvdm_fast.backends import choice
+from pvdm_fast.backends import choice, extensions
 from pvdm_fast.kernels.configs import user_table
 
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "accelerate", "safetensors", "av", "nvidia-ml-py", "tensorboard")

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.allocator import keep_freed_memory
-from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,8 +89,8 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     """The models of a run in eval mode, in float32 or bfloat16; raises UserError where one is missing."""
     import torch
 
-    from pvdm_fast.diffusion.pipeline import MODELS, load_part
     from pvdm_fast.backends.cpu.precision import bfloat16_serves
+    from pvdm_fast.diffusion.pipeline import MODELS, load_part
 
     place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
     low = dtype == "bf16" and bfloat16_serves(place, "--dtype bf16")

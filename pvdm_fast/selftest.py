@@ -19,7 +19,8 @@ from torch import Tensor
 from pvdm_fast import info, ops
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, use_backend
-from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
 # Relative 2-norm of the difference. Results are rounded once to their dtype: half a unit in the last place, and in

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pvdm_fast.errors import run_command
+from pvdm_fast.jobs.command import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends import choice
 from pvdm_fast.analysis import workload
-from pvdm_fast.errors import UserError, run_command
+from pvdm_fast.analysis.workload import Call
+from pvdm_fast.backends import choice
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 from pvdm_fast.kernels import configs, launch
 from pvdm_fast.kernels.configs import ConfigTable, Key
 from pvdm_fast.kernels.launch import Config
 from pvdm_fast.models.presets import DENOISER
-from pvdm_fast.analysis.workload import Call
 
 # What a configuration must gain to be kept: less is within the spread of medians.
 GAIN = 0.03

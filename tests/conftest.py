@@ -13,7 +13,7 @@ import pytest
 import torch
 
 if find_spec("triton"):
-    import interpreter
+    from backends.triton import interpreter
 
     interpreter.install()
 

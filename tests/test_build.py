@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import build_tools
+from build_tools import Unbuildable
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import build_tools  # noqa: E402
-from build_tools import Unbuildable  # noqa: E402
 
 
 def test_arch_list() -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from pvdm_fast import info
-from pvdm_fast.backends import extensions
-from pvdm_fast.backends import choice
+from pvdm_fast.backends import choice, extensions
 
 
 def test_json_has_every_operation_and_backend(capsys: pytest.CaptureFixture[str]) -> None:

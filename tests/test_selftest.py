@@ -42,9 +42,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
     def implementation(backend: str, op: str) -> ModuleType | SimpleNamespace:
         return module if (backend, op) == ("cpu", "geglu") else real(backend, op)
 
-    monkeypatch.setattr(
-        choice, "unavailable", lambda backend: None if backend in ("cpu", "reference") else "not here."
-    )
+    monkeypatch.setattr(choice, "unavailable", lambda backend: None if backend in ("cpu", "reference") else "not here.")
     monkeypatch.setattr(choice, "implementation", implementation)
     monkeypatch.setattr(selftest, "OPERATIONS", ("geglu",))
 

@@ -1,6 +1,6 @@
 // A host stand-in for the CUDA device: the vocabulary of the .cu files in C++, so that g++ builds them and tests run them.
 //
-// What it catches, and how (tests/native/test_emulation.py plants each fault): reads of shared memory that nothing wrote,
+// What it catches, and how (tests/backends/cuda/test_emulation.py plants each fault): reads of shared memory that nothing wrote,
 // or that a pending cp.async will write (NaN); missing barriers (schedules that disagree; ThreadSanitizer); barriers and
 // warp operations that only a part reaches, wrong masks, copies never waited for (errors); wrong addresses
 // (AddressSanitizer); missing atomics (ThreadSanitizer). What it can't see: speed, and a tensor core's rounding.

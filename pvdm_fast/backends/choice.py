@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvdm_fast.errors import BackendError
+
 log = logging.getLogger("pvdm_fast")
 
 ENVIRONMENT_VARIABLE = "PVDM_FAST_BACKEND"
@@ -68,10 +70,6 @@ def triton_first(op: str, dtype: torch.dtype, capability: tuple[int, int], tf32:
         return capability[0] in (9, 10) or (dtype == torch.float32 and tf32)
     # One launch forward and two backward against three and four: at one clip these tensors take microseconds.
     return op == "plane_norm"
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot serve; the message says why and what to do."""
 
 
 def _check_name(name: str) -> str:

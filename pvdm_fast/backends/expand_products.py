@@ -6,8 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.backends.cpu import gemm
+from pvdm_fast.layout import TriplaneLayout
 
 
 def products(sums: Tensor, planes: Tensor, weight: Tensor, layout: TriplaneLayout) -> tuple[Tensor, Tensor, Tensor]:

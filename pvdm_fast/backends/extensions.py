@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ABI = 3  # raised with every change of a binding's arguments; the extensions carry the number they were built with
 REINSTALL = "install pvdm_fast again (pip install -e . in its source folder)"
@@ -90,8 +89,3 @@ def runs_on(targets: Sequence[str], capability: tuple[int, int]) -> bool:
         if exact or (not version.endswith("a") and (same_major or (later and kind == "ptx" and version.isdigit()))):
             return True
     return False
-
-
-def rows_dense(x: Tensor) -> Tensor:
-    """`x` itself if its last axis is dense, else a contiguous copy. Kernels take any other strides, zero included."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.extensions import rows_dense
+from pvdm_fast.backends.rows import rows_dense
 
 
 def sequences_of(x: Tensor, axis: str) -> Tensor:

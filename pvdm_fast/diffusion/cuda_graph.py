@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pvdm_fast.errors import UserError
 from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.errors import UserError
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Denoiser

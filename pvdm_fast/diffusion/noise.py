@@ -1,43 +1,15 @@
-"""What the diffusion model learns: the noise schedule, the noising of latents, the loss and its training batches."""
+"""What the diffusion model learns: its loss, and the targets and conditions of its training batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pvdm_fast.jobs.share import Share
-
-TRAIN_STEPS = 1000
-BETA_START = 0.0015
-BETA_END = 0.0195
-
-
-@dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """The release's 1000 noise levels; ``betas`` and ``alphas_cumprod`` are float32 tensors of shape (1000,)."""
-
-    betas: Tensor
-    alphas_cumprod: Tensor
-
-    @staticmethod
-    def create(device: torch.device | str = "cpu") -> NoiseSchedule:
-        """Betas are linspace(sqrt(0.0015), sqrt(0.0195), 1000) squared, computed in float64 and rounded once."""
-        betas = np.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS) ** 2
-        alphas_cumprod = np.cumprod(1 - betas)
-        return NoiseSchedule(
-            torch.tensor(betas, dtype=torch.float32, device=device),
-            torch.tensor(alphas_cumprod, dtype=torch.float32, device=device),
-        )
-
-    def q_sample(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """The latent (B, D, N) at noise level ``timestep`` (B,) int64: sqrt(a) latent + sqrt(1 - a) noise."""
-        level = self.alphas_cumprod[timestep].view(-1, 1, 1)
-        return level.sqrt() * latent + (1 - level).sqrt() * noise
+from pvdm_fast.models.noise_schedule import NoiseSchedule
 
 
 def diffusion_loss(
@@ -145,9 +117,3 @@ def _draw_targets(
     starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator)).clone()
     starts[conditional] = half
     return conditional, starts
-
-
-def psnr(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each clip: both (B, ...) with values in [-1, 1] (peak 2); returns (B,)."""
-    error = (reconstruction.float() - video.float()).square().flatten(1).mean(1)
-    return 10 * torch.log10(4 / error)

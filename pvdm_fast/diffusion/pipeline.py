@@ -13,12 +13,12 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from pvdm_fast.models.release import load_model
 from pvdm_fast.data.continuation import fit_clip, last_clip
-from pvdm_fast.errors import UserError
-from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.diffusion.sampling import NoiseSource, check_pair, sample_video
 from pvdm_fast.diffusion.schedulers import make_scheduler
+from pvdm_fast.errors import UserError
+from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.models.release import load_model
 
 MODELS = ("autoencoder", "denoiser")
 
@@ -35,7 +35,7 @@ class PVDMPipeline(DiffusionPipeline):
 
     Args:
         autoencoder, denoiser: two models that were trained together.
-        scheduler: from :func:`pvdm_fast.diffusion.schedulers.make_scheduler`. Another of diffusers' works where it needs no
+        scheduler: from :func:`pvdm_fast.schedulers.make_scheduler`. Another of diffusers' works where it needs no
             scaling of the latents; only those of ``make_scheduler`` clamp the clean latents.
 
     Raises:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.diffusion.cuda_graph import graphed_prediction
-from pvdm_fast.errors import UserError
 from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.errors import UserError
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -63,7 +63,7 @@ def sample_latents(
 
     Args:
         denoiser: predicts noise; put it into eval mode first.
-        scheduler: from :func:`pvdm_fast.diffusion.schedulers.make_scheduler`, or another of diffusers' that takes the noise.
+        scheduler: from :func:`pvdm_fast.schedulers.make_scheduler`, or another of diffusers' that takes the noise.
         shape: (B, D, N) of the latents.
         steps: number of denoising steps, 1 to 1000.
         noise: where the starting noise and that of each step come from.

@@ -18,8 +18,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from pvdm_fast.diffusion.noise import BETA_END, BETA_START, TRAIN_STEPS, NoiseSchedule
 from pvdm_fast.errors import UserError
+from pvdm_fast.models.noise_schedule import BETA_END, BETA_START, TRAIN_STEPS, NoiseSchedule
 
 SCHEDULER_NAMES = ("ddim", "ddpm", "dpm++", "unipc")
 

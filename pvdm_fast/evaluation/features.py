@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.checksums import sha256
 
 SIDE = 224
 FRAMES_AT_ONCE = 128

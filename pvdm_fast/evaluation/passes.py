@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pvdm_fast.data import ClipDataset, video_grid, write_video
 from pvdm_fast.data.draws import stable_hash
-from pvdm_fast.diffusion.noise import psnr
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation.clips import read_batches
 from pvdm_fast.evaluation.features import FeatureNetwork
@@ -25,6 +24,7 @@ from pvdm_fast.evaluation.tally import Measured, Tally, read_tallies, remaining,
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import make_bar
+from pvdm_fast.losses.psnr import psnr
 
 SHOWN = 8
 SHOWN_SIDE = 160

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pvdm_fast.data import ClipDataset
+from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation import features
 from pvdm_fast.evaluation.clips import open_clips
@@ -30,7 +31,6 @@ from pvdm_fast.evaluation.protocol import Protocol, Request, make_protocol
 from pvdm_fast.evaluation.report import write_report
 from pvdm_fast.evaluation.ssim import WINDOW
 from pvdm_fast.evaluation.subject import Subject, load_subject
-from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.jobs.files import locked, whole_file
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.jobs.checksums import sha256
-from pvdm_fast.errors import UserError
 from pvdm_fast.backends.cpu.precision import bfloat16_serves
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.training.config import TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 
@@ -60,8 +60,8 @@ class Subject:
 def load_subject(run: Path, device: torch.device, dtype: str) -> Subject:
     """The models of a run on a device, in "fp32" or "bf16"; raises UserError where there is no autoencoder, or one of
     the models is damaged."""
-    from pvdm_fast.models.release import load_model
     from pvdm_fast.models import Autoencoder, Denoiser
+    from pvdm_fast.models.release import load_model
 
     folder = RunFolder(run)
     if not (folder.autoencoder / "config.json").is_file():

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pvdm_fast.models.release import read_state_dict
-from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.checksums import sha256
+from pvdm_fast.models.release import read_state_dict
 
 TORCHVISION = "torchvision"
 MINIMUM_SIZE = 16  # VGG16 halves four times in front of its last features

@@ -13,8 +13,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from pvdm_fast.diffusion.noise import NoiseSchedule
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
+from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
 from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention
 

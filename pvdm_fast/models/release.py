@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from pvdm_fast.jobs.checksums import find_damage
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.checksums import find_damage
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from pvdm_fast.backends.reference.plane_resample import resample_planes
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.nn import checkpointing
 from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.planes import PlaneConv, PlaneNorm
-from pvdm_fast.backends.reference.plane_resample import resample_planes
 
 
 class ResidualBlock(nn.Module):

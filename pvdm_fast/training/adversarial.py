@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from pvdm_fast.diffusion.noise import psnr
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.share import Share
 from pvdm_fast.losses.lpips import LPIPS, MINIMUM_SIZE, load_lpips
 from pvdm_fast.losses.patchgan import Discriminators, frames_of
-from pvdm_fast.jobs.share import Share
+from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.training.config import AdversarialOptions, TrainConfig
 from pvdm_fast.training.stages import WHOLE, AutoencoderStage, Classes
 

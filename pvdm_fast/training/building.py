@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pvdm_fast.backends.cpu.precision import bfloat16_serves
 from pvdm_fast.data import find_classes
 from pvdm_fast.errors import UserError
-from pvdm_fast.backends.cpu.precision import bfloat16_serves
-from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
-from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.jobs.processes import TIMEOUT, Processes
+from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
+from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size
@@ -157,8 +157,8 @@ def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:
 
 def load_autoencoder(path: Path) -> Autoencoder:
     """A saved autoencoder; raises UserError where there is none, or it is damaged."""
-    from pvdm_fast.models.release import load_model
     from pvdm_fast.models import Autoencoder
+    from pvdm_fast.models.release import load_model
 
     if not (path / "config.json").is_file():
         raise UserError(f"there is no autoencoder in {path}: train one first, or name one with --autoencoder-from")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pvdm_fast.jobs.checksums import checksum
 from pvdm_fast.errors import UserError
-from pvdm_fast.training.config import STAGES
+from pvdm_fast.jobs.checksums import checksum
 from pvdm_fast.jobs.files import remove_folder, whole_folder
+from pvdm_fast.training.config import STAGES
 
 KEPT = 2
 STATE, NOTE = "state.pt", "checkpoint.json"

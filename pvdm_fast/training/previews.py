@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.data import video_grid, write_video
-from pvdm_fast.training.config import STAGES
 from pvdm_fast.jobs.files import whole_file
+from pvdm_fast.training.config import STAGES
 
 SHOWN_CLIPS = 8
 SHOWN_FRAMES = 8

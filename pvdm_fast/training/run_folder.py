@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
 from pvdm_fast.jobs.files import clean_up, locked, whole_file
+from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
 
 
 class RunFolder:

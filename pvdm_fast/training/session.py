@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from pvdm_fast.diffusion.sampling import sample_video
+from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
-from pvdm_fast.errors import Interrupted, UserError
-from pvdm_fast.diffusion.sampling import sample_video
+from pvdm_fast.jobs.files import whole_folder
+from pvdm_fast.jobs.interrupt import StopRequest
+from pvdm_fast.jobs.processes import Processes, lost_another, starts_again
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
 from pvdm_fast.training.config import OPTIONS, TrainConfig, get, make_config
-from pvdm_fast.jobs.files import whole_folder
-from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.training.options import Request, flag
-from pvdm_fast.jobs.processes import Processes, lost_another, starts_again
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import unsharded
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, video_size

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pvdm_fast.diffusion.noise import TRAIN_STEPS, NoiseSchedule, diffusion_loss, joint_batch, joint_latents, psnr
-from pvdm_fast.errors import UserError
+from pvdm_fast.diffusion.noise import diffusion_loss, joint_batch, joint_latents
 from pvdm_fast.diffusion.sampling import check_pair
+from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.share import Share
+from pvdm_fast.losses.psnr import psnr
+from pvdm_fast.models.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
 from pvdm_fast.training.sharding import cut_like, local, of_parts
 

@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from pvdm_fast.data import make_loader, open_dataset
 from pvdm_fast.data.watch import is_lasting
 from pvdm_fast.errors import Interrupted, NonFiniteLossError
-from pvdm_fast.training import checkpoint
-from pvdm_fast.training.config import StageOptions, TrainConfig
 from pvdm_fast.jobs.interrupt import StopRequest
-from pvdm_fast.training.optimizer import make_optimizer
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import StepBar
+from pvdm_fast.training import checkpoint
+from pvdm_fast.training.config import StageOptions, TrainConfig
+from pvdm_fast.training.optimizer import make_optimizer
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import load_model, load_optimizer, whole
 from pvdm_fast.training.stages import Stage

@@ -12,8 +12,7 @@ from benchmarks.cases import Case, Form, Setting, all_cases, assemble
 from benchmarks.errors import Error, cases, markdown, measure
 from benchmarks.measure import Prepared
 from pvdm_fast import use_backend
-from pvdm_fast.backends import extensions
-from pvdm_fast.backends import choice
+from pvdm_fast.backends import choice, extensions
 
 pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
 ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []

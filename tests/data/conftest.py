@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import films
 import numpy as np
 import pytest
+from data import films
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 

@@ -18,9 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-import films
 import numpy as np
 import webdataset
+from data import films
 
 from pvdm_fast.data import DataError, open_dataset, shards
 

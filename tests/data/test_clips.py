@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import films
 import numpy as np
 import pytest
 import torch
+from data import films
 from PIL import Image
 
 from pvdm_fast.data import ClipDataset, DataError, collate, open_dataset

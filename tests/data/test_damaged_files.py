@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import films
 import numpy as np
 import pytest
+from data import films
 from PIL import Image
 
 from pvdm_fast.data import DataError, open_dataset

@@ -6,9 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
-import films
 import numpy as np
 import pytest
+from data import films
 
 from pvdm_fast import encode, train
 

@@ -21,8 +21,8 @@ from pvdm_fast import encode
 from pvdm_fast.data import DataError, collate, latent_shards, open_dataset
 from pvdm_fast.data.latents import fingerprint
 from pvdm_fast.diffusion.noise import joint_batch, joint_latents, window_starts
-from pvdm_fast.models import Autoencoder
 from pvdm_fast.jobs.share import Share
+from pvdm_fast.models import Autoencoder
 
 SIZES = dict(frames=4, height=16, width=16, patch_size=8, channels=16, depth=1, num_heads=1, head_dim=8)
 CLIP = {"frames": 8, "height": 16, "width": 16}

@@ -9,10 +9,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import films
 import numpy as np
 import pytest
 import torch
+from data import films
 
 from pvdm_fast.data import ClipDataset, DataError, make_loader, open_dataset
 from pvdm_fast.data.clips import ShardClips

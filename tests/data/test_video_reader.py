@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import av
-import films
 import numpy as np
 import pytest
+from data import films
 
 from pvdm_fast.data import video_reader
 from pvdm_fast.data.errors import UnreadableVideo

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import av
-import films
 import numpy as np
 import pytest
 import torch
+from data import films
 from PIL import Image
 
 from pvdm_fast.data import video_grid, write_video

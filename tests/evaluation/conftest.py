@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import save_network
+from evaluation.networks import save_network
 
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.training.config import make_config, to_yaml

@@ -17,19 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from published import by_scipy
+from evaluation.published import by_scipy
 from safetensors.torch import load_file, save_file
 from tolerances import FRECHET, SUM_ORDER
 
 from pvdm_fast.data import ClipDataset, Item, open_dataset, write_video
 from pvdm_fast.data.clips import ClipSpec
-from pvdm_fast.diffusion.noise import psnr
 from pvdm_fast.evaluate import main, parse
 from pvdm_fast.evaluation import passes
 from pvdm_fast.evaluation.clips import BothSplits, open_clips, read_batches
 from pvdm_fast.evaluation.features import I3D_SHA256, FeatureNetwork
 from pvdm_fast.evaluation.ssim import ssim
 from pvdm_fast.evaluation.subject import load_subject
+from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.models import Denoiser
 
 CPU = torch.device("cpu")

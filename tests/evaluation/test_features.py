@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from comparison import assert_close
-from networks import WIDTH, Interface
+from evaluation.networks import WIDTH, Interface
 from tolerances import FLOAT32_ERROR, FLOAT32_PIXELS, FRECHET, I3D_COVARIANCE
 
-from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation.features import I3D_SHA256, FeatureNetwork, prepare
 from pvdm_fast.evaluation.moments import Gaussian, frechet_distance, moments
+from pvdm_fast.jobs.checksums import sha256
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from published import by_scipy
+from evaluation.published import by_scipy
 from tolerances import FRECHET
 
 from pvdm_fast.evaluation.moments import Gaussian, frechet_distance, moments

@@ -10,9 +10,9 @@ from tolerances import GOLDEN_BLOCK, GOLDEN_NETWORK, NO_GRADIENT
 from torch import Tensor, nn
 
 from pvdm_fast import TriplaneAttention, TriplaneLayout
-from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
 from pvdm_fast.nn import PlaneAttention, ResidualBlock
 
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from small import SMALL, steps
+from training.small import SMALL, steps
 
 from pvdm_fast.train import main
 

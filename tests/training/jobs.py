@@ -13,7 +13,9 @@ from pathlib import Path
 from pvdm_fast.train import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["jobs", "small", "pvdm_fast.training.session", "accelerate", "pvdm_fast.models"])
+CONTEXT.set_forkserver_preload(
+    ["training.jobs", "training.small", "pvdm_fast.training.session", "accelerate", "pvdm_fast.models"]
+)
 
 
 def free_port() -> int:

@@ -67,7 +67,7 @@ def _live(command: str, arguments: list[str], folder: str, moment: Moment, file_
 def _context() -> Any:
     """The process to fork from finds lives_preload by PYTHONPATH: not every Python hands it this one's sys.path."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lives_preload"])
+    context.set_forkserver_preload(["training.lives_preload"])
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
     return context

@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from comparison import assert_close
 from lpips_weights import random_backbone, random_heads
-from small import SMALL, losses, same_weights, steps, weights
+from training.small import SMALL, losses, same_weights, steps, weights
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.losses.patchgan import frames_of
 from pvdm_fast.jobs.share import Share
+from pvdm_fast.losses.patchgan import frames_of
 from pvdm_fast.train import main
 from pvdm_fast.training import checkpoint, trainer
 from pvdm_fast.training.adversarial import SecondPhaseStage

@@ -12,7 +12,7 @@ import tolerances
 import torch
 from accelerate import Accelerator
 from comparison import assert_close
-from test_adversarial import make_stage
+from training.test_adversarial import make_stage
 
 from pvdm_fast.jobs.share import Share
 from pvdm_fast.training.trainer import step_generator

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SMALL, losses, steps
+from training.small import SMALL, losses, steps
 
 from pvdm_fast import encode
 from pvdm_fast.models import Autoencoder

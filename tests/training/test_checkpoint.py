@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.training import checkpoint
 from pvdm_fast.jobs.files import clean_up, whole_file, whole_folder
+from pvdm_fast.training import checkpoint
 
 
 def save(folder: Path, step: int, stage: str = "autoencoder") -> Path:

@@ -11,14 +11,14 @@ from comparison import assert_close
 from tolerances import FLOAT32_ERROR
 from torch import Tensor
 
-from pvdm_fast.models.release import CheckpointError, to_release
 from pvdm_fast.data import find_classes
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.layouts import find_videos
-from pvdm_fast.errors import UserError
-from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents
 from pvdm_fast.diffusion.schedulers import make_scheduler
+from pvdm_fast.errors import UserError
+from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.models.release import CheckpointError, to_release
 from pvdm_fast.training.config import make_config
 from pvdm_fast.training.stages import DiffusionStage
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lives import live
-from small import SMALL, losses, same_weights, steps
-from test_kills import assert_whole
+from training.lives import live
+from training.small import SMALL, losses, same_weights, steps
+from training.test_kills import assert_whole
 
 from pvdm_fast.train import main
 from pvdm_fast.training.run_folder import RunFolder

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import SMALL, losses
+from training.small import SMALL, losses
 
 from pvdm_fast.data import clips, open_dataset, write_video
 from pvdm_fast.train import main

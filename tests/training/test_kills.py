@@ -10,12 +10,12 @@ import av
 import PIL.Image
 import pytest
 import yaml
-from lives import Life, Moment, live
-from small import SMALL, losses, same_weights, steps
+from training.lives import Life, Moment, live
+from training.small import SMALL, losses, same_weights, steps
 
 from pvdm_fast.jobs import checksums
-from pvdm_fast.models.release import load_model
 from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.models.release import load_model
 from pvdm_fast.training import checkpoint
 
 OFTEN = [*SMALL, *steps(6), "--save-every", "2", "--preview-every", "100"]

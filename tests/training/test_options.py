@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small import SMALL, steps
+from training.small import SMALL, steps
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.sample import main as sample_main

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import SMALL, losses, steps
+from training.small import SMALL, losses, steps
 
 from pvdm_fast.backends.cpu import precision
 from pvdm_fast.backends.cpu.gemm import compute_dtype

@@ -18,9 +18,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from jobs import finish, run_job, start_job
-from small import SMALL, checkpoint_names, losses, steps, wait_for, weights
 from tolerances import PROCESSES_GRADIENTS, PROCESSES_LONG, PROCESSES_RECORDS, PROCESSES_WEIGHTS
+from training.jobs import finish, run_job, start_job
+from training.small import SMALL, checkpoint_names, losses, steps, wait_for, weights
 
 from pvdm_fast.diffusion.noise import joint_batch
 from pvdm_fast.errors import UserError

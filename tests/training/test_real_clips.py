@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from small import steps
+from training.small import steps
 
 from pvdm_fast.data import open_dataset
 from pvdm_fast.sample import main as sample

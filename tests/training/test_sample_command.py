@@ -10,12 +10,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from small import SMALL, steps
+from training.small import SMALL, steps
 
 from pvdm_fast import sample
-from pvdm_fast.diffusion_ import sampling
 from pvdm_fast.data import open_video, write_video
 from pvdm_fast.data.shapes import draw_scene
+from pvdm_fast.diffusion import sampling
 from pvdm_fast.models import Denoiser
 from pvdm_fast.sample import main
 from pvdm_fast.train import main as train
@@ -38,7 +38,7 @@ def test_memory_does_not_grow_with_the_length(
         alive.append(sum(item.nbytes for item in gc.get_objects() if type(item) in kinds))
         return original(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "sample_latents", counted)
+    monkeypatch.setattr(sampling, "sample_latents", counted)
     assert run_sample(finished, tmp_path / f"out.{suffix}", "--frames", "32", "--steps", "1") == 0
     assert len(alive) == 8
     assert len(set(alive[2:])) == 1, alive
@@ -62,7 +62,7 @@ def test_a_clip_is_written_before_the_next_is_sampled(
         written.append(videos.shape[2])
         return np.zeros((videos.shape[2], 16, 16, 3), np.uint8)
 
-    monkeypatch.setattr(pipeline, "sample_latents", interrupted)
+    monkeypatch.setattr(sampling, "sample_latents", interrupted)
     monkeypatch.setattr("pvdm_fast.data.video_grid", noted)
     assert run_sample(finished, tmp_path / "out.mp4", "--frames", "40") == 130
     assert rounds == [0, 4, 8]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import SMALL, checkpoint_names, losses, same_weights, start, steps, wait_for, weights
+from training.small import SMALL, checkpoint_names, losses, same_weights, start, steps, wait_for, weights
 
 from pvdm_fast.data import write_video
 from pvdm_fast.data.shapes import draw_scene

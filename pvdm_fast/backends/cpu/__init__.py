@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pvdm_fast.backends.extensions import rows_dense
+from pvdm_fast.backends.rows import rows_dense
 
 
 def parameter(x: Tensor) -> Tensor:

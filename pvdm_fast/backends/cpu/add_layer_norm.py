@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.cpu import parameter, rows_of
+from pvdm_fast.backends.extensions import extension
 
 
 def forward(

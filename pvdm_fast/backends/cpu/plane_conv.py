@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.extensions import extension, rows_dense
 from pvdm_fast.backends.cpu.gemm import compute_dtype, linear
+from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.rows import rows_dense
 
 TAPS = 9
 WORKSPACE = 24 << 20  # bytes of unfolded rows at a time; from 2 to 31 MiB the size changes times by 10 % at most

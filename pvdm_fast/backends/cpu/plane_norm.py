@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.extensions import extension, rows_dense
 from pvdm_fast.backends.cpu import parameter
+from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.rows import rows_dense
 
 
 def forward(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.extensions import extension, rows_dense
+from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.rows import rows_dense
 
 
 def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.cuda import place
+from pvdm_fast.backends.extensions import extension
 
 PACK = 8  # channels: heads are padded to a multiple of it, so that rows are read 16 bytes at a time
 MATRIX_WIDTH = 128  # the widest head of the tensor cores' kernel

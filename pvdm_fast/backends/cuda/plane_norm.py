@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.extensions import extension, rows_dense
 from pvdm_fast.backends.cuda import parameter, place
+from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.rows import rows_dense
 
 MOST_PLANES = 32  # of the kernels, whose arguments hold all sizes
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.layout import PLANE_NAMES
-from pvdm_fast.backends.extensions import extension, rows_dense
 from pvdm_fast.backends.cuda import parameter, place
+from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.layout import PLANE_NAMES
 
 
 def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.backends.reference import wide
 from pvdm_fast.backends.reference.plane_resample import resample_planes, resample_planes_transposed
+from pvdm_fast.layout import PlaneLayout
 
 
 def _per_token(statistic: Tensor, layout: PlaneLayout, channels: int) -> Tensor:

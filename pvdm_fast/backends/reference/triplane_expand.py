@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.backends.reference import wide
+from pvdm_fast.layout import TriplaneLayout
 
 
 def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int, width: int) -> Tensor:

@@ -1,0 +1,134 @@
+"""The estimate of a training step against what real steps on the CPU keep, use and save."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import cost, floors
+from pvdm_fast.analysis.flops import FlopCount
+from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
+from pvdm_fast.errors import UserError
+from pvdm_fast.estimate import Estimate, estimate, main
+from pvdm_fast.models import Denoiser
+from pvdm_fast.training import checkpoint
+from pvdm_fast.training.building import make_autoencoder, make_denoiser
+from pvdm_fast.training.config import TrainConfig, make_config
+from pvdm_fast.training.optimizer import make_optimizer
+from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage
+
+NEAR = 0.15
+
+
+def config(**changes: Any) -> TrainConfig:
+    sizes = {"video.frames": 4, "autoencoder.batch_size": 2, "diffusion.batch_size": 2}
+    return make_config(sizes | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def real_step(config: TrainConfig, name: str) -> tuple[Any, Any, int, int]:
+    """The trained stage, its optimizer after a step, bytes saved for backward, bytes alive at once."""
+    autoencoder: Any = make_autoencoder(config)
+    stage: Any = AutoencoderStage(config, autoencoder)
+    if name == "diffusion":
+        stage = DiffusionStage(config, autoencoder, make_denoiser(config, autoencoder))
+    if stage.options.checkpointing:
+        stage.model.enable_gradient_checkpointing()
+    parameters = list(stage.model.parameters())
+    optimizer = make_optimizer(config.optimizer, parameters, stage.options)
+    video = torch.rand(stage.options.batch_size, 3, stage.clip_frames, stage.height, stage.width)
+    generator = torch.Generator().manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+        saved = saved_bytes(lambda: [stage.loss(stage.model, video, generator)], parameters)
+        with LiveMemory() as live:
+            gradients = torch.autograd.grad(stage.loss(stage.model, video, generator), parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    return stage, optimizer, saved, live.peak
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_is_what_a_step_takes(stage: str, precision: str, checkpointing: bool, tmp_path: Path) -> None:
+    changes = config(mixed_precision=precision, **{f"{stage}__checkpointing": checkpointing})
+    found = estimate(changes, stage)
+    trained, optimizer, saved, alive = real_step(changes, stage)
+    assert found.saved == pytest.approx(saved, rel=NEAR)
+    assert found.at_work == pytest.approx(alive, rel=NEAR)
+    state = {"model": trained.model.state_dict(), "optimizer": optimizer.state_dict(), "stage": trained.state()}
+    path = checkpoint.save(tmp_path, stage, 1, state)
+    assert found.checkpoint == pytest.approx((path / checkpoint.STATE).stat().st_size, rel=NEAR)
+
+
+def test_products_are_counted_as_the_formulas_have_them() -> None:
+    sizes = dict(time=4, height=8, width=8, model_channels=64, channel_mult=[1, 2], num_heads=4, num_res_blocks=1)
+    with FakeTensorMode(), torch.no_grad(), FlopCount() as count:
+        model = Denoiser(**sizes, attention_resolutions=[2])
+        latent = torch.empty(2, 4, model.layout.num_tokens)
+        model(latent, torch.zeros(2, dtype=torch.long), latent)
+    assert count.total == pytest.approx(2 * floors.denoiser(dict(model.config)), rel=0.02)
+
+
+def test_a_step_multiplies_three_times_as_much_as_a_pass() -> None:
+    """And once more the forward pass where it is recomputed."""
+    plain, again = (estimate(config(diffusion__checkpointing=value), "diffusion") for value in (False, True))
+    assert plain.frozen_flops == again.frozen_flops > 0
+    ratio = (again.flops - again.frozen_flops) / (plain.flops - plain.frozen_flops)
+    assert 1.2 < ratio < 1.4
+
+
+def test_eight_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install -e '.[8bit]'")
+    changes = config(optimizer="adamw8bit")
+    found = estimate(changes, "autoencoder")
+    assert found.optimizer < 0.5 * estimate(config(), "autoencoder").optimizer
+    stage, optimizer, _, _ = real_step(changes, "autoencoder")
+    path = checkpoint.save(tmp_path, "autoencoder", 1, {"optimizer": optimizer.state_dict()})
+    assert found.optimizer == pytest.approx((path / checkpoint.STATE).stat().st_size, rel=NEAR)
+    newest, _ = checkpoint.newest_good(tmp_path)
+    assert newest is not None
+    again = make_optimizer("adamw8bit", stage.model.parameters(), stage.options)
+    again.load_state_dict(checkpoint.load(newest)["optimizer"])
+
+
+def test_eight_bits_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes.*pip install 'pvdm-fast\[8bit\]'"):
+        make_optimizer("adamw8bit", [torch.nn.Parameter(torch.zeros(2))], config().autoencoder)
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--frames", "2", "--height", "8", "--width", "8", "--batch", "1"]
+    assert main([*small, "--stage", "diffusion", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert Estimate(**{key: value for key, value in found.items() if key != "peak"}).peak == found["peak"]
+    assert main([*small, "--checkpointing"]) == 0
+    table = capsys.readouterr().out
+    assert "autoencoder, " in table and "diffusion, " in table and "saved for backward" in table
+    for wrong in (["--preset", "huge"], ["--batch", "0"], ["--mixed-precision", "fp16"], ["--height", "9"], ["--bach"]):
+        assert main(wrong) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_cost_of_a_run() -> None:
+    """Hours by hand from the estimate's figures."""
+    changes = config()
+    found = estimate(cost.one_clip(changes), "diffusion")
+    clips = cost.Dataset("clips", 1000, 5e5)
+    videos, latents = (cost.cost(changes, found, clips, cached) for cached in (False, True))
+    assert videos.steps == max(changes.diffusion.steps, 10 * 1000 // 2)
+    flops = 2 * (found.flops - found.frozen_flops)
+    seconds = flops / (cost.UTILISATION * cost.PEAKS["A100"])
+    assert latents.gpu_hours["A100"] == pytest.approx(videos.steps * seconds / 3600)
+    assert latents.bytes_a_second["A100"] == pytest.approx(2 * cost.LATENT_BYTES / seconds)
+    encoding = 2 * 1.3 * found.frozen_flops / 2
+    assert videos.gpu_hours["A100"] / latents.gpu_hours["A100"] == pytest.approx((flops + encoding) / flops)

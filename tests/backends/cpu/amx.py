@@ -1,0 +1,59 @@
+"""Builds attention in the instruction set amx so that CPUs without it run it: csrc/emulation does what tiles would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+
+import build_tools
+
+ROOT = Path(__file__).resolve().parents[3]
+
+STAND_IN = "-DPVDM_AMX_STAND_IN"
+
+
+def skip_where_it_cannot_run(isas: Sequence[str]) -> None:
+    """Skips a test, saying why. isas: the instruction sets of this CPU."""
+    if "avx512bf16" not in isas:
+        pytest.skip("needs a CPU with AVX512-BF16: only the tiles have a stand-in")
+    if "amx" not in build_tools.isa_flags():
+        pytest.skip("needs an assembler that knows AMX")
+
+
+def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
+    """The extension `_tiles` (tiles.cpp beside this file), with `flags`; its path. What is tested, amx, is compiled as
+    for users; of other sets only what it borrows or the choice of a set names is there, and not optimised."""
+    include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+    extension = build_tools.cpu_extension(folder / f"_tiles{sysconfig.get_config_var('EXT_SUFFIX')}", include)
+    extension.link += " " + " ".join(flags)
+    added = f"{STAND_IN} {' '.join(flags)}"
+    kept = {
+        name: (source, rule, f"{flags_of} {added} {'' if name.endswith('_amx') else '-O0'}")
+        for name, (source, rule, flags_of) in extension.objects.items()
+        if name.startswith("runtime_")
+        or (name.startswith("attention_") and name.endswith(("_plain", "_avx512bf16", "_amx")))
+    }
+    tiles = f"{include} {added} -O1 -ftree-vectorize -mavx512f -mfma -DPVDM_HAVE_AVX512BF16 -DPVDM_HAVE_AMX"
+    extension.objects = {"tiles": (Path(__file__).with_name("tiles.cpp"), "cxx", tiles), **kept}
+    build_tools.run_ninja(extension, folder / "objects")
+    return extension.output
+
+
+def run_apart(module: ModuleType, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own, where `module` is that extension."""
+    load = (
+        "from pathlib import Path; from backends.cuda import emulated;"
+        f"module = emulated.load(Path({module.__file__!r}))"
+    )
+    path = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
+    environment = {**os.environ, **variables, "PYTHONPATH": path}
+    command = [sys.executable, "-c", f"{load}; {code}"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

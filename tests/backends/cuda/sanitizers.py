@@ -1,0 +1,65 @@
+"""Running a script with a sanitizer of g++ preloaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+# OpenMP's barriers are in a library that ThreadSanitizer knows nothing of: the run time takes std::thread instead.
+THREAD_FLAGS = ("-fsanitize=thread", "-DPVDM_PARALLEL_STD_THREAD")
+RACE = 66  # exit code
+
+
+def _environment(libraries: tuple[str, ...], **variables: str) -> dict[str, str]:
+    paths = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in libraries
+    ]
+    return {
+        **os.environ,
+        **variables,
+        "LD_PRELOAD": ":".join(paths),
+        # The tests and this checkout, which need not be the one that is installed.
+        "PYTHONPATH": os.pathsep.join(str(Path(__file__).resolve().parents[up]) for up in (2, 3)),
+    }
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def _check_clean(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert "clean" in result.stdout
+
+
+def run_sanitized(script: Path, *arguments: object) -> None:
+    """Under AddressSanitizer and UBSan; fails on any report. Leaks are Python's own and not looked for."""
+    environment = _environment(("libasan.so", "libubsan.so", "libstdc++.so"), ASAN_OPTIONS="detect_leaks=0")
+    _check_clean(_run([sys.executable, str(script), *map(str, arguments)], environment))
+
+
+def thread_sanitizer() -> tuple[list[str], dict[str, str]]:
+    """How a command is run under ThreadSanitizer: what stands before it, and its environment. Its exit code is `RACE`
+    where a race is reported. Skips the test where ThreadSanitizer can't run, saying why."""
+    environment = _environment(("libtsan.so", "libstdc++.so"), TSAN_OPTIONS=f"exitcode={RACE}")
+    if not Path(environment["LD_PRELOAD"].partition(":")[0]).is_file():
+        pytest.skip("g++ has no libtsan here")
+    # Its shadow memory needs addresses that a kernel with much randomisation may have given away: then without.
+    prefixes = [[], ["setarch", "-R"]] if shutil.which("setarch") else [[]]
+    for prefix in prefixes:
+        probe = _run([*prefix, sys.executable, "-c", "print('works')"], environment)
+        if probe.stdout == "works\n":
+            return prefix, environment
+    pytest.skip(f"ThreadSanitizer does not run here: {probe.stderr.strip()[:200]}")
+
+
+def run_thread_sanitized(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    prefix, environment = thread_sanitizer()
+    return _run([*prefix, sys.executable, str(script), *map(str, arguments)], environment)

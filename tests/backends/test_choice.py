@@ -1,0 +1,214 @@
+"""Choosing a backend: by name, by environment, automatically; and the refusals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.backends import choice, extensions
+from pvdm_fast.backends.choice import BACKENDS, OPERATIONS, SERVED, BackendError
+
+LAYOUT = TriplaneLayout(2, 3, 4)
+
+
+def expand(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    planes = torch.randn(1, LAYOUT.num_tokens, 2, dtype=dtype)
+    return ops.triplane_expand(planes, LAYOUT, torch.randn(3, 4, 2, dtype=dtype), torch.randn(3, 4, dtype=dtype))
+
+
+def test_context_manager_and_function_restore() -> None:
+    assert choice.requested() == "auto"
+    with use_backend("reference"):
+        assert choice.requested() == "reference"
+        with use_backend("auto"):
+            assert choice.requested() == "auto"
+        assert choice.requested() == "reference"
+    assert choice.requested() == "auto"
+    use_backend("reference")
+    assert choice.requested() == "reference"
+    use_backend("auto")
+
+
+def test_restored_after_an_error() -> None:
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert choice.requested() == "auto"
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r"Unknown backend 'gpu': choose one of reference, cpu, triton, cuda"):
+        use_backend("gpu")
+
+
+@pytest.fixture
+def fresh_reasons() -> Iterator[None]:
+    """Why a backend can't run is found out once a process: again for this test, and again after it."""
+    for found in (choice.unavailable, choice.ranking):
+        found.cache_clear()
+    yield
+    for found in (choice.unavailable, choice.ranking):
+        found.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backend_by_name_that_cannot_run_raises(
+    name: str, fresh_reasons: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(BackendError, match=rf"Backend '{name}' cannot run here: .*"):
+        use_backend(name)
+    assert choice.requested() == "auto"
+
+
+def test_triton_not_installed(fresh_reasons: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"Backend 'triton' cannot run here: triton is not installed: pip install"):
+        use_backend("triton")
+    assert all("not installed" in str(row["triton"]) for row in choice.report("cpu").values())
+
+
+def test_everything_else_works_without_triton() -> None:
+    """The package, its choice of backends and an operation, where `import triton` fails."""
+    code = """
+import sys
+sys.modules["triton"] = None  # what makes `import triton` an ImportError
+import torch, pvdm_fast
+from pvdm_fast import info, ops, tune
+print(ops.geglu(torch.ones(1, 4)).shape)
+info.main([])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("torch.Size([1, 2])")
+
+
+def test_backend_by_name_does_not_fall_back() -> None:
+    """No kernel for this dtype: a clear refusal, not the reference's result."""
+    if choice.unavailable("cpu"):
+        pytest.skip("the CPU extension was not built")
+    with use_backend("cpu"):
+        expand()
+        with pytest.raises(BackendError, match=r"cannot serve triplane_expand: .*float64"):
+            expand(torch.float64)
+
+
+def test_backward_asks_for_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    choose = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda op, name, i: (chosen.append((op, name)), choose(op, name, i))[1])
+    x = torch.randn(2, 6, requires_grad=True)
+    with use_backend("reference"):
+        y = ops.geglu(x)
+    y.sum().backward()
+    assert chosen == [("geglu", "reference"), ("geglu", "reference")]
+
+
+def test_compiled_code_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    choose = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda op, name, i: (chosen.append(name), choose(op, name, i))[1])
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.geglu, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 6)
+    compiled(x)
+    with use_backend("reference"):
+        compiled(x)
+    compiled(x)
+    assert chosen == ["auto", "reference", "auto"]
+
+
+def test_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    choice._log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger="pvdm_fast"):
+        expand()
+        expand()
+    assert [r.message for r in caplog.records if "triplane_expand" in r.message] == [
+        f"triplane_expand on cpu, float32: backend {choice.automatic('triplane_expand', 'cpu', torch.float32)}"
+    ]
+
+
+def test_environment_variable() -> None:
+    code = "from pvdm_fast.backends import choice; print(choice.requested())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PVDM_FAST_BACKEND": "reference"},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout.strip() == "reference"
+    wrong = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PVDM_FAST_BACKEND": "fast"}, capture_output=True, text=True
+    )
+    assert "Unknown backend 'fast'" in wrong.stderr
+
+
+def test_report_covers_everything() -> None:
+    report = choice.report("cpu")
+    assert set(report) == set(OPERATIONS)
+    for op, row in report.items():
+        assert set(row) == {"auto", *BACKENDS}
+        assert row["reference"] is None
+        for backend in BACKENDS:
+            if op not in SERVED[backend]:
+                assert "no kernel" in str(row[backend])
+
+
+def test_served_operations_exist() -> None:
+    assert all(op in (*OPERATIONS, *choice.FUSED) for served in SERVED.values() for op in served)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "capability", "tf32", "first"),
+    [
+        ("segment_attention", torch.bfloat16, (8, 0), False, "cuda"),
+        ("segment_attention", torch.bfloat16, (9, 0), False, "triton"),
+        ("axial_attention", torch.float16, (10, 0), False, "triton"),
+        ("axial_attention", torch.float16, (12, 0), False, "cuda"),
+        ("segment_attention", torch.float32, (8, 6), False, "cuda"),
+        ("segment_attention", torch.float32, (8, 6), True, "triton"),
+        ("plane_norm", torch.float32, (8, 0), False, "triton"),
+        ("triplane_expand", torch.float32, (9, 0), True, "cuda"),
+        ("geglu", torch.float32, (8, 0), False, "triton"),
+    ],
+)
+def test_choice_between_the_gpu_backends(
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    tf32: bool,
+    first: str,
+) -> None:
+    monkeypatch.setattr(choice, "why_not", lambda backend, op, _: None if op in SERVED[backend] else "no kernel")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
+    assert choice.ranking.__wrapped__(op, torch.device("cuda"), dtype, tf32)[0] == first
+
+
+def test_targets_that_run_on_a_gpu() -> None:
+    targets = ["sm_80", "sm_86", "sm_90a", "sm_120f", "ptx_80"]
+    assert extensions.runs_on(targets, (8, 0)) and extensions.runs_on(targets, (8, 9))
+    assert extensions.runs_on(["sm_86"], (8, 9)) and not extensions.runs_on(["sm_86"], (8, 0))
+    assert extensions.runs_on(["sm_90a"], (9, 0)) and not extensions.runs_on(["sm_90"], (10, 0))
+    assert extensions.runs_on(["sm_120f"], (12, 1)) and not extensions.runs_on(["sm_120a"], (12, 1))
+    assert extensions.runs_on(["ptx_90"], (10, 0)) and not extensions.runs_on(["ptx_90"], (8, 9))
+    assert not extensions.runs_on(["ptx_90a"], (10, 0)) and not extensions.runs_on([], (9, 0))
+    assert not extensions.runs_on(targets, (7, 5))
+
+
+def test_gpu_that_the_extension_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    message = extensions._gpu_reason(["sm_80", "ptx_80"])
+    assert message is not None
+    assert "built for sm_80, ptx_80" in message and "7.5" in message and "TORCH_CUDA_ARCH_LIST" in message
+    assert extensions._gpu_reason(["sm_75"]) is None

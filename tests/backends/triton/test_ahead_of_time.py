@@ -1,0 +1,102 @@
+"""Every kernel, compiled for every family of GPUs without one: budgets, and the budgets' own test on planted faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kernel_resources
+from pvdm_fast.backends.choice import SERVED
+from pvdm_fast.errors import UserError
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[3]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """In a process that compiles: this one interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, dict[str, list[str]]]:
+    result = run("tests/backends/triton/planted.py")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm100", "gfx942"])
+def test_good_kernels_keep_the_budget(planted: dict[str, dict[str, list[str]]], architecture: str) -> None:
+    assert planted[architecture]["good product"] == planted[architecture]["good copy"] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "architectures"),
+    [
+        ("spills", ["sm80", "sm100", "gfx942"]),
+        ("shared memory", ["sm80", "sm100", "gfx942"]),
+        ("tensor cores", ["sm80", "sm100"]),  # AMD's have float32 too
+        ("16-byte load", ["sm80", "sm100", "gfx942"]),
+    ],
+)
+def test_planted_faults_are_found(
+    planted: dict[str, dict[str, list[str]]], fault: str, architectures: list[str]
+) -> None:
+    for architecture in architectures:
+        assert any(fault in problem for problem in planted[architecture][fault]), planted[architecture]
+
+
+def check_resources(*options: str) -> None:
+    result = run("-m", "benchmarks.kernel_resources", *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [line.split("|")[1:3] for line in result.stdout.splitlines() if line.startswith("|")][2:]
+    kernels = {kernel.strip() for kernel, _ in rows}
+    assert not [op for op in SERVED["triton"] if not any(kernel.startswith(op) for kernel in kernels)]
+    compiled = {(kernel.strip(), target.strip()) for kernel, target in rows}
+    assert compiled == {(kernel, target) for kernel in kernels for target in kernel_resources.ARCHITECTURES}
+    documented = kernel_resources.DOCS.read_text()
+    missing = [kernel for kernel in kernels if f"| {kernel} |" not in documented]
+    assert not missing, f"run python -m benchmarks.kernel_resources --write-docs: docs/kernels.md lacks {missing}"
+
+
+@pytest.mark.slow
+def test_every_kernel_on_every_target() -> None:
+    """All that networks of full size launch in bfloat16, and every configuration of every table once, for float32 and
+    16 bits apart; entries of tables that nothing uses are problems too."""
+    check_resources("--quick")
+
+
+@pytest.mark.exhaustive
+def test_every_configuration_in_every_dtype() -> None:
+    """And with every set of dtypes that mixed precision makes."""
+    check_resources()
+
+
+def test_refuses_the_interpreter() -> None:
+    with pytest.raises(UserError, match="TRITON_INTERPRET is set, so kernels are not compiled: unset it"):
+        kernel_resources.run([])
+
+
+def test_writes_between_the_marks(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.md"
+    begin, end = kernel_resources.BEGIN, kernel_resources.END
+    path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    for _ in range(2):
+        kernel_resources.write_docs([], path=path)
+    text = path.read_text()
+    assert text.startswith(f"before\n{begin}\nMade by") and text.endswith(f"{end}\nafter\n") and "old" not in text
+    assert text.count("| kernel |") == 1
+
+
+def test_does_not_write_without_marks(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.md"
+    path.write_text("nothing")
+    with pytest.raises(UserError, match="must have the lines"):
+        kernel_resources.write_docs([], path=path)

@@ -1,0 +1,134 @@
+"""`attention_block` in Triton, in the interpreter, against the float64 reference; and where the denoiser uses it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from comparison import assert_close, relative_error
+from tolerances import OPERATION
+from torch import Tensor
+
+from pvdm_fast import ops, use_backend
+from pvdm_fast.backends.reference import attention_block as reference
+from pvdm_fast.kernels import attention_block
+from pvdm_fast.kernels.configs import assume
+from pvdm_fast.kernels.launch import watch
+from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.nn import PlaneAttention, TriplaneAttention
+
+
+def inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = ((3 * channels, channels), (3 * channels,), (channels, channels), (channels,))
+    x = 3 + torch.randn(batch, tokens, channels)
+    norm = [1 + 0.2 * torch.randn(channels), torch.randn(channels)]
+    weights = [torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes]
+    return [t.to(dtype) for t in (x, *norm, *weights)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "channels", "heads", "groups"),
+    [
+        (1, 128, 64, 4, 32),  # groups of 2 channels, 16 at a time
+        (2, 71, 96, 2, 32),  # groups of 3, padded to 4
+        (2, 1, 64, 1, 4),
+        (1, 33, 144, 3, 2),  # a group wider than a step; outputs and channels that fill no block
+    ],
+)
+def test_float32(batch: int, tokens: int, channels: int, heads: int, groups: int) -> None:
+    arguments = inputs(batch, tokens, channels)
+    exact = reference.forward(*(t.double() for t in arguments), heads, groups, 1e-5)
+    before = [t.clone() for t in arguments]
+    x = arguments[0]
+    buffer = torch.full((batch, tokens, 2, channels), float("nan"))
+    buffer[:, :, 1] = x
+    for form in (x, x.transpose(1, 2).contiguous().transpose(1, 2), buffer[:, :, 1]):
+        out = attention_block.forward(form, *arguments[1:], heads, groups, 1e-5)
+        assert out.is_contiguous()
+        assert_close(out, exact, OPERATION[torch.float32])
+    assert all(torch.equal(t, b) for t, b in zip(arguments, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(dtype: torch.dtype) -> None:
+    """What is added to x is at most as far from exact as twice what plain PyTorch computes in the same dtype."""
+    arguments = inputs(2, 50, 64, dtype)
+    arguments[0] = arguments[0] - 3  # the residual small: what is compared is the block
+    exact = reference.forward(*(t.double() for t in arguments), 2, 32, 1e-5)
+    out = attention_block.forward(*arguments, 2, 32, 1e-5)
+    x, gain, shift, qkv_weight, qkv_bias, weight, bias = arguments
+    normed = torch.nn.functional.group_norm(x.transpose(1, 2), 32, gain, shift).transpose(1, 2)
+    q, k, v = torch.nn.functional.linear(normed, qkv_weight, qkv_bias).view(2, 50, 2, 3, 32).permute(3, 0, 2, 1, 4)
+    attended = ((q * 32**-0.5) @ k.mT).float().softmax(-1).to(dtype) @ v
+    plain = x + torch.nn.functional.linear(attended.transpose(1, 2).flatten(2), weight, bias)
+    assert out.dtype == dtype
+    assert_close(out, exact, max(2 * relative_error(plain, exact), OPERATION[dtype]))
+    assert torch.equal(out, attention_block.forward(*arguments, 2, 32, 1e-5))
+
+
+def test_three_launches() -> None:
+    names: list[str] = []
+    arguments = [t.to("meta") for t in inputs(1, 128, 64)]
+    with watch(lambda kernel, *_: names.append(kernel.fn.__name__)), assume("sm90"):
+        attention_block.forward(*arguments, 8, 32, 1e-5)
+    assert names == ["_normed_qkv", "segment_attention_forward", "_projected"]
+
+
+def block(kind: type[TriplaneAttention] = TriplaneAttention) -> TriplaneAttention:
+    made = kind(64, 4)
+    torch.nn.init.normal_(made.proj_out.weight, std=0.1)
+    torch.nn.init.normal_(made.proj_out.bias)  # type: ignore[arg-type]
+    torch.nn.init.normal_(made.norm.weight)
+    return made
+
+
+def calls_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    calls: list[Any] = []
+    forward = attention_block.forward
+    monkeypatch.setattr(attention_block, "forward", lambda *a: calls.append(a) or forward(*a))
+    return calls
+
+
+def test_denoiser_block_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, attention = calls_of_the_fused_kernel(monkeypatch), block()
+    x = torch.randn(2, 64, 21)
+    with torch.no_grad():
+        with use_backend("reference"):
+            expected = attention(x)
+        with use_backend("triton"):
+            assert_close(attention(x), expected, OPERATION[torch.float32])
+            compiled = torch.compile(attention.forward_tokens, fullgraph=True, backend="aot_eager")
+            assert_close(compiled(x.transpose(1, 2)).transpose(1, 2), expected, OPERATION[torch.float32])
+    assert len(calls) == 1, "torch.compile fuses by itself"
+
+
+@pytest.mark.parametrize("why", ["gradient", "clips", "tokens", "planes", "autocast", "backend"])
+def test_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    calls, attention = calls_of_the_fused_kernel(monkeypatch), block()
+    x = torch.randn(3 if why == "clips" else 1, 129 if why == "tokens" else 8, 64)
+    with (
+        use_backend("auto" if why == "backend" else "triton"),
+        torch.set_grad_enabled(why == "gradient"),
+        torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"),
+    ):
+        if why == "planes":
+            block(PlaneAttention).forward_planes(x, PlaneLayout(((2, 2), (4, 1))))
+        else:
+            attention.forward_tokens(x)
+    assert not calls
+
+
+def test_errors() -> None:
+    arguments = inputs(1, 4, 64)
+    with pytest.raises(ValueError, match="N up to 128"):
+        ops.attention_block(torch.randn(1, 129, 64), *arguments[1:], heads=4)
+    with pytest.raises(ValueError, match="must divide the 64 channels"):
+        ops.attention_block(*arguments, heads=5)
+    with pytest.raises(ValueError, match="weights must have shapes"):
+        ops.attention_block(*arguments[:-1], torch.zeros(3), heads=4)
+    with pytest.raises(ValueError, match=r"weights must be torch\.bfloat16"):
+        ops.attention_block(arguments[0].bfloat16(), *arguments[1:], heads=4)

@@ -1,0 +1,193 @@
+"""plane_conv in Triton's interpreter: tiles and parts of the inner axis, strides, formats of weights, the vendor's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from comparison import assert_close
+from inputs import DTYPES, transposed
+from tolerances import CONV_SUM, OPERATION
+from torch import Tensor
+
+from pvdm_fast import ops, use_backend
+from pvdm_fast.backends import choice
+from pvdm_fast.backends.reference import plane_conv as reference
+from pvdm_fast.layout import PlaneLayout, TriplaneLayout
+
+pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
+triton = pytest.importorskip("triton")
+
+from pvdm_fast.kernels import plane_conv, plane_conv_backward, plane_conv_product  # noqa: E402
+from pvdm_fast.kernels.configs import ANY, ConfigTable, assume  # noqa: E402
+from pvdm_fast.kernels.launch import Config, watch  # noqa: E402
+
+ODD = TriplaneLayout(3, 5, 7)
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": transposed,
+    "channels first": lambda t: t.mT.contiguous().mT,
+    "stride 0 tokens": lambda t: t[:, :1].expand_as(t),
+    "all stride 0": lambda t: t[:1, :1, :1].expand_as(t),
+}
+
+
+def configure(monkeypatch: pytest.MonkeyPatch, table: ConfigTable, config: Config) -> None:
+    monkeypatch.setattr(table, "entries", {(ANY, ANY, ANY): config})
+    monkeypatch.setattr(table, "asked", {})
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a large GPU: the few programs of small inputs share their inner axis."""
+    monkeypatch.setitem(plane_conv_product.MULTIPROCESSORS, "interpreter", 64)
+    monkeypatch.setattr(plane_conv_product, "LEAST_STEPS", 1)
+
+
+def draw(layout: PlaneLayout, channels: int, written: int, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, ...]:
+    """x, weight, bias and the incoming gradient."""
+    x, grad = (torch.randn(batch, layout.num_tokens, c).to(dtype) for c in (channels, written))
+    weight = torch.randn(written, channels, 3, 3) / (3 * channels**0.5)
+    return x, weight.to(dtype), torch.randn(written).to(dtype), grad
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLayout) -> tuple[Tensor, ...]:
+    """Forward and backward against the float64 reference; returns all results."""
+    out = plane_conv.forward(x, weight, bias, layout.sizes)
+    expected = reference.forward(x.double(), weight.double(), bias.double(), layout.sizes)
+    assert out.dtype == x.dtype and out.is_contiguous()
+    assert_close(out, expected, OPERATION[x.dtype], "output")
+    actual = plane_conv.backward(grad, x, weight, layout.sizes, [True, True])
+    gradients = reference.backward(grad.double(), x.double(), weight.double(), layout.sizes, [True, True])
+    for name, a, e in zip(("x", "weight", "bias"), actual, gradients, strict=True):
+        assert a.dtype == x.dtype and a.is_contiguous()
+        assert_close(a, e, CONV_SUM[a.dtype], f"gradient of {name}")
+    return out, *actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "written"), [(3, 5), (33, 3), (5, 70), (72, 20)])
+def test_values(dtype: torch.dtype, channels: int, written: int) -> None:
+    """Narrow and wide on either side, several tiles on every axis, rows that straddle planes and batch elements."""
+    check(*draw(ODD, channels, written, dtype), ODD)
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_are_added_in_order(dtype: torch.dtype) -> None:
+    """Every program's share of the inner axis: several steps, the last one fewer; twice with the same bits."""
+    assert plane_conv_product.parts_of(torch.device("cpu"), 3, 18) == 16
+    inputs = draw(ODD, 70, 20, dtype)
+    first, second = (check(*inputs, ODD) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many programs and steps, planes of several tiles."""
+    for table in (plane_conv_product.CONV, plane_conv_backward.WEIGHT):
+        configure(monkeypatch, table, plane_conv_product.tile(16, 32, 16, 4, 1))
+    configure(monkeypatch, plane_conv_product.ADD, Config({"BLOCK": 64}))
+    configure(monkeypatch, plane_conv_backward.ARRANGE, Config({"BLOCK_C": 16}))
+    monkeypatch.setitem(plane_conv_product.MULTIPROCESSORS, "interpreter", 48)
+    layout = PlaneLayout(((5, 3), (2, 7)))
+    check(*draw(layout, 34, 40, torch.float32), layout)
+
+
+@pytest.mark.parametrize("planes", [((1, 1), (1, 1), (1, 1)), ((1, 7),), ((2, 1), (1, 2), (4, 4)), ((1, 1), (9, 3))])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_small_planes(planes: tuple[tuple[int, int], ...], batch: int) -> None:
+    layout = PlaneLayout(planes)
+    check(*draw(layout, 6, 4, torch.float32, batch), layout)
+
+
+@pytest.mark.parametrize("channels", [8, 24])
+@pytest.mark.parametrize("form", FORMS)
+def test_strides(form: str, channels: int) -> None:
+    """Narrow tensors are read as they lie, wider ones with dense channels."""
+    x, weight, bias, grad = draw(ODD, channels, channels, torch.float32)
+    before = x.clone(), weight.clone(), grad.clone()
+    check(FORMS[form](x), weight, bias, FORMS[form](grad), ODD)
+    assert all(torch.equal(a, b) for a, b in zip((x, weight, grad), before, strict=True))
+
+
+def test_formats_of_the_weight() -> None:
+    """channels_last needs no copy; slices and transposed views are read right; nothing is remembered."""
+    x, weight, bias, grad = draw(ODD, 5, 6, torch.float32)
+    dense = weight.to(memory_format=torch.channels_last)
+    assert plane_conv_product.packed(dense).data_ptr() == dense.data_ptr()
+    expected = check(x, weight, bias, grad, ODD)
+    padded = torch.randn(12, 10, 3, 4)
+    padded[::2, ::2, :, :3] = weight
+    turned = weight.transpose(2, 3).contiguous().transpose(2, 3)
+    for other in (dense, padded[::2, ::2, :, :3], turned):
+        assert all(torch.equal(a, b) for a, b in zip(check(x, other, bias, grad, ODD), expected, strict=True))
+    for form in (weight, dense):
+        form.data.mul_(2)  # keeps the version counter
+        bias.data.mul_(2)
+        torch.testing.assert_close(plane_conv.forward(x, form, bias, ODD.sizes) / 2, expected[0])
+        bias.data.div_(2)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_only_what_is_needed(needs: tuple[bool, bool]) -> None:
+    x, weight, _, grad = draw(ODD, 5, 6, torch.float32)
+    every = plane_conv.backward(grad, x, weight, ODD.sizes, [True, True])
+    some = plane_conv.backward(grad, x, weight, ODD.sizes, needs)
+    for needed, a, e in zip((*needs, True), some, every, strict=True):
+        assert torch.equal(a, e) if needed else a.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vendor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """The vendor's convolution, where the table chooses it: the same results; only the weight's gradient is ours."""
+    configure(monkeypatch, plane_conv_product.CHOICE, plane_conv_product.ALWAYS)
+    x, weight, bias, grad = draw(ODD, 20, 12, dtype)
+    check(x, weight.to(memory_format=torch.channels_last), bias, grad, ODD)
+    check(*draw(ODD, 12, 20, dtype), ODD)
+    names = launches(ODD, 20, 12, "interpreter")
+    assert names == ["_weight_gradient", "_arrange"]
+
+
+def test_choice() -> None:
+    """By shape and architecture; never in the interpreter, where our kernel is what is to be seen."""
+    for architecture, expected in (("sm80", False), ("sm90", True), ("gfx942", False), ("interpreter", False)):
+        with assume(architecture):
+            large, small = (torch.empty(batch, 2048, 512, device="meta") for batch in (4, 1))
+            assert plane_conv_product.vendor_is_chosen(large, 512) == expected
+            assert not plane_conv_product.vendor_is_chosen(large, 256)
+            assert not plane_conv_product.vendor_is_chosen(small, 512)
+
+
+def launches(layout: PlaneLayout, channels: int, written: int, architecture: str, batch: int = 1) -> list[str]:
+    """Names of the kernels that forward and backward launch in bfloat16, in order; the weight is in channels_last."""
+    x, weight, bias, grad = (t.to("meta") for t in draw(layout, channels, written, torch.bfloat16, batch))
+    names: list[str] = []
+    with assume(architecture), watch(lambda kernel, *_: names.append(kernel.__name__)):
+        plane_conv.forward(x, weight, bias, layout.sizes)
+        plane_conv.backward(grad, x, weight, layout.sizes, [True, True])
+    return names
+
+
+def test_launches() -> None:
+    """Few tokens: parts, added by a second kernel. Many: one launch for all planes."""
+    alone, shared = ["_convolve"], ["_convolve", "_add_parts"]
+    weight = ["_weight_gradient", "_arrange"]
+    assert launches(TriplaneLayout(2, 4, 4), 64, 64, "sm90") == shared + shared + weight
+    assert launches(TriplaneLayout(16, 32, 32), 256, 256, "sm90", 8) == alone + alone + weight
+
+
+def test_gradients_through_the_operation() -> None:
+    """`.sum().backward()` and an optimizer's steps, through the registered operation."""
+    x = torch.randn(2, ODD.num_tokens, 5)
+    conv = torch.nn.Conv2d(5, 6, 3)
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    for _ in range(2):
+        expected = reference.forward(x, conv.weight, conv.bias, ODD.sizes)
+        with use_backend("triton"):
+            out = ops.plane_conv(x, ODD, conv.weight, conv.bias)
+            torch.testing.assert_close(out, expected)
+            optimizer.zero_grad()
+            out.sum().backward()
+        gradients = torch.autograd.grad(expected.sum(), (conv.weight, conv.bias))
+        torch.testing.assert_close((conv.weight.grad, conv.bias.grad), gradients, rtol=1e-5, atol=1e-4)
+        optimizer.step()

@@ -1,0 +1,152 @@
+"""Sampling by CUDA graphs, without a GPU: the refusal, the calls, and replays of what was captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from pvdm_fast.diffusion.cuda_graph import WARM_UP_PASSES, GraphedPrediction
+from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_video
+from pvdm_fast.diffusion.schedulers import make_scheduler
+from pvdm_fast.errors import UserError
+from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.sample import main
+
+
+class Tape(TorchDispatchMode):
+    """Stands in for a CUDA graph: while capturing it notes every operation, and a replay does them again on the same
+    tensors, Python left out. Numbers that Python took part in are frozen, as in a graph."""
+
+    made: list[Tape]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.replays = 0
+        Tape.made.append(self)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.steps.append((function, args, kwargs or {}, tensors(result)))
+        return result
+
+    def replay(self) -> None:
+        self.replays += 1
+        for function, args, kwargs, written in self.steps:
+            given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+            for old, new in zip(written, tensors(function(*args, **kwargs)), strict=True):
+                if old.untyped_storage().data_ptr() not in given:
+                    old.copy_(new)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_iter(values) if isinstance(t, Tensor)]
+
+
+class Stream:
+    """A stream that notes whom it waits for."""
+
+    log: list[str]
+
+    def __init__(self, name: str = "aside") -> None:
+        self.name = name
+
+    def wait_stream(self, other: Stream) -> None:
+        Stream.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """torch.cuda's graphs and streams replaced; gives the log of what is done on which stream."""
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        Stream.log.append(f"on {stream.name}")
+        yield
+
+    @contextmanager
+    def capture(tape: Tape) -> Iterator[None]:
+        Stream.log.append("capture")
+        with tape:
+            yield
+
+    @contextmanager
+    def device(_: torch.device) -> Iterator[None]:
+        yield
+
+    Tape.made, Stream.log = [], []
+    current = Stream("current")
+    for name, stand_in in dict(
+        CUDAGraph=Tape, graph=capture, Stream=Stream, stream=on, current_stream=lambda: current, device=device
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return Stream.log
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    model = Denoiser.from_preset("tiny", time=2, height=4, width=4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def sample(denoiser: Denoiser, predict: Any, condition: Tensor | None, guidance: float, name: str = "ddim") -> Tensor:
+    shape = (2, 4, denoiser.layout.num_tokens)
+    return sample_latents(
+        denoiser, make_scheduler(name), shape, steps=4, noise=NoiseSource(3), condition=condition, guidance=guidance,
+        predict=predict,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
+def test_replays_give_the_same_latents(taped: list[str], denoiser: Denoiser, scheduler: str) -> None:
+    """Every step's latent, time and condition reach the captured pass; later steps overwrite no result."""
+    conditions = [None, *torch.randn(2, 2, 4, denoiser.layout.num_tokens).tanh()]
+    predict = GraphedPrediction()
+    for condition in conditions:
+        expected = sample(denoiser, predict_noise, condition, 1.5, scheduler)
+        assert torch.equal(sample(denoiser, predict, condition, 1.5, scheduler), expected)
+    # One without, one with a condition; the second condition is another input of the same graph.
+    assert [tape.replays for tape in Tape.made] == [4, 8]
+    assert len(Tape.made[0].steps) > 50
+
+
+def test_captured_once_a_shape_after_warming_up_aside(taped: list[str], denoiser: Denoiser) -> None:
+    predict, latent = GraphedPrediction(), torch.randn(2, 4, denoiser.layout.num_tokens)
+    passes = []
+    handle = denoiser.register_forward_hook(lambda *_: passes.append(taped[-1]))
+    results = [predict(denoiser, latent, timestep) for timestep in (900, 10)]
+    handle.remove()
+    assert taped == ["aside waits for current", "on aside", "current waits for aside", "capture"]
+    assert passes == ["on aside"] * WARM_UP_PASSES + ["capture"]
+    assert not torch.equal(*results)
+    predict(denoiser, latent[:1], 900)
+    predict(denoiser, latent, 900)
+    assert [tape.replays for tape in Tape.made] == [3, 1]
+
+
+def test_cpu_is_refused(denoiser: Denoiser) -> None:
+    autoencoder = Autoencoder.from_preset("tiny", frames=2, height=16, width=16)
+    with pytest.raises(UserError, match="CUDA graphs need a CUDA GPU, but the denoiser is on cpu: sample without"):
+        sample_video(autoencoder, denoiser, clips=1, frames=2, steps=1, cuda_graph=True)
+
+
+def test_cpu_is_refused_on_the_command_line(
+    denoiser: Denoiser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Autoencoder.from_preset("tiny", frames=2, height=16, width=16).save_pretrained(tmp_path / "autoencoder")
+    denoiser.save_pretrained(tmp_path / "denoiser")
+    arguments = [str(tmp_path), "--device", "cpu", "--cuda-graph", "--out", str(tmp_path / "samples.npy")]
+    assert main(arguments) != 0
+    assert "sample without --cuda-graph" in capsys.readouterr().err
+    assert not (tmp_path / "samples.npy").exists()
