@@ -122,8 +122,8 @@ def timesformer_layer(setting: Setting) -> Prepared:
 def projection(setting: Setting) -> Prepared:
     """Sequences to element 0 of the last layer."""
     layout, channels = setting.lattice, setting.autoencoder["channels"]
-    places, length = layout.height * layout.width, layout.time + 1
-    x = setting.draw(setting.clips, places, length, channels)
+    sites, length = layout.height * layout.width, layout.time + 1
+    x = setting.draw(setting.clips, sites, length, channels)
 
     def rival(module: nn.Module, x: Tensor) -> Tensor:
         return module(x.flatten(0, 1))[:, 0].unflatten(0, x.shape[:2])
@@ -132,8 +132,8 @@ def projection(setting: Setting) -> Prepared:
         lambda variant: _lazy(lambda: eager_autoencoder.Projection(channels, variant=variant), rival, [x])
     )
     make["ours"] = _lazy(lambda: PlaneProjection(channels), lambda module, x: module(x), [x])
-    flops = setting.clips * floors.projection(places, length, channels)
-    return assemble_modules(setting, f"B{setting.clips} {places} sequences of {length}, C{channels}", make, flops)
+    flops = setting.clips * floors.projection(sites, length, channels)
+    return assemble_modules(setting, f"B{setting.clips} {sites} sequences of {length}, C{channels}", make, flops)
 
 
 def _denoisers(setting: Setting, call: Call, rival_call: Call, inputs: Sequence[Tensor]) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def _axial_attention(setting: Setting, axis: str) -> Prepared:
 
         return Form(function, [qkv])
 
-    places = layout.height * layout.width
-    sequences, length = (places, layout.time) if along_time else (layout.time, places)
+    sites = layout.height * layout.width
+    sequences, length = (sites, layout.time) if along_time else (layout.time, sites)
     flops = setting.clips * floors.attention(sequences, length, length, heads * width)
     shape = f"B{setting.clips} {sequences} sequences of {length}, heads {heads} x {width}"
     return assemble(setting, shape, {"ours": Form(ours, [qkv]), **with_variants(form)}, {}, flops)
@@ -108,28 +108,28 @@ def axial_attention_query(setting: Setting) -> Prepared:
     width = setting.autoencoder["channels"] // 8
     count, length = setting.clips * layout.height * layout.width, layout.time + 1
     query = setting.draw(count, 1, heads * width, seed=1)
-    kv = setting.draw(count, length, 2 * heads * width)
+    qkv = setting.draw(count, length, 2 * heads * width)
 
-    def ours(query: Tensor, kv: Tensor) -> Tensor:
-        sequences = kv.view(count, length, 1, 1, 2, heads, width)
+    def ours(query: Tensor, qkv: Tensor) -> Tensor:
+        sequences = qkv.view(count, length, 1, 1, 2, heads, width)
         return ops.axial_attention(sequences, "time", query=query.view(count, 1, 1, 1, heads, width)).view(count, 1, -1)
 
     def form(variant: Variant) -> Form:
-        def function(query: Tensor, kv: Tensor) -> Tensor:
-            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, *kv.chunk(2, dim=-1)))
+        def function(query: Tensor, qkv: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, *qkv.chunk(2, dim=-1)))
             if variant.sdpa:
                 return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             return ((q @ k.mT * width**-0.5).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
-        return Form(function, [query, kv], pack)
+        return Form(function, [query, qkv], pack)
 
     def pack(tensors: Sequence[Tensor]) -> Tensor:
-        query, kv = tensors
-        return torch.cat((query, *kv.chunk(2, dim=-1)), dim=1)
+        query, qkv = tensors
+        return torch.cat((query, *qkv.chunk(2, dim=-1)), dim=1)
 
     flops = floors.attention(count, 1, length, heads * width)
     shape = f"{count} sequences of {length}, heads {heads} x {width}"
-    return assemble(setting, shape, {"ours": Form(ours, [query, kv], pack), **with_variants(form)}, {}, flops)
+    return assemble(setting, shape, {"ours": Form(ours, [query, qkv], pack), **with_variants(form)}, {}, flops)
 
 
 @register("axial_attention/projection", "operation")
@@ -151,13 +151,13 @@ def axial_attention_projection(setting: Setting) -> Prepared:
     return assemble(setting, shape, {"ours": Form(ours, [qkv]), **with_variants(form)}, {}, flops)
 
 
-def _plane_norm(setting: Setting, *, joint: bool, film: bool, resample: str | None) -> Prepared:
+def _plane_norm(setting: Setting, *, joint: bool, scaled: bool, resample: str | None) -> Prepared:
     layout, channels = setting.layout, setting.denoiser["model_channels"]
     if resample == "up":
         layout = layout.downsample(2)
     tokens = setting.draw(setting.clips, layout.num_tokens, channels)
     parameters = {"weight": 1 + 0.1 * setting.draw(channels, seed=1), "bias": setting.draw(channels, seed=2)}
-    if film:
+    if scaled:
         parameters["scale_shift"] = 0.2 * setting.draw(setting.clips, 2 * channels, seed=3)
     segments = PlaneLayout(((layout.num_tokens, 1),)) if joint else layout
 
@@ -186,19 +186,19 @@ def _plane_norm(setting: Setting, *, joint: bool, film: bool, resample: str | No
 @register("plane_norm/joint", "operation")
 def plane_norm_joint(setting: Setting) -> Prepared:
     """As before cross-plane attention: statistics over all tokens."""
-    return _plane_norm(setting, joint=True, film=False, resample=None)
+    return _plane_norm(setting, joint=True, scaled=False, resample=None)
 
 
 @register("plane_norm/scale, shift, SiLU", "operation")
 def plane_norm_film(setting: Setting) -> Prepared:
     """As before a residual block's second convolution."""
-    return _plane_norm(setting, joint=False, film=True, resample=None)
+    return _plane_norm(setting, joint=False, scaled=True, resample=None)
 
 
 @register("plane_norm/SiLU, up", "operation")
 def plane_norm_up(setting: Setting) -> Prepared:
     """As at the start of an up-sampling residual block."""
-    return _plane_norm(setting, joint=False, film=False, resample="up")
+    return _plane_norm(setting, joint=False, scaled=False, resample="up")
 
 
 @register("plane_conv/3x3", "operation")

@@ -220,7 +220,7 @@ class _Net(nn.Module):
 
 
 def sequences(lattice: Tensor, plane: str, layout: TriplaneLayout, token: Tensor, positions: Tensor) -> Tensor:
-    """lattice: (B, T H W, C) -> (B places, L + 1, C): the collapsed axis, the token appended, positions added."""
+    """lattice: (B, T H W, C) -> (B sites, L + 1, C): the collapsed axis, the token appended, positions added."""
     axis = {"xy": 1, "yt": 2, "xt": 3}[plane]
     x = lattice.unflatten(1, (layout.time, layout.height, layout.width)).movedim(axis, 3).flatten(0, 2)
     end = token.view(1, 1, -1).expand(x.shape[0], 1, -1)

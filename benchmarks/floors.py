@@ -88,25 +88,25 @@ def denoiser(config: dict[str, Any]) -> int:
 
 def timesformer_layer(layout: TriplaneLayout, channels: int, inner: int) -> int:
     """Time attention, space attention, gated feed-forward."""
-    tokens, places = layout.num_lattice_tokens, layout.height * layout.width
+    tokens, sites = layout.num_lattice_tokens, layout.height * layout.width
     products = 2 * linear(tokens, channels, 4 * inner)
-    products += attention(places, layout.time, layout.time, inner) + attention(layout.time, places, places, inner)
+    products += attention(sites, layout.time, layout.time, inner) + attention(layout.time, sites, sites, inner)
     return products + linear(tokens, channels, 8 * channels) + linear(tokens, 4 * channels, channels)
 
 
 def projection(
-    places: int, length: int, channels: int, *, depth: int = 4, hidden: int = 512, whole: bool = False
+    sites: int, length: int, channels: int, *, depth: int = 4, hidden: int = 512, whole: bool = False
 ) -> int:
-    """The layers over `places` sequences of `length` (the appended token included).
+    """The layers over `sites` sequences of `length` (the appended token included).
 
     Only one position of the last layer is needed; `whole` counts all of them, as the release computes it.
     """
     inner = PROJECTION_HEADS * (channels // 8)
 
     def layer(queries: int) -> int:
-        keys = linear(places * length, channels, 2 * inner)
+        keys = linear(sites * length, channels, 2 * inner)
         one = linear(1, channels, inner) + linear(1, inner, channels) + 2 * linear(1, channels, hidden)
-        return keys + places * queries * one + attention(places, queries, length, inner)
+        return keys + sites * queries * one + attention(sites, queries, length, inner)
 
     return (depth - 1) * layer(length) + layer(length if whole else 1)
 

@@ -14,19 +14,19 @@ inline void check_offsets(const std::vector<int64_t>& offsets, int64_t tokens) {
 // What both directions read.
 inline void check_attention(const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
                             const TensorView& out, const TensorView& lse, const std::vector<int64_t>& offsets) {
-  require(qkv.dims == 6, "qkv must be (B, places, L, parts, heads, d).");
-  const int64_t batch = qkv.size[0], places = qkv.size[1], tokens = qkv.size[2], heads = qkv.size[4], width = qkv.size[5];
+  require(qkv.dims == 6, "qkv must be (B, sites, L, parts, heads, d).");
+  const int64_t batch = qkv.size[0], sites = qkv.size[1], tokens = qkv.size[2], heads = qkv.size[4], width = qkv.size[5];
   const int64_t queries = query.data ? 1 : tokens;
-  check("qkv", qkv, {batch, places, tokens, query.data ? 2 : 3, heads, width});
+  check("qkv", qkv, {batch, sites, tokens, query.data ? 2 : 3, heads, width});
   require(qkv.dtype != Dtype::f64, "qkv must be float32, bfloat16 or float16.");
-  require(batch * places * tokens * heads * width > 0, "qkv must not be empty.");
-  check("out", out, {batch, places, queries, heads, width});
-  check("lse", lse, {batch, places, heads, queries});
+  require(batch * sites * tokens * heads * width > 0, "qkv must not be empty.");
+  check("out", out, {batch, sites, queries, heads, width});
+  check("lse", lse, {batch, sites, heads, queries});
   check_float("lse", lse);
   require(out.dtype == qkv.dtype, "qkv and out must share a dtype.");
   require(!sin.data == !cos.data, "sin and cos go together.");
   require(!query.data || (!sin.data && offsets.size() == 2), "A single query has neither rotation nor segments.");
-  if (query.data) check("query", query, {batch, places, 1, heads, width});
+  if (query.data) check("query", query, {batch, sites, 1, heads, width});
   require(!query.data || query.dtype == qkv.dtype, "qkv and query must share a dtype.");
   for (const auto* table : {&sin, &cos}) {
     if (!table->data) continue;

@@ -60,7 +60,7 @@ pvdm::NormOptions norm_options(const Sizes& planes, int64_t groups, double eps, 
 int64_t resampled(int64_t tokens, int resample) { return resample > 0 ? tokens * 4 : resample < 0 ? tokens / 4 : tokens; }
 
 // What both directions read.
-void check_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& film,
+void check_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& scale_shift,
                 const TensorView& mean, const TensorView& rstd, const pvdm::NormOptions& o) {
   const int64_t batch = x.size[0], channels = x.size[2], count = o.planes.count;
   check("x", x, {batch, o.planes.offset(count), channels});
@@ -70,39 +70,39 @@ void check_norm(const TensorView& x, const TensorView& weight, const TensorView&
   check("bias", bias, {channels});
   check("mean", mean, {batch, count, o.groups});
   check("rstd", rstd, {batch, count, o.groups});
-  for (const auto* t : {&weight, &bias, &film, &mean, &rstd}) check_float("A parameter or statistic", *t);
-  if (film.data) check("scale_shift", film, {batch, 2 * channels});
+  for (const auto* t : {&weight, &bias, &scale_shift, &mean, &rstd}) check_float("A parameter or statistic", *t);
+  if (scale_shift.data) check("scale_shift", scale_shift, {batch, 2 * channels});
 }
 
-void norm_forward(TensorView x, TensorView weight, TensorView bias, TensorView film, TensorView y, TensorView mean,
+void norm_forward(TensorView x, TensorView weight, TensorView bias, TensorView scale_shift, TensorView y, TensorView mean,
                   TensorView rstd, const Sizes& planes, int64_t groups, double eps, bool activation, int resample, int threads) {
   const auto o = norm_options(planes, groups, eps, activation, resample, threads);
-  check_norm(x, weight, bias, film, mean, rstd, o);
+  check_norm(x, weight, bias, scale_shift, mean, rstd, o);
   check("y", y, {x.size[0], resampled(o.planes.offset(o.planes.count), resample), x.size[2]});
   check_dense("y", y);
   require(y.dtype == x.dtype, "x and y must share a dtype.");
   py::gil_scoped_release release;
-  pvdm::choose_plane_norm_forward()(x, weight, bias, film, y, mean, rstd, o);
+  pvdm::choose_plane_norm_forward()(x, weight, bias, scale_shift, y, mean, rstd, o);
 }
 
-void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView bias, TensorView film, TensorView mean,
-                   TensorView rstd, TensorView dx, TensorView dweight, TensorView dbias, TensorView dfilm, const Sizes& planes,
+void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView bias, TensorView scale_shift, TensorView mean,
+                   TensorView rstd, TensorView dx, TensorView dweight, TensorView dbias, TensorView dscale_shift, const Sizes& planes,
                    int64_t groups, bool activation, int resample,
                    int threads) {
   const auto o = norm_options(planes, groups, 0, activation, resample, threads);
-  check_norm(x, weight, bias, film, mean, rstd, o);
+  check_norm(x, weight, bias, scale_shift, mean, rstd, o);
   check("grad", grad, {x.size[0], resampled(o.planes.offset(o.planes.count), resample), x.size[2]});
   check("dx", dx, {x.size[0], o.planes.offset(o.planes.count), x.size[2]});
   check_dense("dx", dx);
   check("dweight", dweight, {x.size[2]});
   check("dbias", dbias, {x.size[2]});
-  if (dfilm.data) check("dscale_shift", dfilm, {x.size[0], 2 * x.size[2]});
-  check_dense("dscale_shift", dfilm);
-  for (const auto* t : {&dweight, &dbias, &dfilm}) check_float("A parameter's gradient", *t);
+  if (dscale_shift.data) check("dscale_shift", dscale_shift, {x.size[0], 2 * x.size[2]});
+  check_dense("dscale_shift", dscale_shift);
+  for (const auto* t : {&dweight, &dbias, &dscale_shift}) check_float("A parameter's gradient", *t);
   require(grad.dtype == x.dtype && dx.dtype == x.dtype, "grad, x and dx must share a dtype.");
-  require(!dfilm.data == !film.data, "scale_shift and its gradient go together.");
+  require(!dscale_shift.data == !scale_shift.data, "scale_shift and its gradient go together.");
   py::gil_scoped_release release;
-  pvdm::choose_plane_norm_backward()(grad, x, weight, bias, film, mean, rstd, dx, dweight, dbias, dfilm, o);
+  pvdm::choose_plane_norm_backward()(grad, x, weight, bias, scale_shift, mean, rstd, dx, dweight, dbias, dscale_shift, o);
 }
 
 }  // namespace

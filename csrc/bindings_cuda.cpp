@@ -17,7 +17,7 @@ using namespace pvdm;
 
 namespace {
 
-cuda::Place place(int device, uintptr_t stream) { return {device, reinterpret_cast<void*>(stream)}; }
+cuda::LaunchTarget target(int device, uintptr_t stream) { return {device, reinterpret_cast<void*>(stream)}; }
 
 void check_workspace(const TensorView& workspace, int64_t batch, int64_t channels, const Layout& layout) {
   check("workspace", workspace, {cuda::triplane_expand_workspace(batch, channels, layout)});
@@ -37,7 +37,7 @@ void expand_forward(TensorView planes, TensorView weight, TensorView bias, Tenso
   for (const auto* t : {&weight, &bias, &out}) check_dense("A parameter or the output", *t);
   require(out.dtype == planes.dtype && planes.dtype != Dtype::f64, "planes and out must share a dtype of at most 32 bits.");
   py::gil_scoped_release release;
-  cuda::triplane_expand_forward(planes, weight, bias, out, workspace, layout, place(device, stream));
+  cuda::triplane_expand_forward(planes, weight, bias, out, workspace, layout, target(device, stream));
 }
 
 void expand_sums(TensorView grad, TensorView sums, TensorView workspace, int64_t time, int64_t height, int64_t width,
@@ -51,7 +51,7 @@ void expand_sums(TensorView grad, TensorView sums, TensorView workspace, int64_t
   check_dense("sums", sums);
   require(grad.dtype != Dtype::f64, "grad must be float32, bfloat16 or float16.");
   py::gil_scoped_release release;
-  cuda::triplane_expand_sums(grad, sums, workspace, layout, place(device, stream));
+  cuda::triplane_expand_sums(grad, sums, workspace, layout, target(device, stream));
 }
 
 int64_t slice_length(int plane, const Layout& l) { return plane == 0 ? l.time : plane == 1 ? l.height : l.width; }
@@ -68,7 +68,7 @@ void slice_forward(TensorView x, TensorView token, TensorView positions, TensorV
   for (const auto* t : {&token, &positions, &out}) check_dense("A parameter or the output", *t);
   require(out.dtype == x.dtype && x.dtype != Dtype::f64, "x and out must share a dtype of at most 32 bits.");
   py::gil_scoped_release release;
-  cuda::triplane_slice_forward(x, token, positions, out, plane, layout, place(device, stream));
+  cuda::triplane_slice_forward(x, token, positions, out, plane, layout, target(device, stream));
 }
 
 void slice_backward(TensorView grad, TensorView dx, TensorView dpositions, TensorView workspace, int plane, int64_t time,
@@ -83,56 +83,56 @@ void slice_backward(TensorView grad, TensorView dx, TensorView dpositions, Tenso
   for (const auto* t : {&dx, &dpositions}) check_dense("A gradient", *t);
   require(dx.dtype == grad.dtype && grad.dtype != Dtype::f64, "grad and dx must share a dtype of at most 32 bits.");
   py::gil_scoped_release release;
-  cuda::triplane_slice_backward(grad, dx, dpositions, workspace, plane, layout, place(device, stream));
+  cuda::triplane_slice_backward(grad, dx, dpositions, workspace, plane, layout, target(device, stream));
 }
 
 cuda::PlaneNormInputs norm_inputs(const TensorView& x, const TensorView& weight, const TensorView& bias,
-                                  const TensorView& film, const TensorView& mean, const TensorView& rstd,
+                                  const TensorView& scale_shift, const TensorView& mean, const TensorView& rstd,
                                   const TensorView& workspace, const std::vector<int64_t>& planes, int64_t groups,
                                   bool activation, int resample) {
   const Planes all{planes.data(), static_cast<int64_t>(planes.size()) / 2};
   const int64_t batch = x.size[0], channels = x.size[2];
   check("x", x, {batch, all.offset(all.count), channels});
   check("weight", weight, {channels}), check("bias", bias, {channels});
-  if (film.data) check("scale_shift", film, {batch, 2 * channels});
+  if (scale_shift.data) check("scale_shift", scale_shift, {batch, 2 * channels});
   check("mean", mean, {batch, all.count, groups}), check("rstd", rstd, {batch, all.count, groups});
   check("workspace", workspace, {cuda::plane_norm_workspace(batch, channels, groups, all)});
-  for (const auto* t : {&weight, &bias, &film, &mean, &rstd, &workspace}) {
+  for (const auto* t : {&weight, &bias, &scale_shift, &mean, &rstd, &workspace}) {
     check_float("A parameter or statistic", *t);
     check_dense("A parameter or statistic", *t);
   }
   require(channels % groups == 0 && x.dtype != Dtype::f64, "Groups must divide the channels of a tensor of at most 32 bits.");
-  return {x, weight, bias, film, mean, rstd, all, groups, activation, resample};
+  return {x, weight, bias, scale_shift, mean, rstd, all, groups, activation, resample};
 }
 
-void norm_forward(TensorView x, TensorView weight, TensorView bias, TensorView film, TensorView y, TensorView mean,
+void norm_forward(TensorView x, TensorView weight, TensorView bias, TensorView scale_shift, TensorView y, TensorView mean,
                   TensorView rstd, TensorView workspace, const std::vector<int64_t>& planes, int64_t groups, double eps,
                   bool activation, int resample, int device, uintptr_t stream) {
-  const auto in = norm_inputs(x, weight, bias, film, mean, rstd, workspace, planes, groups, activation, resample);
+  const auto in = norm_inputs(x, weight, bias, scale_shift, mean, rstd, workspace, planes, groups, activation, resample);
   const int64_t tokens = x.size[1];
   check("y", y, {x.size[0], resample > 0 ? 4 * tokens : resample < 0 ? tokens / 4 : tokens, x.size[2]});
   check_dense("y", y);
   require(y.dtype == x.dtype, "x and y must share a dtype.");
   py::gil_scoped_release release;
-  cuda::plane_norm_forward(in, y, workspace, static_cast<float>(eps), place(device, stream));
+  cuda::plane_norm_forward(in, y, workspace, static_cast<float>(eps), target(device, stream));
 }
 
-void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView bias, TensorView film, TensorView mean,
-                   TensorView rstd, TensorView dx, TensorView dweight, TensorView dbias, TensorView dfilm,
+void norm_backward(TensorView grad, TensorView x, TensorView weight, TensorView bias, TensorView scale_shift, TensorView mean,
+                   TensorView rstd, TensorView dx, TensorView dweight, TensorView dbias, TensorView dscale_shift,
                    TensorView workspace, const std::vector<int64_t>& planes, int64_t groups, bool activation,
                    int resample, int device, uintptr_t stream) {
-  const auto in = norm_inputs(x, weight, bias, film, mean, rstd, workspace, planes, groups, activation, resample);
+  const auto in = norm_inputs(x, weight, bias, scale_shift, mean, rstd, workspace, planes, groups, activation, resample);
   const int64_t tokens = x.size[1], channels = x.size[2];
   check("grad", grad, {x.size[0], resample > 0 ? 4 * tokens : resample < 0 ? tokens / 4 : tokens, channels});
   check("dx", dx, {x.size[0], tokens, channels});
   check("dweight", dweight, {channels}), check("dbias", dbias, {channels});
-  require(!dfilm.data == !film.data, "scale_shift and its gradient go together.");
-  if (dfilm.data) check("dscale_shift", dfilm, {x.size[0], 2 * channels});
-  for (const auto* t : {&dx, &dweight, &dbias, &dfilm}) check_dense("A gradient", *t);
-  for (const auto* t : {&dweight, &dbias, &dfilm}) check_float("A parameter's gradient", *t);
+  require(!dscale_shift.data == !scale_shift.data, "scale_shift and its gradient go together.");
+  if (dscale_shift.data) check("dscale_shift", dscale_shift, {x.size[0], 2 * channels});
+  for (const auto* t : {&dx, &dweight, &dbias, &dscale_shift}) check_dense("A gradient", *t);
+  for (const auto* t : {&dweight, &dbias, &dscale_shift}) check_float("A parameter's gradient", *t);
   require(grad.dtype == x.dtype && dx.dtype == x.dtype, "grad, x and dx must share a dtype.");
   py::gil_scoped_release release;
-  cuda::plane_norm_backward(in, grad, dx, dweight, dbias, dfilm, workspace, place(device, stream));
+  cuda::plane_norm_backward(in, grad, dx, dweight, dbias, dscale_shift, workspace, target(device, stream));
 }
 
 // Rows that can be read 16 bytes at a time, heads of whole packs: launchers pad and copy what isn't so.
@@ -162,7 +162,7 @@ void attention_forward(TensorView qkv, TensorView query, TensorView sin, TensorV
                        uintptr_t stream) {
   const auto in = attention_inputs(qkv, query, sin, cos, out, lse, offsets, scale);
   py::gil_scoped_release release;
-  cuda::attention_forward(in, out, lse, tensor_cores, place(device, stream));
+  cuda::attention_forward(in, out, lse, tensor_cores, target(device, stream));
 }
 
 void attention_backward(TensorView grad, TensorView qkv, TensorView query, TensorView sin, TensorView cos, TensorView out,
@@ -175,7 +175,7 @@ void attention_backward(TensorView grad, TensorView qkv, TensorView query, Tenso
   check_float("delta", delta), check_dense("delta", delta);
   check_rows("grad", grad), check_rows("dqkv", dqkv), check_rows("dquery", dquery);
   py::gil_scoped_release release;
-  cuda::attention_backward(in, grad, out, lse, delta, dqkv, dquery, tensor_cores, place(device, stream));
+  cuda::attention_backward(in, grad, out, lse, delta, dqkv, dquery, tensor_cores, target(device, stream));
 }
 
 }  // namespace

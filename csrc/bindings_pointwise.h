@@ -114,7 +114,7 @@ inline void norm_rows_backward(TensorView grad, TensorView extra, TensorView tot
   choose_add_layer_norm_backward()(grad, extra, total, weight, mean, rstd, dx, dweight, dbias, threads);
 }
 
-// lattice: (B, T H W, C), sequences: (B, places, L + 1, C), positions: (L + 1, C).
+// lattice: (B, T H W, C), sequences: (B, sites, L + 1, C), positions: (L + 1, C).
 inline void check_slice(const TensorView& lattice, const TensorView& sequences, const TensorView& positions,
                         const Layout& layout, int plane) {
   require(plane >= 0 && plane < 3, "plane must be 0, 1 or 2.");

@@ -23,19 +23,19 @@ def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tens
 
 
 def forward(
-    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """kv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
+    """qkv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
     -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries) float32."""
-    sequences = sequences_of(kv, axis)
-    batch, places, length, _, heads, width = sequences.shape
-    time, queries = (kv.shape[1], length) if query is None else (1, 1)
-    out = torch.empty((batch, time, *kv.shape[2:4], heads, width), dtype=kv.dtype, device=kv.device)
-    lse = torch.empty((batch, places, heads, queries), dtype=torch.float32, device=kv.device)
+    sequences = sequences_of(qkv, axis)
+    batch, sites, length, _, heads, width = sequences.shape
+    time, queries = (qkv.shape[1], length) if query is None else (1, 1)
+    out = torch.empty((batch, time, *qkv.shape[2:4], heads, width), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((batch, sites, heads, queries), dtype=torch.float32, device=qkv.device)
     filled = sequences_of(out, axis)
     if query is not None:
         single.forward(sequences_of(query, axis), sequences, filled, lse, scale)
-    elif short.serves(length, width, kv.dtype):
+    elif short.serves(length, width, qkv.dtype):
         short.forward(sequences, *_tables(sin, cos), filled, lse, scale)
     else:
         long.forward(sequences, *_tables(sin, cos), filled, lse, scale)
@@ -44,7 +44,7 @@ def forward(
 
 def backward(
     grad: Tensor,
-    kv: Tensor,
+    qkv: Tensor,
     query: Tensor | None,
     sin: Tensor | None,
     cos: Tensor | None,
@@ -53,11 +53,11 @@ def backward(
     axis: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
-    incoming, sequences, outputs = sequences_of(grad, axis), sequences_of(kv, axis), sequences_of(out, axis)
+    """Gradients of `qkv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    incoming, sequences, outputs = sequences_of(grad, axis), sequences_of(qkv, axis), sequences_of(out, axis)
     lse = lse.contiguous()
-    dkv = torch.empty_like(kv)
-    filled, dsequences = sequences_to_fill(dkv, axis)
+    dqkv = torch.empty_like(qkv)
+    filled, dsequences = sequences_to_fill(dqkv, axis)
     if query is not None:
         dquery = torch.empty_like(query, memory_format=torch.contiguous_format)
         single.backward(
@@ -65,9 +65,9 @@ def backward(
             *(sequences_of(dquery, axis), dsequences, scale),
         )
     else:
-        dquery = kv.new_empty(0)
-        if short.serves(sequences.shape[2], kv.shape[-1], kv.dtype):
+        dquery = qkv.new_empty(0)
+        if short.serves(sequences.shape[2], qkv.shape[-1], qkv.dtype):
             short.backward(incoming, sequences, *_tables(sin, cos), lse, dsequences, scale)
         else:
             long_backward.backward(incoming, sequences, *_tables(sin, cos), outputs, lse, dsequences, scale)
-    return dkv if filled is dkv else dkv.copy_(filled), dquery
+    return dqkv if filled is dqkv else dqkv.copy_(filled), dquery

@@ -26,10 +26,10 @@ def blocks(queries: int, keys: int, warps: int, stages: int) -> Config:
 
 @triton.jit
 def rotate_kernel(
-    x, sin, cos, rotated, x_strides, rotated_strides, x_part, rotated_part, places, length, heads, parts,
+    x, sin, cos, rotated, x_strides, rotated_strides, x_part, rotated_part, sites, length, heads, parts,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x, rotated: (B, places, length, heads, HEAD) by strides, and `parts` such, `x_part` and `rotated_part` apart.
+    """x, rotated: (B, sites, length, heads, HEAD) by strides, and `parts` such, `x_part` and `rotated_part` apart.
 
     Grid: row blocks x sequences. A program goes through all heads: the tables' rows are read once.
     """
@@ -44,8 +44,8 @@ def rotate_kernel(
     rows = rows.to(tl.int64)[:, None]
     for i in range(0, parts * heads):
         head, part = i % heads, (i // heads).to(tl.int64)
-        source = x + part * x_part + sequence_offset(sequence, head, places, x_strides)
-        target = rotated + part * rotated_part + sequence_offset(sequence, head, places, rotated_strides)
+        source = x + part * x_part + sequence_offset(sequence, head, sites, x_strides)
+        target = rotated + part * rotated_part + sequence_offset(sequence, head, sites, rotated_strides)
         tile = tl.load(source + rows * x_strides[2] + columns, mask=inside, other=0.0)
         tile = rotate(tile, sin_tile, cos_tile).to(rotated.dtype.element_ty)
         tl.store(target + rows * rotated_strides[2] + columns, tile, mask=inside)
@@ -53,11 +53,11 @@ def rotate_kernel(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, sin, cos, out, lse, q_strides, k_strides, v_strides, out_strides, places, length, heads, scale,
+    q, k, v, sin, cos, out, lse, q_strides, k_strides, v_strides, out_strides, sites, length, heads, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q (not rotated yet), k (rotated), v, out: (B, places, length, heads, HEAD) by strides; lse: contiguous.
+    """q (not rotated yet), k (rotated), v, out: (B, sites, length, heads, HEAD) by strides; lse: contiguous.
 
     Grid: query blocks x (sequence, head), the blocks of one head side by side: they share its keys in the L2.
     WHOLE: length is a multiple of BLOCK_N.
@@ -68,7 +68,7 @@ def forward_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, WIDTH)[None, :]
     inside = (rows < length)[:, None] & (columns < HEAD)
-    offsets = sequence_offset(sequence, head, places, q_strides) + rows.to(tl.int64)[:, None] * q_strides[2] + columns
+    offsets = sequence_offset(sequence, head, sites, q_strides) + rows.to(tl.int64)[:, None] * q_strides[2] + columns
     q_tile = tl.load(q + offsets, mask=inside, other=0.0)
     if sin is not None:
         table = rows[:, None] * HEAD + columns
@@ -77,8 +77,8 @@ def forward_kernel(
         q_tile = rotate(q_tile, sin_tile, cos_tile).to(k.dtype.element_ty)
     keys = tl.arange(0, BLOCK_N)
     row = keys.to(tl.int64)[:, None]
-    k_pointers = k + sequence_offset(sequence, head, places, k_strides) + row * k_strides[2] + columns
-    v_pointers = v + sequence_offset(sequence, head, places, v_strides) + row * v_strides[2] + columns
+    k_pointers = k + sequence_offset(sequence, head, sites, k_strides) + row * k_strides[2] + columns
+    v_pointers = v + sequence_offset(sequence, head, sites, v_strides) + row * v_strides[2] + columns
     k_step = BLOCK_N * k_strides[2].to(tl.int64)
     v_step = BLOCK_N * v_strides[2].to(tl.int64)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -100,7 +100,7 @@ def forward_kernel(
         k_pointers += k_step
         v_pointers += v_step
     offsets = (
-        sequence_offset(sequence, head, places, out_strides) + rows.to(tl.int64)[:, None] * out_strides[2] + columns
+        sequence_offset(sequence, head, sites, out_strides) + rows.to(tl.int64)[:, None] * out_strides[2] + columns
     )
     tl.store(out + offsets, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
     natural = (highest + tl.log2(total)) * 0.6931471805599453  # ln 2
@@ -145,35 +145,35 @@ FORWARD = ConfigTable(
 
 
 def rotated(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """x: (B, places, L, parts, heads, d) rotated, as a new (B, places, L, parts, heads, d) with each head's rows side
+    """x: (B, sites, L, parts, heads, d) rotated, as a new (B, sites, L, parts, heads, d) with each head's rows side
     by side in memory."""
-    batch, places, length, parts, heads, width = x.shape
-    result = torch.empty((parts, batch, places, heads, length, width), dtype=x.dtype, device=x.device)
+    batch, sites, length, parts, heads, width = x.shape
+    result = torch.empty((parts, batch, sites, heads, length, width), dtype=x.dtype, device=x.device)
     result = result.permute(1, 2, 4, 0, 3, 5)
     config = ROTATE(x.device, width_class(width), x.dtype)
     launch(
         rotate_kernel,
-        (triton.cdiv(length, config.blocks["BLOCK"]) * batch * places,),
+        (triton.cdiv(length, config.blocks["BLOCK"]) * batch * sites,),
         *(x, sin, cos, result, strides_of(x.select(3, 0)), strides_of(result.select(3, 0))),
-        *(x.stride(3), result.stride(3), places, length, heads, parts),
+        *(x.stride(3), result.stride(3), sites, length, heads, parts),
         config=config,
         **dict(HEAD=width, WIDTH=padded(width)),
     )
     return result
 
 
-def forward(kv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
-    """kv: (B, places, L, 3, heads, d); fills out: (B, places, L, heads, d) and lse: (B, places, heads, L)."""
-    batch, places, length, _, heads, width = kv.shape
-    config = FORWARD(kv.device, width_class(width), kv.dtype)
-    q, k, v = kv.unbind(3)
+def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
+    """qkv: (B, sites, L, 3, heads, d); fills out: (B, sites, L, heads, d) and lse: (B, sites, heads, L)."""
+    batch, sites, length, _, heads, width = qkv.shape
+    config = FORWARD(qkv.device, width_class(width), qkv.dtype)
+    q, k, v = qkv.unbind(3)
     if sin is not None and cos is not None:
-        k = rotated(kv[:, :, :, 1:2], sin, cos).select(3, 0)
+        k = rotated(qkv[:, :, :, 1:2], sin, cos).select(3, 0)
     launch(
         forward_kernel,
-        (triton.cdiv(length, config.blocks["BLOCK_M"]) * batch * places * heads,),
+        (triton.cdiv(length, config.blocks["BLOCK_M"]) * batch * sites * heads,),
         *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(k), strides_of(v), strides_of(out)),
-        *(places, length, heads, scale),
+        *(sites, length, heads, scale),
         config=config,
         **dict(HEAD=width, WIDTH=padded(width), PRECISION=precision(), WHOLE=length % config.blocks["BLOCK_N"] == 0),
     )

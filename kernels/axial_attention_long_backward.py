@@ -22,11 +22,11 @@ from pvdm_fast.kernels.rotation import rotate_back
 @triton.jit
 def query_kernel(
     grad, q, k, v, sin, cos, out, lse, mean, dq, grad_strides, q_strides, k_strides, v_strides, out_strides, dq_strides,
-    places, length, heads, scale,
+    sites, length, heads, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and mean (B, places, heads, length); q and k are rotated. Grid and WHOLE as in forward."""
+    """dq, and mean (B, sites, heads, length); q and k are rotated. Grid and WHOLE as in forward."""
     blocks = tl.cdiv(length, BLOCK_M)
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     sequence, head = pair // heads, pair % heads
@@ -34,11 +34,11 @@ def query_kernel(
     row = rows.to(tl.int64)[:, None]
     columns = tl.arange(0, WIDTH)[None, :]
     inside = (rows < length)[:, None] & (columns < HEAD)
-    offsets = sequence_offset(sequence, head, places, q_strides) + row * q_strides[2] + columns
+    offsets = sequence_offset(sequence, head, sites, q_strides) + row * q_strides[2] + columns
     q_tile = tl.load(q + offsets, mask=inside, other=0.0)
-    offsets = sequence_offset(sequence, head, places, grad_strides) + row * grad_strides[2] + columns
+    offsets = sequence_offset(sequence, head, sites, grad_strides) + row * grad_strides[2] + columns
     grad_tile = tl.load(grad + offsets, mask=inside, other=0.0)
-    offsets = sequence_offset(sequence, head, places, out_strides) + row * out_strides[2] + columns
+    offsets = sequence_offset(sequence, head, sites, out_strides) + row * out_strides[2] + columns
     out_tile = tl.load(out + offsets, mask=inside, other=0.0)
     statistics = pair.to(tl.int64) * length + rows
     lse_tile = tl.load(lse + statistics, mask=rows < length, other=0.0) * 1.4426950408889634  # / ln 2
@@ -47,8 +47,8 @@ def query_kernel(
 
     keys = tl.arange(0, BLOCK_N)
     row = keys.to(tl.int64)[:, None]
-    k_pointers = k + sequence_offset(sequence, head, places, k_strides) + row * k_strides[2] + columns
-    v_pointers = v + sequence_offset(sequence, head, places, v_strides) + row * v_strides[2] + columns
+    k_pointers = k + sequence_offset(sequence, head, sites, k_strides) + row * k_strides[2] + columns
+    v_pointers = v + sequence_offset(sequence, head, sites, v_strides) + row * v_strides[2] + columns
     k_step = BLOCK_N * k_strides[2].to(tl.int64)
     v_step = BLOCK_N * v_strides[2].to(tl.int64)
     dq_tile = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -72,14 +72,14 @@ def query_kernel(
         cos_tile = tl.load(cos + table, mask=inside, other=0.0)
         dq_tile = rotate_back(dq_tile, sin_tile, cos_tile)
     row = rows.to(tl.int64)[:, None]
-    offsets = sequence_offset(sequence, head, places, dq_strides) + row * dq_strides[2] + columns
+    offsets = sequence_offset(sequence, head, sites, dq_strides) + row * dq_strides[2] + columns
     tl.store(dq + offsets, dq_tile.to(dq.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def key_kernel(
     grad, q, k, v, sin, cos, lse, mean, dk, dv, grad_strides, q_strides, k_strides, v_strides, dk_strides,
-    places, length, heads, scale,
+    sites, length, heads, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (of the same strides). A program takes BLOCK_N keys and goes through all queries; scores transposed.
@@ -93,15 +93,15 @@ def key_kernel(
     row = keys.to(tl.int64)[:, None]
     columns = tl.arange(0, WIDTH)[None, :]
     inside = (keys < length)[:, None] & (columns < HEAD)
-    offsets = sequence_offset(sequence, head, places, k_strides) + row * k_strides[2] + columns
+    offsets = sequence_offset(sequence, head, sites, k_strides) + row * k_strides[2] + columns
     k_tile = tl.load(k + offsets, mask=inside, other=0.0)
-    offsets = sequence_offset(sequence, head, places, v_strides) + row * v_strides[2] + columns
+    offsets = sequence_offset(sequence, head, sites, v_strides) + row * v_strides[2] + columns
     v_tile = tl.load(v + offsets, mask=inside, other=0.0)
 
     rows = tl.arange(0, BLOCK_M)
     row = rows.to(tl.int64)[:, None]
-    q_pointers = q + sequence_offset(sequence, head, places, q_strides) + row * q_strides[2] + columns
-    grad_pointers = grad + sequence_offset(sequence, head, places, grad_strides) + row * grad_strides[2] + columns
+    q_pointers = q + sequence_offset(sequence, head, sites, q_strides) + row * q_strides[2] + columns
+    grad_pointers = grad + sequence_offset(sequence, head, sites, grad_strides) + row * grad_strides[2] + columns
     q_step = BLOCK_M * q_strides[2].to(tl.int64)
     grad_step = BLOCK_M * grad_strides[2].to(tl.int64)
     statistics = pair.to(tl.int64) * length
@@ -123,7 +123,7 @@ def key_kernel(
         q_pointers += q_step
         grad_pointers += grad_step
     row = keys.to(tl.int64)[:, None]
-    offsets = sequence_offset(sequence, head, places, dk_strides) + row * dk_strides[2] + columns
+    offsets = sequence_offset(sequence, head, sites, dk_strides) + row * dk_strides[2] + columns
     tl.store(dv + offsets, dv_tile.to(dv.dtype.element_ty), mask=inside)
     dk_tile *= scale
     if sin is not None:
@@ -184,39 +184,39 @@ KEY = ConfigTable(
 
 def backward(
     grad: Tensor,
-    kv: Tensor,
+    qkv: Tensor,
     sin: Tensor | None,
     cos: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    dkv: Tensor,
+    dqkv: Tensor,
     scale: float,
 ) -> None:
-    """grad, out: (B, places, L, heads, d), kv: (B, places, L, 3, heads, d); fills dkv, like kv."""
-    batch, places, length, _, heads, width = kv.shape
-    (q, k, v), (dq, dk, dv) = kv.unbind(3), dkv.unbind(3)
+    """grad, out: (B, sites, L, heads, d), qkv: (B, sites, L, 3, heads, d); fills dqkv, like qkv."""
+    batch, sites, length, _, heads, width = qkv.shape
+    (q, k, v), (dq, dk, dv) = qkv.unbind(3), dqkv.unbind(3)
     if sin is not None and cos is not None:
-        q, k = rotated(kv[:, :, :, :2], sin, cos).unbind(3)
+        q, k = rotated(qkv[:, :, :, :2], sin, cos).unbind(3)
     mean = torch.empty_like(lse)
     constants = dict(HEAD=width, WIDTH=padded(width), PRECISION=precision())
-    config = QUERY(kv.device, width_class(width), kv.dtype)
+    config = QUERY(qkv.device, width_class(width), qkv.dtype)
     launch(
         query_kernel,
-        (triton.cdiv(length, config.blocks["BLOCK_M"]) * batch * places * heads,),
+        (triton.cdiv(length, config.blocks["BLOCK_M"]) * batch * sites * heads,),
         *(grad, q, k, v, sin, cos, out, lse, mean, dq),
         *(strides_of(x) for x in (grad, q, k, v, out, dq)),
-        *(places, length, heads, scale),
+        *(sites, length, heads, scale),
         config=config,
         **constants,
         WHOLE=length % config.blocks["BLOCK_N"] == 0,
     )
-    config = KEY(kv.device, width_class(width), kv.dtype)
+    config = KEY(qkv.device, width_class(width), qkv.dtype)
     launch(
         key_kernel,
-        (triton.cdiv(length, config.blocks["BLOCK_N"]) * batch * places * heads,),
+        (triton.cdiv(length, config.blocks["BLOCK_N"]) * batch * sites * heads,),
         *(grad, q, k, v, sin, cos, lse, mean, dk, dv),
         *(strides_of(x) for x in (grad, q, k, v, dk)),
-        *(places, length, heads, scale),
+        *(sites, length, heads, scale),
         config=config,
         **constants,
     )

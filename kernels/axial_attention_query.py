@@ -23,26 +23,26 @@ from pvdm_fast.kernels.launch import Config, launch
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, q_strides, kv_strides, out_strides, places, pairs, heads, length, scale,
+    q, k, v, out, lse, q_strides, qkv_strides, out_strides, sites, pairs, heads, length, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """q, out: (B, places, 1, heads, HEAD), k, v: (B, places, length, heads, HEAD), by strides; lse: contiguous."""
+    """q, out: (B, sites, 1, heads, HEAD), k, v: (B, sites, length, heads, HEAD), by strides; lse: contiguous."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     exists = pair < pairs
     sequence, head = pair // heads, pair % heads
     columns = tl.arange(0, WIDTH)
     inside = exists[:, None] & (columns < HEAD)[None, :]
     query = tl.load(
-        q + sequence_offset(sequence, head, places, q_strides)[:, None] + columns[None, :], mask=inside, other=0.0
+        q + sequence_offset(sequence, head, sites, q_strides)[:, None] + columns[None, :], mask=inside, other=0.0
     )
     query = query.to(tl.float32) * (scale * 1.4426950408889634)  # / ln 2
-    first = sequence_offset(sequence, head, places, kv_strides)[None, :, None] + columns[None, None, :]
+    first = sequence_offset(sequence, head, sites, qkv_strides)[None, :, None] + columns[None, None, :]
     highest = tl.full((PAIRS,), float("-inf"), tl.float32)
     total = tl.zeros((PAIRS,), tl.float32)
     sums = tl.zeros((PAIRS, WIDTH), tl.float32)
     for start in range(0, length, KEYS):
         key = start + tl.arange(0, KEYS)
-        offsets = first + key.to(tl.int64)[:, None, None] * kv_strides[2]
+        offsets = first + key.to(tl.int64)[:, None, None] * qkv_strides[2]
         mask = inside[None, :, :] & (key < length)[:, None, None]
         k_tile = tl.load(k + offsets, mask=mask, other=0.0).to(tl.float32)
         v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -53,15 +53,15 @@ def forward_kernel(
         total = total * decay + tl.sum(weights, 0)
         sums = sums * decay[:, None] + tl.sum(weights[:, :, None] * v_tile, 0)
         highest = higher
-    offsets = sequence_offset(sequence, head, places, out_strides)[:, None] + columns[None, :]
+    offsets = sequence_offset(sequence, head, sites, out_strides)[:, None] + columns[None, :]
     tl.store(out + offsets, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
     tl.store(lse + pair.to(tl.int64), (highest + tl.log2(total)) * 0.6931471805599453, mask=exists)  # ln 2
 
 
 @triton.jit
 def backward_kernel(
-    grad, q, k, v, out, lse, dq, dk, dv, grad_strides, q_strides, kv_strides, out_strides, dq_strides, dkv_strides,
-    places, pairs, heads, length, scale,
+    grad, q, k, v, out, lse, dq, dk, dv, grad_strides, q_strides, qkv_strides, out_strides, dq_strides, dqkv_strides,
+    sites, pairs, heads, length, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The same walk; the keys' and values' gradients are written on the way, the query's at the end."""
@@ -70,31 +70,31 @@ def backward_kernel(
     sequence, head = pair // heads, pair % heads
     columns = tl.arange(0, WIDTH)
     inside = exists[:, None] & (columns < HEAD)[None, :]
-    offsets = sequence_offset(sequence, head, places, q_strides)[:, None] + columns[None, :]
+    offsets = sequence_offset(sequence, head, sites, q_strides)[:, None] + columns[None, :]
     query = tl.load(q + offsets, mask=inside, other=0.0).to(tl.float32) * scale
-    offsets = sequence_offset(sequence, head, places, grad_strides)[:, None] + columns[None, :]
+    offsets = sequence_offset(sequence, head, sites, grad_strides)[:, None] + columns[None, :]
     incoming = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
-    offsets = sequence_offset(sequence, head, places, out_strides)[:, None] + columns[None, :]
+    offsets = sequence_offset(sequence, head, sites, out_strides)[:, None] + columns[None, :]
     mean = tl.sum(incoming * tl.load(out + offsets, mask=inside, other=0.0).to(tl.float32), 1)
     normalizer = tl.load(lse + pair.to(tl.int64), mask=exists, other=0.0)
-    first = sequence_offset(sequence, head, places, kv_strides)[None, :, None] + columns[None, None, :]
-    dfirst = sequence_offset(sequence, head, places, dkv_strides)[None, :, None] + columns[None, None, :]
+    first = sequence_offset(sequence, head, sites, qkv_strides)[None, :, None] + columns[None, None, :]
+    dfirst = sequence_offset(sequence, head, sites, dqkv_strides)[None, :, None] + columns[None, None, :]
     dquery = tl.zeros((PAIRS, WIDTH), tl.float32)
     for start in range(0, length, KEYS):
         key = start + tl.arange(0, KEYS)
         row = key.to(tl.int64)[:, None, None]
         mask = inside[None, :, :] & (key < length)[:, None, None]
-        k_tile = tl.load(k + first + row * kv_strides[2], mask=mask, other=0.0).to(tl.float32)
-        v_tile = tl.load(v + first + row * kv_strides[2], mask=mask, other=0.0).to(tl.float32)
+        k_tile = tl.load(k + first + row * qkv_strides[2], mask=mask, other=0.0).to(tl.float32)
+        v_tile = tl.load(v + first + row * qkv_strides[2], mask=mask, other=0.0).to(tl.float32)
         scores = (tl.sum(query[None, :, :] * k_tile, 2) - normalizer[None, :]) * 1.4426950408889634  # / ln 2
         weights = tl.where((key < length)[:, None], tl.exp2(scores), 0.0)
         dscores = weights * (tl.sum(incoming[None, :, :] * v_tile, 2) - mean[None, :])
         dv_tile = weights[:, :, None] * incoming[None, :, :]
         dk_tile = dscores[:, :, None] * query[None, :, :]
         dquery += tl.sum(dscores[:, :, None] * k_tile, 0)
-        tl.store(dv + dfirst + row * dkv_strides[2], dv_tile.to(dv.dtype.element_ty), mask=mask)
-        tl.store(dk + dfirst + row * dkv_strides[2], dk_tile.to(dk.dtype.element_ty), mask=mask)
-    offsets = sequence_offset(sequence, head, places, dq_strides)[:, None] + columns[None, :]
+        tl.store(dv + dfirst + row * dqkv_strides[2], dv_tile.to(dv.dtype.element_ty), mask=mask)
+        tl.store(dk + dfirst + row * dqkv_strides[2], dk_tile.to(dk.dtype.element_ty), mask=mask)
+    offsets = sequence_offset(sequence, head, sites, dq_strides)[:, None] + columns[None, :]
     tl.store(dq + offsets, (dquery * scale).to(dq.dtype.element_ty), mask=inside)
 
 
@@ -127,12 +127,12 @@ def shape_class(width: int) -> str:
     return "d8" if width <= 8 else width_class(width)
 
 
-def forward(query: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """query: (B, places, 1, heads, d), kv: (B, places, L, 2, heads, d); fills out: like query, and lse: one a query."""
-    batch, places, length, _, heads, width = kv.shape
-    config = FORWARD(kv.device, shape_class(width), kv.dtype)
-    k, v = kv.unbind(3)
-    pairs = batch * places * heads
+def forward(query: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
+    """query: (B, sites, 1, heads, d), qkv: (B, sites, L, 2, heads, d); fills out: like query, and lse: one a query."""
+    batch, sites, length, _, heads, width = qkv.shape
+    config = FORWARD(qkv.device, shape_class(width), qkv.dtype)
+    k, v = qkv.unbind(3)
+    pairs = batch * sites * heads
     launch(
         forward_kernel,
         (triton.cdiv(pairs, config.blocks["PAIRS"]),),
@@ -145,7 +145,7 @@ def forward(query: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -
             strides_of(query),
             strides_of(k),
             strides_of(out),
-            places,
+            sites,
             pairs,
             heads,
             length,
@@ -157,19 +157,19 @@ def forward(query: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float) -
 
 
 def backward(
-    grad: Tensor, query: Tensor, kv: Tensor, out: Tensor, lse: Tensor, dquery: Tensor, dkv: Tensor, scale: float
+    grad: Tensor, query: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, dquery: Tensor, dqkv: Tensor, scale: float
 ) -> None:
-    """grad, out: like query; fills dquery, like query, and dkv, like kv."""
-    batch, places, length, _, heads, width = kv.shape
-    config = BACKWARD(kv.device, shape_class(width), kv.dtype)
-    (k, v), (dk, dv) = kv.unbind(3), dkv.unbind(3)
-    pairs = batch * places * heads
+    """grad, out: like query; fills dquery, like query, and dqkv, like qkv."""
+    batch, sites, length, _, heads, width = qkv.shape
+    config = BACKWARD(qkv.device, shape_class(width), qkv.dtype)
+    (k, v), (dk, dv) = qkv.unbind(3), dqkv.unbind(3)
+    pairs = batch * sites * heads
     launch(
         backward_kernel,
         (triton.cdiv(pairs, config.blocks["PAIRS"]),),
         *(grad, query, k, v, out, lse, dquery, dk, dv),
         *(strides_of(x) for x in (grad, query, k, out, dquery, dk)),
-        *(places, pairs, heads, length, scale),
+        *(sites, pairs, heads, length, scale),
         config=config,
         **dict(HEAD=width, WIDTH=padded(width)),
     )

@@ -25,7 +25,7 @@ LONGEST = 64
 
 
 @triton.jit
-def packed_rows(tile, head, places, sequences, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+def packed_rows(tile, head, sites, sequences, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
     """Of the tile's rows: which of its sequences each is in, its place there, the sequence, and whether it exists."""
     PACKED: tl.constexpr = BLOCK // LENGTH
     rows = tl.arange(0, BLOCK)
@@ -36,19 +36,19 @@ def packed_rows(tile, head, places, sequences, LENGTH: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def forward_kernel(
-    q, k, v, sin, cos, out, lse, kv_strides, out_strides, places, sequences, heads, scale,
+    q, k, v, sin, cos, out, lse, qkv_strides, out_strides, sites, sequences, heads, scale,
     LENGTH: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out: (B, places, LENGTH, heads, HEAD) by strides; lse: (B, places, heads, LENGTH), contiguous.
+    """q, k, v, out: (B, sites, LENGTH, heads, HEAD) by strides; lse: (B, sites, heads, LENGTH), contiguous.
 
     Grid: tiles x heads, the heads side by side: together they read whole rows of qkv.
     """
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    group, position, sequence, exists = packed_rows(tile, head, places, sequences, LENGTH, BLOCK)
+    group, position, sequence, exists = packed_rows(tile, head, sites, sequences, LENGTH, BLOCK)
     columns = tl.arange(0, WIDTH)[None, :]
     inside = exists[:, None] & (columns < HEAD)
-    first = sequence_offset(sequence, head, places, kv_strides)
-    offsets = (first + position.to(tl.int64) * kv_strides[2])[:, None] + columns
+    first = sequence_offset(sequence, head, sites, qkv_strides)
+    offsets = (first + position.to(tl.int64) * qkv_strides[2])[:, None] + columns
     q_tile = tl.load(q + offsets, mask=inside, other=0.0)
     k_tile = tl.load(k + offsets, mask=inside, other=0.0)
     v_tile = tl.load(v + offsets, mask=inside, other=0.0)
@@ -65,7 +65,7 @@ def forward_kernel(
     weights = tl.exp2(scores - highest[:, None])
     total = tl.sum(weights, 1)
     sums = tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION) / total[:, None]
-    first = sequence_offset(sequence, head, places, out_strides)
+    first = sequence_offset(sequence, head, sites, out_strides)
     offsets = (first + position.to(tl.int64) * out_strides[2])[:, None] + columns
     tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=inside)
     lse_rows = (sequence.to(tl.int64) * heads + head) * LENGTH + position
@@ -74,21 +74,21 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad, q, k, v, sin, cos, lse, dq, dk, dv, grad_strides, kv_strides, dkv_strides, places, sequences, heads, scale,
+    grad, q, k, v, sin, cos, lse, dq, dk, dv, grad_strides, qkv_strides, dqkv_strides, sites, sequences, heads, scale,
     LENGTH: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The same tiles. All of a row's scores are here, so what is usually summed from grad and out (and makes out
     be read) is summed from the weights and their gradients."""
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    group, position, sequence, exists = packed_rows(tile, head, places, sequences, LENGTH, BLOCK)
+    group, position, sequence, exists = packed_rows(tile, head, sites, sequences, LENGTH, BLOCK)
     columns = tl.arange(0, WIDTH)[None, :]
     inside = exists[:, None] & (columns < HEAD)
-    first = sequence_offset(sequence, head, places, kv_strides)
-    offsets = (first + position.to(tl.int64) * kv_strides[2])[:, None] + columns
+    first = sequence_offset(sequence, head, sites, qkv_strides)
+    offsets = (first + position.to(tl.int64) * qkv_strides[2])[:, None] + columns
     q_tile = tl.load(q + offsets, mask=inside, other=0.0)
     k_tile = tl.load(k + offsets, mask=inside, other=0.0)
     v_tile = tl.load(v + offsets, mask=inside, other=0.0)
-    first = sequence_offset(sequence, head, places, grad_strides)
+    first = sequence_offset(sequence, head, sites, grad_strides)
     offsets = (first + position.to(tl.int64) * grad_strides[2])[:, None] + columns
     grad_tile = tl.load(grad + offsets, mask=inside, other=0.0)
     lse_rows = (sequence.to(tl.int64) * heads + head) * LENGTH + position
@@ -99,8 +99,8 @@ def backward_kernel(
         cos_tile = tl.load(cos + table, mask=inside, other=0.0)
         q_tile = rotate(q_tile, sin_tile, cos_tile).to(v_tile.dtype)
         k_tile = rotate(k_tile, sin_tile, cos_tile).to(v_tile.dtype)
-    first = sequence_offset(sequence, head, places, dkv_strides)
-    offsets = (first + position.to(tl.int64) * dkv_strides[2])[:, None] + columns
+    first = sequence_offset(sequence, head, sites, dqkv_strides)
+    offsets = (first + position.to(tl.int64) * dqkv_strides[2])[:, None] + columns
 
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
     weights = tl.where(group[:, None] == group[None, :], tl.exp2(scores - lse_tile[:, None]), 0.0)
@@ -151,32 +151,32 @@ FORWARD = ConfigTable("axial_attention_short_forward", ENTRIES, CANDIDATES)
 BACKWARD = ConfigTable("axial_attention_short_backward", ENTRIES, CANDIDATES)
 
 
-def forward(kv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
-    """kv: (B, places, L, 3, heads, d); fills out: (B, places, L, heads, d) and lse: (B, places, heads, L)."""
-    batch, places, length, _, heads, width = kv.shape
-    config = FORWARD(kv.device, shape_class(length, width), kv.dtype)
-    q, k, v = kv.unbind(3)
+def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
+    """qkv: (B, sites, L, 3, heads, d); fills out: (B, sites, L, heads, d) and lse: (B, sites, heads, L)."""
+    batch, sites, length, _, heads, width = qkv.shape
+    config = FORWARD(qkv.device, shape_class(length, width), qkv.dtype)
+    q, k, v = qkv.unbind(3)
     launch(
         forward_kernel,
-        (triton.cdiv(batch * places, config.blocks["BLOCK"] // length) * heads,),
-        *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(out), places, batch * places, heads, scale),
+        (triton.cdiv(batch * sites, config.blocks["BLOCK"] // length) * heads,),
+        *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(out), sites, batch * sites, heads, scale),
         config=config,
         **dict(LENGTH=length, HEAD=width, WIDTH=padded(width), PRECISION=precision()),
     )
 
 
 def backward(
-    grad: Tensor, kv: Tensor, sin: Tensor | None, cos: Tensor | None, lse: Tensor, dkv: Tensor, scale: float
+    grad: Tensor, qkv: Tensor, sin: Tensor | None, cos: Tensor | None, lse: Tensor, dqkv: Tensor, scale: float
 ) -> None:
-    """grad: (B, places, L, heads, d); fills dkv: (B, places, L, 3, heads, d)."""
-    batch, places, length, _, heads, width = kv.shape
-    config = BACKWARD(kv.device, shape_class(length, width), kv.dtype)
-    (q, k, v), (dq, dk, dv) = kv.unbind(3), dkv.unbind(3)
+    """grad: (B, sites, L, heads, d); fills dqkv: (B, sites, L, 3, heads, d)."""
+    batch, sites, length, _, heads, width = qkv.shape
+    config = BACKWARD(qkv.device, shape_class(length, width), qkv.dtype)
+    (q, k, v), (dq, dk, dv) = qkv.unbind(3), dqkv.unbind(3)
     launch(
         backward_kernel,
-        (triton.cdiv(batch * places, config.blocks["BLOCK"] // length) * heads,),
+        (triton.cdiv(batch * sites, config.blocks["BLOCK"] // length) * heads,),
         *(grad, q, k, v, sin, cos, lse, dq, dk, dv, strides_of(grad), strides_of(q), strides_of(dq)),
-        *(places, batch * places, heads, scale),
+        *(sites, batch * sites, heads, scale),
         config=config,
         **dict(LENGTH=length, HEAD=width, WIDTH=padded(width), PRECISION=precision()),
     )

@@ -1,4 +1,4 @@
-"""Sequences along an axis of a lattice, (B, places, L, heads, d) by strides, as the attention kernels address them."""
+"""Sequences along an axis of a lattice, (B, sites, L, heads, d) by strides, as the attention kernels address them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int, int]:
-    """x: (B, places, L, heads, d), dense along d -> the strides of the others, as kernels take them."""
+    """x: (B, sites, L, heads, d), dense along d -> the strides of the others, as kernels take them."""
     return x.stride(0), x.stride(1), x.stride(2), x.stride(3)
 
 
@@ -29,7 +29,7 @@ def precision() -> str:
 
 
 @triton.jit
-def sequence_offset(sequence, head, places, strides):
-    """Elements from the first row of all to the first of this sequence (a number of B x places) and head."""
-    batch, place = sequence // places, sequence % places
-    return batch.to(tl.int64) * strides[0] + place.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[3]
+def sequence_offset(sequence, head, sites, strides):
+    """Elements from the first row of all to the first of this sequence (a number of B x sites) and head."""
+    batch, site = sequence // sites, sequence % sites
+    return batch.to(tl.int64) * strides[0] + site.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[3]

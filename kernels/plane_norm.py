@@ -157,7 +157,8 @@ def _store_resampled(Y, y, begin, tokens, columns, channel, inside, CHANNELS: tl
 
 @triton.jit
 def _apply(
-    X, WEIGHT, BIAS, FILM, PARTIALS, Y, MEAN, RSTD, batch_stride, stride, film_stride, y_batch_stride, chunks, eps,
+    X, WEIGHT, BIAS, SCALE_SHIFT, PARTIALS, Y, MEAN, RSTD,
+    batch_stride, stride, scale_shift_stride, y_batch_stride, chunks, eps,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr,
     SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +190,7 @@ def _apply(
     if tl.program_id(0) == start:
         tl.store(MEAN + at, origin + mean, mask=group < GROUPS)
         tl.store(RSTD + at, rstd, mask=group < GROUPS)
-    gain, rest = load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, GROUPS * WIDTH)
+    gain, rest = load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
     y = ((values - origin[None, :, None]) - mean[None, :, None]) * (rstd[:, None] * gain)[None, :, :] + rest[None, :, :]
     if ACTIVATION:
         y = silu(y)
@@ -217,7 +218,7 @@ def forward(
     y = x.new_empty(batch, tokens, channels)
     mean = x.new_empty(batch, len(planes) // 2, groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    x, film = rows_dense(x), None if scale_shift is None else rows_dense(scale_shift)
+    x, scale_shift = rows_dense(x), None if scale_shift is None else rows_dense(scale_shift)
     constants = constants_of(planes, channels, groups)
     blocks = whole_blocks(x, planes, groups, WHOLE_TILE)
     if blocks is not None:
@@ -235,8 +236,8 @@ def forward(
     launch(
         _apply,
         grid,
-        *(x, rows_dense(weight), rows_dense(bias), film, partials, y, mean, rstd),
-        *(x.stride(0), x.stride(1), 0 if film is None else film.stride(0), y.stride(0), chunks, eps),
+        *(x, rows_dense(weight), rows_dense(bias), scale_shift, partials, y, mean, rstd),
+        *(x.stride(0), x.stride(1), 0 if scale_shift is None else scale_shift.stride(0), y.stride(0), chunks, eps),
         config=config,
         ACTIVATION=activation,
         RESAMPLE=resample,

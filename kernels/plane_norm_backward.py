@@ -129,8 +129,9 @@ def _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, CHANNELS: 
 
 @triton.jit
 def _sums(
-    X, GRAD, WEIGHT, BIAS, FILM, MEAN, RSTD, SUMS, GROUP_SUMS, batch_stride, stride, grad_batch_stride, grad_stride,
-    film_stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
+    X, GRAD, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, SUMS, GROUP_SUMS,
+    batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, chunks,
+    PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     RESAMPLE: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Of chunks of TILES tiles: SUMS (2, B, chunks, C) of dz and dz n; GROUP_SUMS (2, B, chunks, G), times gain."""
@@ -138,7 +139,7 @@ def _sums(
     plane, first, rows, columns, start = chunk_of(chunk, PLANES, TILES * BLOCK_N)
     group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
     mean, rstd = _load_statistics(MEAN, RSTD, b, plane, group, PLANES, GROUPS)
-    gain, rest = load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, GROUPS * WIDTH)
+    gain, rest = load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
     x, grad = _of_plane(X, GRAD, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE)
     level, tilt = tl.zeros([BLOCK_G, BLOCK_W], tl.float32), tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
     for tile in range(TILES):
@@ -169,8 +170,9 @@ def _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES: tl.constexpr, GROUPS
 
 @triton.jit
 def _input_gradient(
-    X, GRAD, WEIGHT, BIAS, FILM, MEAN, RSTD, SUMS, GROUP_SUMS, DX, batch_stride, stride, grad_batch_stride, grad_stride,
-    film_stride, dx_batch_stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    X, GRAD, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, SUMS, GROUP_SUMS, DX,
+    batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, dx_batch_stride, chunks,
+    PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr, SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +184,7 @@ def _input_gradient(
     plane, first, rows, columns, start = chunk_of(tl.program_id(0), PLANES, BLOCK_N)
     group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
     mean, rstd = _load_statistics(MEAN, RSTD, b, plane, group, PLANES, GROUPS)
-    gain, rest = load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, GROUPS * WIDTH)
+    gain, rest = load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
     x, grad = _of_plane(X, GRAD, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE)
     token = (tl.program_id(0) - start) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (token < rows * columns)[:, None, None] & inside[None, :, :]
@@ -203,7 +205,7 @@ def _input_gradient(
 
 @triton.jit
 def _parameter_gradients(
-    SUMS, WEIGHT, BIAS, FILM, DWEIGHT, DBIAS, DFILM, film_stride, batch, chunks, channels,
+    SUMS, WEIGHT, BIAS, SCALE_SHIFT, DWEIGHT, DBIAS, DSCALE_SHIFT, scale_shift_stride, batch, chunks, channels,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Adds SUMS (2, B, chunks, C) over chunks and, for weight and bias, over the batch, always in the same order."""
@@ -222,13 +224,13 @@ def _parameter_gradients(
             level += tl.sum(tl.load(at, mask=mask, other=0.0), 1)
             second = at + tl.full([], batch, tl.int64) * chunks * channels
             tilt += tl.sum(tl.load(second, mask=mask, other=0.0), 1)
-        if FILM is not None:
+        if SCALE_SHIFT is not None:
             mask = (b < batch)[:, None] & inside[None, :]
-            at = DFILM + b[:, None] * 2 * channels + channel[None, :]
-            tl.store(at, (tilt * weight[None, :] + level * bias[None, :]).to(DFILM.dtype.element_ty), mask=mask)
-            tl.store(at + channels, level.to(DFILM.dtype.element_ty), mask=mask)
-            film = FILM + b[:, None] * film_stride + channel[None, :]
-            scale = 1.0 + tl.load(film, mask=mask, other=0.0).to(tl.float32)
+            at = DSCALE_SHIFT + b[:, None] * 2 * channels + channel[None, :]
+            tl.store(at, (tilt * weight[None, :] + level * bias[None, :]).to(DSCALE_SHIFT.dtype.element_ty), mask=mask)
+            tl.store(at + channels, level.to(DSCALE_SHIFT.dtype.element_ty), mask=mask)
+            scale_shift = SCALE_SHIFT + b[:, None] * scale_shift_stride + channel[None, :]
+            scale = 1.0 + tl.load(scale_shift, mask=mask, other=0.0).to(tl.float32)
             level, tilt = level * scale, tilt * scale
         dweight += tl.sum(tilt, 0)
         dbias += tl.sum(level, 0)
@@ -252,13 +254,13 @@ def backward(
     """Gradients of x, weight, bias, and of scale_shift (empty where there is none). Two launches, or three."""
     batch, _, channels = x.shape
     dx, dweight, dbias = x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    dfilm = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)
+    dscale_shift = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)
     grad, x, weight, bias = (rows_dense(t) for t in (grad, x, weight, bias))
-    film = None if scale_shift is None else rows_dense(scale_shift)
-    film_stride = 0 if film is None else film.stride(0)
+    scale_shift = None if scale_shift is None else rows_dense(scale_shift)
+    scale_shift_stride = 0 if scale_shift is None else scale_shift.stride(0)
     constants = {**constants_of(planes, channels, groups), "ACTIVATION": activation, "RESAMPLE": resample}
-    inputs = (grad, weight, bias, film, mean.contiguous(), rstd.contiguous())
-    strides = (x.stride(0), x.stride(1), grad.stride(0), grad.stride(1), film_stride)
+    inputs = (grad, weight, bias, scale_shift, mean.contiguous(), rstd.contiguous())
+    strides = (x.stride(0), x.stride(1), grad.stride(0), grad.stride(1), scale_shift_stride)
     blocks = whole_blocks(x, planes, groups, WHOLE_TILE)
     if blocks is not None:
         config = replace(WHOLE(x.device, tile_class(math.prod(blocks.values())), x.dtype), blocks=blocks)
@@ -288,7 +290,7 @@ def backward(
     launch(
         _parameter_gradients,
         (-(-channels // config.blocks["BLOCK_C"]),),
-        *(sums, weight, bias, film, dweight, dbias, dfilm, film_stride, batch, chunks, channels),
+        *(sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels),
         config=config,
     )
-    return dx, dweight, dbias, dfilm
+    return dx, dweight, dbias, dscale_shift

@@ -89,13 +89,13 @@ def load_tile(X, stride, token, channel, mask):
 
 
 @triton.jit
-def load_affine(WEIGHT, BIAS, FILM, b, film_stride, channel, inside, CHANNELS: tl.constexpr):
+def load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, CHANNELS: tl.constexpr):
     """weight (1 + scale) and bias (1 + scale) + shift, each (G, W) in float32."""
     gain = tl.load(WEIGHT + channel, mask=inside, other=0.0).to(tl.float32)
     rest = tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)
-    if FILM is not None:
-        film = FILM + b * film_stride + channel
-        scale = 1.0 + tl.load(film, mask=inside, other=0.0).to(tl.float32)
+    if SCALE_SHIFT is not None:
+        scale_shift = SCALE_SHIFT + b * scale_shift_stride + channel
+        scale = 1.0 + tl.load(scale_shift, mask=inside, other=0.0).to(tl.float32)
         gain = gain * scale
-        rest = rest * scale + tl.load(film + CHANNELS, mask=inside, other=0.0).to(tl.float32)
+        rest = rest * scale + tl.load(scale_shift + CHANNELS, mask=inside, other=0.0).to(tl.float32)
     return gain, rest

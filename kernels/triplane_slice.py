@@ -32,19 +32,19 @@ FORWARD = ConfigTable(
 BACKWARD = ConfigTable(
     "triplane_slice_backward",
     {
-        ("*", "*", "*"): Config({"PLACES": 16, "COLUMNS": 64, "PROGRAMS": 264}, num_warps=2),
-        ("interpreter", "*", "*"): Config({"PLACES": 8, "COLUMNS": 128, "PROGRAMS": 12}),
+        ("*", "*", "*"): Config({"SITES": 16, "COLUMNS": 64, "PROGRAMS": 264}, num_warps=2),
+        ("interpreter", "*", "*"): Config({"SITES": 8, "COLUMNS": 128, "PROGRAMS": 12}),
     },
     candidates=(
-        Config({"PLACES": 32, "COLUMNS": 64, "PROGRAMS": 264}, num_warps=4),
-        Config({"PLACES": 16, "COLUMNS": 64, "PROGRAMS": 528}, num_warps=2),
+        Config({"SITES": 32, "COLUMNS": 64, "PROGRAMS": 264}, num_warps=4),
+        Config({"SITES": 16, "COLUMNS": 64, "PROGRAMS": 528}, num_warps=2),
     ),
 )
 
 
 @dataclass(frozen=True)
 class _Gather:
-    """Element l of the sequence at place p is lattice token p // inner * outer_step + p % inner + l * step."""
+    """Element l of the sequence at site p is lattice token p // inner * outer_step + p % inner + l * step."""
 
     length: int
     inner: int
@@ -65,15 +65,15 @@ def _forward(
     x, token, positions, out, rows, length, channels, inner, outer_step, step, batch_stride, token_stride,
     positions_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # rows = places * (length + 1) of one batch element; a program has a block of them and a block of channels.
+    # rows = sites * (length + 1) of one batch element; a program has a block of them and a block of channels.
     across = tl.cdiv(channels, COLUMNS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(0) // across
     down = tl.cdiv(rows, ROWS)
     batch = (block // down).to(tl.int64)
     row = block % down * ROWS + tl.arange(0, ROWS)
-    place, element = row // (length + 1), row % (length + 1)
-    source = place // inner * outer_step + place % inner + element * step
+    site, element = row // (length + 1), row % (length + 1)
+    source = site // inner * outer_step + site % inner + element * step
     here = (column < channels)[None, :]
     inside = (row < rows)[:, None] & here
     offset = batch * batch_stride + source.to(tl.int64)[:, None] * token_stride + column[None, :]
@@ -88,26 +88,26 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, dx, partials, places_in_all, places, length, channels, inner, outer_step, step, batch_stride, place_stride,
-    row_stride, PLACES: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
+    grad, dx, partials, sites_in_all, sites, length, channels, inner, outer_step, step, batch_stride, site_stride,
+    row_stride, SITES: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    # A program has one position of the sequences, a block of channels and its share of the blocks of places (of all
+    # A program has one position of the sequences, a block of channels and its share of the blocks of sites (of all
     # batch elements). Channels, then positions, are the fastest part of the index: neighbours read neighbours.
     across = tl.cdiv(channels, COLUMNS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(0) // across
     element, share = block % (length + 1), block // (length + 1)
     here = (column < channels)[None, :]
-    kept = tl.where(element < length, places_in_all, 0)  # the token's gradient is no lattice token's
-    totals = tl.zeros([PLACES, COLUMNS], tl.float32)
-    for tile in range(share, tl.cdiv(places_in_all, PLACES), tl.cdiv(PROGRAMS, length + 1)):
-        index = tile * PLACES + tl.arange(0, PLACES)
-        batch, place = (index // places).to(tl.int64), index % places
-        inside = (index < places_in_all)[:, None] & here
-        offset = batch * batch_stride + place.to(tl.int64) * place_stride + element.to(tl.int64) * row_stride
+    kept = tl.where(element < length, sites_in_all, 0)  # the token's gradient is no lattice token's
+    totals = tl.zeros([SITES, COLUMNS], tl.float32)
+    for tile in range(share, tl.cdiv(sites_in_all, SITES), tl.cdiv(PROGRAMS, length + 1)):
+        index = tile * SITES + tl.arange(0, SITES)
+        batch, site = (index // sites).to(tl.int64), index % sites
+        inside = (index < sites_in_all)[:, None] & here
+        offset = batch * batch_stride + site.to(tl.int64) * site_stride + element.to(tl.int64) * row_stride
         value = tl.load(grad + offset[:, None] + column[None, :], mask=inside, other=0.0)
-        target = place // inner * outer_step + place % inner + element * step
-        to = (batch * (places * length) + target)[:, None] * channels + column[None, :]
+        target = site // inner * outer_step + site % inner + element * step
+        to = (batch * (sites * length) + target)[:, None] * channels + column[None, :]
         tl.store(dx + to, value, mask=(index < kept)[:, None] & here)
         totals += value.to(tl.float32)
     row = (share * (length + 1) + element).to(tl.int64)
@@ -115,13 +115,13 @@ def _backward(
 
 
 def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:
-    """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, places, L + 1, C)."""
+    """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, sites, L + 1, C)."""
     x, token, positions = rows_dense(x), rows_dense(token), rows_dense(positions)
     batch, tokens, channels = x.shape
     gather = _gather(plane, time, height, width)
-    places = tokens // gather.length
-    rows = places * (gather.length + 1)
-    out = torch.empty(batch, places, gather.length + 1, channels, dtype=x.dtype, device=x.device)
+    sites = tokens // gather.length
+    rows = sites * (gather.length + 1)
+    out = torch.empty(batch, sites, gather.length + 1, channels, dtype=x.dtype, device=x.device)
     config = FORWARD(x.device, "any", x.dtype)
     blocks = batch * triton.cdiv(rows, config.blocks["ROWS"])
     launch(
@@ -138,21 +138,21 @@ def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, 
 def backward(
     grad: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, token and positions from grad: (B, places, L + 1, C)."""
+    """Gradients of x, token and positions from grad: (B, sites, L + 1, C)."""
     grad = rows_dense(grad)
-    batch, places, rows, channels = grad.shape
+    batch, sites, rows, channels = grad.shape
     gather = _gather(plane, time, height, width)
     dx = torch.empty(batch, time * height * width, channels, dtype=grad.dtype, device=grad.device)
     dtoken, dpositions = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (token, positions))
     config = BACKWARD(grad.device, "any", grad.dtype)
     blocks = config.blocks
-    shares = min(triton.cdiv(batch * places, blocks["PLACES"]), triton.cdiv(blocks["PROGRAMS"], rows))
+    shares = min(triton.cdiv(batch * sites, blocks["SITES"]), triton.cdiv(blocks["PROGRAMS"], rows))
     partials = torch.empty(shares, rows * channels, dtype=torch.float32, device=grad.device)
     launch(
         _backward,
         (shares * rows * triton.cdiv(channels, blocks["COLUMNS"]),),
         *(grad, dx, partials),
-        *(batch * places, places, gather.length, channels, gather.inner, gather.outer_step, gather.step),
+        *(batch * sites, sites, gather.length, channels, gather.inner, gather.outer_step, gather.step),
         *grad.stride()[:3],
         config=config,
     )

@@ -1,6 +1,6 @@
 // What both directions of attention share: the tensors' geometry and the cut of the work into units and among threads.
 //
-// A problem is one (batch, place, head, segment). Work is cut into blocks of one problem; threads get consecutive blocks of
+// A problem is one (batch, site, head, segment). Work is cut into blocks of one problem; threads get consecutive blocks of
 // equal cost, so that unequal segments, and fewer problems than threads, stay balanced. Each output has one writer.
 #pragma once
 #include "attention_softmax.h"
@@ -14,20 +14,20 @@ namespace {
 constexpr int64_t short_sequence = 64;  // tokens
 
 struct Problem {
-  int64_t batch, place, head, start, count;  // the segment's first token, its tokens
+  int64_t batch, site, head, start, count;  // the segment's first token, its tokens
 };
 
-// A tensor (B, places, L, ..., d) at one head: its tokens.
+// A tensor (B, sites, L, ..., d) at one head: its tokens.
 template <class T>
 PVDM_INLINE Tokens<T> tokens_of(const TensorView& t, const Problem& p, int part = 0) {
   const int head = t.dims - 2;
-  int64_t offset = p.batch * t.stride[0] + p.place * t.stride[1] + p.start * t.stride[2] + p.head * t.stride[head];
+  int64_t offset = p.batch * t.stride[0] + p.site * t.stride[1] + p.start * t.stride[2] + p.head * t.stride[head];
   if (t.dims == 6) offset += part * t.stride[3];
   return {t.as<T>() + offset, t.stride[2]};
 }
 
 PVDM_INLINE float* logs_of(const TensorView& lse, const Problem& p) {
-  return lse.as<float>() + p.batch * lse.stride[0] + p.place * lse.stride[1] + p.head * lse.stride[2] + p.start;
+  return lse.as<float>() + p.batch * lse.stride[0] + p.site * lse.stride[1] + p.head * lse.stride[2] + p.start;
 }
 
 // Short sequences are bound by the latency of memory: their rows lie far apart, where no prefetcher of the hardware follows.
@@ -41,8 +41,8 @@ PVDM_INLINE void prefetch(const Tokens<const T>& x, int64_t count, int64_t width
   }
 }
 
-// Where a thread starts: a block of a segment of a (batch, place, head).
-struct Place {
+// Where a thread starts: a block of a segment of a (batch, site, head).
+struct Cursor {
   int64_t row, segment, block;
 };
 
@@ -63,25 +63,25 @@ class Plan {
   // Calls body(problem, the next one, first block, last block + 1, all blocks of the problem) for the share of a thread.
   template <class F>
   void run(int64_t thread, const F& body) const {
-    Place at = start(thread);
-    const Place end = start(thread + 1);
+    Cursor at = start(thread);
+    const Cursor end = start(thread + 1);
     for (; at.row < end.row || (at.row == end.row && at.segment <= end.segment); advance(at)) {
       const bool last = at.row == end.row && at.segment == end.segment;
       const int64_t all = at.row < rows_ ? blocks(at.segment) : 0, stop = last ? end.block : all;
       if (at.block >= stop) continue;
-      Place next = at;
+      Cursor next = at;
       advance(next);
       body(problem(at), problem(next.row < rows_ ? next : at), at.block, stop, all);
     }
   }
-  Problem problem(const Place& at) const {
+  Problem problem(const Cursor& at) const {
     const int64_t begin = o_.offsets[at.segment];
     return {at.row / heads_ / places_, at.row / heads_ % places_, at.row % heads_, begin, tokens(at.segment)};
   }
   // The first block whose work comes after share `thread` of `threads` of all the work.
-  Place start(int64_t thread) const {
+  Cursor start(int64_t thread) const {
     const int64_t target = static_cast<int64_t>(static_cast<__int128>(rows_) * row_cost_ * thread / threads);
-    Place at{target / row_cost_, 0, 0};
+    Cursor at{target / row_cost_, 0, 0};
     int64_t rest = target % row_cost_;
     for (; rest > 0; at.segment++) {
       const int64_t whole = blocks(at.segment) * cost(at.segment);
@@ -107,7 +107,7 @@ class Plan {
   int64_t tokens(int64_t segment) const { return o_.offsets[segment + 1] - o_.offsets[segment]; }
   int64_t blocks(int64_t segment) const { return single_ ? 1 : blocks_of_(tokens(segment)); }
   int64_t cost(int64_t segment) const { return tokens(segment) + 32; }  // 32: packing
-  void advance(Place& at) const {
+  void advance(Cursor& at) const {
     at.block = 0;
     if (++at.segment == o_.segments) at = {at.row + 1, 0, 0};
   }

@@ -155,15 +155,15 @@ struct Backward {
 
   // dQ of the problem in whose middle thread `t` starts, from all threads that have a part; by the first of these only.
   void join(const Plan& plan, int64_t t, float* memory, int64_t size, int64_t longest) const {
-    const Place at = plan.start(t);
-    const auto same = [&](const Place& other) { return other.row == at.row && other.segment == at.segment; };
-    const Place before = plan.start(t - 1);
+    const Cursor at = plan.start(t);
+    const auto same = [&](const Cursor& other) { return other.row == at.row && other.segment == at.segment; };
+    const Cursor before = plan.start(t - 1);
     if (at.block == 0 || (same(before) && before.block > 0)) return;
     const Problem p = plan.problem(at);
     const int64_t count = (p.count + block_queries - 1) / block_queries * padded(width) * block_queries;
     float* sum = nullptr;
     for (int64_t other = t - 1; other < plan.threads; other++) {
-      const Place begin = plan.start(other), end = plan.start(other + 1);
+      const Cursor begin = plan.start(other), end = plan.start(other + 1);
       if (begin.row == end.row && begin.segment == end.segment && begin.block == end.block) continue;
       if (other >= t && !same(begin)) break;
       const Workspace w({memory + other * size}, longest, width, true);

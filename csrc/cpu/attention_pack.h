@@ -8,7 +8,7 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-// The tokens of one (batch, place, head): `width` numbers each, dense, a stride apart.
+// The tokens of one (batch, site, head): `width` numbers each, dense, a stride apart.
 template <class T>
 struct Tokens {
   T* data;
@@ -18,7 +18,7 @@ struct Tokens {
 };
 
 // Rotation tables, rows of `padded(width)`: x becomes x cos + swap(x) sin, where swap exchanges neighbours and the sine
-// carries the sign: minus at even places. Null: no rotation. The transpose is x cos + swap(x sin).
+// carries the sign: minus at even sites. Null: no rotation. The transpose is x cos + swap(x sin).
 struct Rotation {
   const float *cos = nullptr, *sin = nullptr;
   int64_t stride = 0;

@@ -21,12 +21,12 @@ struct Workspace {
 
 template <class T>
 struct Single {
-  const TensorView &grad, &kv, &query, &out, &lse, &dkv, &dquery;
+  const TensorView &grad, &qkv, &query, &out, &lse, &dqkv, &dquery;
   float scale;
   int64_t width;
 
   void run(const Problem& p, const Workspace& w) const {
-    const auto keys = tokens_of<const T>(kv, p, 0), values = tokens_of<const T>(kv, p, 1);
+    const auto keys = tokens_of<const T>(qkv, p, 0), values = tokens_of<const T>(qkv, p, 1);
     const auto queries = tokens_of<const T>(query, p);
     const auto grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
     const int64_t padding = padded(width);
@@ -50,7 +50,7 @@ struct Single {
       store(w.ds + j, weight * (load(w.ds + j) - delta));
     }
     multiply_row(padding / lanes, w.ds, w.keys, padding, w.dquery, p.count);
-    const auto to = tokens_of<T>(dquery, p), dkeys = tokens_of<T>(dkv, p, 0), dvalues = tokens_of<T>(dkv, p, 1);
+    const auto to = tokens_of<T>(dquery, p), dkeys = tokens_of<T>(dqkv, p, 0), dvalues = tokens_of<T>(dqkv, p, 1);
     write_rows(w.dquery, 1, width, scale, Rotation{}, to);
     for (int64_t j = 0; j < p.count; j++) {  // outer products; the query here carries the scale
       write_rows(w.query, 1, width, w.ds[j], Rotation{}, dkeys.from(j));
@@ -60,17 +60,17 @@ struct Single {
 };
 
 template <class T>
-void single(const TensorView& grad, const TensorView& kv, const TensorView& query, const TensorView& out,
-            const TensorView& lse, const TensorView& dkv, const TensorView& dquery, const AttentionOptions& o) {
-  const Plan plan(kv, o, true, one_block);
-  const int64_t width = kv.size[5], longest = plan.longest(), size = Workspace({nullptr}, longest, width).size;
+void single(const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& out,
+            const TensorView& lse, const TensorView& dqkv, const TensorView& dquery, const AttentionOptions& o) {
+  const Plan plan(qkv, o, true, one_block);
+  const int64_t width = qkv.size[5], longest = plan.longest(), size = Workspace({nullptr}, longest, width).size;
   const Buffer memory(plan.threads * size * 4);
-  const Single<T> op{grad, kv, query, out, lse, dkv, dquery, static_cast<float>(o.scale), width};
+  const Single<T> op{grad, qkv, query, out, lse, dqkv, dquery, static_cast<float>(o.scale), width};
   parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; t++) {
       const Workspace workspace({memory.floats() + t * size}, longest, width);
       plan.run(t, [&](const Problem& p, const Problem& next, int64_t, int64_t, int64_t) {
-        for (int part = 0; part < 2; part++) prefetch(tokens_of<const T>(kv, next, part), next.count, width);
+        for (int part = 0; part < 2; part++) prefetch(tokens_of<const T>(qkv, next, part), next.count, width);
         op.run(p, workspace); });
     }
   });
@@ -78,10 +78,10 @@ void single(const TensorView& grad, const TensorView& kv, const TensorView& quer
 
 }  // namespace
 
-void attention_backward_single(const TensorView& grad, const TensorView& kv, const TensorView& query,
-                               const TensorView& out, const TensorView& lse, const TensorView& dkv,
+void attention_backward_single(const TensorView& grad, const TensorView& qkv, const TensorView& query,
+                               const TensorView& out, const TensorView& lse, const TensorView& dqkv,
                                const TensorView& dquery, const AttentionOptions& o) {
-  PVDM_WITH_TYPE(kv.dtype, T, single<T>(grad, kv, query, out, lse, dkv, dquery, o))
+  PVDM_WITH_TYPE(qkv.dtype, T, single<T>(grad, qkv, query, out, lse, dqkv, dquery, o))
 }
 
 }  // namespace pvdm::PVDM_ISA

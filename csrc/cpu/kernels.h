@@ -21,15 +21,15 @@ struct NormOptions {
 };
 }  // namespace pvdm
 
-// x (B, N, C), weight and bias (C), film (B, 2C) or null, all but x f32 -> y (B, N', C) as x; mean, rstd (B, planes, groups).
+// x (B, N, C), weight and bias (C), scale_shift (B, 2C) or null, all but x f32 -> y (B, N', C) as x; mean, rstd (B, planes, groups).
 PVDM_CPU_KERNEL(plane_norm_forward,
-                (const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& film,
+                (const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& scale_shift,
                  const TensorView& y, const TensorView& mean, const TensorView& rstd, const NormOptions& options))
-// grad (B, N', C) and x of one dtype -> dx (B, N, C) of it; dweight, dbias (C), dfilm (B, 2C) f32 (null without film).
+// grad (B, N', C) and x of one dtype -> dx (B, N, C) of it; dweight, dbias (C), dscale_shift (B, 2C) f32 (null without scale_shift).
 PVDM_CPU_KERNEL(plane_norm_backward,
                 (const TensorView& grad, const TensorView& x, const TensorView& weight, const TensorView& bias,
-                 const TensorView& film, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
-                 const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
+                 const TensorView& scale_shift, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
+                 const TensorView& dweight, const TensorView& dbias, const TensorView& dscale_shift,
                  const NormOptions& options))
 
 namespace pvdm {
@@ -41,8 +41,8 @@ struct AttentionOptions {
 };
 }  // namespace pvdm
 
-// qkv (B, places, L, 3, heads, d), or keys and values (..., 2, heads, d) with query (B, places, 1, heads, d); sin, cos (L, d)
-// f32 or null -> out (B, places, L or 1, heads, d), of one dtype; lse (B, places, heads, L or 1) f32. Attention is inside
+// qkv (B, sites, L, 3, heads, d), or keys and values (..., 2, heads, d) with query (B, sites, 1, heads, d); sin, cos (L, d)
+// f32 or null -> out (B, sites, L or 1, heads, d), of one dtype; lse (B, sites, heads, L or 1) f32. Attention is inside
 // each segment of L. Last strides are 1.
 PVDM_CPU_TILE_KERNEL(attention_forward,
                      (const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
@@ -52,10 +52,10 @@ PVDM_CPU_TILE_KERNEL(attention_backward,
                      (const TensorView& grad, const TensorView& qkv, const TensorView& sin, const TensorView& cos,
                       const TensorView& out, const TensorView& lse, const TensorView& dqkv,
                       const AttentionOptions& options))
-// The same with a query: -> dkv as kv, dquery as query.
+// The same with a query: -> dqkv as qkv, dquery as query.
 PVDM_CPU_KERNEL(attention_backward_single,
-                (const TensorView& grad, const TensorView& kv, const TensorView& query, const TensorView& out,
-                 const TensorView& lse, const TensorView& dkv, const TensorView& dquery, const AttentionOptions& options))
+                (const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& out,
+                 const TensorView& lse, const TensorView& dqkv, const TensorView& dquery, const AttentionOptions& options))
 
 // x (B, N, C) -> out (rows, 9 C) of its dtype: rows first ... of the unfolded matrix (B N, 9 C), taps fastest.
 PVDM_CPU_KERNEL(plane_conv_unfold,
@@ -80,11 +80,11 @@ PVDM_CPU_KERNEL(add_layer_norm_backward,
                  const TensorView& mean, const TensorView& rstd, const TensorView& dx, const TensorView& dweight,
                  const TensorView& dbias, int threads))
 
-// x (B, T H W, C), token (C) and positions (L + 1, C) f32 -> out (B, places, L + 1, C) as x. plane: 0 xy, 1 yt, 2 xt.
+// x (B, T H W, C), token (C) and positions (L + 1, C) f32 -> out (B, sites, L + 1, C) as x. plane: 0 xy, 1 yt, 2 xt.
 PVDM_CPU_KERNEL(triplane_slice_forward,
                 (const TensorView& x, const TensorView& token, const TensorView& positions, const TensorView& out,
                  const Layout& layout, int plane, int threads))
-// grad (B, places, L + 1, C) -> dx (B, T H W, C) of its dtype, dpositions (L + 1, C) f32; the token's is its last row.
+// grad (B, sites, L + 1, C) -> dx (B, T H W, C) of its dtype, dpositions (L + 1, C) f32; the token's is its last row.
 PVDM_CPU_KERNEL(triplane_slice_backward,
                 (const TensorView& grad, const TensorView& dx, const TensorView& dpositions, const Layout& layout,
                  int plane, int threads))

@@ -115,7 +115,7 @@ void all_moments(const TensorView& x, const Chunks& chunks, const NormOptions& o
 
 // Statistics of one batch element, and the three rows of parameters of each of its planes.
 void prepare(const double* moments, const Chunks& chunks, int64_t b, const TensorView& weight, const TensorView& bias,
-             const TensorView& film, const TensorView& mean, const TensorView& rstd, const NormOptions& o,
+             const TensorView& scale_shift, const TensorView& mean, const TensorView& rstd, const NormOptions& o,
              float* parameters) {
   const int64_t channels = weight.size[0], padding = padded(channels), width = channels / o.groups;
   for (int64_t p = 0; p < o.planes.count; p++)
@@ -128,11 +128,11 @@ void prepare(const double* moments, const Chunks& chunks, int64_t b, const Tenso
       rstd.as<float>()[b * rstd.stride[0] + p * rstd.stride[1] + g] = static_cast<float>(r);
       float* rows = parameters + p * 3 * padding;
       for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const double scale = 1.0 + film_at(film, b, c), slope = r * element(weight, c) * scale;
+        const double scale = 1.0 + scale_shift_at(scale_shift, b, c), slope = r * element(weight, c) * scale;
         rows[c] = rounded;
         rows[padding + c] = static_cast<float>(slope);
         rows[2 * padding + c] = static_cast<float>((rounded - m) * slope + element(bias, c) * scale +
-                                                   film_at(film, b, channels + c));
+                                                   scale_shift_at(scale_shift, b, channels + c));
       }
     }
 }
@@ -158,7 +158,7 @@ void write_all(const TensorView& x, const TensorView& y, const float* parameters
 
 }  // namespace
 
-void plane_norm_forward(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& film,
+void plane_norm_forward(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& scale_shift,
                         const TensorView& y, const TensorView& mean, const TensorView& rstd, const NormOptions& o) {
   const Chunks chunks(o.planes, false);
   const int64_t batch = x.size[0], padding = padded(x.size[2]), count = o.planes.count;
@@ -167,7 +167,7 @@ void plane_norm_forward(const TensorView& x, const TensorView& weight, const Ten
   PVDM_WITH_TYPE(x.dtype, T, all_moments<T>(x, chunks, o, moments.doubles()))
   parallel_for(threads_for(o.threads, batch), batch, [&](int64_t begin, int64_t end, int) {
     for (int64_t b = begin; b < end; b++)
-      prepare(moments.doubles() + b * chunks.total * 2 * padding, chunks, b, weight, bias, film, mean, rstd, o,
+      prepare(moments.doubles() + b * chunks.total * 2 * padding, chunks, b, weight, bias, scale_shift, mean, rstd, o,
               parameters.floats() + b * count * 3 * padding);
   });
   PVDM_WITH_TYPE(x.dtype, T, o.activation ? write_all<T, true>(x, y, parameters.floats(), o)

@@ -42,8 +42,8 @@ struct Chunks {
 };
 
 PVDM_INLINE float element(const TensorView& t, int64_t i) { return t.as<float>()[i * t.stride[t.dims - 1]]; }
-PVDM_INLINE float film_at(const TensorView& film, int64_t b, int64_t i) {
-  return film.data ? film.as<float>()[b * film.stride[0] + i] : 0.0f;
+PVDM_INLINE float scale_shift_at(const TensorView& scale_shift, int64_t b, int64_t i) {
+  return scale_shift.data ? scale_shift.as<float>()[b * scale_shift.stride[0] + i] : 0.0f;
 }
 
 // Adds `count` floats to doubles and clears them.

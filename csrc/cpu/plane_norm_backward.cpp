@@ -87,7 +87,7 @@ void write_chunk(const PlaneGrad<T>& grad, const T* x, int64_t stride, const Chu
 }
 
 // Rows of every (batch element, plane), as far as they are known before the sums.
-void prepare(const TensorView& weight, const TensorView& bias, const TensorView& film, const TensorView& mean,
+void prepare(const TensorView& weight, const TensorView& bias, const TensorView& scale_shift, const TensorView& mean,
              const TensorView& rstd, const NormOptions& o, float* parameters) {
   const int64_t channels = weight.size[0], padding = padded(channels), planes = o.planes.count;
   for (int64_t b = 0; b < mean.size[0]; b++)
@@ -95,17 +95,17 @@ void prepare(const TensorView& weight, const TensorView& bias, const TensorView&
       for (int64_t c = 0; c < channels; c++) {
         const int64_t group = c / (channels / o.groups);
         float* row = parameters + (b * planes + p) * row_count * padding + c;
-        const float scale = 1.0f + film_at(film, b, c);
+        const float scale = 1.0f + scale_shift_at(scale_shift, b, c);
         row[mean_row * padding] = mean.as<float>()[b * mean.stride[0] + p * mean.stride[1] + group];
         row[rstd_row * padding] = rstd.as<float>()[b * rstd.stride[0] + p * rstd.stride[1] + group];
         row[slope_row * padding] = element(weight, c) * scale;
-        row[rest_row * padding] = element(bias, c) * scale + film_at(film, b, channels + c);
+        row[rest_row * padding] = element(bias, c) * scale + scale_shift_at(scale_shift, b, channels + c);
       }
 }
 
 // From the chunks' sums: the gradients of weight, bias and FiLM, and the remaining rows. Chunks are added in order.
 void combine(const double* sums, const Chunks& chunks, const TensorView& weight, const TensorView& bias,
-             const TensorView& film, const TensorView& dfilm, const NormOptions& o, int64_t batch, float* parameters,
+             const TensorView& scale_shift, const TensorView& dscale_shift, const NormOptions& o, int64_t batch, float* parameters,
              double* dweight, double* dbias, double* totals) {
   const int64_t channels = weight.size[0], padding = padded(channels), width = channels / o.groups;
   const int64_t planes = o.planes.count;
@@ -116,11 +116,11 @@ void combine(const double* sums, const Chunks& chunks, const TensorView& weight,
       for (int64_t k = chunks.start(p); k < chunks.start(p + 1); k++)
         for (int64_t i = 0; i < 2 * padding; i++) totals[i] += sums[(b * chunks.total + k) * 2 * padding + i];
       for (int64_t c = 0; c < channels; c++) {
-        const double scale = 1.0 + film_at(film, b, c), level = totals[c], tilt = totals[padding + c];
+        const double scale = 1.0 + scale_shift_at(scale_shift, b, c), level = totals[c], tilt = totals[padding + c];
         dweight[c] += scale * tilt;
         dbias[c] += scale * level;
-        if (!dfilm.data) continue;
-        float* to = dfilm.as<float>() + b * dfilm.stride[0] + c;
+        if (!dscale_shift.data) continue;
+        float* to = dscale_shift.as<float>() + b * dscale_shift.stride[0] + c;
         to[0] += static_cast<float>(tilt * element(weight, c) + level * element(bias, c));
         to[channels] += static_cast<float>(level);
       }
@@ -187,8 +187,8 @@ void write_all(const TensorView& grad, const TensorView& x, const Chunks& chunks
 }  // namespace
 
 void plane_norm_backward(const TensorView& grad, const TensorView& x, const TensorView& weight, const TensorView& bias,
-                         const TensorView& film, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
-                         const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
+                         const TensorView& scale_shift, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
+                         const TensorView& dweight, const TensorView& dbias, const TensorView& dscale_shift,
                          const NormOptions& o) {
   const Chunks chunks(o.planes, false);
   const int64_t batch = x.size[0], channels = x.size[2], padding = padded(channels);
@@ -196,13 +196,13 @@ void plane_norm_backward(const TensorView& grad, const TensorView& x, const Tens
   const Buffer parameters(rows * 4), sums(batch * chunks.total * 2 * padding * 8), totals(4 * padding * 8);
   memset(parameters.floats(), 0, rows * 4);
   memset(totals.doubles(), 0, 4 * padding * 8);
-  if (dfilm.data) memset(dfilm.data, 0, batch * 2 * channels * 4);
-  prepare(weight, bias, film, mean, rstd, o, parameters.floats());
+  if (dscale_shift.data) memset(dscale_shift.data, 0, batch * 2 * channels * 4);
+  prepare(weight, bias, scale_shift, mean, rstd, o, parameters.floats());
   PVDM_WITH_TYPE(x.dtype, T,
                  o.activation ? all_sums<T, true>(grad, x, chunks, parameters.floats(), o, sums.doubles())
                               : all_sums<T, false>(grad, x, chunks, parameters.floats(), o, sums.doubles()))
   double *dw = totals.doubles() + 2 * padding, *db = dw + padding;
-  combine(sums.doubles(), chunks, weight, bias, film, dfilm, o, batch, parameters.floats(), dw, db, totals.doubles());
+  combine(sums.doubles(), chunks, weight, bias, scale_shift, dscale_shift, o, batch, parameters.floats(), dw, db, totals.doubles());
   for (int64_t c = 0; c < channels; c++) {
     dweight.as<float>()[c] = static_cast<float>(dw[c]);
     dbias.as<float>()[c] = static_cast<float>(db[c]);

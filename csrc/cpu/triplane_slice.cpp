@@ -9,17 +9,17 @@ namespace {
 
 constexpr int64_t chunk_sequences = 64;  // summed in float before doubles; results don't depend on the thread count
 
-// Where the sequences of one plane lie in the lattice: element l of sequence `place` is token start(place) + l step().
+// Where the sequences of one plane lie in the lattice: element l of sequence `site` is token start(site) + l step().
 struct Sequences {
   Layout layout;
   int plane;
   int64_t length() const { return plane == 0 ? layout.time : plane == 1 ? layout.height : layout.width; }
-  int64_t places() const { return layout.rows(plane) * layout.columns(plane); }
+  int64_t sites() const { return layout.rows(plane) * layout.columns(plane); }
   int64_t step() const { return plane == 0 ? layout.height * layout.width : plane == 1 ? layout.width : 1; }
-  int64_t start(int64_t place) const {
-    if (plane == 0) return place;
-    if (plane == 2) return place * layout.width;
-    return place / layout.width * layout.height * layout.width + place % layout.width;
+  int64_t start(int64_t site) const {
+    if (plane == 0) return site;
+    if (plane == 2) return site * layout.width;
+    return site / layout.width * layout.height * layout.width + site % layout.width;
   }
 };
 
@@ -49,7 +49,7 @@ void triplane_slice_forward(const TensorView& x, const TensorView& token, const 
                             const TensorView& out, const Layout& layout, int plane, int threads) {
   const Sequences sequences{layout, plane};
   const int64_t channels = x.size[2], padding = padded(channels), length = sequences.length(), step = sequences.step();
-  const int64_t places = sequences.places(), units = x.size[0] * places;
+  const int64_t sites = sequences.sites(), units = x.size[0] * sites;
   const Buffer rows((length + 1) * padding * 4);  // the positions, the token added to the last
   for (int64_t l = 0; l <= length; l++)
     for (int64_t c = 0; c < padding; c++)
@@ -58,7 +58,7 @@ void triplane_slice_forward(const TensorView& x, const TensorView& token, const 
                                                            (l == length ? token.as<float>()[c] : 0);
   PVDM_WITH_TYPE(x.dtype, T, parallel_for(threads_for(threads, units), units, [&](int64_t begin, int64_t end, int) {
     for (int64_t unit = begin; unit < end; unit++) {
-      const T* from = x.as<T>() + unit / places * x.stride[0] + sequences.start(unit % places) * x.stride[1];
+      const T* from = x.as<T>() + unit / sites * x.stride[0] + sequences.start(unit % sites) * x.stride[1];
       T* to = out.as<T>() + unit * (length + 1) * channels;
       const int64_t stride = step * x.stride[1];
       for (int64_t l = 0; l < length; l++)
@@ -75,7 +75,7 @@ void triplane_slice_backward(const TensorView& grad, const TensorView& dx, const
                              const Layout& layout, int plane, int threads) {
   const Sequences sequences{layout, plane};
   const int64_t channels = dx.size[2], padding = padded(channels), length = sequences.length(), step = sequences.step();
-  const int64_t places = sequences.places(), units = dx.size[0] * places;
+  const int64_t sites = sequences.sites(), units = dx.size[0] * sites;
   const int64_t chunks = (units + chunk_sequences - 1) / chunk_sequences, size = (length + 1) * padding;
   const Buffer parts(chunks * size * 4);
   PVDM_WITH_TYPE(grad.dtype, T, parallel_for(threads_for(threads, chunks), chunks, [&](int64_t begin, int64_t end, int) {
@@ -84,8 +84,8 @@ void triplane_slice_backward(const TensorView& grad, const TensorView& dx, const
       memset(sums, 0, size * 4);
       const int64_t last = (chunk + 1) * chunk_sequences < units ? (chunk + 1) * chunk_sequences : units;
       for (int64_t unit = chunk * chunk_sequences; unit < last; unit++) {
-        const T* from = grad.as<T>() + unit / places * grad.stride[0] + unit % places * grad.stride[1];
-        T* to = dx.as<T>() + (unit / places * dx.size[1] + sequences.start(unit % places)) * channels;
+        const T* from = grad.as<T>() + unit / sites * grad.stride[0] + unit % sites * grad.stride[1];
+        T* to = dx.as<T>() + (unit / sites * dx.size[1] + sequences.start(unit % sites)) * channels;
         for (int64_t l = 0; l < length; l++)
           take_row<T, true>(from + l * grad.stride[2], to + l * step * channels,
                             to + (l + 1 < length ? l + 1 : l) * step * channels, sums + l * padding, channels);

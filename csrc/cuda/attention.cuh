@@ -8,12 +8,12 @@ namespace pvdm::cuda {
 constexpr int max_segments = 32;
 constexpr float log2_e = 1.4426950408889634f;
 
-// Rows (L, d) of a tensor (B, places, L, ..., d) for each (batch, place, head), at one of the parts q, k, v.
+// Rows (L, d) of a tensor (B, sites, L, ..., d) for each (batch, site, head), at one of the parts q, k, v.
 template <class T>
 struct Rows {
   T* data;
-  int64_t batch, place, row, head;  // strides
-  __device__ T* of(int64_t b, int64_t p, int64_t h) const { return data + b * batch + p * place + h * head; }
+  int64_t batch, site, row, head;  // strides
+  __device__ T* of(int64_t b, int64_t p, int64_t h) const { return data + b * batch + p * site + h * head; }
 };
 
 template <class T>
@@ -22,28 +22,28 @@ Rows<T> rows_of(const TensorView& t, int64_t part = 0) {
   return {t.as<T>() + (t.dims == 6 ? part * t.stride[3] : 0), t.stride[0], t.stride[1], t.stride[2], t.stride[head]};
 }
 
-// lse and delta: (B, places, heads, queries).
+// lse and delta: (B, sites, heads, queries).
 struct Logs {
   float* data;
-  int64_t batch, place, head;
-  __device__ float* of(int64_t b, int64_t p, int64_t h) const { return data + b * batch + p * place + h * head; }
+  int64_t batch, site, head;
+  __device__ float* of(int64_t b, int64_t p, int64_t h) const { return data + b * batch + p * site + h * head; }
 };
 inline Logs logs_of(const TensorView& t) { return {t.as<float>(), t.stride[0], t.stride[1], t.stride[2]}; }
 
 // The cut of every sequence into blocks of rows that lie in one segment.
 struct Cut {
-  int64_t places, heads, blocks;  // blocks of rows a sequence
+  int64_t sites, heads, blocks;  // blocks of rows a sequence
   int segments, rows;             // rows a block
   int offset[max_segments + 1];
 
   struct Block {
-    int64_t batch, place, head;
+    int64_t batch, site, head;
     int begin, end, first;  // the segment, and the block's first row
   };
-  // Blocks of one sequence are neighbours, so that its keys stay in the L2 cache; then heads, places, batches.
+  // Blocks of one sequence are neighbours, so that its keys stay in the L2 cache; then heads, sites, batches.
   __device__ Block at(int64_t index) const {
     int64_t block = index % blocks, rest = index / blocks;
-    Block found{rest / heads / places, rest / heads % places, rest % heads, 0, 0, 0};
+    Block found{rest / heads / sites, rest / heads % sites, rest % heads, 0, 0, 0};
     for (int s = 0; s < segments; s++) {
       const int64_t here = divide_up(offset[s + 1] - offset[s], rows);
       if (block < here) {

@@ -5,10 +5,10 @@
 #include "../tensor_view.h"
 
 namespace pvdm::cuda {
-struct Place;
+struct LaunchTarget;
 
-// Attention of sequences: qkv (B, places, L, 3, heads, d), or keys and values (B, places, L, 2, heads, d) with
-// query (B, places, 1, heads, d). Places share nothing. Along L, segments attend to themselves only.
+// Attention of sequences: qkv (B, sites, L, 3, heads, d), or keys and values (B, sites, L, 2, heads, d) with
+// query (B, sites, 1, heads, d). Places share nothing. Along L, segments attend to themselves only.
 struct AttentionInputs {
   TensorView qkv;
   TensorView query;     // no data: every token is a query
@@ -18,14 +18,14 @@ struct AttentionInputs {
   float scale;
 };
 
-// out (B, places, queries, heads, d); lse (B, places, heads, queries) f32. `tensor_cores`: which kernel; only for 16 bits.
+// out (B, sites, queries, heads, d); lse (B, sites, heads, queries) f32. `tensor_cores`: which kernel; only for 16 bits.
 void attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse, bool tensor_cores,
-                       const Place& place);
+                       const LaunchTarget& target);
 
-// Gradients like qkv and query; delta (B, places, heads, queries) f32 is workspace.
+// Gradients like qkv and query; delta (B, sites, heads, queries) f32 is workspace.
 void attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out, const TensorView& lse,
                         const TensorView& delta, const TensorView& dqkv, const TensorView& dquery, bool tensor_cores,
-                        const Place& place);
+                        const LaunchTarget& target);
 
 // The most bytes of shared memory that a launch asks for, beside what is static: with tensor cores, heads of `width`.
 int64_t attention_shared_memory(int64_t width, bool tensor_cores, bool backward);

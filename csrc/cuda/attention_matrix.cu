@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(matrix_threads)
   PVDM_DYNAMIC_SHARED(T, shared);
   const Cut::Block at = cut.at(blockIdx.x);
   const Tile<T, depth> queries{shared};
-  const Stages<T, depth, rows> stages{queries.row(own_rows), k.of(at.batch, at.place, at.head),
-                                      v.of(at.batch, at.place, at.head), k.row, v.row, at.end, width};
-  queries.template fetch<own_rows>(q.of(at.batch, at.place, at.head), q.row, at.first, at.end, width);
+  const Stages<T, depth, rows> stages{queries.row(own_rows), k.of(at.batch, at.site, at.head),
+                                      v.of(at.batch, at.site, at.head), k.row, v.row, at.end, width};
+  queries.template fetch<own_rows>(q.of(at.batch, at.site, at.head), q.row, at.first, at.end, width);
   commit_copies();
   stages.fetch(0, at.begin);
   wait_copies<1>();
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(matrix_threads)
     inverse[half] = 1.0f / total[half];
     const int row = at.first + warp_row() + lane_row(half);
     if (threadIdx.x % 4 == 0 && row < at.end)
-      lse.of(at.batch, at.place, at.head)[row] = (largest[half] + log2f(total[half])) / log2_e;
+      lse.of(at.batch, at.site, at.head)[row] = (largest[half] + log2f(total[half])) / log2_e;
   }
-  store_values<T, depth>(sum, out.of(at.batch, at.place, at.head), out.row, at.first + warp_row(), at.end, width, inverse,
+  store_values<T, depth>(sum, out.of(at.batch, at.site, at.head), out.row, at.first + warp_row(), at.end, width, inverse,
                          nullptr, nullptr);
 }
 
@@ -147,24 +147,24 @@ __global__ void __launch_bounds__(matrix_threads)
   PVDM_DYNAMIC_SHARED(T, shared);
   const Cut::Block at = cut.at(blockIdx.x);
   const Tile<T, depth> queries{shared}, incoming{queries.row(own_rows)};
-  const Stages<T, depth, rows> stages{incoming.row(own_rows), k.of(at.batch, at.place, at.head),
-                                      v.of(at.batch, at.place, at.head), k.row, v.row, at.end, width};
-  queries.template fetch<own_rows>(q.of(at.batch, at.place, at.head), q.row, at.first, at.end, width);
-  incoming.template fetch<own_rows>(grad.of(at.batch, at.place, at.head), grad.row, at.first, at.end, width);
+  const Stages<T, depth, rows> stages{incoming.row(own_rows), k.of(at.batch, at.site, at.head),
+                                      v.of(at.batch, at.site, at.head), k.row, v.row, at.end, width};
+  queries.template fetch<own_rows>(q.of(at.batch, at.site, at.head), q.row, at.first, at.end, width);
+  incoming.template fetch<own_rows>(grad.of(at.batch, at.site, at.head), grad.row, at.first, at.end, width);
   commit_copies();
   stages.fetch(0, at.begin);
   wait_copies<1>();
   __syncthreads();
   if (sin) queries.rotate(own_rows, sin, cos, at.first, at.end, width);
-  float* deltas = delta.of(at.batch, at.place, at.head);
-  find_delta(incoming, out.of(at.batch, at.place, at.head), out.row, at, width, deltas);
+  float* deltas = delta.of(at.batch, at.site, at.head);
+  find_delta(incoming, out.of(at.batch, at.site, at.head), out.row, at, width, deltas);
   __syncthreads();  // also: deltas are seen by the block
 
   float log_sum[2], product[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = at.first + warp_row() + lane_row(half);
-    log_sum[half] = row < at.end ? lse.of(at.batch, at.place, at.head)[row] * log2_e : INFINITY;
+    log_sum[half] = row < at.end ? lse.of(at.batch, at.site, at.head)[row] * log2_e : INFINITY;
     product[half] = row < at.end ? deltas[row] : 0.0f;
   }
   Values<depth> sum = {};
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(matrix_threads)
     __syncthreads();
   }
   const float factor[2] = {scale, scale};
-  store_values<T, depth>(sum, dq.of(at.batch, at.place, at.head), dq.row, at.first + warp_row(), at.end, width, factor,
+  store_values<T, depth>(sum, dq.of(at.batch, at.site, at.head), dq.row, at.first + warp_row(), at.end, width, factor,
                          sin, cos);
 }
 
@@ -199,10 +199,10 @@ __global__ void __launch_bounds__(matrix_threads)
   PVDM_DYNAMIC_SHARED(T, shared);
   const Cut::Block at = cut.at(blockIdx.x);
   const Tile<T, depth> keys{shared}, values{keys.row(own_rows)};
-  const Stages<T, depth, rows> stages{values.row(own_rows), q.of(at.batch, at.place, at.head),
-                                      grad.of(at.batch, at.place, at.head), q.row, grad.row, at.end, width};
-  keys.template fetch<own_rows>(k.of(at.batch, at.place, at.head), k.row, at.first, at.end, width);
-  values.template fetch<own_rows>(v.of(at.batch, at.place, at.head), v.row, at.first, at.end, width);
+  const Stages<T, depth, rows> stages{values.row(own_rows), q.of(at.batch, at.site, at.head),
+                                      grad.of(at.batch, at.site, at.head), q.row, grad.row, at.end, width};
+  keys.template fetch<own_rows>(k.of(at.batch, at.site, at.head), k.row, at.first, at.end, width);
+  values.template fetch<own_rows>(v.of(at.batch, at.site, at.head), v.row, at.first, at.end, width);
   commit_copies();
   stages.fetch(0, at.begin);
   wait_copies<1>();
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(matrix_threads)
   if (sin) keys.rotate(own_rows, sin, cos, at.first, at.end, width);
   __syncthreads();
 
-  const float *logs = lse.of(at.batch, at.place, at.head), *deltas = delta.of(at.batch, at.place, at.head);
+  const float *logs = lse.of(at.batch, at.site, at.head), *deltas = delta.of(at.batch, at.site, at.head);
   Values<depth> dkey = {}, dvalue = {};
   for (int start = at.begin, s = 0; start < at.end; start += rows, s ^= 1) {
     stages.advance(s, start, sin, cos);
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(matrix_threads)
   }
   const float factor[2] = {scale, scale}, one[2] = {1, 1};
   const int first = at.first + warp_row();
-  store_values<T, depth>(dkey, dk.of(at.batch, at.place, at.head), dk.row, first, at.end, width, factor, sin, cos);
-  store_values<T, depth>(dvalue, dv.of(at.batch, at.place, at.head), dv.row, first, at.end, width, one, nullptr, nullptr);
+  store_values<T, depth>(dkey, dk.of(at.batch, at.site, at.head), dk.row, first, at.end, width, factor, sin, cos);
+  store_values<T, depth>(dvalue, dv.of(at.batch, at.site, at.head), dv.row, first, at.end, width, one, nullptr, nullptr);
 }
 
 // Bytes of shared memory: the own rows of `own` tensors and two stages of two.
@@ -276,7 +276,7 @@ struct Work {
   Work(const AttentionInputs& in)
       : cut(cut_of(in, own_rows)),
         width(static_cast<int>(in.qkv.size[5])),
-        grid(grid_of(in.qkv.size[0] * cut.places * cut.heads * cut.blocks)) {
+        grid(grid_of(in.qkv.size[0] * cut.sites * cut.heads * cut.blocks)) {
     if (in.qkv.dtype == Dtype::f32 || width > 128 || in.query.data)
       throw std::invalid_argument("Tensor cores need 16-bit tensors, heads of at most 128 channels, and every query.");
   }
@@ -293,12 +293,12 @@ int64_t matrix_attention_shared(int64_t width, bool backward) {
 }
 
 void matrix_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
-                              const Place& place) {
+                              const LaunchTarget& target) {
   const Work w(in);
   PVDM_WITH_HALF(in.qkv.dtype, T, PVDM_WITH_DEPTH(w.width, depth, {
     constexpr size_t bytes = shared_bytes<depth>(1, stage_rows<depth>);
     allow_shared(matrix_forward<T, depth>, bytes);
-    PVDM_LAUNCH((matrix_forward<T, depth>), w.grid, dim3(matrix_threads), bytes, place.stream,
+    PVDM_LAUNCH((matrix_forward<T, depth>), w.grid, dim3(matrix_threads), bytes, target.stream,
                 rows_of<const T>(in.qkv, 0), rows_of<const T>(in.qkv, 1), rows_of<const T>(in.qkv, 2),
                 in.sin.as<float>(), in.cos.as<float>(), w.cut, w.width, in.scale, rows_of<T>(out), logs_of(lse));
   }))
@@ -307,19 +307,19 @@ void matrix_attention_forward(const AttentionInputs& in, const TensorView& out, 
 
 void matrix_attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out,
                                const TensorView& lse, const TensorView& delta, const TensorView& dqkv,
-                               const Place& place) {
+                               const LaunchTarget& target) {
   const Work w(in);
   const float *sin = in.sin.as<float>(), *cos = in.cos.as<float>();
   PVDM_WITH_HALF(in.qkv.dtype, T, PVDM_WITH_DEPTH(w.width, depth, {
     constexpr size_t bytes = shared_bytes<depth>(2, backward_rows<depth>);
     const auto q = rows_of<const T>(in.qkv, 0), k = rows_of<const T>(in.qkv, 1), v = rows_of<const T>(in.qkv, 2);
     allow_shared(matrix_dq<T, depth>, bytes);
-    PVDM_LAUNCH((matrix_dq<T, depth>), w.grid, dim3(matrix_threads), bytes, place.stream, q, k, v,
+    PVDM_LAUNCH((matrix_dq<T, depth>), w.grid, dim3(matrix_threads), bytes, target.stream, q, k, v,
                 rows_of<const T>(grad), rows_of<const T>(out), sin, cos, w.cut, w.width, in.scale, logs_of(lse),
                 logs_of(delta), rows_of<T>(dqkv, 0));
     check(cudaGetLastError(), "attention backward (queries)");
     allow_shared(matrix_dkv<T, depth>, bytes);
-    PVDM_LAUNCH((matrix_dkv<T, depth>), w.grid, dim3(matrix_threads), bytes, place.stream, q, k, v,
+    PVDM_LAUNCH((matrix_dkv<T, depth>), w.grid, dim3(matrix_threads), bytes, target.stream, q, k, v,
                 rows_of<const T>(grad), sin, cos, w.cut, w.width, in.scale, logs_of(lse), logs_of(delta),
                 rows_of<T>(dqkv, 1), rows_of<T>(dqkv, 2));
   }))

@@ -25,7 +25,7 @@ struct Tile {
       copy_async(row(r) + c, valid ? from + (first + r) * row_stride + c : from, valid);
     }
   }
-  // In place: x cos + R(x) sin for neighbouring pairs (a, b) -> (-b, a).
+  // In site: x cos + R(x) sin for neighbouring pairs (a, b) -> (-b, a).
   __device__ __forceinline__ void rotate(int rows, const float* sin, const float* cos, int first, int end,
                                          int width) const {
     for (int i = static_cast<int>(threadIdx.x); i < rows * (depth / 8); i += matrix_threads) {

@@ -129,7 +129,7 @@ struct Owner {
   Cut::Block at;
 };
 
-// Fills the table of the block's sequences and finds the thread's place in it.
+// Fills the table of the block's sequences and finds the thread's site in it.
 __device__ __forceinline__ Owner find_owner(const Cut& cut, const Shape& s, int64_t units, Cut::Block* table) {
   if (static_cast<int>(threadIdx.x) < s.sequences) {
     const int64_t unit = blockIdx.x * int64_t{s.sequences} + threadIdx.x;
@@ -156,8 +156,8 @@ __device__ __forceinline__ void stage(float* shared, const Rows<const T>& x, con
     const int row = at.begin + start + i % s.chunk;
     const bool there = row < at.end;
     const float *sines = sin ? sin + int64_t{row} * s.width : nullptr, *cosines = cos + int64_t{row} * s.width;
-    stage_row(shared + i * s.stride, x.of(at.batch, at.place, at.head) + row * x.row, there, sines, cosines, s, part);
-    stage_row(shared + (s.sequences * s.chunk + i) * s.stride, y.of(at.batch, at.place, at.head) + row * y.row, there,
+    stage_row(shared + i * s.stride, x.of(at.batch, at.site, at.head) + row * x.row, there, sines, cosines, s, part);
+    stage_row(shared + (s.sequences * s.chunk + i) * s.stride, y.of(at.batch, at.site, at.head) + row * y.row, there,
               nullptr, nullptr, s, part);
   }
 }
@@ -180,7 +180,7 @@ struct Softmax {
 template <class T>
 __device__ __forceinline__ void load_rotated(const Rows<const T>& x, const Owner& o, const float* sin, const float* cos,
                                              const Shape& s, float (&out)[own]) {
-  load_own(x.of(o.at.batch, o.at.place, o.at.head) + o.row * x.row, o.there, s, o.part, out);
+  load_own(x.of(o.at.batch, o.at.site, o.at.head) + o.row * x.row, o.there, s, o.part, out);
   const int64_t table = int64_t{o.row} * s.width;
   if (sin && o.there) rotate_own(out, sin + table, cos + table, s, o.part, false);
 }
@@ -191,7 +191,7 @@ __device__ __forceinline__ void store_rotated(const Rows<T>& to, const Owner& o,
   if (!o.there) return;
   const int64_t table = int64_t{o.row} * s.width;
   if (sin) rotate_own(x, sin + table, cos + table, s, o.part, true);
-  store_own(to.of(o.at.batch, o.at.place, o.at.head) + o.row * to.row, s, o.part, x, factor);
+  store_own(to.of(o.at.batch, o.at.site, o.at.head) + o.row * to.row, s, o.part, x, factor);
 }
 
 template <class T>
@@ -222,9 +222,9 @@ __global__ void __launch_bounds__(threads)
     __syncthreads();
   }
   if (!o.there) return;
-  store_own(out.of(o.at.batch, o.at.place, o.at.head) + o.row * out.row, s, o.part, sum, 1.0f / softmax.sum);
+  store_own(out.of(o.at.batch, o.at.site, o.at.head) + o.row * out.row, s, o.part, sum, 1.0f / softmax.sum);
   if (o.part == 0)
-    lse.of(o.at.batch, o.at.place, o.at.head)[o.row] = (softmax.largest + log2f(softmax.sum)) / log2_e;
+    lse.of(o.at.batch, o.at.site, o.at.head)[o.row] = (softmax.largest + log2f(softmax.sum)) / log2_e;
 }
 
 // dq, and delta = sum of grad * out, which the keys' gradients need.
@@ -238,14 +238,14 @@ __global__ void __launch_bounds__(threads)
   const Owner o = find_owner(cut, s, units, table);
   float query[own], incoming[own], sum[own] = {};
   load_rotated(q, o, sin, cos, s, query);
-  load_own(grad.of(o.at.batch, o.at.place, o.at.head) + o.row * grad.row, o.there, s, o.part, incoming);
-  load_own(out.of(o.at.batch, o.at.place, o.at.head) + o.row * out.row, o.there, s, o.part, sum);
+  load_own(grad.of(o.at.batch, o.at.site, o.at.head) + o.row * grad.row, o.there, s, o.part, incoming);
+  load_own(out.of(o.at.batch, o.at.site, o.at.head) + o.row * out.row, o.there, s, o.part, sum);
   float product = 0;
 #pragma unroll
   for (int i = 0; i < own; i++) product += incoming[i] * sum[i], sum[i] = 0;
   product = sum_parts(product, s.parts);
-  const float log_sum = o.there ? lse.of(o.at.batch, o.at.place, o.at.head)[o.row] * log2_e : 0.0f;
-  if (o.there && o.part == 0) delta.of(o.at.batch, o.at.place, o.at.head)[o.row] = product;
+  const float log_sum = o.there ? lse.of(o.at.batch, o.at.site, o.at.head)[o.row] * log2_e : 0.0f;
+  if (o.there && o.part == 0) delta.of(o.at.batch, o.at.site, o.at.head)[o.row] = product;
   for (int start = 0; start < longest; start += s.chunk) {
     stage(shared, k, v, sin, cos, start, s, table);
     __syncthreads();
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(threads)
   const Owner o = find_owner(cut, s, units, table);
   float key[own], value[own], dkey[own] = {}, dvalue[own] = {};
   load_rotated(k, o, sin, cos, s, key);
-  load_own(v.of(o.at.batch, o.at.place, o.at.head) + o.row * v.row, o.there, s, o.part, value);
+  load_own(v.of(o.at.batch, o.at.site, o.at.head) + o.row * v.row, o.there, s, o.part, value);
   for (int start = 0; start < longest; start += s.chunk) {
     stage(shared, q, grad, sin, cos, start, s, table);
     __syncthreads();
@@ -284,9 +284,9 @@ __global__ void __launch_bounds__(threads)
       const float score = sum_parts(o.there ? dot(key, queries + at, s, o.part) : 0.0f, s.parts);
       const float slope = sum_parts(o.there ? dot(value, incoming + at, s, o.part) : 0.0f, s.parts);
       if (!there) continue;
-      const float weight = fast_exp2((score * scale - lse.of(o.at.batch, o.at.place, o.at.head)[row]) * log2_e);
+      const float weight = fast_exp2((score * scale - lse.of(o.at.batch, o.at.site, o.at.head)[row]) * log2_e);
       add(dvalue, weight, incoming + at, s, o.part);
-      add(dkey, weight * (slope - delta.of(o.at.batch, o.at.place, o.at.head)[row]), queries + at, s, o.part);
+      add(dkey, weight * (slope - delta.of(o.at.batch, o.at.site, o.at.head)[row]), queries + at, s, o.part);
     }
     __syncthreads();
   }
@@ -311,8 +311,8 @@ __global__ void __launch_bounds__(threads)
   PVDM_SHARED(Cut::Block, table, threads);
   const Owner o = find_owner(cut, s, units, table);
   float query[own], key[own], value[own], sum[own] = {};
-  load_own(q.of(o.at.batch, o.at.place, o.at.head), o.there, s, o.part, query);
-  const T *keys = k.of(o.at.batch, o.at.place, o.at.head), *values = v.of(o.at.batch, o.at.place, o.at.head);
+  load_own(q.of(o.at.batch, o.at.site, o.at.head), o.there, s, o.part, query);
+  const T *keys = k.of(o.at.batch, o.at.site, o.at.head), *values = v.of(o.at.batch, o.at.site, o.at.head);
   Softmax softmax;
   for (int j = 0; j < length; j++) {
     load_own(keys + j * k.row, o.there, s, o.part, key);
@@ -323,8 +323,8 @@ __global__ void __launch_bounds__(threads)
     for (int i = 0; i < own; i++) sum[i] = sum[i] * factor + weight * value[i];
   }
   if (!o.there) return;
-  store_own(out.of(o.at.batch, o.at.place, o.at.head), s, o.part, sum, 1.0f / softmax.sum);
-  if (o.part == 0) *lse.of(o.at.batch, o.at.place, o.at.head) = (softmax.largest + log2f(softmax.sum)) / log2_e;
+  store_own(out.of(o.at.batch, o.at.site, o.at.head), s, o.part, sum, 1.0f / softmax.sum);
+  if (o.part == 0) *lse.of(o.at.batch, o.at.site, o.at.head) = (softmax.largest + log2f(softmax.sum)) / log2_e;
 }
 
 template <class T>
@@ -333,13 +333,13 @@ __global__ void __launch_bounds__(threads)
                     Shape s, int64_t units, int length, float scale, Logs lse, Rows<T> dq, Rows<T> dk, Rows<T> dv) {
   PVDM_SHARED(Cut::Block, table, threads);
   const Owner o = find_owner(cut, s, units, table);
-  const auto row_of = [&](const Rows<const T>& x, int j) { return x.of(o.at.batch, o.at.place, o.at.head) + j * x.row; };
+  const auto row_of = [&](const Rows<const T>& x, int j) { return x.of(o.at.batch, o.at.site, o.at.head) + j * x.row; };
   float query[own], incoming[own], sum[own] = {}, row[own];
   load_own(row_of(q, 0), o.there, s, o.part, query);
   load_own(row_of(grad, 0), o.there, s, o.part, incoming);
   load_own(row_of(out, 0), o.there, s, o.part, row);
   const float product = product_of(incoming, row, s.parts);
-  const float log_sum = o.there ? *lse.of(o.at.batch, o.at.place, o.at.head) : 0.0f;
+  const float log_sum = o.there ? *lse.of(o.at.batch, o.at.site, o.at.head) : 0.0f;
   for (int j = 0; j < length; j++) {
     load_own(row_of(v, j), o.there, s, o.part, row);
     const float slope = product_of(incoming, row, s.parts) - product;
@@ -348,10 +348,10 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
     for (int i = 0; i < own; i++) sum[i] += weight * slope * row[i];
     if (!o.there) continue;
-    store_own(dk.of(o.at.batch, o.at.place, o.at.head) + j * dk.row, s, o.part, query, weight * slope * scale);
-    store_own(dv.of(o.at.batch, o.at.place, o.at.head) + j * dv.row, s, o.part, incoming, weight);
+    store_own(dk.of(o.at.batch, o.at.site, o.at.head) + j * dk.row, s, o.part, query, weight * slope * scale);
+    store_own(dv.of(o.at.batch, o.at.site, o.at.head) + j * dv.row, s, o.part, incoming, weight);
   }
-  if (o.there) store_own(dq.of(o.at.batch, o.at.place, o.at.head), s, o.part, sum, scale);
+  if (o.there) store_own(dq.of(o.at.batch, o.at.site, o.at.head), s, o.part, sum, scale);
 }
 
 // What every launch works out from the tensors.
@@ -365,7 +365,7 @@ struct Work {
   Work(const AttentionInputs& in)
       : shape(shape_of(in.qkv.size[5], longest_segment(in), in.query.data, 2)),
         cut(cut_of(in, in.query.data ? static_cast<int>(in.qkv.size[2]) : shape.rows)),
-        units(in.qkv.size[0] * cut.places * cut.heads * cut.blocks),
+        units(in.qkv.size[0] * cut.sites * cut.heads * cut.blocks),
         longest(static_cast<int>(longest_segment(in))),
         grid(grid_of(divide_up(units, shape.sequences))),
         bytes(sizeof(float) * 2 * shape.sequences * shape.chunk * shape.stride) {}
@@ -376,16 +376,16 @@ struct Work {
 int64_t vector_attention_shared() { return sizeof(float) * shared_floats; }
 
 void vector_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
-                              const Place& place) {
+                              const LaunchTarget& target) {
   const Work w(in);
   const float *sin = in.sin.as<float>(), *cos = in.cos.as<float>();
   PVDM_WITH_TYPE(in.qkv.dtype, T, {
     if (in.query.data)
-      PVDM_LAUNCH(single_forward<T>, w.grid, dim3(threads), 0, place.stream, rows_of<const T>(in.query),
+      PVDM_LAUNCH(single_forward<T>, w.grid, dim3(threads), 0, target.stream, rows_of<const T>(in.query),
                   rows_of<const T>(in.qkv, 0), rows_of<const T>(in.qkv, 1), w.cut, w.shape, w.units, w.longest,
                   in.scale, rows_of<T>(out), logs_of(lse));
     else
-      PVDM_LAUNCH(vector_forward<T>, w.grid, dim3(threads), w.bytes, place.stream, rows_of<const T>(in.qkv, 0),
+      PVDM_LAUNCH(vector_forward<T>, w.grid, dim3(threads), w.bytes, target.stream, rows_of<const T>(in.qkv, 0),
                   rows_of<const T>(in.qkv, 1), rows_of<const T>(in.qkv, 2), sin, cos, w.cut, w.shape, w.units,
                   w.longest, in.scale, rows_of<T>(out), logs_of(lse));
   })
@@ -394,22 +394,22 @@ void vector_attention_forward(const AttentionInputs& in, const TensorView& out, 
 
 void vector_attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out,
                                const TensorView& lse, const TensorView& delta, const TensorView& dqkv,
-                               const TensorView& dquery, const Place& place) {
+                               const TensorView& dquery, const LaunchTarget& target) {
   const Work w(in);
   const float *sin = in.sin.as<float>(), *cos = in.cos.as<float>();
   PVDM_WITH_TYPE(in.qkv.dtype, T, {
     if (in.query.data) {
-      PVDM_LAUNCH(single_backward<T>, w.grid, dim3(threads), 0, place.stream, rows_of<const T>(in.query),
+      PVDM_LAUNCH(single_backward<T>, w.grid, dim3(threads), 0, target.stream, rows_of<const T>(in.query),
                   rows_of<const T>(in.qkv, 0), rows_of<const T>(in.qkv, 1), rows_of<const T>(grad),
                   rows_of<const T>(out), w.cut, w.shape, w.units, w.longest, in.scale, logs_of(lse),
                   rows_of<T>(dquery), rows_of<T>(dqkv, 0), rows_of<T>(dqkv, 1));
     } else {
       const auto q = rows_of<const T>(in.qkv, 0), k = rows_of<const T>(in.qkv, 1), v = rows_of<const T>(in.qkv, 2);
-      PVDM_LAUNCH(vector_dq<T>, w.grid, dim3(threads), w.bytes, place.stream, q, k, v, rows_of<const T>(grad),
+      PVDM_LAUNCH(vector_dq<T>, w.grid, dim3(threads), w.bytes, target.stream, q, k, v, rows_of<const T>(grad),
                   rows_of<const T>(out), sin, cos, w.cut, w.shape, w.units, w.longest, in.scale, logs_of(lse),
                   logs_of(delta), rows_of<T>(dqkv, 0));
       check(cudaGetLastError(), "attention backward (queries)");
-      PVDM_LAUNCH(vector_dkv<T>, w.grid, dim3(threads), w.bytes, place.stream, q, k, v, rows_of<const T>(grad), sin,
+      PVDM_LAUNCH(vector_dkv<T>, w.grid, dim3(threads), w.bytes, target.stream, q, k, v, rows_of<const T>(grad), sin,
                   cos, w.cut, w.shape, w.units, w.longest, in.scale, logs_of(lse), logs_of(delta),
                   rows_of<T>(dqkv, 1), rows_of<T>(dqkv, 2));
     }

@@ -3,7 +3,7 @@
 #include "../tensor_view.h"
 
 namespace pvdm::cuda {
-struct Place;
+struct LaunchTarget;
 
 // How many floats of workspace either direction needs.
 int64_t triplane_expand_workspace(int64_t batch, int64_t channels, const Layout& layout);
@@ -11,26 +11,26 @@ int64_t triplane_expand_workspace(int64_t batch, int64_t channels, const Layout&
 // planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) of the planes' dtype.
 void triplane_expand_forward(const TensorView& planes, const TensorView& weight, const TensorView& bias,
                              const TensorView& out, const TensorView& workspace, const Layout& layout,
-                             const Place& place);
+                             const LaunchTarget& target);
 
 // grad (B, T H W, C) -> sums (B, N, C) f32: over time for xy, height for yt, width for xt. grad is read once.
 void triplane_expand_sums(const TensorView& grad, const TensorView& sums, const TensorView& workspace,
-                          const Layout& layout, const Place& place);
+                          const Layout& layout, const LaunchTarget& target);
 
 // How many floats of workspace the backward direction of triplane_slice needs.
 int64_t triplane_slice_workspace(int64_t batch, int64_t channels, int plane, const Layout& layout);
 
-// x (B, T H W, C), token (C) f32, positions (L + 1, C) f32 -> out (B, places, L + 1, C); plane 0 xy, 1 yt, 2 xt.
+// x (B, T H W, C), token (C) f32, positions (L + 1, C) f32 -> out (B, sites, L + 1, C); plane 0 xy, 1 yt, 2 xt.
 void triplane_slice_forward(const TensorView& x, const TensorView& token, const TensorView& positions,
-                            const TensorView& out, int plane, const Layout& layout, const Place& place);
+                            const TensorView& out, int plane, const Layout& layout, const LaunchTarget& target);
 
 // grad like out -> dx, dpositions (L + 1, C) f32 (the last is the token's gradient). grad is read once.
 void triplane_slice_backward(const TensorView& grad, const TensorView& dx, const TensorView& dpositions,
-                             const TensorView& workspace, int plane, const Layout& layout, const Place& place);
+                             const TensorView& workspace, int plane, const Layout& layout, const LaunchTarget& target);
 
-// x (B, N, C); weight and bias (C), film (B, 2C) or none, mean and rstd (B, planes, groups): all f32.
+// x (B, N, C); weight and bias (C), scale_shift (B, 2C) or none, mean and rstd (B, planes, groups): all f32.
 struct PlaneNormInputs {
-  TensorView x, weight, bias, film, mean, rstd;
+  TensorView x, weight, bias, scale_shift, mean, rstd;
   Planes planes;
   int64_t groups;
   bool activation;
@@ -42,8 +42,8 @@ int64_t plane_norm_workspace(int64_t batch, int64_t channels, int64_t groups, co
 
 // -> y (B, N', C); fills mean and rstd.
 void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const TensorView& workspace, float eps,
-                        const Place& place);
+                        const LaunchTarget& target);
 void plane_norm_backward(const PlaneNormInputs& in, const TensorView& grad, const TensorView& dx,
-                         const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
-                         const TensorView& workspace, const Place& place);
+                         const TensorView& dweight, const TensorView& dbias, const TensorView& dscale_shift,
+                         const TensorView& workspace, const LaunchTarget& target);
 }  // namespace pvdm::cuda

@@ -25,7 +25,7 @@
 namespace pvdm::cuda {
 
 // Where a launch goes: the device of the tensors and PyTorch's current stream on it.
-struct Place {
+struct LaunchTarget {
   int device;
   void* stream;
 };

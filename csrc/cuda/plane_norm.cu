@@ -44,9 +44,9 @@ PlaneTable table_of(const Planes& planes) {
   return t;
 }
 
-// The other operands, all float32: weight and bias (C), film (B, 2C) or null, mean and rstd (B, planes, groups).
+// The other operands, all float32: weight and bias (C), scale_shift (B, 2C) or null, mean and rstd (B, planes, groups).
 struct Operands {
-  const float *weight, *bias, *film;
+  const float *weight, *bias, *scale_shift;
   float *mean, *rstd;
   int64_t channels, groups;
   int planes;
@@ -56,8 +56,8 @@ struct Operands {
   __device__ int64_t statistic(int64_t b, int plane, int64_t c) const {
     return (b * planes + plane) * groups + c / (channels / groups);
   }
-  __device__ float scale(int64_t b, int64_t c) const { return film ? 1.0f + film[b * 2 * channels + c] : 1.0f; }
-  __device__ float shift(int64_t b, int64_t c) const { return film ? film[b * 2 * channels + channels + c] : 0.0f; }
+  __device__ float scale(int64_t b, int64_t c) const { return scale_shift ? 1.0f + scale_shift[b * 2 * channels + c] : 1.0f; }
+  __device__ float shift(int64_t b, int64_t c) const { return scale_shift ? scale_shift[b * 2 * channels + channels + c] : 0.0f; }
   // Before the activation.
   __device__ float affine(float normed, int64_t b, int64_t c) const {
     return (normed * weight[c] + bias[c]) * scale(b, c) + shift(b, c);
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(32)
 // One thread a channel: the parameters' gradients from the partial sums, in the order of batches and chunks.
 __global__ void __launch_bounds__(block_threads)
     parameter_gradients(const float* partial, int64_t batch, int chunks, Operands o, float* dweight, float* dbias,
-                        float* dfilm) {
+                        float* dscale_shift) {
   const int64_t c = blockIdx.x * int64_t{block_threads} + threadIdx.x;
   if (c >= o.channels) return;
   float weight = 0, bias = 0;
@@ -297,9 +297,9 @@ __global__ void __launch_bounds__(block_threads)
       g += partial[(b * chunks + i) * o.channels + c];
       product += partial[((batch + b) * chunks + i) * o.channels + c];
     }
-    if (dfilm) {
-      dfilm[b * 2 * o.channels + c] = product * o.weight[c] + g * o.bias[c];
-      dfilm[b * 2 * o.channels + o.channels + c] = g;
+    if (dscale_shift) {
+      dscale_shift[b * 2 * o.channels + c] = product * o.weight[c] + g * o.bias[c];
+      dscale_shift[b * 2 * o.channels + o.channels + c] = g;
     }
     weight += product * o.scale(b, c);
     bias += g * o.scale(b, c);
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(block_threads)
 }
 
 Operands operands(const PlaneNormInputs& in, const PlaneTable& t) {
-  return {in.weight.as<float>(), in.bias.as<float>(), in.film.as<float>(), in.mean.as<float>(), in.rstd.as<float>(),
+  return {in.weight.as<float>(), in.bias.as<float>(), in.scale_shift.as<float>(), in.mean.as<float>(), in.rstd.as<float>(),
           in.x.size[2], in.groups, t.count, in.activation, in.resample};
 }
 
@@ -341,8 +341,8 @@ int64_t plane_norm_workspace(int64_t batch, int64_t channels, int64_t groups, co
 }
 
 void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const TensorView& workspace, float eps,
-                        const Place& place) {
-  const DeviceGuard guard(place.device);
+                        const LaunchTarget& target) {
+  const DeviceGuard guard(target.device);
   const PlaneTable t = table_of(in.planes);
   const Operands o = operands(in, t);
   const int64_t batch = in.x.size[0];
@@ -358,22 +358,22 @@ void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const Te
     const auto x = input_of<T>(in.x);
     const Grid g = Grid::of<T>(o.channels);
     PVDM_LAUNCH((aligned ? statistics<T, true> : statistics<T, false>), grid_of(batch * t.chunks * g.slices),
-                dim3(block_threads), 0, place.stream, x, t, g, batch, o.channels, o.channels / o.groups, partial);
+                dim3(block_threads), 0, target.stream, x, t, g, batch, o.channels, o.channels / o.groups, partial);
     check(cudaGetLastError(), "plane_norm (statistics)");
-    PVDM_LAUNCH(finish_statistics<T>, grid_of(batch * t.count * o.groups), dim3(32), 0, place.stream, x, partial, t,
+    PVDM_LAUNCH(finish_statistics<T>, grid_of(batch * t.count * o.groups), dim3(32), 0, target.stream, x, partial, t,
                 batch, eps, o);
     check(cudaGetLastError(), "plane_norm (totals)");
     const int64_t items = batch * coarser.tokens * divide_up(o.channels, pack<T>);
     PVDM_LAUNCH((aligned ? apply<T, true> : apply<T, false>), grid_of(divide_up(items, block_threads)),
-                dim3(block_threads), 0, place.stream, x, coarser, batch, o, y.as<T>());
+                dim3(block_threads), 0, target.stream, x, coarser, batch, o, y.as<T>());
   })
   check(cudaGetLastError(), "plane_norm");
 }
 
 void plane_norm_backward(const PlaneNormInputs& in, const TensorView& grad, const TensorView& dx,
-                         const TensorView& dweight, const TensorView& dbias, const TensorView& dfilm,
-                         const TensorView& workspace, const Place& place) {
-  const DeviceGuard guard(place.device);
+                         const TensorView& dweight, const TensorView& dbias, const TensorView& dscale_shift,
+                         const TensorView& workspace, const LaunchTarget& target) {
+  const DeviceGuard guard(target.device);
   const PlaneTable t = table_of(in.planes);
   const Operands o = operands(in, t);
   const int64_t batch = in.x.size[0];
@@ -383,16 +383,16 @@ void plane_norm_backward(const PlaneNormInputs& in, const TensorView& grad, cons
     const auto x = input_of<T>(in.x), g = input_of<T>(grad);
     const Grid grid = Grid::of<T>(o.channels);
     PVDM_LAUNCH((aligned ? gradient_sums<T, true> : gradient_sums<T, false>), grid_of(batch * t.chunks * grid.slices),
-                dim3(block_threads), 0, place.stream, x, g, t, grid, batch, o, partial);
+                dim3(block_threads), 0, target.stream, x, g, t, grid, batch, o, partial);
     check(cudaGetLastError(), "plane_norm backward (sums)");
-    PVDM_LAUNCH(average, grid_of(batch * t.count * o.groups), dim3(32), 0, place.stream, partial, t, batch, o, averages);
+    PVDM_LAUNCH(average, grid_of(batch * t.count * o.groups), dim3(32), 0, target.stream, partial, t, batch, o, averages);
     check(cudaGetLastError(), "plane_norm backward (averages)");
-    PVDM_LAUNCH(parameter_gradients, grid_of(divide_up(o.channels, block_threads)), dim3(block_threads), 0, place.stream,
-                partial, batch, t.chunks, o, dweight.as<float>(), dbias.as<float>(), dfilm.as<float>());
+    PVDM_LAUNCH(parameter_gradients, grid_of(divide_up(o.channels, block_threads)), dim3(block_threads), 0, target.stream,
+                partial, batch, t.chunks, o, dweight.as<float>(), dbias.as<float>(), dscale_shift.as<float>());
     check(cudaGetLastError(), "plane_norm backward (parameters)");
     const int64_t items = batch * t.tokens * divide_up(o.channels, pack<T>);
     PVDM_LAUNCH((aligned ? gradient<T, true> : gradient<T, false>), grid_of(divide_up(items, block_threads)),
-                dim3(block_threads), 0, place.stream, x, g, t, batch, o, averages, dx.as<T>());
+                dim3(block_threads), 0, target.stream, x, g, t, batch, o, averages, dx.as<T>());
   })
   check(cudaGetLastError(), "plane_norm backward");
 }

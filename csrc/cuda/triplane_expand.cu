@@ -181,27 +181,27 @@ int64_t triplane_expand_workspace(int64_t batch, int64_t channels, const Layout&
 
 void triplane_expand_forward(const TensorView& planes, const TensorView& weight, const TensorView& bias,
                              const TensorView& out, const TensorView& workspace, const Layout& layout,
-                             const Place& place) {
-  const DeviceGuard guard(place.device);
+                             const LaunchTarget& target) {
+  const DeviceGuard guard(target.device);
   const int64_t batch = planes.size[0], channels = weight.size[1], depth = weight.size[2], padding = padded(channels);
   if (batch * channels == 0) return;
   PVDM_WITH_TYPE(planes.dtype, T, {
-    PVDM_LAUNCH(project<T>, grid_of(batch * layout.tokens()), dim3(block_threads), 0, place.stream, planes.as<T>(),
+    PVDM_LAUNCH(project<T>, grid_of(batch * layout.tokens()), dim3(block_threads), 0, target.stream, planes.as<T>(),
                 planes.stride[0], planes.stride[1], weight.as<float>(), bias.as<float>(), channels, padding, depth,
                 layout, workspace.as<float>());
     check(cudaGetLastError(), "triplane_expand (products)");
     const int64_t parts = divide_up(layout.width * divide_up(channels, pack<T>), block_threads);
     const dim3 grid = grid_of(batch * divide_up(layout.time, steps) * layout.height * parts);
     const auto kernel = rows_aligned<T>(out) ? broadcast_sum<T, true> : broadcast_sum<T, false>;
-    PVDM_LAUNCH(kernel, grid, dim3(block_threads), 0, place.stream, workspace.as<float>(), channels, padding, layout,
+    PVDM_LAUNCH(kernel, grid, dim3(block_threads), 0, target.stream, workspace.as<float>(), channels, padding, layout,
                 parts, out.as<T>());
   })
   check(cudaGetLastError(), "triplane_expand");
 }
 
 void triplane_expand_sums(const TensorView& grad, const TensorView& sums, const TensorView& workspace,
-                          const Layout& layout, const Place& place) {
-  const DeviceGuard guard(place.device);
+                          const Layout& layout, const LaunchTarget& target) {
+  const DeviceGuard guard(target.device);
   const int64_t batch = grad.size[0], channels = grad.size[2], padding = padded(channels);
   if (batch * channels == 0) return;
   const Partials parts(batch, padding, layout);
@@ -209,11 +209,11 @@ void triplane_expand_sums(const TensorView& grad, const TensorView& sums, const 
     const int64_t slices = divide_up(channels, pack<T> * channel_lanes);
     const int64_t tiles = batch * parts.time_tiles * parts.height_tiles * parts.width_tiles * slices;
     const auto kernel = rows_aligned<T>(grad) ? tile_sums<T, true> : tile_sums<T, false>;
-    PVDM_LAUNCH(kernel, grid_of(divide_up(tiles, warps)), dim3(block_threads), 0, place.stream, grad.as<T>(),
+    PVDM_LAUNCH(kernel, grid_of(divide_up(tiles, warps)), dim3(block_threads), 0, target.stream, grad.as<T>(),
                 grad.stride[0], grad.stride[1], batch, channels, padding, layout, tiles, workspace.as<float>());
   })
   check(cudaGetLastError(), "triplane_expand backward (tiles)");
-  PVDM_LAUNCH(combine, grid_of(batch * layout.tokens()), dim3(block_threads), 0, place.stream, workspace.as<float>(),
+  PVDM_LAUNCH(combine, grid_of(batch * layout.tokens()), dim3(block_threads), 0, target.stream, workspace.as<float>(),
               batch, channels, padding, layout, sums.as<float>());
   check(cudaGetLastError(), "triplane_expand backward");
 }

@@ -11,7 +11,7 @@ from pvdm_fast.backends.rows import rows_dense
 
 
 def sequences_of(x: Tensor, axis: str) -> Tensor:
-    """(B, T, H, W, ...) -> (B, places, L, ...); copied only where H and W are not one axis, or rows not dense."""
+    """(B, T, H, W, ...) -> (B, sites, L, ...); copied only where H and W are not one axis, or rows not dense."""
     x = rows_dense(x).flatten(2, 3)
     return x.transpose(1, 2) if axis == "time" else x
 

@@ -85,9 +85,9 @@ class AxialAttention(nn.Module):
 
     def forward(self, x: Normed, layout: TriplaneLayout, rotation: Tables) -> Tensor:
         """x: (B, T H W, C) -> (B, T H W, C)."""
-        batch, places = len(x.values), layout.height * layout.width
+        batch, sites = len(x.values), layout.height * layout.width
         frames = (batch * layout.time, 1) if self.axis == "space" else (batch, layout.time)
-        sequences = Sequences(*frames, places, self.axis)
+        sequences = Sequences(*frames, sites, self.axis)
         attended = attention(x, self.to_qkv.weight, self.num_heads, sequences, rotation)
         return self.to_out["0"](attended.view(*x.values.shape[:2], -1))
 

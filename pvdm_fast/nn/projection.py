@@ -73,13 +73,13 @@ class PlaneProjection(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, places, L, C) -> (B, places, C)."""
-        batch, places = x.shape[:2]
+        """x: (B, sites, L, C) -> (B, sites, C)."""
+        batch, sites = x.shape[:2]
         x = x.flatten(0, 1)
         branch: Tensor | None = None
         for index, layer in enumerate(self.layers):
             x, branch = checkpointing.run(self, _run_layer, layer, x, branch, index == len(self.layers) - 1)
-        return (x if branch is None else x + branch)[:, 0].unflatten(0, (batch, places))
+        return (x if branch is None else x + branch)[:, 0].unflatten(0, (batch, sites))
 
 
 def _run_layer(layer: nn.ModuleList, x: Tensor, branch: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:

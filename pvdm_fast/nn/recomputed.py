@@ -133,17 +133,17 @@ def feed_forward(normed: Normed, first: nn.Linear, second: nn.Linear, activation
 
 
 class Sequences(NamedTuple):
-    """Tokens as (groups, time, places, C), attending along time in each place, or along places (and time is 1)."""
+    """Tokens as (groups, time, sites, C), attending along time at each site, or along sites (and time is 1)."""
 
     groups: int
     time: int
-    places: int
+    sites: int
     axis: str
 
     def cut(self, rows: int) -> Iterator[tuple[int, int, int]]:
-        """Pieces of about `rows` tokens as (axis, start, length): of groups, or of the places of all."""
-        axis, whole = (2, self.places) if self.axis == "time" and self.places > 1 else (0, self.groups)
-        each = max(1, rows * whole // (self.groups * self.time * self.places))
+        """Pieces of about `rows` tokens as (axis, start, length): of groups, or of the sites of all."""
+        axis, whole = (2, self.sites) if self.axis == "time" and self.sites > 1 else (0, self.groups)
+        each = max(1, rows * whole // (self.groups * self.time * self.sites))
         for start in range(0, whole, each):
             yield axis, start, min(each, whole - start)
 
@@ -157,10 +157,10 @@ class _Attention(torch.autograd.Function):
         sin: Tensor | None, cos: Tensor | None, eps: float, heads: int, sequences: Sequences, rows: int,
     ) -> Tensor:  # fmt: skip
         ctx.eps, ctx.heads, ctx.sequences, ctx.rows, ctx.backend = eps, heads, sequences, rows, choice.requested()
-        groups, time, places, axis = sequences
-        tokens = values.reshape(groups, time, places, -1)
-        out = tokens.new_empty(groups, time, places, len(weight) // 3, dtype=weight.dtype)
-        lse_shape = (groups, places, heads, time) if axis == "time" else (groups, 1, heads, places)
+        groups, time, sites, axis = sequences
+        tokens = values.reshape(groups, time, sites, -1)
+        out = tokens.new_empty(groups, time, sites, len(weight) // 3, dtype=weight.dtype)
+        lse_shape = (groups, sites, heads, time) if axis == "time" else (groups, 1, heads, sites)
         lse = tokens.new_empty(lse_shape, dtype=torch.float32)
         for cut in sequences.cut(rows):
             qkv = _qkv(tokens.narrow(*cut), weight, heads)
@@ -168,7 +168,7 @@ class _Attention(torch.autograd.Function):
                 qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend
             )
             out.narrow(*cut).copy_(part.flatten(3))
-            lse.narrow(cut[0] // 2, *cut[1:]).copy_(part_lse)  # places are its axis 1
+            lse.narrow(cut[0] // 2, *cut[1:]).copy_(part_lse)  # sites are its axis 1
         ctx.save_for_backward(total, scale, shift, weight, sin, cos, out, lse)
         return out
 
@@ -176,8 +176,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         total, scale, shift, weight, sin, cos, out, lse = ctx.saved_tensors
-        groups, time, places, axis = ctx.sequences
-        stream = total.reshape(groups, time, places, -1)
+        groups, time, sites, axis = ctx.sequences
+        stream = total.reshape(groups, time, sites, -1)
         dvalues = torch.empty_like(stream, memory_format=torch.contiguous_format)
         dweight = None
 
@@ -215,15 +215,15 @@ def attention(
         rotation: the tables of `ops.axial_attention`.
 
     Returns:
-        (groups, time, places, heads d), with only it, normed.total and a number for each query and head kept for the
+        (groups, time, sites, heads d), with only it, normed.total and a number for each query and head kept for the
         backward pass where it is cut into pieces.
     """
-    groups, time, places, axis = sequences
+    groups, time, sites, axis = sequences
     (weight,) = autocast(to_qkv)
-    tokens = groups * time * places
+    tokens = groups * time * sites
     rows = _pieces(tokens, len(weight) * weight.element_size(), weight.device)
     if rows >= tokens or torch.compiler.is_compiling():
-        qkv = linear(normed.values, to_qkv).view(groups, time, places, 1, 3, heads, -1)
+        qkv = linear(normed.values, to_qkv).view(groups, time, sites, 1, 3, heads, -1)
         return ops.axial_attention(qkv, axis, rotation).flatten(3)
     sin, cos = rotation or (None, None)
     with torch.autocast(weight.device.type, enabled=False):

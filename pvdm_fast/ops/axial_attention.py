@@ -12,39 +12,39 @@ from pvdm_fast.ops.registry import autocast, expect, expect_real, register
 
 
 def _fake(
-    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, time, height, width, _, heads, head_width = kv.shape
+    batch, time, height, width, _, heads, head_width = qkv.shape
     if query is not None:
         time = 1
-    places, queries = (height * width, time) if axis == "time" else (time, height * width)
-    out = kv.new_empty(batch, time, height, width, heads, head_width)
-    return out, kv.new_empty(batch, places, heads, queries, dtype=torch.float32)
+    sites, queries = (height * width, time) if axis == "time" else (time, height * width)
+    out = qkv.new_empty(batch, time, height, width, heads, head_width)
+    return out, qkv.new_empty(batch, sites, heads, queries, dtype=torch.float32)
 
 
-def _backward_fake(grad: Tensor, kv: Tensor, query: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    dquery = kv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
-    return torch.empty_like(kv), dquery
+def _backward_fake(grad: Tensor, qkv: Tensor, query: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    dquery = qkv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
+    return torch.empty_like(qkv), dquery
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    kv, query, sin, cos, ctx.axis, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(kv, query, sin, cos, *output)
+    qkv, query, sin, cos, ctx.axis, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(qkv, query, sin, cos, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    dkv, dquery = torch.ops.pvdm_fast.axial_attention_backward(
+    dqkv, dquery = torch.ops.pvdm_fast.axial_attention_backward(
         grad, *ctx.saved_tensors, ctx.axis, ctx.scale, ctx.backend
     )
-    return dkv, dquery if ctx.needs_input_grad[1] else None, None, None, None, None, None
+    return dqkv, dquery if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 register(
     "axial_attention",
-    schema="(Tensor kv, Tensor? query, Tensor? sin, Tensor? cos, str axis, float scale, str backend)"
+    schema="(Tensor qkv, Tensor? query, Tensor? sin, Tensor? cos, str axis, float scale, str backend)"
     " -> (Tensor, Tensor)",
-    backward_schema="(Tensor grad, Tensor kv, Tensor? query, Tensor? sin, Tensor? cos, Tensor out, Tensor lse,"
+    backward_schema="(Tensor grad, Tensor qkv, Tensor? query, Tensor? sin, Tensor? cos, Tensor out, Tensor lse,"
     " str axis, float scale, str backend) -> (Tensor, Tensor)",
     fake=_fake,
     backward_fake=_backward_fake,
@@ -65,7 +65,7 @@ def axial_attention(
     Args:
         qkv: (B, T, H, W, 3, heads, d), any strides. Differentiable. With `query`, keys and values only:
             (B, T, H, W, 2, heads, d).
-        axis: "time": a sequence is the T tokens of one place; "space": the H W tokens of one frame.
+        axis: "time": a sequence is the T tokens of one site; "space": the H W tokens of one frame.
         rotation: (sin, cos) tables, each (sequence length, d) float32: q and k become x cos + R(x) sin, where R takes
             each neighbouring pair (a, b) to (-b, a). Not differentiable.
         query: (B, 1, H, W, heads, d): one query a sequence along time instead of T. Differentiable.

@@ -35,8 +35,8 @@ def _fake(
 def _backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale_shift: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dfilm = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dfilm
+    dscale_shift = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dscale_shift
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -46,10 +46,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    dx, dweight, dbias, dfilm = torch.ops.pvdm_fast.plane_norm_backward(
+    dx, dweight, dbias, dscale_shift = torch.ops.pvdm_fast.plane_norm_backward(
         grad, *ctx.saved_tensors, ctx.planes, ctx.groups, ctx.activation, ctx.resample, ctx.backend
     )
-    return dx, dweight, dbias, dfilm if ctx.needs_input_grad[3] else None, *[None] * 6
+    return dx, dweight, dbias, dscale_shift if ctx.needs_input_grad[3] else None, *[None] * 6
 
 
 register(

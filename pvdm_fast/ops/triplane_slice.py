@@ -57,7 +57,7 @@ def triplane_slice(x: Tensor, layout: TriplaneLayout, plane: str, token: Tensor,
         positions: (L + 1, C), added; L is the length of the collapsed axis. Differentiable.
 
     Returns:
-        (B, places, L + 1, C), contiguous, in the dtype of x; places in the order of the plane's packed tokens.
+        (B, sites, L + 1, C), contiguous, in the dtype of x; sites in the order of the plane's packed tokens.
 
     Raises:
         ValueError: shapes that don't fit, an unknown plane.

@@ -16,16 +16,16 @@ def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tens
 
 
 def forward(
-    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """kv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
+    """qkv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
     -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries) float32."""
-    sequences = sequences_of(kv, axis)
-    batch, places, length, _, heads, width = sequences.shape
+    sequences = sequences_of(qkv, axis)
+    batch, sites, length, _, heads, width = sequences.shape
     queries = length if query is None else 1
-    time = kv.shape[1] if query is None else 1
-    out = torch.empty(kv.shape[0], time, *kv.shape[2:4], heads, width, dtype=kv.dtype)
-    lse = torch.empty(batch, places, heads, queries, dtype=torch.float32)
+    time = qkv.shape[1] if query is None else 1
+    out = torch.empty(qkv.shape[0], time, *qkv.shape[2:4], heads, width, dtype=qkv.dtype)
+    lse = torch.empty(batch, sites, heads, queries, dtype=torch.float32)
     extension("_cpu").attention_forward(
         sequences,
         None if query is None else sequences_of(query, axis),
@@ -39,7 +39,7 @@ def forward(
 
 def backward(
     grad: Tensor,
-    kv: Tensor,
+    qkv: Tensor,
     query: Tensor | None,
     sin: Tensor | None,
     cos: Tensor | None,
@@ -48,11 +48,11 @@ def backward(
     axis: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
-    sequences = sequences_of(kv, axis)
-    dkv = torch.empty_like(kv)
-    filled, dsequences = sequences_to_fill(dkv, axis)
-    dquery = kv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
+    """Gradients of `qkv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    sequences = sequences_of(qkv, axis)
+    dqkv = torch.empty_like(qkv)
+    filled, dsequences = sequences_to_fill(dqkv, axis)
+    dquery = qkv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
     extension("_cpu").attention_backward(
         sequences_of(grad, axis),
         sequences,
@@ -64,4 +64,4 @@ def backward(
         None if query is None else sequences_of(dquery, axis),
         *([0, sequences.shape[2]], scale, torch.get_num_threads()),
     )
-    return dkv if filled is dkv else dkv.copy_(filled), dquery
+    return dqkv if filled is dqkv else dqkv.copy_(filled), dquery

@@ -59,7 +59,7 @@ def backward(
     """Gradients of x, weight, bias, and of scale_shift (empty where there is none)."""
     dx = x.new_empty(x.shape)
     dweight, dbias = (torch.empty(x.shape[2], dtype=torch.float32) for _ in range(2))
-    dfilm = None if scale_shift is None else torch.empty(scale_shift.shape, dtype=torch.float32)
+    dscale_shift = None if scale_shift is None else torch.empty(scale_shift.shape, dtype=torch.float32)
     extension("_cpu").plane_norm_backward(
         rows_dense(grad.to(x.dtype)),
         rows_dense(x),
@@ -71,10 +71,10 @@ def backward(
         dx,
         dweight,
         dbias,
-        dfilm,
+        dscale_shift,
         *(list(planes), groups, activation, resample),
         torch.get_num_threads(),
     )
-    if scale_shift is None or dfilm is None:
+    if scale_shift is None or dscale_shift is None:
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), x.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dfilm.to(scale_shift.dtype)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale_shift.to(scale_shift.dtype)

@@ -12,7 +12,7 @@ from pvdm_fast.layout import PLANE_NAMES
 
 
 def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:
-    """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, places, L + 1, C)."""
+    """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, sites, L + 1, C)."""
     length = len(positions)
     out = x.new_empty(x.shape[0], x.shape[1] // (length - 1), length, x.shape[2])
     where = (PLANE_NAMES.index(plane), time, height, width)
@@ -25,7 +25,7 @@ def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, 
 def backward(
     grad: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, token and positions from grad: (B, places, L + 1, C)."""
+    """Gradients of x, token and positions from grad: (B, sites, L + 1, C)."""
     dx = grad.new_empty(grad.shape[0], time * height * width, grad.shape[3])
     dpositions = torch.empty(positions.shape, dtype=torch.float32)
     where = (PLANE_NAMES.index(plane), time, height, width)

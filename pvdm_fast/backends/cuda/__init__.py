@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def place(x: Tensor) -> tuple[int, int]:
+def launch_target(x: Tensor) -> tuple[int, int]:
     """The device of a tensor, and PyTorch's current stream there, as the extension takes them."""
     device = x.get_device()
     return device, torch.cuda.current_stream(device).cuda_stream

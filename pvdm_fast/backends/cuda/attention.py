@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import place
+from pvdm_fast.backends.cuda import launch_target
 from pvdm_fast.backends.extensions import extension
 
 PACK = 8  # channels: heads are padded to a multiple of it, so that rows are read 16 bytes at a time
@@ -62,17 +62,17 @@ def forward(
     offsets: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """qkv: (B, places, L, 3 or 2, heads, d), query: (B, places, 1, heads, d); fills out (B, places, queries, heads, d).
+    """qkv: (B, sites, L, 3 or 2, heads, d), query: (B, sites, 1, heads, d); fills out (B, sites, queries, heads, d).
 
-    Returns the log-sum-exp of the scores, (B, places, heads, queries) float32.
+    Returns the log-sum-exp of the scores, (B, sites, heads, queries) float32.
     """
-    batch, places, queries, heads, width = out.shape
-    lse = torch.empty(batch, places, heads, queries, dtype=torch.float32, device=out.device)
+    batch, sites, queries, heads, width = out.shape
+    lse = torch.empty(batch, sites, heads, queries, dtype=torch.float32, device=out.device)
     filled = room_for(out)
     extension("_cuda").attention_forward(
         *(fit(qkv), None if query is None else fit(query), *map(_table, tables)),
         *(filled, lse, list(offsets), scale, use_tensor_cores(qkv, query, offsets)),
-        *place(qkv),
+        *launch_target(qkv),
     )
     if filled is not out:
         out.copy_(filled[..., :width])
@@ -98,7 +98,7 @@ def backward(
         *(fit(grad.to(qkv.dtype)), fit(qkv), None if query is None else fit(query), *map(_table, tables)),
         *(fit(out), lse, torch.empty_like(lse), filled, filled_query),
         *(list(offsets), scale, use_tensor_cores(qkv, query, offsets)),
-        *place(qkv),
+        *launch_target(qkv),
     )
     for asked, got in ((dqkv, filled), (dquery, filled_query)):
         if asked is not None and got is not None and got is not asked:

@@ -11,13 +11,13 @@ from pvdm_fast.backends.sequences import sequences_of, sequences_to_fill
 
 
 def forward(
-    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """kv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
-    -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, places, heads, queries) float32."""
-    sequences = sequences_of(kv, axis)
-    heads, width = kv.shape[5:]
-    out = kv.new_empty(kv.shape[0], kv.shape[1] if query is None else 1, *kv.shape[2:4], heads, width)
+    """qkv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
+    -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, sites, heads, queries) float32."""
+    sequences = sequences_of(qkv, axis)
+    heads, width = qkv.shape[5:]
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] if query is None else 1, *qkv.shape[2:4], heads, width)
     single = None if query is None else sequences_of(query, axis)
     offsets = [0, sequences.shape[2]]
     return out, attention.forward(sequences, single, (sin, cos), sequences_of(out, axis), offsets, scale)
@@ -25,7 +25,7 @@ def forward(
 
 def backward(
     grad: Tensor,
-    kv: Tensor,
+    qkv: Tensor,
     query: Tensor | None,
     sin: Tensor | None,
     cos: Tensor | None,
@@ -34,14 +34,14 @@ def backward(
     axis: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
-    sequences = sequences_of(kv, axis)
-    dkv = torch.empty_like(kv)
-    filled, dsequences = sequences_to_fill(dkv, axis)
-    dquery = kv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
+    """Gradients of `qkv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    sequences = sequences_of(qkv, axis)
+    dqkv = torch.empty_like(qkv)
+    filled, dsequences = sequences_to_fill(dqkv, axis)
+    dquery = qkv.new_empty(0) if query is None else torch.empty_like(query, memory_format=torch.contiguous_format)
     attention.backward(
         *(sequences_of(grad, axis), sequences, None if query is None else sequences_of(query, axis), (sin, cos)),
         *(sequences_of(out, axis), lse, dsequences, None if query is None else sequences_of(dquery, axis)),
         *([0, sequences.shape[2]], scale),
     )
-    return dkv if filled is dkv else dkv.copy_(filled), dquery
+    return dqkv if filled is dqkv else dqkv.copy_(filled), dquery

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import parameter, place
+from pvdm_fast.backends.cuda import launch_target, parameter
 from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.rows import rows_dense
 
@@ -45,11 +45,20 @@ def forward(
     y = x.new_empty(batch, tokens, channels)
     mean = torch.empty(batch, len(planes) // 2, groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    film = None if scale_shift is None else parameter(scale_shift)
+    modulation = None if scale_shift is None else parameter(scale_shift)
     extension("_cuda").plane_norm_forward(
-        *(rows_dense(x), parameter(weight), parameter(bias), film, y, mean, rstd, _workspace(x, groups, planes)),
+        *(
+            rows_dense(x),
+            parameter(weight),
+            parameter(bias),
+            modulation,
+            y,
+            mean,
+            rstd,
+            _workspace(x, groups, planes),
+        ),
         *(list(planes), groups, eps, activation, resample),
-        *place(x),
+        *launch_target(x),
     )
     return y, mean, rstd
 
@@ -70,14 +79,14 @@ def backward(
     """Gradients of x, weight, bias, and of scale_shift (empty where there is none)."""
     dx = x.new_empty(x.shape)
     dweight, dbias = (torch.empty(x.shape[2], dtype=torch.float32, device=x.device) for _ in range(2))
-    film = None if scale_shift is None else parameter(scale_shift)
-    dfilm = None if film is None else torch.empty(film.shape, dtype=torch.float32, device=x.device)
+    modulation = None if scale_shift is None else parameter(scale_shift)
+    dscale_shift = None if modulation is None else torch.empty(modulation.shape, dtype=torch.float32, device=x.device)
     extension("_cuda").plane_norm_backward(
-        *(rows_dense(grad.to(x.dtype)), rows_dense(x), parameter(weight), parameter(bias), film),
-        *(mean.contiguous(), rstd.contiguous(), dx, dweight, dbias, dfilm, _workspace(x, groups, planes)),
+        *(rows_dense(grad.to(x.dtype)), rows_dense(x), parameter(weight), parameter(bias), modulation),
+        *(mean.contiguous(), rstd.contiguous(), dx, dweight, dbias, dscale_shift, _workspace(x, groups, planes)),
         *(list(planes), groups, activation, resample),
-        *place(x),
+        *launch_target(x),
     )
-    if scale_shift is None or dfilm is None:
+    if scale_shift is None or dscale_shift is None:
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), x.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dfilm.to(scale_shift.dtype)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale_shift.to(scale_shift.dtype)

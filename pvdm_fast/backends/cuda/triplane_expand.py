@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import place
+from pvdm_fast.backends.cuda import launch_target
 from pvdm_fast.backends.expand_products import products
 from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.rows import rows_dense
@@ -24,7 +24,7 @@ def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int
     workspace = _workspace(planes, channels, time, height, width)
     weight, bias = weight.float().contiguous(), bias.float().contiguous()
     extension("_cuda").triplane_expand_forward(
-        rows_dense(planes), weight, bias, out, workspace, time, height, width, *place(planes)
+        rows_dense(planes), weight, bias, out, workspace, time, height, width, *launch_target(planes)
     )
     return out
 
@@ -37,5 +37,7 @@ def backward(
     batch, _, channels = grad.shape
     sums = torch.empty(batch, layout.num_tokens, channels, dtype=torch.float32, device=grad.device)
     workspace = _workspace(grad, channels, time, height, width)
-    extension("_cuda").triplane_expand_sums(rows_dense(grad), sums, workspace, time, height, width, *place(grad))
+    extension("_cuda").triplane_expand_sums(
+        rows_dense(grad), sums, workspace, time, height, width, *launch_target(grad)
+    )
     return products(sums, planes, weight, layout)

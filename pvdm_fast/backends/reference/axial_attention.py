@@ -1,7 +1,7 @@
 """Attention along one axis of a lattice, with PVDM's table rotation of queries and keys.
 
-A lattice is (B, T, H, W). Axis "time": a sequence is the T tokens of one place. Axis "space": the H W tokens of one
-frame. With `query` given, each sequence has that single query, and `kv` holds keys and values only.
+A lattice is (B, T, H, W). Axis "time": a sequence is the T tokens of one site. Axis "space": the H W tokens of one
+frame. With `query` given, each sequence has that single query, and `qkv` holds keys and values only.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def _unrotate(grad: Tensor, sin: Tensor | None, cos: Tensor | None) -> Tensor:
 
 
 def _unpack(
-    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str
+    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated q, k and plain v: (B, positions, heads, length, d)."""
-    (packed,) = wide(kv)
+    (packed,) = wide(qkv)
     sequences = to_sequences(packed, axis)
     if query is not None:
         k, v = sequences.unbind(0)
@@ -72,19 +72,19 @@ def _unpack(
 
 
 def forward(
-    kv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """kv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
+    """qkv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
     -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries) float32."""
-    q, k, v = _unpack(kv, query, sin, cos, axis)
+    q, k, v = _unpack(qkv, query, sin, cos, axis)
     scores = scale * q @ k.mT
-    out = from_sequences(scores.softmax(-1) @ v, axis, kv.shape[2], kv.shape[3])
-    return out.to(kv.dtype).contiguous(), scores.logsumexp(-1).float()
+    out = from_sequences(scores.softmax(-1) @ v, axis, qkv.shape[2], qkv.shape[3])
+    return out.to(qkv.dtype).contiguous(), scores.logsumexp(-1).float()
 
 
 def backward(
     grad: Tensor,
-    kv: Tensor,
+    qkv: Tensor,
     query: Tensor | None,
     sin: Tensor | None,
     cos: Tensor | None,
@@ -93,17 +93,17 @@ def backward(
     axis: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `kv` (in its shape and memory order) and of `query` (empty where there is none)."""
-    q, k, v = _unpack(kv, query, sin, cos, axis)
+    """Gradients of `qkv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    q, k, v = _unpack(qkv, query, sin, cos, axis)
     g, o = (to_sequences(t, axis) for t in wide(grad, out))
     p = (scale * q @ k.mT).softmax(-1)
     ds = scale * p * (g @ v.mT - (g * o).sum(-1, keepdim=True))
     dq, dk, dv = ds @ k, ds.mT @ q, p.mT @ g
-    dkv = torch.empty_like(kv)
+    dqkv = torch.empty_like(qkv)
     if query is not None:
-        dkv.copy_(from_sequences(torch.stack((dk, dv)), axis, kv.shape[2], kv.shape[3]))
-        dquery = from_sequences(dq, axis, kv.shape[2], kv.shape[3])
-        return dkv, dquery.to(query.dtype).contiguous()
+        dqkv.copy_(from_sequences(torch.stack((dk, dv)), axis, qkv.shape[2], qkv.shape[3]))
+        dquery = from_sequences(dq, axis, qkv.shape[2], qkv.shape[3])
+        return dqkv, dquery.to(query.dtype).contiguous()
     gradients = torch.stack((_unrotate(dq, sin, cos), _unrotate(dk, sin, cos), dv))
-    dkv.copy_(from_sequences(gradients, axis, kv.shape[2], kv.shape[3]))
-    return dkv, kv.new_empty(0)
+    dqkv.copy_(from_sequences(gradients, axis, qkv.shape[2], qkv.shape[3]))
+    return dqkv, qkv.new_empty(0)

@@ -72,19 +72,19 @@ def backward(
     """
     layout = PlaneLayout.from_sizes(planes)
     xw, g, w, b, mean, rstd = wide(x, grad, weight, bias, mean, rstd)
-    film = None if scale_shift is None else scale_shift.to(xw.dtype)
+    modulation = None if scale_shift is None else scale_shift.to(xw.dtype)
     rstd_token = _per_token(rstd, layout, x.shape[-1])
     normed = (xw - _per_token(mean, layout, x.shape[-1])) * rstd_token
     dz = resample_planes_transposed(g, layout, resample)
     if activation:
-        z = _affine(normed, w, b, film)
+        z = _affine(normed, w, b, modulation)
         s = z.sigmoid()
         dz = dz * s * (1 + z * (1 - s))
-    dfilm = x.new_empty(0)
-    if film is not None and scale_shift is not None:
+    dscale_shift = x.new_empty(0)
+    if modulation is not None and scale_shift is not None:
         dscale, dshift = (dz * (normed * w + b)).sum(1), dz.sum(1)
-        dfilm = torch.cat((dscale, dshift), dim=-1).to(scale_shift.dtype)
-        dz = dz * (1 + film[:, None].chunk(2, dim=-1)[0])
+        dscale_shift = torch.cat((dscale, dshift), dim=-1).to(scale_shift.dtype)
+        dz = dz * (1 + modulation[:, None].chunk(2, dim=-1)[0])
     dweight, dbias = (dz * normed).sum((0, 1)), dz.sum((0, 1))
     dn = dz * w
 
@@ -93,4 +93,4 @@ def backward(
         return _per_token(torch.stack(averages, dim=1), layout, x.shape[-1])
 
     dx = rstd_token * (dn - group_average(dn) - normed * group_average(dn * normed))
-    return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype), dfilm
+    return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale_shift

@@ -14,7 +14,7 @@ def _axis(plane: str) -> int:
 
 
 def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:
-    """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, places, L + 1, C), L the collapsed axis's length."""
+    """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, sites, L + 1, C), L the collapsed axis's length."""
     lattice = x.unflatten(1, (time, height, width)).movedim(_axis(plane), 3)  # (B, p, q, L, C)
     sequences = lattice.flatten(1, 2)
     end = token.to(x.dtype).expand(*sequences.shape[:2], 1, -1)
@@ -24,7 +24,7 @@ def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, 
 def backward(
     grad: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, token and positions from grad: (B, places, L + 1, C)."""
+    """Gradients of x, token and positions from grad: (B, sites, L + 1, C)."""
     kept = [size for axis, size in enumerate((time, height, width), start=1) if axis != _axis(plane)]
     lattice = grad[:, :, :-1].unflatten(1, kept).movedim(3, _axis(plane))
     wide_grad = grad if grad.dtype == torch.float64 else grad.float()

@@ -52,11 +52,11 @@ def expand(dtype: torch.dtype) -> None:
 
 def norm(dtype: torch.dtype) -> None:
     sizes = [10, 14, 4, 14, 4, 10]
-    x, film = torch.randn(2, 236, 20).to(dtype), torch.randn(2, 40)
+    x, scale_shift = torch.randn(2, 236, 20).to(dtype), torch.randn(2, 40)
     weight, bias = torch.randn(20), torch.randn(20)
     for resample in (-1, 0, 1):
-        y, mean, rstd = plane_norm.forward(x, weight, bias, film, sizes, 4, 1e-5, True, resample)
-        plane_norm.backward(y, x, weight, bias, film, mean, rstd, sizes, 4, True, resample)
+        y, mean, rstd = plane_norm.forward(x, weight, bias, scale_shift, sizes, 4, 1e-5, True, resample)
+        plane_norm.backward(y, x, weight, bias, scale_shift, mean, rstd, sizes, 4, True, resample)
 
 
 def attention(dtype: torch.dtype) -> None:
@@ -65,12 +65,12 @@ def attention(dtype: torch.dtype) -> None:
         out, lse = segment_attention.forward(qkv, offsets, 0.3)
         segment_attention.backward(out, qkv, out, lse, offsets, 0.3)
     for axis, length in (("time", 9), ("space", 35)):
-        kv, sin = torch.randn(2, 9, 5, 7, 3, 2, 10).to(dtype), torch.randn(length, 10)
-        out, lse = axial_attention.forward(kv, None, sin, sin, axis, 0.3)
-        axial_attention.backward(out, kv, None, sin, sin, out, lse, axis, 0.3)
-    kv, query = torch.randn(2, 9, 5, 7, 2, 2, 10).to(dtype), torch.randn(2, 1, 5, 7, 2, 10).to(dtype)
-    out, lse = axial_attention.forward(kv, query, None, None, "time", 0.3)
-    axial_attention.backward(out, kv, query, None, None, out, lse, "time", 0.3)
+        qkv, sin = torch.randn(2, 9, 5, 7, 3, 2, 10).to(dtype), torch.randn(length, 10)
+        out, lse = axial_attention.forward(qkv, None, sin, sin, axis, 0.3)
+        axial_attention.backward(out, qkv, None, sin, sin, out, lse, axis, 0.3)
+    qkv, query = torch.randn(2, 9, 5, 7, 2, 2, 10).to(dtype), torch.randn(2, 1, 5, 7, 2, 10).to(dtype)
+    out, lse = axial_attention.forward(qkv, query, None, None, "time", 0.3)
+    axial_attention.backward(out, qkv, query, None, None, out, lse, "time", 0.3)
 
 
 def conv(dtype: torch.dtype) -> None:

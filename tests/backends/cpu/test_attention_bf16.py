@@ -144,18 +144,18 @@ def test_any_shape(isa: str, segments: list[int], heads: int, width: int, batch:
 @pytest.mark.parametrize("sizes", [(2, 8, 9), (1, 13, 10)])
 def test_axial(isa: str, width: int, sizes: tuple[int, int, int]) -> None:
     """Of rotated queries and keys, and of others."""
-    kv = torch.randn(1, *sizes, 3, 2, width).bfloat16()
+    qkv = torch.randn(1, *sizes, 3, 2, width).bfloat16()
     grad = torch.randn(1, *sizes, 2, width).bfloat16()
     scale, length = width**-0.5, sizes[1] * sizes[2]
     plain = torch.zeros(length, width), torch.ones(length, width)
     for rotation in (attention.tables(length, width), plain):
         given_tables = (None, None) if rotation is plain else rotation
-        out, lse = axial_attention.forward(kv, None, *given_tables, "space", scale)
-        gradient, _ = axial_attention.backward(grad, kv, None, *given_tables, out, lse, "space", scale)
-        wide = kv.double(), None, *(t.double() for t in rotation)
+        out, lse = axial_attention.forward(qkv, None, *given_tables, "space", scale)
+        gradient, _ = axial_attention.backward(grad, qkv, None, *given_tables, out, lse, "space", scale)
+        wide = qkv.double(), None, *(t.double() for t in rotation)
         exact = axial_reference.forward(*wide, "space", scale)
         exact_gradient, _ = axial_reference.backward(grad.double(), *wide, *exact, "space", scale)
-        plain_out, plain_gradient = attention.eager_axial(kv, *rotation, grad)
+        plain_out, plain_gradient = attention.eager_axial(qkv, *rotation, grad)
         assert_close(lse, exact[1], 2e-3, "lse")  # of rotated numbers, rounded to bfloat16 again
         assert_close(out, exact[0], BFLOAT16_FACTOR * relative_error(plain_out, exact[0]), "output")
         for i, name in enumerate("qkv"):

@@ -184,27 +184,27 @@ def tables(length: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def check_axial(
-    kv: Tensor, query: Tensor | None, rotation: tuple[Tensor, Tensor] | None, axis: str, bound: float = 1e-5
+    qkv: Tensor, query: Tensor | None, rotation: tuple[Tensor, Tensor] | None, axis: str, bound: float = 1e-5
 ) -> None:
-    scale = kv.shape[-1] ** -0.5
+    scale = qkv.shape[-1] ** -0.5
     sin, cos = rotation or (None, None)
-    wide = [None if t is None else t.double() for t in (kv, query, sin, cos)]
+    wide = [None if t is None else t.double() for t in (qkv, query, sin, cos)]
     exact, exact_lse = axial_reference.forward(*wide, axis, scale)
-    out, lse = axial_attention.forward(kv, query, sin, cos, axis, scale)
-    grad = torch.randn_like(exact).to(kv.dtype)
+    out, lse = axial_attention.forward(qkv, query, sin, cos, axis, scale)
+    grad = torch.randn_like(exact).to(qkv.dtype)
     assert_close(out, exact, bound, "output")
     assert_close(lse, exact_lse, bound, "lse")
-    gradients = axial_attention.backward(grad, kv, query, sin, cos, out, lse, axis, scale)
-    again = axial_attention.backward(grad, kv, query, sin, cos, out, lse, axis, scale)
+    gradients = axial_attention.backward(grad, qkv, query, sin, cos, out, lse, axis, scale)
+    again = axial_attention.backward(grad, qkv, query, sin, cos, out, lse, axis, scale)
     exact_gradients = axial_reference.backward(grad.double(), *wide, exact, exact_lse, axis, scale)
-    for name, a, e, b in zip(("kv", "query"), gradients, exact_gradients, again, strict=True):
+    for name, a, e, b in zip(("qkv", "query"), gradients, exact_gradients, again, strict=True):
         if e.norm() > 1e-9:
             assert_close(a, e, bound, f"gradient of {name}")
         else:  # no choice, no gradient: of the query of one token
             assert a.numel() == e.numel()
             assert (a.abs() < 100 * bound).all()
         assert torch.equal(a, b)
-    assert gradients[0].stride() == torch.empty_like(kv).stride()
+    assert gradients[0].stride() == torch.empty_like(qkv).stride()
 
 
 AXIAL_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -219,10 +219,10 @@ AXIAL_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_axial(isa: str, axis: str) -> None:
     for sizes, width in (((5, 3, 7), 12), ((16, 2, 3), 64), ((17, 2, 2), 48), ((33, 1, 2), 8), ((2, 9, 11), 80)):
         length = sizes[0] if axis == "time" else sizes[1] * sizes[2]
-        kv = torch.randn(2, *sizes, 3, 2, width)
+        qkv = torch.randn(2, *sizes, 3, 2, width)
         for rotation in (None, tables(length, width)):
-            check_axial(kv, None, rotation, axis)
-            check_axial(kv.half(), None, rotation, axis, 1e-3)
+            check_axial(qkv, None, rotation, axis)
+            check_axial(qkv.half(), None, rotation, axis, 1e-3)
 
 
 def eager_axial(qkv: Tensor, sin: Tensor, cos: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,14 +238,14 @@ def eager_axial(qkv: Tensor, sin: Tensor, cos: Tensor, grad: Tensor) -> tuple[Te
 @pytest.mark.parametrize("width", [8, 64])
 def test_axial_in_bfloat16(isa: str, width: int) -> None:
     """Long enough for products in bf16, of rotated queries and keys; the error is at most twice eager's."""
-    kv, grad = torch.randn(1, 2, 8, 9, 3, 2, width).bfloat16(), torch.randn(1, 2, 8, 9, 2, width).bfloat16()
+    qkv, grad = torch.randn(1, 2, 8, 9, 3, 2, width).bfloat16(), torch.randn(1, 2, 8, 9, 2, width).bfloat16()
     rotation, scale = tables(72, width), width**-0.5
-    out, lse = axial_attention.forward(kv, None, *rotation, "space", scale)
-    gradient, _ = axial_attention.backward(grad, kv, None, *rotation, out, lse, "space", scale)
-    wide = kv.double(), None, *(t.double() for t in rotation)
+    out, lse = axial_attention.forward(qkv, None, *rotation, "space", scale)
+    gradient, _ = axial_attention.backward(grad, qkv, None, *rotation, out, lse, "space", scale)
+    wide = qkv.double(), None, *(t.double() for t in rotation)
     exact = axial_reference.forward(*wide, "space", scale)
     exact_gradient, _ = axial_reference.backward(grad.double(), *wide, *exact, "space", scale)
-    plain_out, plain_gradient = eager_axial(kv, *rotation, grad)
+    plain_out, plain_gradient = eager_axial(qkv, *rotation, grad)
     assert relative_error(out, exact[0]) < 2 * relative_error(plain_out, exact[0])
     assert relative_error(gradient, exact_gradient) < 2 * relative_error(plain_gradient, exact_gradient)
 
@@ -254,15 +254,15 @@ def test_axial_in_bfloat16(isa: str, width: int) -> None:
 def test_axial_memory_orders(isa: str, form: str) -> None:
     for axis, length in (("time", 5), ("space", 21)):
         check_axial(AXIAL_FORMS[form](torch.randn(2, 5, 3, 7, 3, 2, 12)), None, tables(length, 12), axis)
-    kv, query = torch.randn(2, 5, 3, 7, 2, 2, 12), torch.randn(2, 1, 3, 7, 2, 12)
-    check_axial(AXIAL_FORMS[form](kv), AXIAL_FORMS[form](query), None, "time")
+    qkv, query = torch.randn(2, 5, 3, 7, 2, 2, 12), torch.randn(2, 1, 3, 7, 2, 12)
+    check_axial(AXIAL_FORMS[form](qkv), AXIAL_FORMS[form](query), None, "time")
 
 
 @pytest.mark.parametrize(("length", "width"), [(1, 8), (9, 12), (17, 48), (33, 64), (200, 7)])
 def test_single_query(isa: str, length: int, width: int) -> None:
-    kv, query = torch.randn(2, length, 2, 3, 2, 2, width), torch.randn(2, 1, 2, 3, 2, width)
-    check_axial(kv, query, None, "time")
-    check_axial(kv.half(), query.half(), None, "time", 1e-3)
+    qkv, query = torch.randn(2, length, 2, 3, 2, 2, width), torch.randn(2, 1, 2, 3, 2, width)
+    check_axial(qkv, query, None, "time")
+    check_axial(qkv.half(), query.half(), None, "time", 1e-3)
 
 
 def test_arguments_are_checked() -> None:

@@ -94,24 +94,26 @@ def check_norm(x: Tensor, parameters: Any, grad: Tensor, planes: list[int], grou
     return y, mean, rstd, *actual
 
 
-def norm_inputs(layout: PlaneLayout, channels: int, dtype: torch.dtype, resample: int = 0, film: bool = True) -> Any:
+def norm_inputs(
+    layout: PlaneLayout, channels: int, dtype: torch.dtype, resample: int = 0, modulated: bool = True
+) -> Any:
     """x, (weight, bias, scale_shift) and the incoming gradient."""
     tokens = layout.num_tokens
     written = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
-    parameters = torch.randn(channels), torch.randn(channels), torch.randn(2, 2 * channels) if film else None
+    parameters = torch.randn(channels), torch.randn(channels), torch.randn(2, 2 * channels) if modulated else None
     return (2 * torch.randn(2, tokens, channels) + 3).to(dtype), parameters, torch.randn(2, written, channels).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("resample", [-1, 0, 1])
 @pytest.mark.parametrize("activation", [False, True])
-@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
 def test_norm(
-    isa: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, resample: int, activation: bool, film: bool
+    isa: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, resample: int, activation: bool, modulated: bool
 ) -> None:
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     layout = TriplaneLayout(4, 6, 14) if resample < 0 else TriplaneLayout(3, 5, 7)
-    x, parameters, grad = norm_inputs(layout, 20, dtype, resample, film)
+    x, parameters, grad = norm_inputs(layout, 20, dtype, resample, modulated)
     options = {"activation": activation, "resample": resample}
     first, second = (check_norm(x, parameters, grad, layout.sizes, 4, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

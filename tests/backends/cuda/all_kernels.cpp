@@ -13,7 +13,7 @@ using namespace pvdm;
 
 namespace {
 
-const cuda::Place here{0, nullptr};
+const cuda::LaunchTarget here{0, nullptr};
 constexpr Dtype f32 = Dtype::f32;
 
 // Numbers between -1 and 1; the memory ends with the last of them, and is never given back.
@@ -56,19 +56,19 @@ void slice(Dtype dtype, const Layout& l, int64_t channels) {
   }
 }
 
-void norm(Dtype dtype, std::vector<int64_t> sizes, int64_t channels, bool film, int resample) {
+void norm(Dtype dtype, std::vector<int64_t> sizes, int64_t channels, bool scale_shift, int resample) {
   const Planes planes{sizes.data(), static_cast<int64_t>(sizes.size()) / 2};
   const int64_t tokens = planes.offset(planes.count), groups = 2;
   const int64_t after = resample > 0 ? 4 * tokens : resample < 0 ? tokens / 4 : tokens;
   const TensorView none, both = make(f32, {1, 2 * channels});
   const cuda::PlaneNormInputs in{make(dtype, {1, tokens, channels}), make(f32, {channels}), make(f32, {channels}),
-                                 film ? both : none, make(f32, {1, planes.count, groups}),
-                                 make(f32, {1, planes.count, groups}), planes, groups, film, resample};
+                                 scale_shift ? both : none, make(f32, {1, planes.count, groups}),
+                                 make(f32, {1, planes.count, groups}), planes, groups, scale_shift, resample};
   const auto workspace = make(f32, {cuda::plane_norm_workspace(1, channels, groups, planes)});
   const auto y = make(dtype, {1, after, channels});
   cuda::plane_norm_forward(in, y, workspace, 1e-5f, here);
   cuda::plane_norm_backward(in, y, make(dtype, {1, tokens, channels}), make(f32, {channels}), make(f32, {channels}),
-                            film ? make(f32, {1, 2 * channels}) : none, workspace, here);
+                            scale_shift ? make(f32, {1, 2 * channels}) : none, workspace, here);
 }
 
 // Several segments, or one rotated (`rotate`), or one query a sequence (`single`).

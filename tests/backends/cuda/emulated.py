@@ -53,7 +53,7 @@ def replace_device(patch: pytest.MonkeyPatch, module: ModuleType) -> None:
     """Put the stand-in in the place of `pvdm_fast._cuda`, with the host as its device."""
     for launcher in (attention, plane_norm, triplane_expand, triplane_slice):
         patch.setattr(launcher, "extension", lambda name: module)
-        patch.setattr(launcher, "place", lambda tensor: (0, 0))
+        patch.setattr(launcher, "launch_target", lambda tensor: (0, 0))
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def test_axial_attention(
 ) -> None:
     if matrix and dtype == torch.float32:
         pytest.skip("tensor cores take 16 bits")
-    kv = torch.randn(2, *lattice, 2 if single else 3, 2, width).to(dtype)
+    qkv = torch.randn(2, *lattice, 2 if single else 3, 2, width).to(dtype)
     query = torch.randn(2, 1, *lattice[1:], 2, width).to(dtype) if single else None
     length = lattice[0] if axis == "time" else lattice[1] * lattice[2]
     sin, cos = time_rotation(length, width) if rotate else (None, None)
@@ -140,14 +140,14 @@ def test_axial_attention(
     scale = width**-0.5
 
     def run() -> tuple[Tensor, ...]:
-        out, lse = axial_attention.forward(kv, query, sin, cos, axis, scale)
-        return out, lse, *axial_attention.backward(grad, kv, query, sin, cos, out, lse, axis, scale)
+        out, lse = axial_attention.forward(qkv, query, sin, cos, axis, scale)
+        return out, lse, *axial_attention.backward(grad, qkv, query, sin, cos, out, lse, axis, scale)
 
     found = same_in_every_order(device, run)
-    wide = [None if t is None else t.double() for t in (kv, query, sin, cos)]
+    wide = [None if t is None else t.double() for t in (qkv, query, sin, cos)]
     out, lse = axial_reference.forward(*wide, axis, scale)  # type: ignore[arg-type]
     gradients = axial_reference.backward(grad.double(), *wide, out, lse, axis, scale)  # type: ignore[arg-type]
-    for name, a, e in zip(("out", "lse", "dkv", "dquery"), found, (out, lse, *gradients), strict=True):
+    for name, a, e in zip(("out", "lse", "dqkv", "dquery"), found, (out, lse, *gradients), strict=True):
         assert_close(a, e, tolerance(dtype, matrix), name)
 
 

@@ -40,7 +40,7 @@ def compare(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("layout", "channels", "groups", "film", "activation", "resample", "change"),
+    ("layout", "channels", "groups", "modulated", "activation", "resample", "change"),
     [
         (ODD, 12, 4, False, False, 0, None),
         (PlaneLayout(((71, 1),)), 32, 32, False, False, 0, None),
@@ -57,7 +57,7 @@ def test_plane_norm(
     layout: Any,
     channels: int,
     groups: int,
-    film: bool,
+    modulated: bool,
     activation: bool,
     resample: int,
     change: Callable[[Tensor], Tensor] | None,
@@ -68,7 +68,7 @@ def test_plane_norm(
     after = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
     grad = change(torch.randn(2, after, channels).to(dtype))
     weight, bias = 1 + 0.2 * torch.randn(channels), torch.randn(channels)
-    scale_shift = torch.randn(2, 2 * channels) if film else None
+    scale_shift = torch.randn(2, 2 * channels) if modulated else None
     options = (layout.sizes, groups, 1e-5, activation, resample)
 
     def run() -> tuple[Tensor, ...]:

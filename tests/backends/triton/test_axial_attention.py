@@ -29,13 +29,13 @@ def tables(length: int, width: int) -> Tables:
 
 
 def results(
-    module: object, grad: Tensor, kv: Tensor, query: Tensor | None, rotation: Tables | None, axis: str, scale: float
+    module: object, grad: Tensor, qkv: Tensor, query: Tensor | None, rotation: Tables | None, axis: str, scale: float
 ) -> dict[str, Tensor]:
-    out, lse = module.forward(kv, query, *(rotation or (None, None)), axis, scale)  # type: ignore[attr-defined]
-    dkv, dquery = module.backward(  # type: ignore[attr-defined]
-        grad, kv, query, *(rotation or (None, None)), out, lse, axis, scale
+    out, lse = module.forward(qkv, query, *(rotation or (None, None)), axis, scale)  # type: ignore[attr-defined]
+    dqkv, dquery = module.backward(  # type: ignore[attr-defined]
+        grad, qkv, query, *(rotation or (None, None)), out, lse, axis, scale
     )
-    return {"output": out, "lse": lse, "gradient of kv": dkv, "gradient of query": dquery}
+    return {"output": out, "lse": lse, "gradient of qkv": dqkv, "gradient of query": dquery}
 
 
 def doubled(x: Tensor | None) -> Tensor | None:
@@ -43,22 +43,22 @@ def doubled(x: Tensor | None) -> Tensor | None:
 
 
 def eager(
-    grad: Tensor, kv: Tensor, query: Tensor | None, rotation: Tables | None, axis: str, scale: float
+    grad: Tensor, qkv: Tensor, query: Tensor | None, rotation: Tables | None, axis: str, scale: float
 ) -> dict[str, Tensor]:
-    """What plain PyTorch computes in kv's dtype, the softmax in float32 as in the release."""
-    kv = kv.detach().requires_grad_()
-    sequences = reference.to_sequences(kv, axis).unbind(0)
+    """What plain PyTorch computes in qkv's dtype, the softmax in float32 as in the release."""
+    qkv = qkv.detach().requires_grad_()
+    sequences = reference.to_sequences(qkv, axis).unbind(0)
     q, k, v = sequences if query is None else (reference.to_sequences(query, axis), *sequences)
     if rotation:
         sin, cos = rotation
         q, k = (x * cos.to(x) + reference.rotate_pairs(x) * sin.to(x) for x in (q, k))
     weights = (q * scale @ k.mT).float().softmax(-1).to(v.dtype)
-    out = reference.from_sequences(weights @ v, axis, *kv.shape[2:4])
-    return {"output": out.detach(), "gradient of kv": torch.autograd.grad(out, kv, grad)[0]}
+    out = reference.from_sequences(weights @ v, axis, *qkv.shape[2:4])
+    return {"output": out.detach(), "gradient of qkv": torch.autograd.grad(out, qkv, grad)[0]}
 
 
 def check(
-    kv: Tensor,
+    qkv: Tensor,
     axis: str,
     query: Tensor | None = None,
     rotation: Tables | None = None,
@@ -66,24 +66,24 @@ def check(
     scale: float | None = None,
 ) -> None:
     """Forward and backward. In 16 bits the error is at most twice eager PyTorch's in the same dtype."""
-    scale = kv.shape[-1] ** -0.5 if scale is None else scale
-    shape = (*kv.shape[:4], *kv.shape[5:]) if query is None else query.shape
-    grad = torch.randn(shape).to(kv.dtype) if grad is None else grad
-    actual = results(axial_attention, grad, kv, query, rotation, axis, scale)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    shape = (*qkv.shape[:4], *qkv.shape[5:]) if query is None else query.shape
+    grad = torch.randn(shape).to(qkv.dtype) if grad is None else grad
+    actual = results(axial_attention, grad, qkv, query, rotation, axis, scale)
     wide_rotation = None if rotation is None else (rotation[0].double(), rotation[1].double())
-    exact = results(reference, grad.double(), kv.double(), doubled(query), wide_rotation, axis, scale)
-    bounds = dict.fromkeys(exact, OPERATION[kv.dtype])
-    if kv.dtype != torch.float32:
-        for name, plain in eager(grad, kv, query, rotation, axis, scale).items():
+    exact = results(reference, grad.double(), qkv.double(), doubled(query), wide_rotation, axis, scale)
+    bounds = dict.fromkeys(exact, OPERATION[qkv.dtype])
+    if qkv.dtype != torch.float32:
+        for name, plain in eager(grad, qkv, query, rotation, axis, scale).items():
             bounds[name] = max(bounds[name], 2 * relative_error(plain, exact[name]))
     for name, tensor in actual.items():
-        assert tensor.dtype == (torch.float32 if name == "lse" else kv.dtype)
-        if name == "lse" and kv.dtype != torch.float32 and rotation is not None:
+        assert tensor.dtype == (torch.float32 if name == "lse" else qkv.dtype)
+        if name == "lse" and qkv.dtype != torch.float32 and rotation is not None:
             # Its error is the scores', which rotating in 16 bits rounds: a unit in the last place of each factor.
-            assert (tensor - exact[name]).abs().max() < 8 * torch.finfo(kv.dtype).eps
+            assert (tensor - exact[name]).abs().max() < 8 * torch.finfo(qkv.dtype).eps
         else:
             assert_close(tensor, exact[name], bounds[name], name)
-    assert actual["gradient of kv"].stride() == torch.empty_like(kv).stride()
+    assert actual["gradient of qkv"].stride() == torch.empty_like(qkv).stride()
 
 
 def lattice(
@@ -97,19 +97,19 @@ def lattice(
 @pytest.mark.parametrize("axis", ["time", "space"])
 def test_small_lattice(axis: str, rotated: bool, dtype: torch.dtype) -> None:
     """Lengths 3 and 35: 21 sequences a tile and the last tile not full; one sequence a tile."""
-    kv = lattice((3, 5, 7), 3, 3, 8, dtype)
-    check(kv, axis, rotation=tables(3 if axis == "time" else 35, 8) if rotated else None)
+    qkv = lattice((3, 5, 7), 3, 3, 8, dtype)
+    check(qkv, axis, rotation=tables(3 if axis == "time" else 35, 8) if rotated else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("length", "width"), [(1, 8), (9, 48), (16, 64), (17, 48), (33, 48), (64, 16), (70, 24)])
 def test_sequences(length: int, width: int, dtype: torch.dtype) -> None:
     """The projections' form, (S, L, 1, 1, 3, heads, d), without rotation; float32 at 33 and all at 70: long."""
-    kv = torch.randn(9 if length < 64 else 2, length, 1, 1, 3, 2, width).to(dtype)
+    qkv = torch.randn(9 if length < 64 else 2, length, 1, 1, 3, 2, width).to(dtype)
     assert axial_attention_short.serves(length, width, dtype) == (
         length < 65 and (length, dtype) != (33, torch.float32)
     )
-    check(kv, "time")
+    check(qkv, "time")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,16 +122,16 @@ def test_large_frames(sizes: tuple[int, int, int], width: int, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("length", "width"), [(1, 8), (9, 48), (33, 64), (70, 12)])
 def test_single_query(length: int, width: int, dtype: torch.dtype) -> None:
-    kv, query = lattice((length, 3, 5), 2, 3, width, dtype), torch.randn(2, 1, 3, 5, 3, width).to(dtype)
+    qkv, query = lattice((length, 3, 5), 2, 3, width, dtype), torch.randn(2, 1, 3, 5, 3, width).to(dtype)
     if length > 1:
-        check(kv, "time", query)
+        check(qkv, "time", query)
     else:  # No choice, no gradient: the query's is zero but for rounding.
-        out, lse = axial_attention.forward(kv, query, None, None, "time", 0.5)
-        assert torch.equal(out, kv[:, :, :, :, 1])
-        dkv, dquery = axial_attention.backward(torch.ones_like(out), kv, query, None, None, out, lse, "time", 0.5)
-        assert_close(dkv[:, :, :, :, 1], torch.ones_like(out), OPERATION[dtype])
+        out, lse = axial_attention.forward(qkv, query, None, None, "time", 0.5)
+        assert torch.equal(out, qkv[:, :, :, :, 1])
+        dqkv, dquery = axial_attention.backward(torch.ones_like(out), qkv, query, None, None, out, lse, "time", 0.5)
+        assert_close(dqkv[:, :, :, :, 1], torch.ones_like(out), OPERATION[dtype])
         assert dquery.abs().max() < 100 * torch.finfo(torch.float32).eps
-        assert dkv[:, :, :, :, 0].abs().max() < 100 * torch.finfo(torch.float32).eps
+        assert dqkv[:, :, :, :, 0].abs().max() < 100 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(130, torch.bfloat16), (256, torch.float32)])
@@ -144,9 +144,9 @@ def test_wide_heads(width: int, dtype: torch.dtype) -> None:
 def test_deterministic() -> None:
     """The same bits on a second run, of every variant."""
     for sizes, single in (((9, 3, 5), False), ((70, 1, 2), False), ((9, 3, 5), True)):
-        kv, grad = lattice(sizes, 2 if single else 3, 1, 16), torch.randn(2, *sizes, 1, 16)
+        qkv, grad = lattice(sizes, 2 if single else 3, 1, 16), torch.randn(2, *sizes, 1, 16)
         query = torch.randn(2, 1, *sizes[1:], 1, 16) if single else None
-        arguments = (grad[:, :1] if single else grad, kv, query, None, "time", 0.25)
+        arguments = (grad[:, :1] if single else grad, qkv, query, None, "time", 0.25)
         first, second = results(axial_attention, *arguments), results(axial_attention, *arguments)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -162,11 +162,11 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_memory_orders(form: str) -> None:
-    """kv, query and the incoming gradient in other orders, for every variant."""
+    """qkv, query and the incoming gradient in other orders, for every variant."""
     change = FORMS[form]
-    kv, grad = lattice((5, 3, 7), 3, 2, 12), torch.randn(2, 5, 3, 7, 2, 12)
+    qkv, grad = lattice((5, 3, 7), 3, 2, 12), torch.randn(2, 5, 3, 7, 2, 12)
     for axis, length in (("time", 5), ("space", 21)):
-        check(change(kv), axis, rotation=tables(length, 12), grad=change(grad))
+        check(change(qkv), axis, rotation=tables(length, 12), grad=change(grad))
     long = lattice((2, 7, 10), 3, 1, 12)
     check(change(long), "space", rotation=tables(70, 12), grad=change(torch.randn(2, 2, 7, 10, 1, 12)))
     query = torch.randn(2, 1, 3, 7, 2, 12)
@@ -176,11 +176,11 @@ def test_memory_orders(form: str) -> None:
 @pytest.mark.parametrize("sizes", [(5, 3, 7), (70, 1, 2)])
 def test_stride_0(sizes: tuple[int, int, int]) -> None:
     """Gradients of sums; and a frame repeated along time."""
-    kv, query = lattice(sizes, 3, 1, 8), torch.randn(2, 1, *sizes[1:], 1, 8)
-    check(kv, "time", grad=torch.ones(()).expand(2, *sizes, 1, 8))
-    check(kv, "time", grad=torch.randn(2, 1, 1, 1, 1, 8).expand(2, *sizes, 1, 8))
-    check(kv[:, :1].expand_as(kv), "time", rotation=tables(sizes[0], 8))
-    check(kv[..., 1:, :, :], "time", query, grad=torch.ones(()).expand_as(query))
+    qkv, query = lattice(sizes, 3, 1, 8), torch.randn(2, 1, *sizes[1:], 1, 8)
+    check(qkv, "time", grad=torch.ones(()).expand(2, *sizes, 1, 8))
+    check(qkv, "time", grad=torch.randn(2, 1, 1, 1, 1, 8).expand(2, *sizes, 1, 8))
+    check(qkv[:, :1].expand_as(qkv), "time", rotation=tables(sizes[0], 8))
+    check(qkv[..., 1:, :, :], "time", query, grad=torch.ones(()).expand_as(query))
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1.0])
@@ -192,11 +192,11 @@ def test_any_scale(scale: float) -> None:
 @pytest.mark.parametrize("length", [17, 150])
 def test_large_scores(length: int) -> None:
     """Scores up to +-80: neither overflow nor lost sums. Their own rounding (80 x 6e-8) sets the tolerance."""
-    kv, grad = torch.randn(1, length, 1, 2, 3, 2, 16), torch.randn(1, length, 1, 2, 2, 16)
-    scores = torch.einsum("bthwnc,bshwnc->bhwnts", kv[:, :, :, :, 0], kv[:, :, :, :, 1])
+    qkv, grad = torch.randn(1, length, 1, 2, 3, 2, 16), torch.randn(1, length, 1, 2, 2, 16)
+    scores = torch.einsum("bthwnc,bshwnc->bhwnts", qkv[:, :, :, :, 0], qkv[:, :, :, :, 1])
     scale = float(80 / scores.abs().max())
-    query = kv[:, :1, :, :, 0]
-    for arguments in ((grad, kv, None), (grad[:, :1], kv[:, :, :, :, 1:], query)):
+    query = qkv[:, :1, :, :, 0]
+    for arguments in ((grad, qkv, None), (grad[:, :1], qkv[:, :, :, :, 1:], query)):
         actual = results(axial_attention, *arguments, None, "time", scale)
         exact = results(reference, *(doubled(t) for t in arguments), None, "time", scale)
         for name, tensor in actual.items():
@@ -219,11 +219,11 @@ def test_through_autograd() -> None:
 def test_launches(length: int, rotated: bool, single: bool, launches: tuple[int, int]) -> None:
     """How many kernels are launched, on tensors that hold no data."""
     seen: list[str] = []
-    kv = torch.empty(2, length, 4, 4, 2 if single else 3, 8, 64, dtype=torch.bfloat16, device="meta")
+    qkv = torch.empty(2, length, 4, 4, 2 if single else 3, 8, 64, dtype=torch.bfloat16, device="meta")
     query = torch.empty(2, 1, 4, 4, 8, 64, dtype=torch.bfloat16, device="meta") if single else None
     table = torch.empty(length, 64, device="meta") if rotated else None
     with assume("sm90"), watch(lambda kernel, *_: seen.append(kernel.__name__)):
-        out, lse = axial_attention.forward(kv, query, table, table, "time", 0.125)
+        out, lse = axial_attention.forward(qkv, query, table, table, "time", 0.125)
         forward = len(seen)
-        axial_attention.backward(out, kv, query, table, table, out, lse, "time", 0.125)
+        axial_attention.backward(out, qkv, query, table, table, out, lse, "time", 0.125)
     assert (forward, len(seen) - forward) == launches, seen

@@ -52,11 +52,11 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
-def draw(layout: PlaneLayout, channels: int, dtype: torch.dtype, resample: int = 0, film: bool = True) -> Any:
+def draw(layout: PlaneLayout, channels: int, dtype: torch.dtype, resample: int = 0, modulated: bool = True) -> Any:
     """x, (weight, bias, scale_shift) and the incoming gradient."""
     tokens = layout.num_tokens
     written = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
-    parameters = torch.randn(channels), torch.randn(channels), torch.randn(2, 2 * channels) if film else None
+    parameters = torch.randn(channels), torch.randn(channels), torch.randn(2, 2 * channels) if modulated else None
     return (2 * torch.randn(2, tokens, channels) + 3).to(dtype), parameters, torch.randn(2, written, channels).to(dtype)
 
 
@@ -88,7 +88,7 @@ def test_values(way: str, dtype: torch.dtype, resample: int) -> None:
 
 @pytest.mark.parametrize("activation", [False, True])
 def test_without_scale_and_shift(way: str, activation: bool) -> None:
-    check(*draw(ODD, 15, torch.float32, film=False), ODD.sizes, 5, activation=activation)
+    check(*draw(ODD, 15, torch.float32, modulated=False), ODD.sizes, 5, activation=activation)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +171,15 @@ def test_groups_that_share_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     check(x, parameters, grad, ODD.sizes, 5)
 
 
-def launches(layout: PlaneLayout, channels: int, film: bool = True) -> list[str]:
+def launches(layout: PlaneLayout, channels: int, modulated: bool = True) -> list[str]:
     """Names of the kernels that forward and backward launch in bfloat16, in order."""
     tokens = layout.num_tokens
     x, weight = torch.empty(1, tokens, channels, dtype=torch.bfloat16, device="meta"), torch.empty(channels)
-    parameters = (weight.to("meta"), weight.to("meta"), torch.empty(1, 2 * channels, device="meta") if film else None)
+    parameters = (
+        weight.to("meta"),
+        weight.to("meta"),
+        torch.empty(1, 2 * channels, device="meta") if modulated else None,
+    )
     names: list[str] = []
     with assume("sm90"), watch(lambda kernel, *_: names.append(kernel.__name__)):
         _, mean, rstd = plane_norm.forward(x, *parameters, layout.sizes, 32, 1e-5, True, 0)

@@ -1,4 +1,4 @@
-"""triplane_slice in Triton's interpreter: every plane, several blocks of rows, places and channels, strides, dtypes."""
+"""triplane_slice in Triton's interpreter: every plane, several blocks of rows, sites and channels, strides, dtypes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def draw(plane: str, channels: int, dtype: torch.dtype, batch: int = 2) -> tuple
 @pytest.mark.parametrize("plane", PLANES)
 @pytest.mark.parametrize("channels", [5, 130])
 def test_blocks(dtype: torch.dtype, plane: str, channels: int) -> None:
-    inputs = draw(plane, channels, dtype, batch=3)  # 14 blocks of places for xy, 3 programs a position
+    inputs = draw(plane, channels, dtype, batch=3)  # 14 blocks of sites for xy, 3 programs a position
     same_again(lambda: check(*inputs, plane))
 
 
