@@ -18,12 +18,11 @@ MIB = 2**20
 
 def fuzz(folder: Path, count: int, first: int) -> dict[str, Any]:
     """In a process of its own, which must end by itself; what it left behind is the file to look at."""
-    script = Path(__file__).with_name("fuzz.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), str(count), str(first)],
+        [sys.executable, "-m", "data.fuzz", str(folder), str(count), str(first)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     left = [path.name for path in folder.iterdir() if path.name[0].isdigit()]
     assert done.returncode == 0, f"exit code {done.returncode} at {left}: {done.stderr[-2000:]}"

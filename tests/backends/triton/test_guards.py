@@ -277,5 +277,5 @@ def test_tf32_shows(precision: str | None) -> None:
 def test_another_version_of_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     needed: dict[str, Any] = {**interpreter.NEEDED, "GridExecutor": ("_init_arguments",)}
     monkeypatch.setattr(interpreter, "NEEDED", needed)
-    with pytest.raises(RuntimeError, match=r"has no GridExecutor\._init_arguments, .* bring that file up to date"):
+    with pytest.raises(RuntimeError, match=r"has no GridExecutor\._init_arguments, .* update it"):
         interpreter.install()
