@@ -19,12 +19,64 @@ _HOME = {
     "TriplaneLayout": "pvdm_fast.layout",
     "use_backend": "pvdm_fast.backends",
 }
+# Where the rest lives, for whoever looks for it here.
+_ELSEWHERE = {
+    "pvdm_fast.ops": (
+        "add_layer_norm",
+        "attention_block",
+        "axial_attention",
+        "fuses_attention_block",
+        "geglu",
+        "plane_conv",
+        "plane_norm",
+        "segment_attention",
+        "triplane_expand",
+        "triplane_slice",
+    ),
+    "pvdm_fast.models": (
+        "Autoencoder",
+        "AutoencoderOutput",
+        "Denoiser",
+        "DenoiserOutput",
+        "EncoderOutput",
+    ),
+    "pvdm_fast.nn": (
+        "AxialTransformer",
+        "PlaneAttention",
+        "PlaneConv",
+        "PlaneNorm",
+        "PlaneProjection",
+        "ResidualBlock",
+    ),
+    "pvdm_fast.layout": ("PlaneLayout",),
+    "pvdm_fast.errors": (
+        "BackendError",
+        "UserError",
+    ),
+    "pvdm_fast.models.release": (
+        "load_release_autoencoder",
+        "load_release_denoiser",
+        "to_release",
+    ),
+    "pvdm_fast.diffusion.schedulers": ("make_scheduler",),
+    "pvdm_fast.diffusion.sampling": (
+        "sample_video",
+        "stream_video",
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that `import pvdm_fast` stays quick."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'pvdm_fast' has no attribute {name!r}")
-    from importlib import import_module
+    if name in _HOME:
+        from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+        return getattr(import_module(_HOME[name]), name)
+    for module, names in _ELSEWHERE.items():
+        if name in names:  # not an AttributeError: `from pvdm_fast import ...` would hide its message
+            raise ImportError(f"{name} lives in {module}: from {module} import {name}")
+    raise AttributeError(f"module 'pvdm_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

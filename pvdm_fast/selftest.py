@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast import info, ops
+from pvdm_fast.analysis.machine import collect
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, use_backend
 from pvdm_fast.errors import UserError
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def test() -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("No GPU is available to PyTorch: run with --device cpu, or on a machine with one.")
-        print(*info.machine(info.collect()), "", sep="\n")
+        print(*info.describe_machine(collect()), "", sep="\n")
         # tf32 would hide faults in float32 products.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         ran, failed = check(device)

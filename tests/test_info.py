@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pvdm_fast import info
+from pvdm_fast.analysis import machine
 from pvdm_fast.backends import choice, extensions
 
 
@@ -37,7 +38,7 @@ def test_text_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
 def test_triton(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its version, whether it interprets, and where measured configurations are."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setattr(info, "installed_version", lambda name: "3.9.0" if name == "triton" else None)
+    monkeypatch.setattr(machine, "installed_version", lambda name: "3.9.0" if name == "triton" else None)
     table = tmp_path / "pvdm_fast" / "triton.json"
     info.main([])
     text = capsys.readouterr().out
@@ -50,11 +51,11 @@ def test_triton(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     text = capsys.readouterr().out
     assert "TRITON_INTERPRET" not in text.partition("Triton\n")[2].partition("Build")[0]
     assert f"measured here: {table}" in text
-    assert info.triton_facts() == {"interpreter": False, "user_table": str(table), "user_table_present": True}
+    assert machine.triton_facts() == {"interpreter": False, "user_table": str(table), "user_table_present": True}
 
 
 def test_amx_has_to_be_asked_for() -> None:
-    facts = info.collect()
+    facts = machine.collect()
     for used, sets, said in (("plain", ["plain"], False), ("plain", ["plain", "amx"], True), ("amx", ["amx"], False)):
         facts["cpu"] |= {"instruction_set": used, "instruction_sets": sets}
         assert ("PVDM_FAST_CPU_ISA=amx" in info.describe(facts)) == said
@@ -69,4 +70,4 @@ def test_build_facts() -> None:
 
 def test_gpus_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
-    assert "nvidia-ml-py is not installed" in info.gpu_facts()["reason"]
+    assert "nvidia-ml-py is not installed" in machine.gpu_facts()["reason"]

@@ -20,7 +20,7 @@ from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.subject import Subject
-from pvdm_fast.info import cpu_facts, installed_version
+from pvdm_fast.analysis.machine import cpu_facts, installed_version
 from pvdm_fast.jobs.processes import Processes
 
 METRICS = {

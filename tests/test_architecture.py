@@ -1,0 +1,81 @@
+"""Imports point downwards through the layers that docs/architecture.md draws, and the page names every module once."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name without the leading `pvdm_fast.`; `kernels/` is installed as a part of it."""
+    found = {}
+    for path in (*ROOT.glob("pvdm_fast/**/*.py"), *ROOT.glob("kernels/*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts[1:] if parts[0] == "pvdm_fast" else parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def layers() -> list[list[str]]:
+    """The block of the page that draws them, top first: rooms or modules, several a line."""
+    block = re.search(r"^```text\n(commands.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert block, "docs/architecture.md has lost the block that draws the layers"
+    return [re.sub(r"\(.*?\)", "", line).split() for line in block[1].splitlines()]
+
+
+@cache
+def heights() -> dict[str, tuple[int, str]]:
+    """Of each module: its layer, 0 at the bottom, and its room, the longest name in the layers that holds it."""
+    rooms = {room: height for height, line in enumerate(reversed(layers())) for room in line if room != "commands"}
+    result = {}
+    for name in modules():
+        holding = [room for room in rooms if name == room or name.startswith(f"{room}.")]
+        room = max(holding, key=len) if holding else "commands"
+        result[name] = (rooms.get(room, len(layers()) - 1), room)
+    return result
+
+
+def imports(name: str) -> set[str]:
+    """The package's modules that a module imports, wherever in it; types alone count too."""
+    found = set()
+    for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            wanted = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        else:
+            continue
+        short = [full.removeprefix("pvdm_fast.") for full in wanted if full.startswith("pvdm_fast.")]
+        # `from a import b` is of module a.b where there is one, else of a
+        found |= set(short[:-1]) & set(modules()) or set(short[-1:]) & set(modules())
+    return found - {name}
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name])
+def test_imports_point_downwards(name: str) -> None:
+    height, room = heights()[name]
+    for other in imports(name):
+        below, place = heights()[other]
+        assert place == room or below < height, f"{name} ({room}) imports {other} ({place}), which isn't below it"
+
+
+def test_every_folder_is_in_the_layers() -> None:
+    """A folder falls to the commands at the top only if nobody drew it: commands are single modules."""
+    lost = {name for name, (_, room) in heights().items() if room == "commands" and "." in name}
+    assert not lost, f"draw the folders of {', '.join(sorted(lost))} in docs/architecture.md"
+
+
+def test_the_page_names_every_module_once() -> None:
+    wanted = {str(path.relative_to(ROOT)) for path in modules().values() if path.name != "__init__.py"}
+    named = Counter(re.findall(r"^\| `([\w./]+\.py)` \|", PAGE, re.MULTILINE))
+    assert set(named) == wanted, f"missing {sorted(wanted - set(named))}, gone {sorted(set(named) - wanted)}"
+    assert max(named.values()) == 1
