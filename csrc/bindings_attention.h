@@ -32,7 +32,7 @@ inline void attention_backward(TensorView grad, TensorView qkv, TensorView query
   check_attention_gradients(grad, qkv, query, out, dqkv, dquery);
   pybind11::gil_scoped_release release;
   if (query.data)
-    choose_attention_backward_single()(grad, qkv, query, out, lse, dqkv, dquery, o);
+    choose_attention_backward_single()(grad, qkv, query, out, dqkv, dquery, o);
   else
     choose_attention_backward()(grad, qkv, sin, cos, out, lse, dqkv, o);
 }

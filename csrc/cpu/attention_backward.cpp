@@ -14,7 +14,7 @@ int64_t key_blocks(int64_t tokens) { return (tokens + block_keys - 1) / block_ke
 struct Workspace {
   int64_t tokens, block;                                   // of all query blocks; floats of one width x queries block
   float *queries_across, *queries, *grads_across, *grads;  // blocks of panels side by side; rows
-  float *logs, *deltas;                                    // lse * log2 e and rowsum(dO . O) of each query
+  float *tops, *logs, *deltas;                             // of each query, see `weights`; rowsum(dO . O)
   float *dqueries[2];                                      // transposed, block by block; [0]: begun by an earlier thread
   float *keys_across, *keys, *values_across;               // of a block of keys
   float *p, *ds, *p_pairs, *ds_pairs, *ds_along;           // keys x queries
@@ -28,7 +28,7 @@ struct Workspace {
     for (float** part : {&queries_across, &queries, &grads_across, &grads, &dqueries[1]})
       *part = arena.floats(tokens * padding);
     dqueries[0] = shared ? arena.floats(tokens * padding) : nullptr;
-    for (float** part : {&logs, &deltas}) *part = arena.floats(tokens);
+    for (float** part : {&tops, &logs, &deltas}) *part = arena.floats(tokens);
     for (float** part : {&keys_across, &keys, &values_across, &dkeys, &dvalues})
       *part = arena.floats(block_keys * padding);
     for (float** part : {&p, &ds}) *part = arena.floats(block_keys * block_queries);
@@ -49,15 +49,23 @@ void pad_weights(const Workspace& w, int64_t keys, int64_t vectors) {
     for (int64_t v = 0; v < vectors; v++) store(w.ds_along + j * block_queries + v * lanes, Vec{});
 }
 
-// Scores -> P and dP -> dS = P (dP - D), in place. Pairs: also rounded, P and dS paired along the queries and dS along keys.
+// Scores S -> P = 2^((S - top) scale - log) and dP -> dS = P (dP - D), in place: top is 0 and log the saved log-sum-exp, or
+// top is the largest score and log what the exponentials sum up to (`find_logs`). Pairs: also rounded, P and dS paired along the queries and dS along keys.
+//
+// count: of queries. Lanes behind them get 0: with an infinite key they would be NaN, which sums over pairs and tiles of
+// queries would meet.
 template <class Op>
-void weights(const Workspace& w, int64_t query, int64_t keys, int64_t vectors, float scale) {
+void weights(const Workspace& w, int64_t query, int64_t count, int64_t keys, float scale) {
+  const int64_t vectors = (count + lanes - 1) / lanes;
   pad_weights<Op>(w, keys, vectors);
   for (int64_t v = 0; v < vectors; v++) {
-    const Vec log = load(w.logs + query + v * lanes), delta = load(w.deltas + query + v * lanes);
+    const Ints there = first_lanes(count_at(v * lanes, count));
+    const Vec top = load(w.tops + query + v * lanes), log = load(w.logs + query + v * lanes);
+    const Vec delta = load(w.deltas + query + v * lanes);
     for (int64_t j = 0; j < keys; j++) {
       const int64_t at = j * block_queries + v * lanes;
-      const Vec p = probability<Op>(load(w.p + at) * scale - log), ds = p * (load(w.ds + at) - delta);
+      const Vec p = masked(probability<Op>((load(w.p + at) - top) * scale - log), there);
+      const Vec ds = masked(p * (load(w.ds + at) - delta), there);
 #if defined(PVDM_ISA_AVX512BF16)
       if constexpr (Op::step == 2) {
         const auto halves = [&](float* to, Vec x) {
@@ -85,8 +93,13 @@ struct Backward {
   float scale;
   int64_t width;
 
-  // Everything of a problem that goes by queries.
-  void prepare(const Problem& p, const Workspace& w) const {
+  // A log-sum-exp is saved in float32: rounding it, and from base e to 2, makes a probability wrong by up to 2e-7 of it.
+  // Where that is more than the dtype's own rounding, it is found again.
+  static constexpr float exact_logs = sizeof(T) == 2 ? 4096 : 64;
+
+  // Everything of a problem that goes by queries. Returns whether a log-sum-exp is too large to be exact.
+  bool prepare(const Problem& p, const Workspace& w) const {
+    bool large = false;
     const auto queries = tokens_of<const T>(qkv, p);
     const auto grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
     const Rotation turn = rotation.from(p.start);
@@ -98,7 +111,9 @@ struct Backward {
       const int64_t at = n / block_queries * words<Op>(width) * block_queries + n % block_queries;
       pack_panel<Op>(queries.from(n), count, width, turn.from(n), w.queries_across + at, block_queries);
       pack_panel<Op>(grads.from(n), count, width, Rotation{}, w.grads_across + at, block_queries);
+      store(w.tops + n, Vec{});
       store(w.logs + n, load(logs + n, count) * log2_e);
+      for (int i = 0; i < count; i++) large = large || logs[n + i] > exact_logs || logs[n + i] < -exact_logs;
       Vec products[lanes] = {}, sum = {};
       for (int i = 0; i < count; i++)
         for (int64_t c = 0; c < width; c += lanes)
@@ -107,16 +122,46 @@ struct Backward {
       for (const Vec& part : products) sum += part;
       store(w.deltas + n, sum);
     }
+    return large;
+  }
+
+  void pack_keys(const Problem& p, int64_t first, int64_t count, const Workspace& w) const {
+    pack_panels<Op>(tokens_of<const T>(qkv, p, 1).from(first), count, width, rotation.from(p.start + first), w.keys_across);
+  }
+
+  void scores(int64_t query, int64_t vectors, int64_t keys, const Workspace& w) const {
+    const int64_t depth = words<Op>(width);
+    multiply<Op, 1>(keys, vectors, w.keys_across, depth * lanes, lanes, w.queries_across + query * depth, block_queries,
+                    {w.p, block_queries}, depth);
+  }
+
+  // Largest score and log-sum-exp of every query, as the forward pass finds them: one more product of the five.
+  void find_logs(const Problem& p, const Workspace& w) const {
+    const float size = scale < 0 ? -scale : scale;
+    alignas(64) float factor[block_queries];
+    for (int64_t first = 0; first < p.count; first += block_keys) {
+      const int64_t count = p.count - first < block_keys ? p.count - first : block_keys;
+      pack_keys(p, first, count, w);
+      for (int64_t q = 0; q < p.count; q += block_queries) {
+        const int64_t queries = p.count - q < block_queries ? p.count - q : block_queries;
+        const int64_t vectors = (queries + lanes - 1) / lanes;
+        scores(q, vectors, count, w);
+        if (scale < 0) negate<Floats>(w.p, count * block_queries);
+        exponentials<Op>(w.p, count, vectors, size * log2_e, first == 0, w.tops + q, w.logs + q, factor);
+      }
+    }
+    for (int64_t n = 0; n < p.count; n += lanes) store(w.logs + n, log2(load(w.logs + n)));
+    if (scale < 0) negate<Floats>(w.tops, padded(p.count));
   }
 
   // Blocks begin ... end of a problem's keys: writes their dK and dV, leaves their dQ in `dqueries`.
   void run(const Problem& p, int64_t begin, int64_t end, const Workspace& w, float* dqueries) const {
-    prepare(p, w);
+    if (prepare(p, w)) find_logs(p, w);
     const Rotation turn = rotation.from(p.start);
     for (int64_t b = begin; b < end; b++) {
       const int64_t first = b * block_keys, count = p.count - first < block_keys ? p.count - first : block_keys;
       const auto keys = tokens_of<const T>(qkv, p, 1).from(first), values = tokens_of<const T>(qkv, p, 2).from(first);
-      pack_panels<Op>(keys, count, width, turn.from(first), w.keys_across);
+      pack_keys(p, first, count, w);
       pack_left_rows<Op>(keys, count, width, turn.from(first), w.keys);
       pack_panels<Op>(values, count, width, Rotation{}, w.values_across);
       for (int64_t q = 0; q < p.count; q += block_queries)
@@ -129,11 +174,10 @@ struct Backward {
   void block(int64_t query, int64_t queries, int64_t keys, bool add, const Workspace& w, float* dqueries) const {
     constexpr int row = block_queries / Op::step;
     const int64_t vectors = (queries + lanes - 1) / lanes, padding = padded(width), depth = words<Op>(width);
-    multiply<Op, 1>(keys, vectors, w.keys_across, depth * lanes, lanes, w.queries_across + query * depth, block_queries,
-                    {w.p, block_queries}, depth);
+    scores(query, vectors, keys, w);
     multiply<Op, 1>(keys, vectors, w.values_across, depth * lanes, lanes, w.grads_across + query * depth, block_queries,
                     {w.ds, block_queries}, depth);
-    weights<Op>(w, query, keys, vectors, scale * log2_e);
+    weights<Op>(w, query, queries, keys, scale * log2_e);
     const float *p = Op::step == 2 ? w.p_pairs : w.p, *ds = Op::step == 2 ? w.ds_pairs : w.ds;
     const int64_t rows = query / Op::step * padding;
     multiply<Op, row>(keys, padding / lanes, p, 0, 1, w.grads + rows, padding, {w.dvalues, padding, query > 0},

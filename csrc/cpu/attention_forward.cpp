@@ -88,10 +88,11 @@ struct Forward {
                       {w.sums, block_queries, j > 0, j > 0 ? w.factor : nullptr}, words<Op>(part));
     }
     for (int64_t v = 0; v < vectors; v++) {
-      const Vec total = load(w.total + v * lanes);
+      const Vec total = load(w.total + v * lanes), top = load(w.maximum + v * lanes);
       const int lane_count = count_at(v * lanes, count);
-      write_columns(w.sums + v * lanes, block_queries, lane_count, width, 1.0f / total, Rotation{}, results.from(v * lanes));
-      store(logs + v * lanes, (load(w.maximum + v * lanes) + log2(total)) * ln_2, lane_count);
+      write_columns(w.sums + v * lanes, block_queries, lane_count, width, 1.0f / total, Rotation{},
+                    results.from(v * lanes));
+      store(logs + v * lanes, top * size + log2(total) * ln_2, lane_count);
     }
   }
 
@@ -102,13 +103,14 @@ struct Forward {
     pack_rows<Floats>(queries, 1, width, turn, w.queries);
     for (int64_t c = 0; c < padding; c += lanes) store(w.queries + c, load(w.queries + c) * (scale * log2_e));
     for (int64_t j = 0; j < all; j += lanes) multiply_row(1, w.queries, w.keys + j * width, lanes, w.scores + j, width);
-    for (int64_t j = keys; j < all; j++) w.scores[j] = lowest;
-    Vec top = splat(lowest), total = {};
+    for (int64_t j = keys; j < all; j++) w.scores[j] = minus_infinity;
+    Vec top = splat(minus_infinity), total = {};
     for (int64_t j = 0; j < all; j += lanes) top = larger(top, load(w.scores + j));
     float maximum = top[0];
     for (int i = 1; i < lanes; i++) maximum = top[i] > maximum ? top[i] : maximum;
+    const Vec base = base_of(splat(maximum));
     for (int64_t j = 0; j < all; j += lanes) {
-      const Vec p = exp2<Floats>(load(w.scores + j) - maximum);
+      const Vec p = exp2<Floats>(load(w.scores + j) - base);
       store(w.scores + j, p);
       total += p;
     }

@@ -19,9 +19,25 @@ struct Workspace {
   }
 };
 
+// Scores -> probabilities, in place. As all of them are here, their log-sum-exp, which is rounded, isn't asked for.
+void softmax(float* scores, int64_t count) {
+  for (int64_t j = count; j < padded(count); j++) scores[j] = minus_infinity;
+  Vec top = splat(minus_infinity), total = {};
+  for (int64_t j = 0; j < count; j += lanes) top = larger(top, load(scores + j));
+  float maximum = top[0];
+  for (int i = 1; i < lanes; i++) maximum = top[i] > maximum ? top[i] : maximum;
+  for (int64_t j = 0; j < count; j += lanes) {
+    const Vec p = exp2<Floats>((load(scores + j) - maximum) * log2_e);
+    store(scores + j, p);
+    total += p;
+  }
+  const float inverse = 1.0f / sum_of(total);
+  for (int64_t j = 0; j < count; j += lanes) store(scores + j, load(scores + j) * inverse);
+}
+
 template <class T>
 struct Single {
-  const TensorView &grad, &qkv, &query, &out, &lse, &dqkv, &dquery;
+  const TensorView &grad, &qkv, &query, &out, &dqkv, &dquery;
   float scale;
   int64_t width;
 
@@ -30,7 +46,6 @@ struct Single {
     const auto queries = tokens_of<const T>(query, p);
     const auto grads = tokens_of<const T>(grad, p), outs = tokens_of<const T>(out, p);
     const int64_t padding = padded(width);
-    const float log = *logs_of(lse, p);
     pack_panels<Floats>(keys, p.count, width, Rotation{}, w.keys_across);
     pack_rows<Floats>(keys, p.count, width, Rotation{}, w.keys);
     pack_panels<Floats>(values, p.count, width, Rotation{}, w.values_across);
@@ -45,10 +60,9 @@ struct Single {
     for (int64_t j = 0; j < p.count; j += lanes) {
       multiply_row(1, w.query, w.keys_across + j * width, lanes, w.p + j, width);
       multiply_row(1, w.grad, w.values_across + j * width, lanes, w.ds + j, width);
-      const Vec weight = probability<Floats>((load(w.p + j) - log) * log2_e);
-      store(w.p + j, weight);
-      store(w.ds + j, weight * (load(w.ds + j) - delta));
     }
+    softmax(w.p, p.count);
+    for (int64_t j = 0; j < p.count; j += lanes) store(w.ds + j, load(w.p + j) * (load(w.ds + j) - delta));
     multiply_row(padding / lanes, w.ds, w.keys, padding, w.dquery, p.count);
     const auto to = tokens_of<T>(dquery, p), dkeys = tokens_of<T>(dqkv, p, 0), dvalues = tokens_of<T>(dqkv, p, 1);
     write_rows(w.dquery, 1, width, scale, Rotation{}, to);
@@ -61,11 +75,11 @@ struct Single {
 
 template <class T>
 void single(const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& out,
-            const TensorView& lse, const TensorView& dqkv, const TensorView& dquery, const AttentionOptions& o) {
+            const TensorView& dqkv, const TensorView& dquery, const AttentionOptions& o) {
   const Plan plan(qkv, o, true, one_block);
   const int64_t width = qkv.size[5], longest = plan.longest(), size = Workspace({nullptr}, longest, width).size;
   const Buffer memory(plan.threads * size * 4);
-  const Single<T> op{grad, qkv, query, out, lse, dqkv, dquery, static_cast<float>(o.scale), width};
+  const Single<T> op{grad, qkv, query, out, dqkv, dquery, static_cast<float>(o.scale), width};
   parallel_for(plan.threads, plan.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; t++) {
       const Workspace workspace({memory.floats() + t * size}, longest, width);
@@ -79,9 +93,9 @@ void single(const TensorView& grad, const TensorView& qkv, const TensorView& que
 }  // namespace
 
 void attention_backward_single(const TensorView& grad, const TensorView& qkv, const TensorView& query,
-                               const TensorView& out, const TensorView& lse, const TensorView& dqkv,
-                               const TensorView& dquery, const AttentionOptions& o) {
-  PVDM_WITH_TYPE(qkv.dtype, T, single<T>(grad, qkv, query, out, lse, dqkv, dquery, o))
+                               const TensorView& out, const TensorView& dqkv, const TensorView& dquery,
+                               const AttentionOptions& o) {
+  PVDM_WITH_TYPE(qkv.dtype, T, single<T>(grad, qkv, query, out, dqkv, dquery, o))
 }
 
 }  // namespace pvdm::PVDM_ISA

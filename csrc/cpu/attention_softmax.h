@@ -6,7 +6,7 @@ namespace pvdm::PVDM_ISA {
 namespace {
 
 constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
-constexpr float lowest = -3.4e38f;  // a maximum of nothing; finite, so that differences are never inf - inf
+constexpr float minus_infinity = -__builtin_inff();
 
 // NaN in the second wins, so that it spreads.
 PVDM_INLINE Vec larger(Vec a, Vec b) {
@@ -29,12 +29,12 @@ PVDM_INLINE Vec smaller(Vec a, Vec b) {
 #endif
 }
 
-// 2^x for x <= about 0, no smaller than 2^-126. Relative error 1e-7; 8e-5 where the result is rounded to bf16 anyway.
+// 2^x for x <= about 0; 0 from below 2^-126 on, where numbers are slow. Relative error 1e-7; 8e-5 where the result is
+// rounded to bf16 anyway.
 template <class Op>
 PVDM_INLINE Vec exp2(Vec x) {
-  x = larger(splat(-126.0f), x);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const Vec shifted = x + magic, r = x - (shifted - magic);
+  const Vec shifted = x + magic, whole = shifted - magic, r = x - whole;
   Vec p;
   if constexpr (Op::step == 2) {
     p = splat(5.51716574e-2f);
@@ -49,7 +49,13 @@ PVDM_INLINE Vec exp2(Vec x) {
     p = p * r + 6.93146944e-1f;
     p = p * r + 1.00000012f;
   }
-  return cast<Vec>(cast<Ints>(p) + (cast<Ints>(shifted) << 23));
+#if defined(PVDM_ISA_AVX512)
+  const __mmask16 seen = _mm512_cmp_ps_mask(cast<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // and NaN
+  return cast<Vec>(_mm512_maskz_scalef_ps(seen, cast<__m512>(p), cast<__m512>(whole)));
+#else
+  const Ints result = cast<Ints>(p) + (cast<Ints>(shifted) << 23), unseen = x < splat(-126.0f);
+  return cast<Vec>(result & ~unseen);
+#endif
 }
 
 // log2 of a positive normal number, within 2e-7 absolutely or relatively; NaN and infinity give NaN.
@@ -68,46 +74,48 @@ PVDM_INLINE Vec probability(Vec log) {
   return exp2<Op>(smaller(Vec{}, log));
 }
 
+// All bits set in the first `count` lanes, none in the others; and what is left of a vector there.
+PVDM_INLINE Ints first_lanes(int count) {
+  Ints mask;
+  for (int i = 0; i < lanes; i++) mask[i] = i < count ? -1 : 0;
+  return mask;
+}
+PVDM_INLINE Vec masked(Vec x, Ints mask) { return cast<Vec>(cast<Ints>(x) & mask); }
+
 PVDM_INLINE float sum_of(Vec x) {
   float sum = 0;
   for (int i = 0; i < lanes; i++) sum += x[i];
   return sum;
 }
 
-// Whether any number is so large that its own rounding is felt in an exponent.
-PVDM_INLINE bool any_huge(Vec x) {
-  const Ints huge = (x > 0x1p24f) | (x < -0x1p24f);
-  int64_t words[lanes / 2], all = 0;
-  memcpy(words, &huge, sizeof words);
-  for (int64_t word : words) all |= word;
-  return all != 0;
-}
+// A maximum as scores are compared with it: where all are -inf so far, their difference would be NaN.
+PVDM_INLINE Vec base_of(Vec top) { return top == minus_infinity ? Vec{} : top; }
 
 // A block of scores becomes probabilities, in place, relative to the maximum so far. Keys x queries, rows of
-// block_queries; `vectors` of queries. maximum, total: of each query; factor: what earlier sums must be multiplied with.
-// Pairs: rows 2i and 2i + 1 end up side by side in row i. Then come the zeros that the next product wants.
+// block_queries; `vectors` of queries. maximum (unscaled), total: of each query; factor: what earlier sums must be
+// multiplied with. Pairs: rows 2i and 2i + 1 end up side by side in row i. Then come the zeros that the next product wants.
+//
+// The difference is taken before it is scaled: the largest score's is exactly 0. A maximum that is scaled first is rounded
+// otherwise than the scores are: at 1e6 its probability would be 1.04, which bf16 rounds again, and a gradient that should
+// be 0 (dP - D, where D has the result) would be noise.
 template <class Op>
 void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, bool first, float* maximum, float* total,
                   float* factor) {
   for (int64_t v = 0; v < vectors; v++) {
     float* s = scores + v * lanes;
-    Vec tops[4] = {splat(lowest), splat(lowest), splat(lowest), splat(lowest)};
+    Vec tops[4] = {splat(minus_infinity), splat(minus_infinity), splat(minus_infinity), splat(minus_infinity)};
     int64_t j = 0;
     for (; j + 4 <= keys; j += 4)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) tops[i] = larger(tops[i], load(s + (j + i) * block_queries));
     for (; j < keys; j++) tops[0] = larger(tops[0], load(s + j * block_queries));
-    Vec top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])) * scale;
+    Vec top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
     if (!first) top = larger(load(maximum + v * lanes), top);
-    float by = scale;
-    if (any_huge(top)) {  // one operation may keep s * scale exact, while top is rounded: by 128 at 3e9
-      for (j = 0; j < keys; j++) store(s + j * block_queries, load(s + j * block_queries) * scale);
-      by = 1;
-    }
+    const Vec base = base_of(top);
     Vec sums[2] = {};
     for (j = 0; j + 2 <= keys; j += 2) {
-      const Vec a = exp2<Op>(load(s + j * block_queries) * by - top);
-      const Vec b = exp2<Op>(load(s + (j + 1) * block_queries) * by - top);
+      const Vec a = exp2<Op>((load(s + j * block_queries) - base) * scale);
+      const Vec b = exp2<Op>((load(s + (j + 1) * block_queries) - base) * scale);
       sums[0] += a;
       sums[1] += b;
 #if defined(PVDM_ISA_AVX512BF16)
@@ -120,7 +128,7 @@ void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, boo
       store(s + (j + 1) * block_queries, b);
     }
     if (j < keys) {
-      const Vec a = exp2<Op>(load(s + j * block_queries) * by - top);
+      const Vec a = exp2<Op>((load(s + j * block_queries) - base) * scale);
       sums[0] += a;
 #if defined(PVDM_ISA_AVX512BF16)
       store(s + j / Op::step * block_queries, Op::step == 2 ? paired(a, Vec{}) : a);
@@ -131,7 +139,7 @@ void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, boo
     for (j = (keys + Op::step - 1) / Op::step; j < words<Op>(keys); j++) store(s + j * block_queries, Vec{});
     Vec sum = sums[0] + sums[1];
     if (!first) {
-      const Vec change = exp2<Floats>(load(maximum + v * lanes) - top);
+      const Vec change = exp2<Floats>((load(maximum + v * lanes) - base) * scale);
       store(factor + v * lanes, change);
       sum += load(total + v * lanes) * change;
     }

@@ -55,7 +55,7 @@ PVDM_CPU_TILE_KERNEL(attention_backward,
 // The same with a query: -> dqkv as qkv, dquery as query.
 PVDM_CPU_KERNEL(attention_backward_single,
                 (const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& out,
-                 const TensorView& lse, const TensorView& dqkv, const TensorView& dquery, const AttentionOptions& options))
+                 const TensorView& dqkv, const TensorView& dquery, const AttentionOptions& options))
 
 // x (B, N, C) -> out (rows, 9 C) of its dtype: rows first ... of the unfolded matrix (B N, 9 C), taps fastest.
 PVDM_CPU_KERNEL(plane_conv_unfold,

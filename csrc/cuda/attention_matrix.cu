@@ -90,18 +90,18 @@ __global__ void __launch_bounds__(matrix_threads)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; i++) {
           const bool there = start + lane_column(n, i) < at.end;
-          score[n][i] = there ? score[n][i] * factor_of_scores : -INFINITY;
+          score[n][i] = there ? scaled(score[n][i], factor_of_scores) : -INFINITY;
           next = fmaxf(next, score[n][i]);
         }
       next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 1));
-      next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 2));  // never -inf: a stage has at least one key
-      const float factor = fast_exp2(largest[half] - next);
+      next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 2));
+      const float base = base_of(next), factor = fast_exp2(largest[half] - base);
       largest[half] = next;
       total[half] *= factor;
 #pragma unroll
       for (int n = 0; n < rows / 8; n++)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; i++) total[half] += score[n][i] = fast_exp2(score[n][i] - next);
+        for (int i = 2 * half; i < 2 * half + 2; i++) total[half] += score[n][i] = fast_exp2(score[n][i] - base);
 #pragma unroll
       for (int n = 0; n < depth / 8; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
     }
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(matrix_threads)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const bool there = start + lane_column(n, i) < at.end;
-        const float weight = there ? fast_exp2(score[n][i] * scale * log2_e - log_sum[i / 2]) : 0.0f;
+        const float weight = there ? probability(score[n][i] * scale * log2_e - log_sum[i / 2]) : 0.0f;
         score[n][i] = weight * (slope[n][i] - product[i / 2]);
       }
     multiply_add<T, depth, rows>(sum, score, stages.first(s));
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(matrix_threads)
         const float log_sum = there ? logs[query] * log2_e : 0.0f, product = there ? deltas[query] : 0.0f;
 #pragma unroll
         for (int e = i; e < 4; e += 2) {
-          const float w = there ? fast_exp2(weight[n][e] * scale * log2_e - log_sum) : 0.0f;
+          const float w = there ? probability(weight[n][e] * scale * log2_e - log_sum) : 0.0f;
           weight[n][e] = w;
           slope[n][e] = w * (slope[n][e] - product);
         }

@@ -167,7 +167,7 @@ struct Softmax {
   float largest = -INFINITY, sum = 0;
   // The factor for what was summed before `score` came; `weight` is the score's own.
   __device__ float take(float score, float& weight) {
-    const float next = fmaxf(largest, score), base = next == -INFINITY ? 0.0f : next;
+    const float next = fmaxf(largest, score), base = base_of(next);
     const float factor = fast_exp2(largest - base);
     weight = fast_exp2(score - base);
     sum = sum * factor + weight;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(threads)
       const int at = (o.there ? j : 0) * s.stride;
       const float score = sum_parts(o.there ? dot(query, keys + at, s, o.part) : 0.0f, s.parts);
       float weight;
-      const float factor = softmax.take(there ? score * scale * log2_e : -INFINITY, weight);
+      const float factor = softmax.take(there ? scaled(score, scale * log2_e) : -INFINITY, weight);
       if (!there) continue;
 #pragma unroll
       for (int i = 0; i < own; i++) sum[i] *= factor;
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(threads)
       const int at = (o.there ? j : 0) * s.stride;
       const float score = sum_parts(o.there ? dot(query, keys + at, s, o.part) : 0.0f, s.parts);
       const float slope = sum_parts(o.there ? dot(incoming, values + at, s, o.part) : 0.0f, s.parts);
-      if (there) add(sum, fast_exp2(score * scale * log2_e - log_sum) * (slope - product), keys + at, s, o.part);
+      if (there) add(sum, probability(score * scale * log2_e - log_sum) * (slope - product), keys + at, s, o.part);
     }
     __syncthreads();
   }
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(threads)
       const float score = sum_parts(o.there ? dot(key, queries + at, s, o.part) : 0.0f, s.parts);
       const float slope = sum_parts(o.there ? dot(value, incoming + at, s, o.part) : 0.0f, s.parts);
       if (!there) continue;
-      const float weight = fast_exp2((score * scale - lse.of(o.at.batch, o.at.site, o.at.head)[row]) * log2_e);
+      const float weight = probability((score * scale - lse.of(o.at.batch, o.at.site, o.at.head)[row]) * log2_e);
       add(dvalue, weight, incoming + at, s, o.part);
       add(dkey, weight * (slope - delta.of(o.at.batch, o.at.site, o.at.head)[row]), queries + at, s, o.part);
     }
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(threads)
     load_own(keys + j * k.row, o.there, s, o.part, key);
     load_own(values + j * v.row, o.there, s, o.part, value);
     float weight;
-    const float factor = softmax.take(product_of(query, key, s.parts) * scale * log2_e, weight);
+    const float factor = softmax.take(scaled(product_of(query, key, s.parts), scale * log2_e), weight);
 #pragma unroll
     for (int i = 0; i < own; i++) sum[i] = sum[i] * factor + weight * value[i];
   }
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(threads)
     load_own(row_of(v, j), o.there, s, o.part, row);
     const float slope = product_of(incoming, row, s.parts) - product;
     load_own(row_of(k, j), o.there, s, o.part, row);
-    const float weight = fast_exp2((product_of(query, row, s.parts) * scale - log_sum) * log2_e);
+    const float weight = probability((product_of(query, row, s.parts) * scale - log_sum) * log2_e);
 #pragma unroll
     for (int i = 0; i < own; i++) sum[i] += weight * slope * row[i];
     if (!o.there) continue;

@@ -107,6 +107,23 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
+// 2^x with x at most 0: a probability from its logarithm, which rounding must not make more than 1. NaN stays NaN.
+__device__ __forceinline__ float probability(float x) { return fast_exp2(x > 0.0f ? 0.0f : x); }
+
+// A score times its scale, rounded: fused with the subtraction of the maximum, which is rounded, the largest score's
+// probability would not be 1 (at 1e6 it would be 1.04).
+__device__ __forceinline__ float scaled(float score, float scale) {
+#ifdef PVDM_EMULATE
+  const volatile float product = score * scale;
+  return product;
+#else
+  return __fmul_rn(score, scale);
+#endif
+}
+
+// A maximum as scores are compared with it: where all are -inf so far, their difference would be NaN.
+__device__ __forceinline__ float base_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }
+
 // Two values as one register of 16-bit pairs, `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pvdm_fast.backends.cpu import parameter, rows_of
 from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.rows import rows_dense
 
 
 def forward(
@@ -45,8 +46,8 @@ def backward(
         None if grad_total is None else rows_of(grad_total.to(total.dtype)),
         rows_of(total),
         parameter(weight),
-        mean.reshape(-1),
-        rstd.reshape(-1),
+        rows_dense(mean.reshape(-1)),
+        rows_dense(rstd.reshape(-1)),
         rows_of(dx),
         dweight,
         dbias,

@@ -15,3 +15,13 @@ def launch_target(x: Tensor) -> tuple[int, int]:
 def parameter(x: Tensor) -> Tensor:
     """A parameter as the kernels read it: float32, contiguous."""
     return x.float().contiguous()
+
+
+MOST_BLOCKS = 2**31 - 1  # of a launch
+
+
+def launch_refusal(rows: int, channels: int = 1) -> str | None:
+    """Why `rows` rows of so many channels, of which a block takes at least 32 in one row, are beyond one launch."""
+    if rows * -(-channels // 32) > MOST_BLOCKS:
+        return f"it takes at most {MOST_BLOCKS} blocks of work in a launch: use a smaller batch, or another backend."
+    return None

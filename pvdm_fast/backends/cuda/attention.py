@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import launch_target
+from pvdm_fast.backends.cuda import launch_refusal, launch_target
 from pvdm_fast.backends.extensions import extension
 
 PACK = 8  # channels: heads are padded to a multiple of it, so that rows are read 16 bytes at a time
@@ -28,7 +28,7 @@ def refusal(*inputs: Any) -> str | None:
         return f"it takes heads of at most {MOST_WIDTH} channels, not {inputs[0].shape[-1]}: use another backend."
     if len(offsets) > MOST_SEGMENTS + 1:
         return f"it takes at most {MOST_SEGMENTS} segments, not {len(offsets) - 1}: use another backend."
-    return None
+    return launch_refusal(inputs[0].numel() // max(inputs[0].shape[-1], 1))
 
 
 def aligned(x: Tensor) -> bool:

@@ -8,19 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import launch_target, parameter
+from pvdm_fast.backends.cuda import launch_refusal, launch_target, parameter
 from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.rows import rows_dense
 
 MOST_PLANES = 32  # of the kernels, whose arguments hold all sizes
+MOST_TOKENS = (2**31 - 1) // 4  # of all planes: doubled sides are counted in 32 bits
 
 
 def refusal(*inputs: Any) -> str | None:
     """Why these arguments of either direction, the planes' sizes a list, are beyond the kernels."""
-    planes = next(value for value in inputs if isinstance(value, (list, tuple)))
-    if len(planes) // 2 > MOST_PLANES:
-        return f"it takes at most {MOST_PLANES} planes, not {len(planes) // 2}: use another backend."
-    return None
+    where = next(i for i, value in enumerate(inputs) if isinstance(value, (list, tuple)))
+    planes, groups = inputs[where], inputs[where + 1]
+    batch, _, channels = inputs[0].shape
+    count, tokens = len(planes) // 2, sum(rows * columns for rows, columns in zip(planes[::2], planes[1::2], strict=True))
+    if count > MOST_PLANES:
+        return f"it takes at most {MOST_PLANES} planes, not {count}: use another backend."
+    if tokens > MOST_TOKENS:
+        return f"it takes planes of at most {MOST_TOKENS} tokens, not {tokens}: use another backend."
+    written = tokens * 4 if inputs[-1] > 0 else tokens
+    return launch_refusal(batch * written, channels) or launch_refusal(batch * count * groups)
 
 
 def _workspace(x: Tensor, groups: int, planes: Sequence[int]) -> Tensor:

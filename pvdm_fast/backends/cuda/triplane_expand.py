@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import launch_target
+from pvdm_fast.backends.cuda import launch_refusal, launch_target
 from pvdm_fast.backends.expand_products import products
 from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.layout import TriplaneLayout
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction, which end in a parameter (3, C, ...) and the sizes, are too many."""
+    *_, parameter, time, height, width = inputs
+    tokens = max(time * height * width, height * width + time * width + time * height)
+    return launch_refusal(inputs[0].shape[0] * tokens, parameter.shape[1])
 
 
 def _workspace(like: Tensor, channels: int, time: int, height: int, width: int) -> Tensor:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import launch_target, parameter
+from pvdm_fast.backends.cuda import launch_refusal, launch_target, parameter
 from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.layout import PLANE_NAMES
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction, which end in the sizes, are too many."""
+    *_, time, height, width = inputs
+    # The sequences' tokens: one more than its length each.
+    return launch_refusal(2 * inputs[0].shape[0] * time * height * width, inputs[0].shape[-1])
 
 
 def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> Tensor:

@@ -1,0 +1,115 @@
+"""Every call that the operations make of a backend, recorded, and the forms that its tensors may have in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ops.cases import CASES, run_with_gradients
+from torch import Tensor
+
+from pvdm_fast.backends import choice
+
+LOGS = {"segment_attention": 3, "axial_attention": 6}  # where backward takes the log-sum-exp of the scores
+
+
+@dataclass(frozen=True)
+class Call:
+    """`forward` or `backward` of a backend's module, with these arguments."""
+
+    case: str
+    op: str
+    direction: str
+    arguments: tuple[Any, ...]
+
+    def of(self, module: Any, *changed: Any) -> tuple[Tensor, ...]:
+        results = getattr(module, self.direction)(*(changed or self.arguments))
+        return results if isinstance(results, tuple) else (results,)
+
+    def tensors(self) -> Iterator[tuple[int, Tensor]]:
+        for index, argument in enumerate(self.arguments):
+            if isinstance(argument, Tensor) and argument.dim() and argument.numel():
+                yield index, argument
+
+    def with_form(self, index: int, form: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+        """The arguments with one in another form, which may change its values; the scores' log-sum-exp fits them."""
+        changed = list(self.arguments)
+        changed[index] = form(changed[index])
+        logs = LOGS.get(self.op) if self.direction == "backward" else None
+        if logs is not None and index != logs:
+            inputs = (*changed[1 : logs - 1], *changed[logs + 1 :])
+            changed[logs] = choice.implementation("reference", self.op).forward(*inputs)[1]
+        return tuple(changed)
+
+    def forms(self, index: int) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """Those that ask what the reference answers, which computes the log-sum-exp again."""
+        derived = self.direction == "backward" and LOGS.get(self.op) == index
+        return SAME_VALUES if derived else FORMS
+
+
+def recorded(dtype: torch.dtype) -> list[Call]:
+    """The calls of all cases, computed by the reference."""
+    calls: list[Call] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def choose(op: str, name: str, inputs: Any) -> Any:
+            module = choice.implementation("reference", op)
+
+            def noting(direction: str) -> Callable[..., Any]:
+                def run(*arguments: Any) -> Any:
+                    kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
+                    calls.append(Call(case_name, op, direction, kept))
+                    return getattr(module, direction)(*arguments)
+
+                return run
+
+            return SimpleNamespace(forward=noting("forward"), backward=noting("backward"))
+
+        patch.setattr(choice, "choose", choose)
+        for case_name, case in CASES.items():
+            run_with_gradients(case, case.inputs(dtype), dtype)
+    return calls
+
+
+def sliced(x: Tensor) -> Tensor:
+    """Inside a larger tensor, so that rows start anywhere."""
+    around = torch.full([size + 3 for size in x.shape], float("nan"), dtype=x.dtype)
+    inside = around[tuple(slice(1, size + 1) for size in x.shape)]
+    return inside.copy_(x)
+
+
+def every_second(x: Tensor) -> Tensor:
+    """The last axis has stride 2, and NaN between."""
+    return torch.stack((x, torch.full_like(x, float("nan"))), -1)[..., 0]
+
+
+def reversed_order(x: Tensor) -> Tensor:
+    """The memory of all axes in the other order."""
+    axes = tuple(reversed(range(x.dim())))
+    return x.permute(axes).contiguous().permute(axes)
+
+
+def expanded(x: Tensor) -> Tensor:
+    """One number everywhere: every stride is 0."""
+    return x.flatten()[:1].view((1,) * x.dim()).expand_as(x)
+
+
+def expanded_rows(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x)
+
+
+def expanded_columns(x: Tensor) -> Tensor:
+    return x[..., :1].expand_as(x)
+
+
+def overlapping(x: Tensor) -> Tensor:
+    """Every stride is 1: rows are dense, and begin inside one another."""
+    return x.flatten().as_strided(x.shape, (1,) * x.dim())
+
+
+SAME_VALUES = (sliced, every_second, reversed_order)
+FORMS = (*SAME_VALUES, expanded, expanded_rows, expanded_columns, overlapping)

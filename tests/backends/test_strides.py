@@ -1,0 +1,114 @@
+"""Every tensor that a native kernel takes may have any strides: sliced, transposed, expanded, overlapping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from backends import arguments
+from backends.arguments import Call
+from comparison import assert_close
+from tolerances import OPERATION
+from torch import Tensor
+
+from pvdm_fast.backends import choice, extensions
+from pvdm_fast.backends.cpu import gemm
+from pvdm_fast.nn import linear
+
+ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
+needs_cpu = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
+
+
+@cache
+def calls(dtype: torch.dtype) -> list[Call]:
+    return arguments.recorded(dtype)
+
+
+def check(backend: str, call: Call, index: int, form: Callable[[Tensor], Tensor]) -> None:
+    what = f"{call.case}, {call.direction}, argument {index}, {form.__name__}"
+    given = call.with_form(index, form)
+    exact = call.of(choice.implementation("reference", call.op), *map(widened, given))
+    for i, (a, e) in enumerate(zip(call.of(choice.implementation(backend, call.op), *given), exact, strict=True)):
+        if e.norm() > 1e-6:  # all keys alike give a query no gradient
+            assert_close(a, e, 2 * OPERATION[a.dtype], f"{what}: result {i}")
+        else:
+            assert a.shape == e.shape and (a.numel() == 0 or a.abs().max() < 1e-4), f"{what}: result {i}"
+
+
+def widened(argument: Any) -> Any:
+    return argument.double() if isinstance(argument, Tensor) else argument
+
+
+def check_all(backend: str, op: str) -> None:
+    found = [call for call in calls(torch.float32) if call.op == op]
+    assert {call.direction for call in found} == {"forward", "backward"}
+    for call in found:
+        for index, _ in call.tensors():
+            for form in call.forms(index):
+                check(backend, call, index, form)
+
+
+@needs_cpu
+@pytest.mark.parametrize("op", choice.SERVED["cpu"])
+def test_cpu(cpu_isa: str, op: str) -> None:
+    check_all("cpu", op)
+
+
+@pytest.mark.parametrize("op", choice.SERVED["cuda"])
+def test_cuda(device: ModuleType, op: str) -> None:
+    """Through the stand-in."""
+    check_all("cuda", op)
+
+
+def operands(rows: int, columns: int) -> Iterator[Tensor]:
+    x = torch.randn(rows, columns)
+    yield from (x, *(form(x) for form in arguments.FORMS))
+    memory = torch.randn(4 * rows * columns + 4)
+    for strides in ((1, 2), (2, 1), (0, 1), (1, 0), (columns + 3, 1), (1, rows + 3), (3, 3)):
+        yield memory.as_strided((rows, columns), strides)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("width", [1, 3, 16])
+@pytest.mark.parametrize("columns", [1, 2, 19])
+def test_products(rows: int, width: int, columns: int) -> None:
+    """oneDNN's product, where a bias of stride 0 was read as a dense one, and overlapping weights raised."""
+    for x in operands(rows, width):
+        for weight in operands(columns, width):
+            for bias in (None, torch.randn(1).expand(columns), torch.randn(2 * columns)[::2]):
+                exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+                torch.testing.assert_close(gemm.linear(x, weight, bias).double(), exact, atol=1e-5, rtol=1e-5)
+    for grad in operands(rows, columns):
+        for x in operands(rows, width):
+            exact = grad.double().t() @ x.double()
+            torch.testing.assert_close(gemm.weight_gradient(grad, x).double(), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", arguments.FORMS)
+def test_linear_layer(form: Callable[[Tensor], Tensor]) -> None:
+    """`nn.linear` where it takes oneDNN's product: forward, backward, and without autograd."""
+    x, weight, bias, grad = (form(torch.randn(*shape)) for shape in ((256, 128), (136, 128), (136,), (256, 136)))
+    assert linear._by_onednn(x, weight)
+    exact = (x.double() @ weight.double().t()) + bias.double()
+    torch.testing.assert_close(linear.product(x, weight, bias).double(), exact, atol=1e-4, rtol=1e-4)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    gradients = torch.autograd.grad(linear.linear(*leaves), leaves, grad)
+    wide = grad.double()
+    for a, e in zip(gradients, (wide @ weight.double(), wide.t() @ x.double(), wide.sum(0)), strict=True):
+        assert_close(a, e, 1e-5)
+
+
+@needs_cpu
+def test_bindings_refuse_what_they_cannot_read() -> None:
+    """Whatever a launcher forgets: no memory beside a tensor's is read."""
+    module, planes = extensions.extension("_cpu"), torch.randn(1, 6, 8)
+    dense, out, statistic = torch.ones(8), torch.empty(1, 6, 8), torch.empty(1, 1, 2)
+    for bad in (torch.ones(1).expand(8), torch.ones(16)[::2]):
+        with pytest.raises(ValueError, match="last axis must be dense"):
+            module.plane_norm_forward(
+                planes, dense, bad, None, out, statistic, statistic.clone(), [6, 1], 2, 1e-5, False, 0, 1
+            )
