@@ -7,6 +7,8 @@ for each of at most PROGRAMS programs, written and read once (4 PROGRAMS / rows 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,6 +47,14 @@ BACKWARD = ConfigTable(
     },
     candidates=tuple(Config({"ROWS": 2, "PROGRAMS": programs}, num_warps=1) for programs in (528, 864, 1216, 2112)),
 )
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction (a tensor of rows first) are beyond the kernels."""
+    columns = inputs[0].shape[-1]
+    if columns > WIDEST:
+        return f"it takes rows of at most {WIDEST} values, not {columns}: use another backend."
+    return None
 
 
 def width_class(columns: int) -> str:
@@ -122,14 +132,6 @@ def _rows_of(x: Tensor) -> Tensor:
     return rows_dense(x.reshape(-1, x.shape[-1]))
 
 
-def _padded(columns: int) -> int:
-    if columns > WIDEST:
-        raise ValueError(
-            f"add_layer_norm on triton takes rows of up to {WIDEST} values, not {columns}: use another backend for it."
-        )
-    return int(triton.next_power_of_2(columns))
-
-
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,7 +153,7 @@ def forward(
         *(rows, columns, x.stride(0), residual.stride(0), eps),
         config=config,
         HAS_RESIDUAL=total.numel() > 0,
-        COLUMNS=_padded(columns),
+        COLUMNS=triton.next_power_of_2(columns),
     )
     return total, normed, mean, rstd
 
@@ -174,7 +176,7 @@ def backward(
         *(rows, columns, grad_normed.stride(0), added.stride(0), total.stride(0)),
         config=config,
         HAS_TOTAL=grad_total is not None,
-        COLUMNS=_padded(columns),
+        COLUMNS=triton.next_power_of_2(columns),
     )
     dweight, dbias = (torch.empty(columns, dtype=weight.dtype, device=weight.device) for _ in range(2))
     sum_partials(partials, dweight, dbias)

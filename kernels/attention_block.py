@@ -13,6 +13,8 @@ some 200 us; the launches that are saved take 10.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,9 +23,12 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels import segment_attention
 from pvdm_fast.kernels.configs import ConfigTable
+from pvdm_fast.kernels.lattice import refuse_width
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
 
+MOST_TOKENS = 128  # all are in one program
+WIDEST_GROUP = 128  # channels: with all tokens, of a step
 # OUTPUTS: of the projection, a program's. At batch 1 and C 1024, 96 programs read the weights of qkv, 64 the others.
 # CHANNELS: of a step. Reasoned, not measured.
 QKV = ConfigTable(
@@ -55,6 +60,17 @@ PROJECTION = ConfigTable(
         for stages in (2, 3, 4)
     ),
 )
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments are beyond the kernels."""
+    x, heads, groups = inputs[0], inputs[7], inputs[8]
+    (_, tokens, channels), per_group = x.shape, x.shape[2] // groups
+    if tokens > MOST_TOKENS:
+        return f"it takes at most {MOST_TOKENS} tokens, not {tokens}: use the separate operations."
+    if per_group > WIDEST_GROUP:
+        return f"it takes groups of at most {WIDEST_GROUP} channels, not {per_group}: use more groups."
+    return refuse_width(channels // heads)
 
 
 @triton.jit
@@ -131,7 +147,7 @@ def forward(
     """x: (B, N, C) -> (B, N, C), of one dtype with the weights; see `pvdm_fast.ops.attention_block`."""
     x = rows_dense(x)
     batch, tokens, channels = x.shape
-    constants = {"C": channels, "PRECISION": dot_precision()}
+    constants = {"C": channels, "PRECISION": dot_precision(x)}
     qkv = torch.empty(batch, tokens, 3 * channels, dtype=x.dtype, device=x.device)
     config = QKV(x.device, "any", x.dtype)
     launch(

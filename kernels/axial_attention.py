@@ -8,6 +8,8 @@ results are the same on every run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,12 @@ from pvdm_fast.kernels import axial_attention_long as long
 from pvdm_fast.kernels import axial_attention_long_backward as long_backward
 from pvdm_fast.kernels import axial_attention_query as single
 from pvdm_fast.kernels import axial_attention_short as short
+from pvdm_fast.kernels.lattice import refuse_width
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction (a tensor of heads first) are beyond the kernels."""
+    return refuse_width(inputs[0].shape[-1])
 
 
 def _tables(sin: Tensor | None, cos: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import padded, precision, sequence_offset, strides_of, width_class
+from pvdm_fast.kernels.lattice import padded, sequence_offset, strides_of, width_class
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.rotation import rotate
 
 
@@ -175,5 +176,8 @@ def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, ls
         *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(k), strides_of(v), strides_of(out)),
         *(sites, length, heads, scale),
         config=config,
-        **dict(HEAD=width, WIDTH=padded(width), PRECISION=precision(), WHOLE=length % config.blocks["BLOCK_N"] == 0),
+        HEAD=width,
+        WIDTH=padded(width),
+        PRECISION=dot_precision(qkv),
+        WHOLE=length % config.blocks["BLOCK_N"] == 0,
     )

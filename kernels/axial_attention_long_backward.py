@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pvdm_fast.kernels.axial_attention_long import blocks, rotated
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import padded, precision, sequence_offset, strides_of, width_class
+from pvdm_fast.kernels.lattice import padded, sequence_offset, strides_of, width_class
 from pvdm_fast.kernels.launch import launch
+from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.rotation import rotate_back
 
 
@@ -198,7 +199,7 @@ def backward(
     if sin is not None and cos is not None:
         q, k = rotated(qkv[:, :, :, :2], sin, cos).unbind(3)
     mean = torch.empty_like(lse)
-    constants = dict(HEAD=width, WIDTH=padded(width), PRECISION=precision())
+    constants = dict(HEAD=width, WIDTH=padded(width), PRECISION=dot_precision(qkv))
     config = QUERY(qkv.device, width_class(width), qkv.dtype)
     launch(
         query_kernel,

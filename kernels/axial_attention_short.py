@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import padded, precision, sequence_offset, strides_of, width_class
+from pvdm_fast.kernels.lattice import padded, sequence_offset, strides_of, width_class
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.rotation import rotate, rotate_back
 
 LONGEST = 64
@@ -161,7 +162,7 @@ def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, ls
         (triton.cdiv(batch * sites, config.blocks["BLOCK"] // length) * heads,),
         *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(out), sites, batch * sites, heads, scale),
         config=config,
-        **dict(LENGTH=length, HEAD=width, WIDTH=padded(width), PRECISION=precision()),
+        **dict(LENGTH=length, HEAD=width, WIDTH=padded(width), PRECISION=dot_precision(qkv)),
     )
 
 
@@ -178,5 +179,5 @@ def backward(
         *(grad, q, k, v, sin, cos, lse, dq, dk, dv, strides_of(grad), strides_of(q), strides_of(dq)),
         *(sites, batch * sites, heads, scale),
         config=config,
-        **dict(LENGTH=length, HEAD=width, WIDTH=padded(width), PRECISION=precision()),
+        **dict(LENGTH=length, HEAD=width, WIDTH=padded(width), PRECISION=dot_precision(qkv)),
     )

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+WIDEST = 256  # head size: a block's rows of wider ones leave no room in a multiprocessor
+
+
+def refuse_width(width: int) -> str | None:
+    """Why heads of `width` channels are beyond the kernels, with the remedy; None where they aren't."""
+    if width > WIDEST:
+        return f"it takes heads of at most {WIDEST} channels, not {width}: use more heads, or another backend."
+    return None
 
 
 def strides_of(x: Tensor) -> tuple[int, int, int, int]:
@@ -21,11 +29,6 @@ def padded(width: int) -> int:
 def width_class(width: int) -> str:
     """The part of a shape class that says how wide heads are: "d32" (at most 32), "d64", "d128" or "d256"."""
     return f"d{max(32, padded(width))}"
-
-
-def precision() -> str:
-    """How products of float32 are taken: in float32, or in TF32 where PyTorch's matmuls may be too."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit

@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from pvdm_fast.backends.float32 import tf32_allowed
+from pvdm_fast.kernels.configs import architecture
 
 
-def dot_precision() -> str:
-    """How float32 products are computed, as PyTorch's own switch says; 16-bit operands don't depend on it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def dot_precision(x: Tensor) -> str:
+    """How `tl.dot` multiplies tensors like `x`: "tf32" where they are float32, PyTorch's switch allows it and the GPU
+    is NVIDIA's; else "ieee". Of AMD's GPUs only gfx942 has TF32: others refuse to compile it."""
+    if x.dtype != torch.float32 or architecture(x.device).startswith("gfx"):
+        return "ieee"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.plane_conv_product import (
     NARROW,
     TAPS,
@@ -22,7 +23,6 @@ from pvdm_fast.kernels.plane_conv_product import (
     convolve_by_vendor,
     packed,
     parts_of,
-    precision,
     readable,
     tile,
     vendor_is_chosen,
@@ -99,8 +99,8 @@ def _weight_gradient(
 @triton.jit
 def _arrange(PARTS, OUT, written, channels, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
     """OUT (written, channels, 9) = the sum of PARTS (COUNT, written, 9, channels); in float32, in order."""
-    out, tap = tl.program_id(1).to(tl.int64), tl.arange(0, 16)
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    out, tap = tl.program_id(0).to(tl.int64), tl.arange(0, 16)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (channel < channels)[:, None] & (tap < 9)[None, :]
     at = PARTS + (out * 9 + tap)[None, :] * channels + channel[:, None]
     total = tl.zeros([BLOCK_C, 16], tl.float32)
@@ -127,11 +127,11 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[in
         config=config,
         PLANES=tuple(planes),
         TOKENS=tokens,
-        PRECISION=precision(x.dtype),
+        PRECISION=dot_precision(x),
     )
     out = weight.new_empty(weight.shape)
     config = ARRANGE(x.device, ANY, x.dtype)
-    grid = (triton.cdiv(channels, config.blocks["BLOCK_C"]), written)
+    grid = (written, triton.cdiv(channels, config.blocks["BLOCK_C"]))
     launch(_arrange, grid, pieces, out, written, channels, config=config, COUNT=parts)
     return out
 

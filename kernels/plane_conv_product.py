@@ -22,6 +22,7 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ANY, ConfigTable, architecture
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.planes import place_of
 from pvdm_fast.layout import PlaneLayout
 
@@ -107,11 +108,6 @@ CHOICE = ConfigTable(
     {(ANY, ANY, ANY): NEVER, ("sm90", ANY, ANY): LARGE, ("sm100", ANY, ANY): LARGE},
     candidates=(NEVER, ALWAYS),
 )
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: exactly, unless PyTorch was allowed TF32. 16 bits: no difference."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def parts_of(device: torch.device, programs: int, steps: int) -> int:
@@ -221,7 +217,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
         PLANES=tuple(planes),
         TOKENS=tokens,
         MIRRORED=mirrored,
-        PRECISION=precision(x.dtype),
+        PRECISION=dot_precision(x),
     )
     if parts > 1:
         config = ADD(x.device, ANY, x.dtype)
@@ -232,7 +228,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
 
 def convolve_by_vendor(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[int]) -> Tensor:
     """The same with PyTorch's convolution, plane by plane; weight: (C', C, 3, 3). Deterministic algorithms only."""
-    tf32 = precision(x.dtype) == "tf32"
+    tf32 = dot_precision(x) == "tf32"
     options = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, False, True, True, tf32)
     images = [plane.permute(0, 3, 1, 2) for plane in PlaneLayout.from_sizes(planes).split(x)]
     written = [torch.ops.aten._convolution(image, weight, bias, *options) for image in images]

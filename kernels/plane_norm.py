@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -41,8 +42,10 @@ from pvdm_fast.kernels.plane_norm_tiles import (
 )  # fmt: skip
 from pvdm_fast.kernels.planes import chunk_of, chunks_of
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "refusal"]
 
+WIDEST_GROUP = 1024  # channels: 16 tokens of wider ones leave no room in a program's registers
+LARGEST_BATCH = 65535  # programs along the third axis of a grid
 # Most elements of a tile that holds a plane's tokens: 64 float32 a thread at 16 warps.
 WHOLE_TILE = 32768
 # Whole planes: 8 to 32 values a thread (64 in the largest tile), several loads of 16 bytes in flight: they are bound by
@@ -77,6 +80,21 @@ CHUNKS = ConfigTable(
         for channels in (64, 128, 256)
     ),
 )
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction (a tensor (B, N, C) first, then planes and groups) are beyond the
+    kernels."""
+    batch, _, channels = inputs[0].shape
+    at = next(i for i, value in enumerate(inputs) if isinstance(value, (list, tuple)))
+    if channels // inputs[at + 1] > WIDEST_GROUP:
+        return (
+            f"it takes groups of at most {WIDEST_GROUP} channels, not {channels // inputs[at + 1]}: use more groups, "
+            "or another backend."
+        )
+    if batch > LARGEST_BATCH:
+        return f"it takes batches of at most {LARGEST_BATCH}, not {batch}: split the batch, or use another backend."
+    return None
 
 
 @triton.jit

@@ -12,12 +12,16 @@ import triton
 from torch import Tensor
 
 from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.kernels.lattice import refuse_width
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.segment_attention_backward import DKDV, DQ, segment_attention_dkdv, segment_attention_dq
 from pvdm_fast.kernels.segment_attention_forward import FORWARD, SEGMENTS, segment_attention_forward
 
-WIDEST = 256  # head size: a block's rows of wider ones leave no room in a multiprocessor
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction (a tensor of heads first) are beyond the kernels."""
+    return refuse_width(inputs[0].shape[-1])
 
 
 def padded(qkv: Tensor) -> int:
@@ -32,14 +36,6 @@ def shape_class(qkv: Tensor) -> str:
     return f"d{max(32, padded(qkv))}" + ("-few" if batch * heads * tokens < 128 * 128 else "")
 
 
-def check_width(qkv: Tensor) -> None:
-    if qkv.shape[-1] > WIDEST:
-        raise ValueError(
-            f"segment_attention: the triton backend serves heads of up to {WIDEST} channels, not {qkv.shape[-1]}: "
-            "use more heads, or another backend."
-        )
-
-
 def constants(qkv: Tensor, offsets: Sequence[int], config: Config) -> dict[str, Any]:
     """The compile-time arguments of all three kernels. EVEN: all blocks are full, so that nothing needs a mask."""
     blocks = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
@@ -48,7 +44,7 @@ def constants(qkv: Tensor, offsets: Sequence[int], config: Config) -> dict[str, 
         "HEAD": qkv.shape[-1],
         "WIDTH": width,
         "EVEN": all((end - start) % block == 0 for start, end in pairwise(offsets) for block in blocks),
-        "PRECISION": dot_precision(),
+        "PRECISION": dot_precision(qkv),
         "CHUNK": width,  # of the scores' sums: all at once, unless the configuration says otherwise
     }
 
@@ -62,12 +58,7 @@ def grids(offsets: Sequence[int], problems: int, block: int) -> Iterator[tuple[t
 
 
 def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    """qkv: (B, N, 3, heads, d) -> out: (B, N, heads, d), log-sum-exp of the scores: (B, heads, N) float32.
-
-    Raises:
-        ValueError: heads of over 256 channels.
-    """
-    check_width(qkv)
+    """qkv: (B, N, 3, heads, d) -> out: (B, N, heads, d), log-sum-exp of the scores: (B, heads, N) float32."""
     batch, tokens, _, heads, width = qkv.shape
     out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)

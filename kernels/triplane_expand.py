@@ -14,6 +14,8 @@ full size in bf16 and batch 1 that is 19 % and 17 % of G, each way; the second i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,7 @@ from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.partials import sum_partials
 from pvdm_fast.layout import TriplaneLayout
 
+DEEPEST = 20  # channels of a latent: with the three ones, 63 columns of P
 FORWARD = ConfigTable(
     "triplane_expand_forward",
     {
@@ -62,6 +65,14 @@ AXIS_SUMS = ConfigTable(
     },
     candidates=(Config({"TOKENS": 16, "TERMS": 32}), Config({"TOKENS": 4, "TERMS": 32}, num_warps=2)),
 )
+
+
+def refusal(*inputs: Any) -> str | None:
+    """Why these arguments of either direction are beyond the kernels; the weight is their last tensor of three axes."""
+    depth = [value for value in inputs if isinstance(value, Tensor) and value.dim() == 3][-1].shape[2]
+    if depth > DEEPEST:
+        return f"it takes latents of at most {DEEPEST} channels, not {depth}: use another backend."
+    return None
 
 
 @triton.jit
@@ -210,7 +221,7 @@ def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int
         config=config,
         DEPTH=depth,
         SIDES=_sides(depth),
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(planes),
     )
     return out
 
@@ -233,7 +244,7 @@ def _products_of(
         config=config,
         DEPTH=depth,
         SIDES=_sides(depth),
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(planes),
     )
     return parts, partials
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvdm_fast.backends.float32 import tf32_allowed
 from pvdm_fast.errors import BackendError
 
 log = logging.getLogger("pvdm_fast")
@@ -189,7 +190,7 @@ def choose(op: str, name: str, inputs: Sequence[Any]) -> ModuleType:
 
 
 def _tf32(tensor: Tensor) -> bool:
-    return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return tensor.is_cuda and tensor.dtype == torch.float32 and tf32_allowed()
 
 
 def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) -> bool:
