@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
-from pvdm_fast.ops.registry import expect, expect_real, register_inference
+from pvdm_fast.ops import costs
+from pvdm_fast.ops.derivatives import transforming
+from pvdm_fast.ops.registry import expect_real, register_by_reference
 
 # Where launches, not bytes or products, are what takes time. Every program of the fused projection norms all tokens of
 # its clip: with more clips that costs more than the launches and bytes it saves.
 MOST_TOKENS = 128
 MOST_CLIPS = 2
+
+
+def _check(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    heads: int,
+    groups: int,
+    eps: float,
+) -> None:
+    weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    expect_real("attention_block", x, *weights)
+    if x.dim() != 3 or x.numel() == 0 or x.shape[1] > MOST_TOKENS:
+        raise ValueError(
+            f"attention_block: x must be (B, N, C) with N up to {MOST_TOKENS}, not empty; got {tuple(x.shape)}."
+        )
+    c = x.shape[-1]
+    if heads < 1 or groups < 1 or c % heads or c % groups:
+        raise ValueError(f"attention_block: {heads} heads and {groups} groups must divide the {c} channels.")
+    shapes = [tuple(t.shape) for t in weights]
+    expected = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,)]
+    if shapes != expected:
+        raise ValueError(f"attention_block: the weights must have shapes {expected}, but have {shapes}.")
+    if any(w.dtype != x.dtype for w in weights):
+        raise ValueError(
+            f"attention_block: the weights must be {x.dtype} as x, but are {[w.dtype for w in weights]}."
+        )
+
+
+def _flops(direction: str, x: Tensor, *_: Any) -> int:
+    batch, tokens, channels = x.shape
+    return batch * costs.attention_block(tokens, [tokens], channels)
 
 
 def _fake(
@@ -29,11 +69,15 @@ def _fake(
     return x.new_empty(x.shape)
 
 
-register_inference(
+register_by_reference(
     "attention_block",
+    "attention_block",
+    "forward",
     schema="(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight,"
     " Tensor proj_bias, int heads, int groups, float eps, str backend) -> Tensor",
+    check=_check,
     fake=_fake,
+    flops=_flops,
 )
 
 
@@ -43,6 +87,7 @@ def fuses_attention_block(x: Tensor, weight: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
+        and not transforming()
         and x.shape[0] <= MOST_CLIPS
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == weight.dtype
@@ -64,7 +109,7 @@ def attention_block(
     groups: int = 32,
     eps: float = 1e-5,
 ) -> Tensor:
-    """x + projection(attention(qkv(GroupNorm(x)))), all tokens with all (PVDM, section 3.2). Not differentiable.
+    """x + projection(attention(qkv(GroupNorm(x)))), all tokens with all (PVDM, section 3.2). For sampling.
 
     Args:
         x: (B, N, C), any strides; N up to 128. float32, bfloat16, float16, as all weights.
@@ -78,24 +123,11 @@ def attention_block(
 
     Raises:
         ValueError: shapes that don't fit, or more tokens.
+
+    Derivatives: of every kind, all through the reference: there is no kernel for a gradient. `vmap` runs the operation
+        for each element in turn.
+    Determinism: repeated calls give the same bits, on one machine with one number of threads.
+    Backends: reference, triton.
     """
-    expect_real("attention_block", x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    expect(
-        x.dim() == 3 and x.numel() > 0 and x.shape[1] <= MOST_TOKENS,
-        f"attention_block: x must be (B, N, C) with N up to {MOST_TOKENS}, not empty; got {tuple(x.shape)}.",
-    )
-    channels = x.shape[-1]
-    expect(
-        min(heads, groups) > 0 and channels % heads == 0 and channels % groups == 0,
-        f"attention_block: {heads} heads and {groups} groups must divide the {channels} channels.",
-    )
-    shapes = [tuple(t.shape) for t in (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)]
-    c = channels
-    expected = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,)]
-    expect(shapes == expected, f"attention_block: the weights must have shapes {expected}, but have {shapes}.")
     weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    expect(
-        all(w.dtype == x.dtype for w in weights),
-        f"attention_block: the weights must be {x.dtype} as x, but are {[w.dtype for w in weights]}.",
-    )
     return torch.ops.pvdm_fast.attention_block(x, *weights, heads, groups, eps, choice.requested())

@@ -6,20 +6,91 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pvdm_fast.backends import choice
-from pvdm_fast.ops.registry import autocast, expect, expect_real, register
+from pvdm_fast.ops import costs
+from pvdm_fast.ops.derivatives import by_reference, records, split_dual, tangent_of
+from pvdm_fast.ops.registry import (
+    autocast,
+    default_scale,
+    expect_real,
+    expect_shapes,
+    reference,
+    register,
+    register_by_reference,
+    statistic,
+)
+
+
+def _check(
+    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+) -> None:
+    expect_real("axial_attention", qkv, query, sin, cos)
+    parts = 3 if query is None else 2
+    if qkv.dim() != 7 or qkv.shape[4] != parts or qkv.numel() == 0:
+        raise ValueError(
+            f"axial_attention: qkv must be (B, T, H, W, {parts}, heads, d) and not empty, not {tuple(qkv.shape)}."
+        )
+    if axis not in ("time", "space"):
+        raise ValueError(f"axial_attention: axis must be 'time' or 'space', not {axis!r}.")
+    batch, time, height, width, _, heads, head_width = qkv.shape
+    if query is not None:
+        shape = (batch, 1, height, width, heads, head_width)
+        if axis != "time" or sin is not None or cos is not None or query.shape != shape or query.dtype != qkv.dtype:
+            raise ValueError(
+                "axial_attention: query must be (B, 1, H, W, heads, d), in the dtype of qkv, along time and without "
+                f"rotation; got shape {tuple(query.shape)}, {query.dtype}, axis {axis!r}."
+            )
+    if (sin is None) != (cos is None):
+        raise ValueError("axial_attention: rotation tables come in pairs, sin and cos.")
+    length = time if axis == "time" else height * width
+    for table in (sin, cos):
+        if table is not None and (table.shape != (length, head_width) or head_width % 2):
+            raise ValueError(
+                f"axial_attention: rotation tables must be ({length}, {head_width}), and the width of a head even."
+            )
+
+
+def _backward_check(
+    grad: Tensor,
+    qkv: Tensor,
+    query: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    axis: str,
+    scale: float,
+) -> None:
+    _check(qkv, query, sin, cos, axis, scale)
+    expect_real("axial_attention", qkv, grad, out, lse)
+    shape, logs = _shapes(qkv, query, axis)
+    expect_shapes("axial_attention", grad=(grad, shape), out=(out, shape), lse=(lse, logs))
+
+
+def _jvp_check(
+    qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+) -> None:
+    _check(qkv, None, sin, cos, axis, scale)
+    expect_real("axial_attention", qkv, tangent)
+    expect_shapes("axial_attention", tangent=(tangent, tuple(qkv.shape)))
+
+
+def _shapes(qkv: Tensor, query: Tensor | None, axis: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the result and of the logarithms of sums."""
+    batch, time, height, width, _, heads, head_width = qkv.shape
+    if query is not None:
+        time = 1
+    sites, queries = (height * width, time) if axis == "time" else (time, height * width)
+    return (batch, time, height, width, heads, head_width), (batch, sites, heads, queries)
 
 
 def _fake(
     qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, time, height, width, _, heads, head_width = qkv.shape
-    if query is not None:
-        time = 1
-    sites, queries = (height * width, time) if axis == "time" else (time, height * width)
-    out = qkv.new_empty(batch, time, height, width, heads, head_width)
-    return out, qkv.new_empty(batch, sites, heads, queries, dtype=torch.float32)
+    shape, logs = _shapes(qkv, query, axis)
+    return qkv.new_empty(shape), qkv.new_empty(logs, dtype=statistic(qkv.dtype))
 
 
 def _backward_fake(grad: Tensor, qkv: Tensor, query: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -29,6 +100,8 @@ def _backward_fake(grad: Tensor, qkv: Tensor, query: Tensor | None, *_: Any) -> 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, query, sin, cos, ctx.axis, ctx.scale, ctx.backend = inputs
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        raise ValueError("axial_attention: rotation tables have no gradient: pass sin.detach() and cos.detach().")
     ctx.save_for_backward(qkv, query, sin, cos, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -40,16 +113,68 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     return dqkv, dquery if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
+def _jvp_fake(
+    qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _fake(qkv, None, sin, cos, axis, scale)
+    return out, lse, torch.empty_like(out)
+
+
+def _forward_mode(
+    qkv: Tensor,
+    query: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    axis: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    tables = any(table is not None and tangent_of(table) is not None for table in (sin, cos))
+    if query is not None or tables or records(qkv):
+        run = by_reference("axial_attention", "its forward-mode derivative", _compute)
+        return run(qkv, query, sin, cos, axis, scale, backend)
+    primal, tangent = split_dual(qkv)
+    out, lse, dout = torch.ops.pvdm_fast.axial_attention_jvp(primal, tangent, sin, cos, axis, scale, backend)
+    return forward_ad.make_dual(out, dout, level=0), lse
+
+
+def _compute(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _check(*inputs)
+    return reference("axial_attention").forward(*inputs)
+
+
+def _flops(direction: str, *inputs: Any) -> int:
+    qkv, axis = inputs[direction == "backward"], inputs[-2]
+    batch, time, height, width, _, heads, size = qkv.shape
+    sequences, length = (height * width, time) if axis == "time" else (time, height * width)
+    queries = length if qkv.shape[4] == 3 else 1
+    return costs.attention_passes(direction, costs.attention(batch * sequences, queries, length, heads * size))
+
+
 register(
     "axial_attention",
     schema="(Tensor qkv, Tensor? query, Tensor? sin, Tensor? cos, str axis, float scale, str backend)"
     " -> (Tensor, Tensor)",
     backward_schema="(Tensor grad, Tensor qkv, Tensor? query, Tensor? sin, Tensor? cos, Tensor out, Tensor lse,"
     " str axis, float scale, str backend) -> (Tensor, Tensor)",
+    check=_check,
+    backward_check=_backward_check,
     fake=_fake,
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
+    forward_mode=_forward_mode,
+)
+register_by_reference(
+    "axial_attention",
+    "axial_attention_jvp",
+    "jvp",
+    schema="(Tensor qkv, Tensor tangent, Tensor? sin, Tensor? cos, str axis, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    check=_jvp_check,
+    fake=_jvp_fake,
+    flops=_flops,
 )
 
 
@@ -67,7 +192,7 @@ def axial_attention(
             (B, T, H, W, 2, heads, d).
         axis: "time": a sequence is the T tokens of one site; "space": the H W tokens of one frame.
         rotation: (sin, cos) tables, each (sequence length, d) float32: q and k become x cos + R(x) sin, where R takes
-            each neighbouring pair (a, b) to (-b, a). Not differentiable.
+            each neighbouring pair (a, b) to (-b, a). No gradient (a tangent is taken).
         query: (B, 1, H, W, heads, d): one query a sequence along time instead of T. Differentiable.
         scale: of the scores; None: d ** -0.5.
 
@@ -75,30 +200,17 @@ def axial_attention(
         (B, T, H, W, heads, d), or (B, 1, H, W, heads, d) with `query`; contiguous.
 
     Raises:
-        ValueError: shapes that don't fit, an unknown axis, or `query` with a rotation or along space.
+        ValueError: shapes that don't fit, an unknown axis, or `query` with a rotation or along space; tables that
+            require a gradient.
+
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
+        products and `torch.func` are right on every backend, through the reference (on `cpu` jvp is a kernel of its own, of O(N) memory, where only qkv carries a tangent), which a log line says
+        once. `vmap` runs the operation for each element in turn.
+    Determinism: repeated calls give the same bits, on one machine with one number of threads.
+    Backends: reference, cpu, triton, cuda.
     """
-    expect_real("axial_attention", qkv, query, *(rotation or ()))
-    parts = 3 if query is None else 2
-    expect(
-        qkv.dim() == 7 and qkv.shape[4] == parts and qkv.numel() > 0,
-        f"axial_attention: qkv must be (B, T, H, W, {parts}, heads, d) and not empty, not {tuple(qkv.shape)}.",
-    )
-    expect(axis in ("time", "space"), f"axial_attention: axis must be 'time' or 'space', not {axis!r}.")
-    batch, time, height, width, _, heads, head_width = qkv.shape
-    if query is not None:
-        expect(
-            axis == "time" and rotation is None and query.shape == (batch, 1, height, width, heads, head_width),
-            "axial_attention: query must be (B, 1, H, W, heads, d), along time and without rotation; "
-            f"got shape {tuple(query.shape)}, axis {axis!r}.",
-        )
-    length = time if axis == "time" else height * width
     sin, cos = rotation if rotation is not None else (None, None)
-    for table in (sin, cos):
-        expect(
-            table is None or table.shape == (length, head_width),
-            f"axial_attention: rotation tables must be ({length}, {head_width}).",
-        )
     (qkv,) = autocast(qkv)
     query = query if query is None else query.to(qkv.dtype)
-    scale = head_width**-0.5 if scale is None else scale
+    scale = default_scale(qkv) if scale is None else scale
     return torch.ops.pvdm_fast.axial_attention(qkv, query, sin, cos, axis, scale, choice.requested())[0]

@@ -10,7 +10,43 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout
-from pvdm_fast.ops.registry import autocast, expect, expect_real, register
+from pvdm_fast.ops import costs
+from pvdm_fast.ops.registry import autocast, expect_real, expect_shapes, register, tokens_of_planes
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> None:
+    _check_weight(x, weight, bias.dtype, planes)
+    expect_real("plane_conv", x, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"plane_conv: bias must be ({weight.shape[0]},) as weight's first axis, not {tuple(bias.shape)}.")
+
+
+def _check_weight(x: Tensor, weight: Tensor, bias: torch.dtype, planes: Sequence[int]) -> None:
+    expect_real("plane_conv", x, weight)
+    if x.dim() != 3 or x.numel() == 0:
+        raise ValueError(f"plane_conv: x must be (B, N, C), not empty; got {tuple(x.shape)}.")
+    tokens, channels = x.shape[1:]
+    if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3) or weight.numel() == 0:
+        raise ValueError(
+            f"plane_conv: for {channels} channels weight must be (C', {channels}, 3, 3) and bias (C'), not "
+            f"{tuple(weight.shape)}."
+        )
+    if x.dtype != weight.dtype or x.dtype != bias:
+        raise ValueError(f"plane_conv: all must have one dtype, but x is {x.dtype}, weight {weight.dtype}, bias {bias}.")
+    if tokens_of_planes("plane_conv", planes) != tokens:
+        raise ValueError(f"plane_conv: x has {tokens} tokens, which planes of sizes {list(planes)} don't hold.")
+
+
+def _backward_check(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]) -> None:
+    _check_weight(x, weight, x.dtype, planes)
+    expect_real("plane_conv", x, grad)
+    expect_shapes("plane_conv", grad=(grad, (*x.shape[:2], weight.shape[0])))
+
+
+def _flops(direction: str, *inputs: Any) -> int:
+    x, weight = inputs[:2] if direction == "forward" else inputs[1:3]
+    forward = costs.conv(x.shape[0] * x.shape[1], weight.shape[1], weight.shape[0])
+    return forward if direction == "forward" else forward * sum(inputs[-1])
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
@@ -43,10 +79,13 @@ register(
     schema="(Tensor x, Tensor weight, Tensor bias, int[] planes, str backend) -> Tensor",
     backward_schema="(Tensor grad, Tensor x, Tensor weight, int[] planes, bool[2] needs,"
     " str backend) -> (Tensor, Tensor, Tensor)",
+    check=_check,
+    backward_check=_backward_check,
     fake=_fake,
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
 )
 
 
@@ -62,15 +101,14 @@ def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor) -> 
 
     Raises:
         ValueError: shapes or dtypes that don't fit.
+
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
+        products and `torch.func` are right on every backend, through the reference, which a log line says
+        once. `vmap` runs the operation for each element in turn.
+    Determinism: repeated calls give the same bits, on one machine with one number of threads.
+    Backends: reference, cpu, triton.
     """
-    expect_real("plane_conv", x, weight, bias)
-    expect(x.dim() == 3 and x.numel() > 0, f"plane_conv: x must be (B, N, C), not empty; got {tuple(x.shape)}.")
-    layout.check(x)
+    if x.dim() == 3 and x.numel() > 0:
+        layout.check(x)
     x, weight, bias = autocast(x, weight, bias)
-    expect(
-        weight.shape[1:] == (x.shape[-1], 3, 3) and bias.shape == weight.shape[:1] and weight.numel() > 0,
-        f"plane_conv: for {x.shape[-1]} channels weight must be (C', {x.shape[-1]}, 3, 3) and bias (C'), "
-        f"not {tuple(weight.shape)} and {tuple(bias.shape)}.",
-    )
-    expect(x.dtype == weight.dtype == bias.dtype, f"plane_conv: x is {x.dtype}, but weight {weight.dtype}.")
     return torch.ops.pvdm_fast.plane_conv(x, weight, bias, layout.sizes, choice.requested())

@@ -7,27 +7,61 @@ The backward pass thereby asks for the same one, whatever thread it runs in and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
+from pvdm_fast.ops import derivatives
 
 _library = torch.library.Library("pvdm_fast", "DEF")
 
+# FLOPs of each operation: cost(direction, *arguments without the backend).
+FLOPS: dict[str, Callable[..., int]] = {}
 
-def _dispatch(op: str, direction: str) -> Callable[..., Any]:
+
+def _dispatch(op: str, direction: str, check: Callable[..., None]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         *inputs, backend = arguments
-        module = choice.choose(op, backend, inputs)
+        check(*inputs)
+        function = getattr(choice.choose(op, backend, inputs), direction, None)
+        if function is None:  # forward-mode derivatives have few kernels
+            derivatives.say(op, "its forward-mode derivative")
+            function = getattr(reference(op), direction)
         device = inputs[0].device.type
         if torch.is_autocast_enabled(device):  # the dtypes are settled by now: the kernels must not be cast again
             with torch.autocast(device, enabled=False):
-                return getattr(module, direction)(*inputs)
-        return getattr(module, direction)(*inputs)
+                return function(*inputs)
+        return function(*inputs)
 
     return run
+
+
+def _define(name: str, schema: str, check: Callable[..., None], fake: Callable[..., Any], run: Any) -> Any:
+    """Define an operation without derivatives. Its arguments are checked in its fake too, before shapes are made."""
+
+    def checked_fake(*arguments: Any) -> Any:
+        check(*arguments[:-1])
+        return fake(*arguments[:-1])
+
+    _library.define(f"{name}{schema}")
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pvdm_fast::{name}", checked_fake, lib=_library)
+    overload = getattr(torch.ops.pvdm_fast, name).default
+    torch.library.register_vmap(f"pvdm_fast::{name}", derivatives.one_by_one(overload), lib=_library)
+    return overload
+
+
+def _differentiate(overload: Any, setup_context: Any, formula: Any, with_tangents: Any) -> None:
+    kernel = derivatives.autograd_kernel(overload, setup_context, formula, with_tangents)
+    _library.impl(overload._opname, kernel, "Autograd", with_keyset=True)
+
+
+def reference(op: str) -> Any:
+    """The reference's module of an operation."""
+    return import_module(f"{choice.PACKAGE['reference']}.{op}")
 
 
 def register(
@@ -35,40 +69,67 @@ def register(
     *,
     schema: str,
     backward_schema: str,
+    check: Callable[..., None],
+    backward_check: Callable[..., None],
     fake: Callable[..., Any],
     backward_fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    flops: Callable[..., int],
+    forward_mode: Callable[..., Any] | None = None,
 ) -> None:
-    """Define `op` and `<op>_backward` with their schemas, fakes (which state the strides) and autograd formula.
+    """Define `op` and `<op>_backward` with their schemas, checks, fakes (which state the strides) and derivatives.
 
-    `fake` and `backward_fake` take the arguments without the trailing backend.
+    Args:
+        check, backward_check: raise ValueError for arguments that don't fit; before anything is allocated or computed.
+        fake, backward_fake: results without values. These four take the arguments without the trailing backend.
+        setup_context, backward: as of `torch.library.register_autograd`.
+        flops: cost(direction, *arguments without the backend), direction "forward" or "backward".
+        forward_mode: takes all arguments where one of them carries a tangent. None: the reference is computed, in
+            operations that PyTorch differentiates.
     """
-    for name, signature, direction, shape_of in (
-        (op, schema, "forward", fake),
-        (f"{op}_backward", backward_schema, "backward", backward_fake),
-    ):
-        _library.define(f"{name}{signature}")
-        _library.impl(name, _dispatch(op, direction), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"pvdm_fast::{name}", lambda *a, _fake=shape_of: _fake(*a[:-1]), lib=_library)
+    FLOPS[op] = flops
 
-    def formula(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        if all(g is None for g in gradients):  # nothing flows back: autograd was asked not to make zeros for it
-            return (None,) * len(ctx.needs_input_grad)
-        return backward(ctx, *gradients)
+    def compute(*inputs: Any) -> Any:
+        check(*inputs)
+        return reference(op).forward(*inputs)
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        setup_context(ctx, inputs, output)
+    def compute_backward(*inputs: Any) -> Any:
+        backward_check(*inputs)
+        module = reference(op)
+        return getattr(module, "backward_of_inputs", module.backward)(*inputs)
 
-    torch.library.register_autograd(f"pvdm_fast::{op}", formula, setup_context=setup, lib=_library)
+    overload = _define(op, schema, check, fake, _dispatch(op, "forward", check))
+    with_tangents = forward_mode or derivatives.by_reference(op, "its forward-mode derivative", compute)
+    _differentiate(overload, setup_context, backward, with_tangents)
+
+    run = _dispatch(op, "backward", backward_check)
+    overload = _define(f"{op}_backward", backward_schema, backward_check, backward_fake, run)
+    again = derivatives.by_reference(op, "derivatives of its backward pass", compute_backward)
+    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(again), again)
 
 
-def register_inference(op: str, *, schema: str, fake: Callable[..., Any]) -> None:
-    """Define `op` without a gradient. `fake` takes the arguments without the trailing backend."""
-    _library.define(f"{op}{schema}")
-    _library.impl(op, _dispatch(op, "forward"), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pvdm_fast::{op}", lambda *a: fake(*a[:-1]), lib=_library)
+def register_by_reference(
+    op: str,
+    name: str,
+    direction: str,
+    *,
+    schema: str,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+) -> None:
+    """Define `name`, which runs the function `direction` of the modules of `op`, and whose derivatives of any order are
+    those of the reference. `check` and `fake` take the arguments without the trailing backend."""
+    FLOPS.setdefault(op, flops)
+
+    def compute(*inputs: Any) -> Any:
+        check(*inputs)
+        return getattr(reference(op), direction)(*inputs)
+
+    overload = _define(name, schema, check, fake, _dispatch(op, direction, check))
+    again = derivatives.by_reference(op, "derivatives", compute)
+    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(again), again)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -80,17 +141,59 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
 
 
-def expect(condition: bool, message: str) -> None:
-    """Raise ValueError with `message` unless `condition`: the check of arguments at the border of the package."""
-    if not condition:
-        raise ValueError(message)
-
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def expect_real(op: str, *tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors have a dtype that the operations compute in."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype not in DTYPES:
+def expect_real(op: str, first: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError unless all tensors have a dtype that the operations compute in, and share a device."""
+    if first.dtype not in DTYPES:
+        raise ValueError(f"{op}: tensors must be float32, bfloat16, float16 or float64, not {first.dtype}.")
+    device = first.device
+    for tensor in others:
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
             raise ValueError(f"{op}: tensors must be float32, bfloat16, float16 or float64, not {tensor.dtype}.")
+        if tensor.device != device:
+            raise ValueError(f"{op}: all tensors must be on one device, but some are on {device}, some {tensor.device}.")
+
+
+def expect_shapes(op: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise ValueError unless each tensor, given with its name, has the shape that goes with it."""
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{op}: {name} must be {tuple(shape)}, not {tuple(tensor.shape)}.")
+
+
+def default_scale(qkv: Tensor) -> float:
+    """d ** -0.5, of attention's scores; anything where there is no d: the operation refuses such a shape."""
+    return float(qkv.shape[-1]) ** -0.5 if qkv.dim() and qkv.shape[-1] else 1.0
+
+
+def statistic(dtype: torch.dtype) -> torch.dtype:
+    """Of statistics and logarithms of sums of tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tokens_of_planes(op: str, planes: list[int]) -> int:
+    """The tokens of planes given as (rows, columns, rows, columns, ...). Python's integers don't overflow.
+
+    Raises:
+        ValueError: no plane, a size without its other, or one below 1.
+    """
+    if len(planes) < 2 or len(planes) % 2 or min(planes) < 1:
+        raise ValueError(
+            f"{op}: planes must be (rows, columns, rows, columns, ...), each at least 1, not {list(planes)}."
+        )
+    return sum(rows * columns for rows, columns in zip(planes[::2], planes[1::2], strict=True))
+
+
+def tokens_of_lattice(op: str, time: int, height: int, width: int) -> tuple[int, int]:
+    """The tokens of a lattice, and of its three planes.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    if min(time, height, width) < 1:
+        raise ValueError(f"{op}: time, height and width must be at least 1, not {(time, height, width)}.")
+    return time * height * width, height * width + time * width + time * height

@@ -3,18 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pvdm_fast.backends import choice
-from pvdm_fast.ops.registry import autocast, expect, expect_real, register
+from pvdm_fast.ops import costs
+from pvdm_fast.ops.derivatives import by_reference, records, split_dual
+from pvdm_fast.ops.registry import (
+    autocast,
+    default_scale,
+    expect_real,
+    expect_shapes,
+    reference,
+    register,
+    register_by_reference,
+    statistic,
+)
+
+
+def _check(qkv: Tensor, offsets: Sequence[int], scale: float) -> None:
+    expect_real("segment_attention", qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.numel() == 0:
+        raise ValueError(
+            f"segment_attention: qkv must be (B, N, 3, heads, d) and not empty, but has shape {tuple(qkv.shape)}."
+        )
+    tokens = qkv.shape[1]
+    rising = len(offsets) > 1 and all(start < stop for start, stop in pairwise(offsets))
+    if not rising or offsets[0] != 0 or offsets[-1] != tokens:
+        raise ValueError(
+            f"segment_attention: offsets must rise from 0 to the number of tokens, {tokens}, but are {list(offsets)}."
+        )
+
+
+def _backward_check(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float
+) -> None:
+    _check(qkv, offsets, scale)
+    expect_real("segment_attention", qkv, grad, out, lse)
+    batch, tokens, _, heads, width = qkv.shape
+    shape = (batch, tokens, heads, width)
+    expect_shapes("segment_attention", grad=(grad, shape), out=(out, shape), lse=(lse, (batch, heads, tokens)))
+
+
+def _jvp_check(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> None:
+    _check(qkv, offsets, scale)
+    expect_real("segment_attention", qkv, tangent)
+    expect_shapes("segment_attention", tangent=(tangent, tuple(qkv.shape)))
 
 
 def _fake(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, width = qkv.shape
-    return qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    lse = qkv.new_empty(batch, heads, tokens, dtype=statistic(qkv.dtype))
+    return qkv.new_empty(batch, tokens, heads, width), lse
 
 
 def _backward_fake(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> Tensor:
@@ -32,15 +76,53 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     return dqkv, None, None, None
 
 
+def _jvp_fake(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse = _fake(qkv, offsets, scale)
+    return out, lse, torch.empty_like(out)
+
+
+def _forward_mode(qkv: Tensor, offsets: Sequence[int], scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    if records(qkv):
+        return by_reference("segment_attention", "its forward-mode derivative", _compute)(qkv, offsets, scale, backend)
+    primal, tangent = split_dual(qkv)
+    out, lse, dout = torch.ops.pvdm_fast.segment_attention_jvp(primal, tangent, offsets, scale, backend)
+    return forward_ad.make_dual(out, dout, level=0), lse
+
+
+def _compute(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _check(*inputs)
+    return reference("segment_attention").forward(*inputs)
+
+
+def _flops(direction: str, *inputs: Any) -> int:
+    qkv, offsets = inputs[direction == "backward"], inputs[-2]
+    batch, _, _, heads, width = qkv.shape
+    forward = sum(costs.attention(batch, stop - start, stop - start, heads * width) for start, stop in pairwise(offsets))
+    return costs.attention_passes(direction, forward)
+
+
 register(
     "segment_attention",
     schema="(Tensor qkv, int[] offsets, float scale, str backend) -> (Tensor, Tensor)",
     backward_schema="(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int[] offsets, float scale, str backend)"
     " -> Tensor",
+    check=_check,
+    backward_check=_backward_check,
     fake=_fake,
     backward_fake=_backward_fake,
     setup_context=_setup_context,
     backward=_backward,
+    flops=_flops,
+    forward_mode=_forward_mode,
+)
+register_by_reference(
+    "segment_attention",
+    "segment_attention_jvp",
+    "jvp",
+    schema="(Tensor qkv, Tensor tangent, int[] offsets, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    check=_jvp_check,
+    fake=_jvp_fake,
+    flops=_flops,
 )
 
 
@@ -62,18 +144,15 @@ def segment_attention(qkv: Tensor, offsets: Sequence[int] | None = None, scale: 
 
     Raises:
         ValueError: shapes or offsets that don't fit.
+
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
+        products and `torch.func` are right on every backend, through the reference (on `cpu` jvp is a kernel of its own, of O(N) memory, where only qkv carries a tangent), which a log line says
+        once. `vmap` runs the operation for each element in turn.
+    Determinism: repeated calls give the same bits, on one machine with one number of threads.
+    Backends: reference, cpu, triton, cuda.
     """
-    expect_real("segment_attention", qkv)
-    expect(
-        qkv.dim() == 5 and qkv.shape[2] == 3 and qkv.numel() > 0,
-        f"segment_attention: qkv must be (B, N, 3, heads, d) and not empty, but has shape {tuple(qkv.shape)}.",
-    )
-    tokens = qkv.shape[1]
-    offsets = [0, tokens] if offsets is None else list(offsets)
-    expect(
-        len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == tokens and offsets == sorted(set(offsets)),
-        f"segment_attention: offsets must rise from 0 to the number of tokens, {tokens}, but are {offsets}.",
-    )
     (qkv,) = autocast(qkv)
-    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if offsets is None:
+        offsets = [0, qkv.shape[1]] if qkv.dim() > 1 else []
+    scale = default_scale(qkv) if scale is None else scale
     return torch.ops.pvdm_fast.segment_attention(qkv, offsets, scale, choice.requested())[0]

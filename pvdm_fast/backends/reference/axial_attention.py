@@ -7,9 +7,10 @@ frame. With `query` given, each sequence has that single query, and `qkv` holds 
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from pvdm_fast.backends.reference import wide
+from pvdm_fast.backends.reference import in_order_of, wide
 
 
 def rotate_pairs(x: Tensor) -> Tensor:
@@ -23,26 +24,21 @@ def rotate_pairs_transposed(x: Tensor) -> Tensor:
     return -rotate_pairs(x)
 
 
+# A lattice, and its sequences along each axis: (positions, length) are (H W, T) along time, (T, H W) along space.
+LATTICE = "b t h w {} heads d"
+SEQUENCES = {"time": "{} b (h w) heads t d", "space": "{} b t heads (h w) d"}
+
+
 def to_sequences(x: Tensor, axis: str) -> Tensor:
     """(B, T, H, W, *, heads, d) -> (*, B, positions, heads, length, d) for axis "time" or "space"."""
-    extra = x.dim() - 6
-    if axis == "time":
-        x = x.flatten(2, 3).movedim(1, 2)  # (B, HW, T, *, heads, d)
-    else:
-        x = x.flatten(2, 3)  # (B, T, HW, *, heads, d)
-    x = x.movedim(2, -2)  # (B, positions, *, heads, length, d)
-    return x.movedim(2, 0) if extra else x
+    parts = "parts" if x.dim() == 7 else ""
+    return rearrange(x, f"{LATTICE.format(parts)} -> {SEQUENCES[axis].format(parts)}")
 
 
 def from_sequences(x: Tensor, axis: str, height: int, width: int) -> Tensor:
     """The inverse of `to_sequences`."""
-    extra = x.dim() - 5
-    if extra:
-        x = x.movedim(0, 2)
-    x = x.movedim(-2, 2)
-    if axis == "time":
-        x = x.movedim(2, 1)
-    return x.unflatten(2, (height, width))
+    parts = "parts" if x.dim() == 6 else ""
+    return rearrange(x, f"{SEQUENCES[axis].format(parts)} -> {LATTICE.format(parts)}", h=height, w=width)
 
 
 def _rotate(x: Tensor, sin: Tensor | None, cos: Tensor | None) -> Tensor:
@@ -75,11 +71,11 @@ def forward(
     qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor]:
     """qkv: (B, T, H, W, 3, heads, d), or with query (B, 1, H, W, heads, d) given (B, T, H, W, 2, heads, d)
-    -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries) float32."""
+    -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries), float32 at least."""
     q, k, v = _unpack(qkv, query, sin, cos, axis)
     scores = scale * q @ k.mT
     out = from_sequences(scores.softmax(-1) @ v, axis, qkv.shape[2], qkv.shape[3])
-    return out.to(qkv.dtype).contiguous(), scores.logsumexp(-1).float()
+    return out.to(qkv.dtype).contiguous(), scores.logsumexp(-1)
 
 
 def backward(
@@ -99,11 +95,39 @@ def backward(
     p = (scale * q @ k.mT).softmax(-1)
     ds = scale * p * (g @ v.mT - (g * o).sum(-1, keepdim=True))
     dq, dk, dv = ds @ k, ds.mT @ q, p.mT @ g
-    dqkv = torch.empty_like(qkv)
+    height, width = qkv.shape[2:4]
     if query is not None:
-        dqkv.copy_(from_sequences(torch.stack((dk, dv)), axis, qkv.shape[2], qkv.shape[3]))
-        dquery = from_sequences(dq, axis, qkv.shape[2], qkv.shape[3])
-        return dqkv, dquery.to(query.dtype).contiguous()
+        dqkv = from_sequences(torch.stack((dk, dv)), axis, height, width)
+        dquery = from_sequences(dq, axis, height, width)
+        return in_order_of(dqkv.to(qkv.dtype), qkv), dquery.to(query.dtype).contiguous()
     gradients = torch.stack((_unrotate(dq, sin, cos), _unrotate(dk, sin, cos), dv))
-    dqkv.copy_(from_sequences(gradients, axis, qkv.shape[2], qkv.shape[3]))
-    return dqkv, qkv.new_empty(0)
+    dqkv = from_sequences(gradients, axis, height, width)
+    return in_order_of(dqkv.to(qkv.dtype), qkv), qkv.new_empty(0)
+
+
+def backward_of_inputs(
+    grad: Tensor,
+    qkv: Tensor,
+    query: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    axis: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    again = forward(*wide(qkv), query, sin, cos, axis, scale)
+    return backward(grad, qkv, query, sin, cos, *again, axis, scale)
+
+
+def jvp(
+    qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`'s results, and the tangent of the first from that of `qkv` (see `segment_attention.jvp`)."""
+    q, k, v = _unpack(qkv, None, sin, cos, axis)
+    dq, dk, dv = _unpack(tangent, None, sin, cos, axis)
+    scores, change = scale * q @ k.mT, scale * (dq @ k.mT + q @ dk.mT)
+    p = scores.softmax(-1)
+    tangents = (p * (change - (p * change).sum(-1, keepdim=True))) @ v + p @ dv
+    out, dout = (from_sequences(t, axis, *qkv.shape[2:4]).to(qkv.dtype).contiguous() for t in (p @ v, tangents))
+    return out, scores.logsumexp(-1), dout

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -14,11 +15,11 @@ from pvdm_fast.layout import PlaneLayout
 
 def _images(x: Tensor, layout: PlaneLayout) -> list[Tensor]:
     """The planes as (B, C, h, w) views, channels last in memory."""
-    return [plane.permute(0, 3, 1, 2) for plane in layout.split(x)]
+    return [rearrange(plane, "b h w c -> b c h w") for plane in layout.split(x)]
 
 
 def _pack(images: Sequence[Tensor]) -> Tensor:
-    return torch.cat([image.permute(0, 2, 3, 1).flatten(1, 2) for image in images], dim=1)
+    return torch.cat([rearrange(image, "b c h w -> b (h w) c") for image in images], dim=1)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.backends.reference import wide
+from pvdm_fast.backends.reference import rstd_of, wide
 from pvdm_fast.backends.reference.plane_resample import resample_planes, resample_planes_transposed
 from pvdm_fast.layout import PlaneLayout
 
@@ -18,6 +18,13 @@ def _per_token(statistic: Tensor, layout: PlaneLayout, channels: int) -> Tensor:
     lengths = torch.tensor([rows * columns for rows, columns in layout.planes], device=statistic.device)
     per_channel = statistic.repeat_interleave(channels // statistic.shape[-1], dim=-1)
     return per_channel.repeat_interleave(lengths, dim=1, output_size=layout.num_tokens)
+
+
+def _statistics(x: Tensor, layout: PlaneLayout, groups: int) -> tuple[Tensor, Tensor]:
+    """Variance and mean of each plane and group: (B, planes, groups)."""
+    planes = layout.split(x.unflatten(-1, (groups, -1)))
+    variances, means = zip(*(torch.var_mean(p, dim=(1, 2, 4), correction=0) for p in planes), strict=True)
+    return torch.stack(variances, dim=1), torch.stack(means, dim=1)
 
 
 def _affine(normed: Tensor, weight: Tensor, bias: Tensor, scale_shift: Tensor | None) -> Tensor:
@@ -39,18 +46,16 @@ def forward(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, planes, groups) float32."""
+    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, planes, groups), float32 at least."""
     layout = PlaneLayout.from_sizes(planes)
     xw, weight, bias = wide(x, weight, bias)
-    grouped = xw.unflatten(-1, (groups, -1))
-    statistics = [torch.var_mean(p, dim=(1, 2, 4), correction=0) for p in layout.split(grouped)]
-    mean = torch.stack([m for _, m in statistics], dim=1)
-    rstd = torch.stack([(v + eps).rsqrt() for v, _ in statistics], dim=1)
+    variance, mean = _statistics(xw, layout, groups)
+    rstd = (variance + eps).rsqrt()
     normed = (xw - _per_token(mean, layout, x.shape[-1])) * _per_token(rstd, layout, x.shape[-1])
     y = _affine(normed, weight, bias, None if scale_shift is None else scale_shift.to(xw.dtype))
     if activation:
         y = F.silu(y)
-    return resample_planes(y, layout, resample).to(x.dtype).contiguous(), mean.float(), rstd.float()
+    return resample_planes(y, layout, resample).to(x.dtype).contiguous(), mean, rstd
 
 
 def backward(
@@ -94,3 +99,21 @@ def backward(
 
     dx = rstd_token * (dn - group_average(dn) - normed * group_average(dn * normed))
     return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias.to(bias.dtype), dscale_shift
+
+
+def backward_of_inputs(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale_shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    planes: Sequence[int],
+    groups: int,
+    activation: bool,
+    resample: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    variance, mean = _statistics(*wide(x), PlaneLayout.from_sizes(planes), groups)
+    statistics = mean, rstd_of(variance, rstd)
+    return backward(grad, x, weight, bias, scale_shift, *statistics, planes, groups, activation, resample)

@@ -6,39 +6,62 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from pvdm_fast.backends.reference import wide
+from pvdm_fast.backends.reference import in_order_of, wide
 
 
 def _segments(qkv: Tensor, offsets: Sequence[int]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """(where, q, k, v) of each segment; q, k, v: (B, heads, tokens, d)."""
     (wide_qkv,) = wide(qkv)
     for start, stop in pairwise(offsets):
-        q, k, v = wide_qkv[:, start:stop].permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = rearrange(wide_qkv[:, start:stop], "b n parts heads d -> parts b heads n d")
         yield slice(start, stop), q, k, v
 
 
+def _pack(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """(B, heads, tokens, d) of each segment -> (B, N, heads, d)."""
+    return rearrange(torch.cat(parts, dim=2), "b heads n d -> b n heads d").to(dtype).contiguous()
+
+
 def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    """qkv: (B, N, 3, heads, d) -> out: (B, N, heads, d), log-sum-exp of the scores: (B, heads, N) float32."""
-    batch, tokens, _, heads, width = qkv.shape
-    out = qkv.new_empty(batch, tokens, heads, width)
-    lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
-    for where, q, k, v in _segments(qkv, offsets):
+    """qkv: (B, N, 3, heads, d) -> out: (B, N, heads, d), log-sum-exp of the scores: (B, heads, N), float32 at least."""
+    outs, logs = [], []
+    for _, q, k, v in _segments(qkv, offsets):
         scores = scale * q @ k.mT
-        out[:, where] = (scores.softmax(-1) @ v).transpose(1, 2).to(out.dtype)
-        lse[..., where] = scores.logsumexp(-1).to(lse.dtype)
-    return out, lse
+        outs.append(scores.softmax(-1) @ v)
+        logs.append(scores.logsumexp(-1))
+    return _pack(outs, qkv.dtype), torch.cat(logs, dim=-1)
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> Tensor:
     """Gradient of `qkv`, in its shape and memory order. With P = softmax(S) and D = rowsum(dO . O):
     dV = P'dO, dS = P . (dO V' - D), dQ = scale dS K, dK = scale dS'Q."""
-    dqkv = torch.empty_like(qkv)
+    parts = []
     for where, q, k, v in _segments(qkv, offsets):
         g, o = (t[:, where].transpose(1, 2) for t in wide(grad, out))
         p = (scale * q @ k.mT).softmax(-1)
         ds = scale * p * (g @ v.mT - (g * o).sum(-1, keepdim=True))
-        gradients = torch.stack((ds @ k, ds.mT @ q, p.mT @ g))  # (3, B, heads, tokens, d)
-        dqkv[:, where] = gradients.permute(1, 3, 0, 2, 4).to(dqkv.dtype)
-    return dqkv
+        parts.append(torch.stack((ds @ k, ds.mT @ q, p.mT @ g)))
+    dqkv = rearrange(torch.cat(parts, dim=3), "parts b heads n d -> b n parts heads d")
+    return in_order_of(dqkv.to(qkv.dtype), qkv)
+
+
+def backward_of_inputs(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float
+) -> Tensor:
+    return backward(grad, qkv, *forward(*wide(qkv), offsets, scale), offsets, scale)
+
+
+def jvp(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`'s results, and the tangent of the first from that of `qkv`. With a dot for tangents and <.> for means
+    by P: S. = scale (Q. K' + Q K.'), O. = P . (S. - <S.>) V + P V.."""
+    outs, logs, tangents = [], [], []
+    for (_, q, k, v), (_, dq, dk, dv) in zip(_segments(qkv, offsets), _segments(tangent, offsets), strict=True):
+        scores, change = scale * q @ k.mT, scale * (dq @ k.mT + q @ dk.mT)
+        p = scores.softmax(-1)
+        outs.append(p @ v)
+        logs.append(scores.logsumexp(-1))
+        tangents.append((p * (change - (p * change).sum(-1, keepdim=True))) @ v + p @ dv)
+    return _pack(outs, qkv.dtype), torch.cat(logs, dim=-1), _pack(tangents, qkv.dtype)

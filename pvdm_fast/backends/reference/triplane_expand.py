@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from pvdm_fast.backends.reference import wide
@@ -14,8 +15,12 @@ def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int
     layout = TriplaneLayout(time, height, width)
     packed, weight, bias = wide(planes, weight, bias)
     xy, yt, xt = (plane @ w.mT + b for plane, w, b in zip(layout.split(packed), weight, bias, strict=True))
-    lattice = xy[:, None] + yt[:, :, None] + xt[:, :, :, None]  # (B, T, H, W, C)
-    return lattice.flatten(1, 3).to(planes.dtype)
+    lattice = (
+        rearrange(xy, "b h w c -> b 1 h w c")
+        + rearrange(yt, "b t w c -> b t 1 w c")
+        + rearrange(xt, "b t h c -> b t h 1 c")
+    )
+    return rearrange(lattice, "b t h w c -> b (t h w) c").to(planes.dtype)
 
 
 def backward(
@@ -24,7 +29,7 @@ def backward(
     """Gradients of planes, weight and bias from grad: (B, T H W, C)."""
     layout = TriplaneLayout(time, height, width)
     packed, g, w = wide(planes, grad, weight)
-    lattice = g.unflatten(1, (time, height, width))
+    lattice = rearrange(g, "b (t h w) c -> b t h w c", t=time, h=height, w=width)
     sums = [lattice.sum(axis) for axis in (1, 2, 3)]  # over time for xy, height for yt, width for xt
     dplanes = torch.cat([(s @ wp).flatten(1, 2) for s, wp in zip(sums, w, strict=True)], dim=1)
     dweight = torch.stack(

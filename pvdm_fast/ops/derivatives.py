@@ -1,0 +1,179 @@
+"""What registered operations do under autograd, forward-mode AD and `torch.func`.
+
+An operation has one kernel for PyTorch's autograd keys, for all backends:
+
+- Where an input carries a tangent, the operation is computed by its reference, in differentiable PyTorch operations, so
+  that the tangent goes through (or by a kernel of its own: see `forward_mode` of `registry.register`).
+- Where an input requires a gradient, the backend's kernel runs and the backward formula is recorded.
+- Otherwise the backend's kernel runs, with nothing recorded.
+
+Backward operations are registered in the same way. Their own derivative is that of the reference's backward formula,
+made from the inputs again: so double backward, and any order above it, is right on every backend.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+log = logging.getLogger("pvdm_fast")
+
+Formula = Callable[..., tuple[Any, ...]]
+
+
+def tangent_of(tensor: Tensor) -> Tensor | None:
+    """The tangent that forward-mode AD has attached to `tensor`."""
+    return forward_ad.unpack_dual(tensor, level=0).tangent
+
+
+def split_dual(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of a tensor and its tangent, zeros where it has none."""
+    primal, tangent = forward_ad.unpack_dual(tensor, level=0)
+    return primal, torch.zeros_like(primal) if tangent is None else tangent
+
+
+def any_tangent(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(value, Tensor) and tangent_of(value) is not None for value in inputs)
+
+
+def records(*inputs: Any) -> bool:
+    """Whether autograd records what is computed of `inputs`. A value and its tangent, taken apart for a kernel, are then
+    not enough: a backward pass, run while tangents are there, needs them in the tensors that were saved for it."""
+    torch_c: Any = torch._C
+    return bool(torch_c.is_grad_enabled() and torch_c._any_requires_grad(*inputs))
+
+
+def transforming() -> bool:
+    """Whether forward-mode AD or a transform of `torch.func` is at work, so that computing must be left to operations
+    that PyTorch can see through."""
+    # These names are PyTorch's own for it, unchanged from 2.9 to 2.14.
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+@cache  # so that each is logged once
+def say(op: str, derivative: str) -> None:
+    log.info("%s: %s through the reference, in PyTorch's own operations", op, derivative)
+
+
+def by_reference(op: str, derivative: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which takes an operation's arguments without the backend, as it is called with them; outside autocast,
+    whose dtypes are settled by now."""
+
+    def run(*arguments: Any) -> Any:
+        *inputs, _ = arguments
+        say(op, derivative)
+        device = inputs[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*inputs)
+        with torch.autocast(device, enabled=False):
+            return function(*inputs)
+
+    return run
+
+
+def saves_everything(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """`setup_context` for `pulled_back`: every argument is kept."""
+    ctx.tensors = [isinstance(value, Tensor) for value in inputs]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+
+def pulled_back(function: Callable[..., Any]) -> Formula:
+    """The backward formula of an operation whose value is that of `function`, which PyTorch can differentiate."""
+
+    def formula(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
+
+        def of_wanted(*tensors: Tensor) -> tuple[Tensor, ...]:
+            arguments = list(inputs)
+            for index, tensor in zip(wanted, tensors, strict=True):
+                arguments[index] = tensor
+            results = function(*arguments)
+            return results if isinstance(results, tuple) else (results,)
+
+        results, pull = torch.func.vjp(of_wanted, *(inputs[index] for index in wanted))
+        pairs = zip(results, gradients, strict=True)
+        found = pull(tuple(torch.zeros_like(r) if g is None else g.to(r.dtype) for r, g in pairs))
+        by_index = dict(zip(wanted, found, strict=True))
+        return tuple(by_index.get(index) for index in range(len(inputs)))
+
+    return formula
+
+
+def autograd_kernel(
+    overload: Any, setup_context: Callable[..., None], formula: Formula, with_tangents: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The kernel of `overload` for the autograd keys.
+
+    Args:
+        setup_context, formula: as of `torch.library.register_autograd`.
+        with_tangents: takes the operation's arguments where one carries a tangent.
+    """
+    torch_c: Any = torch._C
+    below, after_autograd = torch_c._AutoDispatchBelowAutograd, torch_c._after_autograd_keyset
+
+    # A function of one level: the dispatcher takes `torch.func`'s levels apart before it calls the kernel below. Levels
+    # under this one may record, though this one has been recorded and its function runs without gradients.
+    class Differentiable(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *inputs, keyset = arguments
+            if torch_c._are_functorch_transforms_active():
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below():
+                    output = overload.redispatch(keyset & after_autograd, *inputs)
+            else:
+                with below():
+                    output = overload.redispatch(keyset & after_autograd, *inputs)
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, tuple(inputs), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+            if all(g is None for g in gradients):  # nothing flows back: autograd was asked not to make zeros for it
+                return (None,) * len(ctx.needs_input_grad)
+            return *formula(ctx, *gradients), None
+
+    Differentiable.__name__ = f"{overload._opname}Differentiable"
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 and any_tangent(arguments):
+            return with_tangents(*arguments)
+        if torch_c.is_grad_enabled() and torch_c._any_requires_grad(*arguments):  # `records`, in line
+            if not torch_c._are_functorch_transforms_active():
+                return Differentiable.apply(*arguments, keyset)
+            with enable_single_level_autograd_function():
+                return Differentiable.apply(*arguments, keyset)
+        with below():
+            return overload.redispatch(keyset & after_autograd, *arguments)
+
+    return kernel
+
+
+def one_by_one(overload: Any) -> Callable[..., Any]:
+    """The rule by which `torch.func.vmap` runs `overload`: once for each of what is mapped over, results stacked."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        def at(index: int) -> list[Any]:
+            return [
+                value.select(dim, index) if isinstance(value, Tensor) and dim is not None else value
+                for value, dim in zip(arguments, in_dims, strict=True)
+            ]
+
+        results = [overload(*at(index)) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
