@@ -163,3 +163,5 @@ def test_the_site_builds(tmp_path: Path) -> None:
     for page in built:
         loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(https?:)?//", page.read_text())
         assert not loaded, page.name
+        shown = re.search(r":(?:func|class|mod|meth):", page.read_text())
+        assert shown is None, f"{page.name}: a Sphinx role in a docstring stays as it is; write backticks"
