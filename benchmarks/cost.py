@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cost --write-docs`: what training the full-size models costs, computed for docs/scaling.md.
+"""`python -m benchmarks.cost --write-docs`: what full-size training costs, computed for docs/results/cost.md.
 
 Computed, not measured: no GPU has run this. FLOPs, memory and checkpoints are those of `pvdm_fast.estimate` (preset
 base, bf16, one clip). The rules:
@@ -24,7 +24,7 @@ from pvdm_fast.estimate import GIB, Estimate, estimate
 from pvdm_fast.jobs.command import run_command
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "cost.md"
 MARKER = "cost"
 PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in bf16, dense: the vendor's data sheets (SXM)
 UTILISATION = 0.35  # assumed: what well-tuned transformer training reaches; nothing here has been measured

@@ -20,11 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import build_tools
-from benchmarks.kernel_resources import DOCS
 from pvdm_fast.backends import extensions
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
 
+DOCS = Path(__file__).parents[1] / "docs" / "results" / "cuda_resources.md"
 BEGIN, END = "<!-- cuda resources: begin -->", "<!-- cuda resources: end -->"
 REGISTERS = 64 << 10  # of a multiprocessor, in units of 256 a warp
 RESERVED = 1024  # bytes of shared memory that the system takes a block
@@ -265,7 +265,7 @@ def table(rows: Iterable[Resources]) -> list[str]:
 
 
 def write_docs(rows: Iterable[Resources], compiler: str, path: Path = DOCS) -> None:
-    """Put the table between the markers in docs/kernels.md."""
+    """Put the table between the markers in docs/results/cuda_resources.md."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise UserError(f"{path} must have the lines {BEGIN} and {END} once each.")
@@ -277,7 +277,7 @@ def write_docs(rows: Iterable[Resources], compiler: str, path: Path = DOCS) -> N
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_resources", description=__doc__)
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/results/cuda_resources.md")
     options = parser.parse_args(arguments)
     problems: list[str] = []
 

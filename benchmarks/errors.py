@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Setting, all_cases
 from benchmarks.measure import Runner, outcome, relative_error
-from benchmarks.report import DOCUMENT, matching, write_between
+from benchmarks.report import PAGES, matching, write_between
 from pvdm_fast import use_backend
 
 # Large enough to mean something and small enough for tests: 296 tokens of three unequal planes, 2 heads of 32; a
@@ -24,6 +24,7 @@ SETTING = Setting(
         ("frames", 8), ("height", 40), ("width", 48), ("head_dim", 32), ("num_heads", 2),
     ),
 )  # fmt: skip
+DOCUMENT = PAGES / "errors.md"
 LEFT_OUT = ("sampler step",)  # the denoiser twice, and arithmetic that is the same for all
 COLUMNS = ("case", "of", "shape", "fp32 ours", "fp32 eager", "bf16 ours", "bf16 eager", "bf16 ours / eager")
 

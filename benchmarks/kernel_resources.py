@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from benchmarks.ahead_of_time import Resources
 
 ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942")
-DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"
+DOCS = Path(__file__).parents[1] / "docs" / "results" / "triton_resources.md"
 BEGIN, END = "<!-- kernel resources: begin -->", "<!-- kernel resources: end -->"
 # Kernels bound by memory that need no 16-byte loads, and why.
 NARROW: dict[str, str] = {}
@@ -148,7 +148,7 @@ def table(rows: Iterable[Resources]) -> list[str]:
 
 
 def write_docs(rows: Iterable[Resources], quick: bool = False, path: Path = DOCS) -> None:
-    """Put the table between the markers in docs/kernels.md."""
+    """Put the table between the markers in docs/results/triton_resources.md."""
     text = path.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise UserError(f"{path} must have the lines {BEGIN} and {END} once each.")
@@ -167,7 +167,7 @@ class OverBudget(UserError):
 
 def run(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__)
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/results/triton_resources.md")
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--operations", nargs="+", choices=choice.SERVED["triton"], default=choice.SERVED["triton"])
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")

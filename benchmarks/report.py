@@ -18,7 +18,8 @@ from benchmarks.memory import weigh
 from benchmarks.session import DTYPES, DoesNotFit, devices, get_ready
 
 BUSY = 0.2  # cores
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+PAGES = Path(__file__).resolve().parents[1] / "docs" / "results"
+DOCUMENT, SMALL = PAGES / "performance.md", PAGES / "small_sizes.md"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,9 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compiled", action="store_true", help="add torch.compile of the baseline (takes minutes)")
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     parser.add_argument("--no-store", action="store_true", help="show only: write no rows, peaks or plots")
-    parser.add_argument(
-        "--write-docs", action="store_true", help=f"write tables of every machine's rows to {DOCUMENT.name}"
-    )
+    parser.add_argument("--write-docs", action="store_true", help="write the tables of every machine to docs/results/")
     return parser
 
 
@@ -154,7 +153,7 @@ def write_between(document: str, marker: str, text: str) -> str:
     """
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if start not in document or end not in document:
-        raise ValueError(f"{DOCUMENT.name} has no lines {start} and {end} to write between.")
+        raise ValueError(f"The page has no lines {start} and {end} to write between.")
     before, _, rest = document.partition(start)
     return f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}"
 
@@ -180,10 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not machines:
             print("There are no stored rows to write: run the report first.", file=sys.stderr)
             return 2
-        text = DOCUMENT.read_text()
         for marker, content in {**sections(machines), "memory": memory_table()}.items():
-            text = write_between(text, marker, content)
-        DOCUMENT.write_text(text)
+            page = SMALL if marker == "small" else DOCUMENT
+            page.write_text(write_between(page.read_text(), marker, content))
     return 0
 
 

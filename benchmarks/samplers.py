@@ -26,7 +26,7 @@ from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.sample import load_models
 from pvdm_fast.training.run_folder import RunFolder
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "sampling.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "samplers.md"
 REFERENCE_STEPS = 1000
 STEPS = (10, 20, 25, 50)
 

@@ -43,7 +43,7 @@ from pvdm_fast.backends import choice
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "gpu_traffic.md"
 MARKER = "traffic"
 # Bytes and bf16 FLOPs a second. H100: as measured elsewhere on one; A100: assumed, of its 2.0 TB/s and 312 TFLOP/s.
 GPUS = {"H100": (3.0e12, 790e12), "A100": (1.5e12, 260e12)}

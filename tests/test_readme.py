@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, its commands parse, its links and numbers' sources exist."""
+"""The README is true: its Python runs and its commands parse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [block for name, block in found if name == language]
 
 
 def commands(module: str) -> list[list[str]]:
@@ -51,14 +52,6 @@ def test_other_commands_parse(module: str) -> None:
     assert found
     for arguments in found:
         import_module(f"pvdm_fast.{module}").make_parser().parse_args(arguments)
-
-
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
-def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if not target.startswith("http"):
-            assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
 def test_at_most_five_environment_variables() -> None:

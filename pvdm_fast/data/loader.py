@@ -75,7 +75,7 @@ class _Crew:
 
 
 class ClipLoader:
-    """Iterates over the batches of the given draws; each ``iter`` begins again. See :func:`make_loader`."""
+    """Iterates over the batches of the given draws; each ``iter`` begins again. See `make_loader`."""
 
     def __init__(
         self, dataset: ClipDataset, batches: Iterable[list[int]], *, workers: int = 0, pin_memory: bool = False
@@ -178,7 +178,7 @@ def make_loader(
     A worker that dies is replaced, and what it had in hand is read again, so that no batch is lost or repeated; a line
     on stderr names the process and the file. A file that took longer than the dataset's ``read_timeout``, crashed its
     reader, or was twice in hand when the system killed it, is set aside. After three replacements without a batch
-    :class:`DataError` is raised.
+    `DataError` is raised.
     """
     return ClipLoader(dataset, DrawBatches(batch_size, start_draw, rank, world), workers=workers, pin_memory=pin_memory)
 

@@ -33,16 +33,16 @@ def open_dataset(
     read_timeout: float = READ_TIMEOUT,
     centred: bool = False,
 ) -> ClipDataset:
-    """Clips from ``"synthetic:shapes"``, a folder (layout detected, see :mod:`pvdm_fast.data.layouts`) or one file.
+    """Clips from ``"synthetic:shapes"``, a folder (layout detected, see `pvdm_fast.data.layouts`) or one file.
 
     webdataset shards are named by a pattern (``shards/{0000..0099}.tar``) or their folder.
 
-    A folder that ``python -m pvdm_fast.encode`` wrote gives latents: :class:`pvdm_fast.data.latents.LatentClips`.
+    A folder that ``python -m pvdm_fast.encode`` wrote gives latents: `pvdm_fast.data.latents.LatentClips`.
 
     ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
-    holds other videos, cropped at the centre and never mirrored. Raises :class:`DataError` when no video can be used;
+    holds other videos, cropped at the centre and never mirrored. Raises `DataError` when no video can be used;
     one clip is read to find out. A file that takes longer than ``read_timeout`` seconds (0: no limit) is skipped; see
-    :mod:`pvdm_fast.data.watch` for what that can interrupt. ``centred``: training clips too are cropped at the centre
+    `pvdm_fast.data.watch` for what that can interrupt. ``centred``: training clips too are cropped at the centre
     and not mirrored.
     """
     spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout, centred)
@@ -70,7 +70,7 @@ def find_classes(root: Path) -> list[str]:
     """The classes of all videos below ``root``, both splits, in alphabetical order, as UCF-101 numbers them; or those
     of its cached latents.
 
-    Raises :class:`DataError` unless every video is named as in UCF-101.
+    Raises `DataError` unless every video is named as in UCF-101.
     """
     labels = set(read_labels(root)) if is_latents(root) else {video.label for video in list_videos(root)}
     if not labels or None in labels:

@@ -19,7 +19,7 @@ Write = Callable[[np.ndarray], None]
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float = 8) -> None:
-    """Write uint8 ``frames`` (T, H, W, 3) to ``path``: :func:`open_video` for frames that are all there."""
+    """Write uint8 ``frames`` (T, H, W, 3) to ``path``: `open_video` for frames that are all there."""
     _check_frames(frames)
     with open_video(path, fps) as write:
         write(frames)

@@ -35,7 +35,7 @@ class PVDMPipeline(DiffusionPipeline):
 
     Args:
         autoencoder, denoiser: two models that were trained together.
-        scheduler: from :func:`pvdm_fast.schedulers.make_scheduler`. Another of diffusers' works where it needs no
+        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`. Another of diffusers' works where it needs no
             scaling of the latents; only those of ``make_scheduler`` clamp the clean latents.
 
     Raises:
@@ -93,7 +93,7 @@ class PVDMPipeline(DiffusionPipeline):
                 pipelines take them (PIL pictures, numpy (T, H, W, 3) or torch (T, 3, H, W) in [0, 1], or ``batch_size``
                 of those). Its last T frames are taken, cropped at the centre and resized.
             class_labels: number or name of a class, or one for each video; for a denoiser that was trained with them.
-            guidance_scale: 1 + w of :func:`pvdm_fast.diffusion.guidance.predict_noise`; 1 or less: without guidance.
+            guidance_scale: 1 + w of `pvdm_fast.diffusion.guidance.predict_noise`; 1 or less: without guidance.
             eta: DDIM's share of new noise: 1 is the release's choice, 0 is deterministic.
             generator: where all noise comes from; a list: one for each video. By default one seeded by torch's own.
             output_type: "np", "pt" or "pil".
@@ -103,7 +103,7 @@ class PVDMPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: "latents", or nothing.
 
         Returns:
-            :class:`PVDMPipelineOutput`, or ``(frames,)``.
+            `PVDMPipelineOutput`, or ``(frames,)``.
 
         Raises:
             UserError: an argument out of range, or a condition that cannot be used.

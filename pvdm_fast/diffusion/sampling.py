@@ -63,15 +63,15 @@ def sample_latents(
 
     Args:
         denoiser: predicts noise; put it into eval mode first.
-        scheduler: from :func:`pvdm_fast.schedulers.make_scheduler`, or another of diffusers' that takes the noise.
+        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`, or another of diffusers' that takes the noise.
         shape: (B, D, N) of the latents.
         steps: number of denoising steps, 1 to 1000.
         noise: where the starting noise and that of each step come from.
         condition: latents (B, D, N) of the clips before, or None.
         labels: classes (B,) int64, or None.
-        guidance: weight w of :mod:`pvdm_fast.diffusion.guidance`; without a condition or labels it changes nothing.
+        guidance: weight w of `pvdm_fast.diffusion.guidance`; without a condition or labels it changes nothing.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
-        predict: what predicts the noise, with the arguments of :func:`pvdm_fast.diffusion.guidance.predict_noise`.
+        predict: what predicts the noise, with the arguments of `pvdm_fast.diffusion.guidance.predict_noise`.
         on_step: called as ``on_step(index of the step, timestep, latent)``; returns the latent to go on with.
 
     Returns:
@@ -133,7 +133,7 @@ def stream_video(
         autoencoder, denoiser: a matching pair in eval mode, on one device.
         clips: number of videos B.
         frames: their length; the last piece is cut to fit.
-        steps, guidance, eta: as for :func:`sample_latents`.
+        steps, guidance, eta: as for `sample_latents`.
         scheduler: "ddim", "ddpm", "dpm++" or "unipc", or a scheduler.
         seed: decides everything: the same seed gives the same videos on the same machine. Or where noise comes from.
         condition: video (B or 1, 3, T, H, W) in [-1, 1] of the model's size that the samples continue; it isn't
@@ -189,7 +189,7 @@ def stream_video(
 
 
 def sample_video(autoencoder: Autoencoder, denoiser: Denoiser, **options: Any) -> Tensor:
-    """All of :func:`stream_video`, with its arguments: videos (B, 3, frames, H, W) float32 in [-1, 1], on the CPU."""
+    """All of `stream_video`, with its arguments: videos (B, 3, frames, H, W) float32 in [-1, 1], on the CPU."""
     return torch.cat(list(stream_video(autoencoder, denoiser, **options)), dim=2)
 
 

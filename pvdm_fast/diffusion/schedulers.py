@@ -113,7 +113,7 @@ def make_scheduler(name: str) -> SchedulerMixin:
 
     ddim and ddpm take the predicted noise. dpm++ and unipc take the clean latent, which the sampling loop clamps first,
     because diffusers' solvers cannot clamp by a fixed range; their steps are even in the logarithm of the noise level
-    (10 steps then come 4 dB nearer to the exact trajectory, docs/sampling.md). Raises UserError for another name.
+    (in 10 steps 4 dB nearer to the exact trajectory, docs/results/samplers.md). Raises UserError for another name.
     """
     if name == "ddim":
         return ReleaseDDIMScheduler(**_BETAS)

@@ -103,7 +103,7 @@ def test_attention_is_counted_alike() -> None:
 def test_report_is_labelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = tmp_path / "kernels.md"
+    document = tmp_path / "gpu_traffic.md"
     document.write_text("before\n<!-- traffic -->\nold\n<!-- /traffic -->\nafter\n")
     monkeypatch.setattr(traffic, "DOCUMENT", document)
     assert traffic.main(["--size", "tiny", "--only", "geglu", "--write-docs"]) == 0

@@ -53,7 +53,9 @@ def test_main_loops_do_what_was_planned(rows: list[Resources]) -> None:
 def test_docs_have_every_kernel(rows: list[Resources]) -> None:
     text = cuda_resources.DOCS.read_text()
     missing = {row.kernel for row in rows if f"| {row.kernel} | {row.gpu} |" not in text}
-    assert not missing, f"run python -m benchmarks.cuda_resources --write-docs: docs/kernels.md lacks {missing}"
+    assert not missing, (
+        f"run python -m benchmarks.cuda_resources --write-docs: {cuda_resources.DOCS.name} lacks {missing}"
+    )
 
 
 def test_planted_faults_are_found() -> None:

@@ -63,7 +63,9 @@ def check_resources(*options: str) -> None:
     assert compiled == {(kernel, target) for kernel in kernels for target in kernel_resources.ARCHITECTURES}
     documented = kernel_resources.DOCS.read_text()
     missing = [kernel for kernel in kernels if f"| {kernel} |" not in documented]
-    assert not missing, f"run python -m benchmarks.kernel_resources --write-docs: docs/kernels.md lacks {missing}"
+    assert not missing, (
+        f"run python -m benchmarks.kernel_resources --write-docs: {kernel_resources.DOCS.name} lacks {missing}"
+    )
 
 
 @pytest.mark.slow
@@ -85,7 +87,7 @@ def test_refuses_the_interpreter() -> None:
 
 
 def test_writes_between_the_marks(tmp_path: Path) -> None:
-    path = tmp_path / "kernels.md"
+    path = tmp_path / "triton_resources.md"
     begin, end = kernel_resources.BEGIN, kernel_resources.END
     path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):
@@ -96,7 +98,7 @@ def test_writes_between_the_marks(tmp_path: Path) -> None:
 
 
 def test_does_not_write_without_marks(tmp_path: Path) -> None:
-    path = tmp_path / "kernels.md"
+    path = tmp_path / "triton_resources.md"
     path.write_text("nothing")
     with pytest.raises(UserError, match="must have the lines"):
         kernel_resources.write_docs([], path=path)
