@@ -80,7 +80,7 @@ def in_plane_attention(setting: Setting) -> Prepared:
         setting,
         setting.clips * floors.attention_block(layout.num_tokens, segments, channels),
         lambda: PlaneAttention(channels, heads),
-        lambda module, x: module.forward_planes(x, layout),
+        lambda module, x: module(x, layout),
         lambda variant: eager.Attention(channels, heads, variant),
         lambda module, *planes: [module(plane) for plane in planes],
     )

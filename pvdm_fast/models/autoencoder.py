@@ -9,13 +9,15 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
+from einops import rearrange
 from torch import Tensor, nn
 
 from pvdm_fast import ops
-from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
+from pvdm_fast.layout import PLANE_NAMES, PlaneLayout, TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, preset
-from pvdm_fast.nn import AxialTransformer, PlaneProjection
+from pvdm_fast.nn import AxialTransformer, PlaneProjection, planes
 from pvdm_fast.nn.linear import Linear, linear
+from pvdm_fast.nn.plain import POINTWISE_2D, weights_of
 
 
 @dataclass
@@ -105,18 +107,16 @@ class Autoencoder(ModelMixin, ConfigMixin):
                 f"video must be (B, {', '.join(map(str, sizes))}) with B > 0, but is {tuple(video.shape)}."
             )
         p, layout = self.config.patch_size, self.layout
-        patches = video.unflatten(4, (layout.width, p)).unflatten(3, (layout.height, p))  # (B, 3, T, h, p, w, p)
-        patches = patches.permute(0, 2, 3, 5, 4, 6, 1).reshape(video.shape[0], layout.num_lattice_tokens, -1)
+        patches = rearrange(video, "b c t (h p) (w q) -> b (t h w) (p q c)", p=p, q=p)
         to_tokens = cast(Linear, self.encoder.to_patch_embedding)
         lattice = self.encoder(to_tokens(patches), layout)
-        planes = []
-        for name in PLANE_NAMES:
+        latents = []
+        for name, size in zip(PLANE_NAMES, layout.planes, strict=True):
             token, positions = getattr(self, f"{name}_token"), getattr(self, f"{name}_pos_embedding")
             sequences = ops.triplane_slice(lattice, layout, name, token.flatten(), positions.squeeze(0))
             plane = getattr(self, f"{name}_quant_attn")(sequences)
-            to_latent = getattr(self, f"pre_{name}")
-            planes.append(linear(plane, to_latent.weight.flatten(1), to_latent.bias))
-        return EncoderOutput(latent=torch.cat(planes, dim=1).tanh().transpose(1, 2).contiguous())
+            latents.append(planes.pointwise(getattr(self, f"pre_{name}"), plane, PlaneLayout((size,))))
+        return EncoderOutput(latent=torch.cat(latents, dim=1).tanh().transpose(1, 2).contiguous())
 
     def decode(self, latent: Tensor) -> AutoencoderOutput:
         """Video of three latent planes.
@@ -130,25 +130,39 @@ class Autoencoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: another shape than the model's.
         """
-        layout, p = self.layout, self.config.patch_size
+        layout = self.layout
         if latent.dim() != 3 or latent.shape[1:] != (self.config.latent_channels, layout.num_tokens):
             raise ValueError(
                 f"latent must be (B, {self.config.latent_channels}, {layout.num_tokens}) for {layout}, but is "
                 f"{tuple(latent.shape)}."
             )
+        lattice = self.decoder(self._expand(latent.transpose(1, 2)), layout)
+        return AutoencoderOutput(sample=2 * self._to_pixels(lattice).sigmoid() - 1)
+
+    def _expand(self, tokens: Tensor) -> Tensor:
+        """Packed planes (B, N, D) -> the lattice (B, T H W, C) of the sums of their `post_*` layers."""
         posts = [getattr(self, f"post_{name}") for name in PLANE_NAMES]
-        weight = torch.stack([post.weight.flatten(1) for post in posts])
-        bias = torch.stack([post.bias for post in posts])
-        lattice = ops.triplane_expand(latent.transpose(1, 2), layout, weight, bias)
-        lattice = self.decoder(lattice, layout)
-        to_pixel = cast(nn.ConvTranspose2d, self.to_pixel["1"])
-        pixels = linear(lattice, to_pixel.weight.flatten(1).t())  # (B, T h w, 3 p p)
-        pixels = pixels.view(latent.shape[0], layout.time, layout.height, layout.width, 3, p, p)
-        pixels = pixels + cast(Tensor, to_pixel.bias)[:, None, None].to(pixels.dtype)
-        pixels = pixels.permute(0, 4, 1, 2, 5, 3, 6).reshape(
-            latent.shape[0], 3, self.config.frames, self.config.height, self.config.width
-        )
-        return AutoencoderOutput(sample=2 * pixels.sigmoid() - 1)
+        layers = [weights for post in posts if (weights := weights_of(post, nn.Conv2d, POINTWISE_2D))]
+        if len(layers) == len(posts):
+            weight = torch.stack([layer.weight.flatten(1) for layer in layers])
+            return ops.triplane_expand(tokens, self.layout, weight, torch.stack([layer.bias for layer in layers]))
+        pictures = [rearrange(plane, "b h w d -> b d h w") for plane in self.layout.split(tokens)]
+        xy, yt, xt = (post(picture) for post, picture in zip(posts, pictures, strict=True))
+        lattice = xy[:, :, None] + yt[:, :, :, None] + xt[..., None]  # (B, C, T, H, W)
+        return rearrange(lattice, "b c t h w -> b (t h w) c")
+
+    def _to_pixels(self, lattice: Tensor) -> Tensor:
+        """(B, T H W, C) -> (B, 3, T, H p, W p), before the sigmoid."""
+        layer, layout, p = self.to_pixel["1"], self.layout, self.config.patch_size
+        sizes = dict(t=layout.time, h=layout.height, w=layout.width)
+        weights = weights_of(layer, nn.ConvTranspose2d, ((p, p), (p, p), (0, 0), (1, 1), 1, "zeros"))
+        if weights is None or layer.output_padding != (0, 0):
+            pixels = layer(rearrange(lattice, "b (t h w) c -> (b t) c h w", **sizes))
+            return rearrange(pixels, "(b t) c h w -> b c t h w", t=layout.time)
+        pixels = linear(lattice, weights.weight.flatten(1).t())
+        pixels = rearrange(pixels, "b (t h w) (c p q) -> b t h w c p q", **sizes, p=p, q=p)
+        pixels = pixels + weights.bias[:, None, None].to(pixels.dtype)
+        return rearrange(pixels, "b t h w c p q -> b c t (h p) (w q)")
 
     def forward(self, video: Tensor, latent_noise: Tensor | None = None) -> AutoencoderOutput:
         """The reconstruction of a video: `decode(encode(video).latent)`, latent_noise (B, D, N) added first."""

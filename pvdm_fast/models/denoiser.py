@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
-from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention
+from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention, planes
 
 
 @dataclass
@@ -26,12 +26,17 @@ class DenoiserOutput(BaseOutput):
     sample: Tensor
 
 
-def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
-    """timestep: (B,) -> (B, width) float32: all cosines, then all sines, frequencies exp(-ln 10000 i / half)."""
+def timestep_embedding(timestep: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """timestep: (B,) -> (B, width): all cosines, then all sines, frequencies exp(-ln 10000 i / half)."""
     half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device).float() / half)
-    angles = timestep[:, None].float() * frequencies
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device).to(dtype) / half)
+    angles = timestep[:, None].to(dtype) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def noise_level_bits(device: torch.device) -> Tensor:
+    """The 1000 float32 noise levels as int32: floats would be rounded where buffers are cast with the model."""
+    return NoiseSchedule.create(device).alphas_cumprod.view(torch.int32)
 
 
 class PlanePositions(nn.Module):
@@ -102,15 +107,15 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.layout.downsample(2 ** (len(channel_mult) - 1))
         embedding = 4 * model_channels
         self.zeros: Tensor
+        self.noise_levels: Tensor
         self.register_buffer("zeros", torch.zeros(1, latent_channels, self.layout.num_tokens))
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         if num_classes is not None:
             self.class_embed = nn.Embedding(num_classes + 1, embedding)
-        if prediction == "v":  # as bits: floats would be rounded when the model is moved to bfloat16
-            levels = NoiseSchedule.create().alphas_cumprod.view(torch.int32)
-            self.register_buffer("noise_levels", levels, persistent=False)
+        if prediction == "v":
+            self.register_buffer("noise_levels", noise_level_bits(self.zeros.device), persistent=False)
         self.position_vectors = PlanePositions(self.layout, model_channels) if positions else None
         self._build_input(embedding)
         self._build_middle(embedding)
@@ -177,6 +182,19 @@ class Denoiser(ModelMixin, ConfigMixin):
         """A new model of a named size: "tiny", "small" or "base" (528.3 M parameters), with `overrides` on top."""
         return cls(**preset(DENOISER, name, overrides))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
+        """What moves, casts or empties the model (`to_empty`): the noise levels, which no file holds, are made anew."""
+        super()._apply(fn, recurse)
+        if self.config.prediction == "v":
+            self.noise_levels = noise_level_bits(self.noise_levels.device)
+        return self
+
+    def _level(self, timestep: Tensor) -> Tensor:
+        """The noise level (B, 1, 1) float32 of each timestep (B,)."""
+        if self.noise_levels.device != timestep.device:  # the weights came to another device without the buffer
+            self.noise_levels = noise_level_bits(timestep.device)
+        return self.noise_levels.view(torch.float32)[timestep].view(-1, 1, 1)
+
     def forward(
         self,
         latent: Tensor,
@@ -207,8 +225,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         if condition is None:
             condition = self.zeros.expand(len(latent), -1, -1)
         timestep = torch.as_tensor(timestep, device=latent.device).expand(len(latent))
-        embedding = timestep_embedding(timestep, self.config.model_channels)
-        embedding = self.time_embed(embedding.to(self.zeros.dtype))
+        dtype = self.zeros.dtype
+        embedding = timestep_embedding(timestep, self.config.model_channels, torch.promote_types(dtype, torch.float32))
+        embedding = self.time_embed(embedding.to(dtype))
         if self.config.num_classes is not None:
             embedding = embedding + self.class_embed(self._class_labels(class_labels, latent))
         elif class_labels is not None:
@@ -216,7 +235,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)
         sample = self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype)
         if self.config.prediction == "v":
-            level = self.noise_levels.view(torch.float32)[timestep].view(-1, 1, 1)
+            level = self._level(timestep)
             sample = (level.sqrt() * sample + (1 - level).sqrt() * latent).to(latent.dtype)
         return DenoiserOutput(sample=sample)
 
@@ -231,9 +250,10 @@ class Denoiser(ModelMixin, ConfigMixin):
     def _unet(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, N, 2 D) -> (B, N, D)."""
         layout: PlaneLayout = self.layout
-        x = cast(nn.ModuleList, self.input_blocks[0])[0](x, layout)
+        x = planes.conv(cast(nn.ModuleList, self.input_blocks[0])[0], x, layout)
         if self.position_vectors is not None:
             x = x + self.position_vectors().to(x.dtype)
+        x = self.input_attns[0](x)  # nothing, unless somebody puts something there
         skips = [x]
         for block, attention in zip(self.input_blocks[1:], self.input_attns[1:], strict=True):
             x, layout = self._run_block(block, attention, x, embedding, layout)
@@ -242,16 +262,16 @@ class Denoiser(ModelMixin, ConfigMixin):
         for block, attention in zip(self.output_blocks, self.output_attns, strict=True):
             x = torch.cat((x, skips.pop()), dim=-1)
             x, layout = self._run_block(block, attention, x, embedding, layout)
-        return self.out["2"](self.out["0"](x, layout, activation=True), layout)
+        return planes.conv(self.out["2"], planes.norm(self.out["0"], x, layout, activation=True), layout)
 
     def _run_block(
         self, block: nn.Module, attention: nn.Module, x: Tensor, embedding: Tensor, layout: PlaneLayout
     ) -> tuple[Tensor, PlaneLayout]:
         """A block's modules, then the attention across planes."""
         for module in cast(nn.ModuleList, block):
-            if isinstance(module, ResidualBlock):
+            if hasattr(module, "output_layout"):  # a residual block, or a wrapper around one
                 x = module(x, embedding, layout)
-                layout = module.output_layout(layout)
+                layout = cast(ResidualBlock, module).output_layout(layout)
             else:
-                x = cast(PlaneAttention, module).forward_planes(x, layout)
-        return cast(TriplaneAttention, attention).forward_tokens(x), layout
+                x = module(x, layout)
+        return attention(x, layout), layout

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from pvdm_fast import ops
 from pvdm_fast.layout import PlaneLayout
-from pvdm_fast.nn import checkpointing
+from pvdm_fast.nn import checkpointing, planes
 from pvdm_fast.nn.linear import linear
+from pvdm_fast.nn.plain import POINTWISE_1D, weights_of
 from pvdm_fast.nn.planes import NORM_GROUPS, PlaneNorm
 
 
@@ -55,14 +57,16 @@ class TriplaneAttention(nn.Module):
         nn.init.zeros_(self.proj_out.bias)  # type: ignore[arg-type]
 
     @overload
-    def forward(self, x: Tensor) -> Tensor: ...
+    def forward(self, x: Tensor, layout: PlaneLayout | None = None) -> Tensor: ...
     @overload
     def forward(self, x: Sequence[Tensor]) -> list[Tensor]: ...
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    def forward(self, x: Tensor | Sequence[Tensor], layout: PlaneLayout | None = None) -> Tensor | list[Tensor]:
         """Attend across planes.
 
         Args:
-            x: packed planes (B, C, N); or the planes (B, C, h, w) in a sequence, of any sizes.
+            x: packed planes (B, C, N); or the planes (B, C, h, w) in a sequence, of any sizes; or, with a layout, its
+                tokens (B, N, C).
+            layout: of the tokens.
 
         Returns:
             The same form as x, contiguous.
@@ -70,6 +74,10 @@ class TriplaneAttention(nn.Module):
         Raises:
             ValueError: another number of axes or channels.
         """
+        if layout is not None:
+            assert isinstance(x, Tensor)
+            layout.check(x)
+            return self.forward_tokens(x)
         if isinstance(x, Tensor):
             if x.dim() != 3 or x.shape[1] != self.channels:
                 raise ValueError(f"Packed planes must be (B, {self.channels}, N), but are {tuple(x.shape)}.")
@@ -79,27 +87,32 @@ class TriplaneAttention(nn.Module):
                 f"Planes must be (B, {self.channels}, h, w) each, but are {[tuple(plane.shape) for plane in x]}."
             )
         layout = PlaneLayout(tuple((plane.shape[2], plane.shape[3]) for plane in x))
-        tokens = torch.cat([plane.flatten(2) for plane in x], dim=2).transpose(1, 2)
-        planes = layout.split(self.forward_tokens(tokens))
-        return [plane.permute(0, 3, 1, 2).contiguous() for plane in planes]
+        tokens = torch.cat([rearrange(plane, "b c h w -> b (h w) c") for plane in x], dim=1)
+        attended = layout.split(self.forward_tokens(tokens))
+        return [rearrange(plane, "b h w c -> b c h w").contiguous() for plane in attended]
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """x: (B, N, C) packed channels-last tokens -> (B, N, C)."""
-        if ops.fuses_attention_block(x, self.qkv.weight):
-            return self._attend_fused(x)
-        return checkpointing.run(self, self._attend, x, PlaneLayout(((x.shape[1], 1),)))
+        fused = self._attend_fused(x)
+        return checkpointing.run(self, self._attend, x, PlaneLayout(((x.shape[1], 1),))) if fused is None else fused
 
-    def _attend_fused(self, x: Tensor) -> Tensor:
-        """What `forward_tokens` computes otherwise, in one operation."""
-        assert self.qkv.bias is not None and self.proj_out.bias is not None
+    def _attend_fused(self, x: Tensor) -> Tensor | None:
+        """What `_attend` computes, in one operation; None where there is none for x, or a layer isn't plain."""
+        like = self.qkv.__dict__["_parameters"].get("weight")
+        if like is None or not ops.fuses_attention_block(x, like):
+            return None
+        norm = weights_of(self.norm, PlaneNorm)
+        qkv = weights_of(self.qkv, nn.Conv1d, POINTWISE_1D)
+        proj = weights_of(self.proj_out, nn.Conv1d, POINTWISE_1D)
+        if norm is None or qkv is None or proj is None:
+            return None
         return ops.attention_block(
             x,
-            self.norm.weight,
-            self.norm.bias,
-            self.qkv.weight.squeeze(-1),
-            self.qkv.bias,
-            self.proj_out.weight.squeeze(-1),
-            self.proj_out.bias,
+            *norm,
+            qkv.weight.squeeze(-1),
+            qkv.bias,
+            proj.weight.squeeze(-1),
+            proj.bias,
             heads=self.num_heads,
             groups=NORM_GROUPS,
             eps=self.norm.eps,
@@ -107,17 +120,24 @@ class TriplaneAttention(nn.Module):
 
     def _attend(self, x: Tensor, segments: PlaneLayout) -> Tensor:
         """Attention inside each plane of `segments`, whose tokens also share the statistics of the norm."""
-        batch, tokens, channels = x.shape
-        qkv = linear(self.norm(x, segments), self.qkv.weight.squeeze(-1), self.qkv.bias)
+        qkv = pointwise(self.qkv, planes.norm(self.norm, x, segments))
         # Channels are ordered head by head, each its q, k, v; the operation wants (B, N, 3, heads, d).
-        qkv = qkv.view(batch, tokens, self.num_heads, 3, channels // self.num_heads).transpose(2, 3)
+        qkv = qkv.unflatten(-1, (self.num_heads, 3, -1)).transpose(2, 3)
         attended = ops.segment_attention(qkv, segments.offsets).flatten(2)
-        return x + linear(attended, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + pointwise(self.proj_out, attended)
 
 
 class PlaneAttention(TriplaneAttention):
     """In-plane attention: each plane on its own, norm statistics too (the release's `AttentionBlock`)."""
 
-    def forward_planes(self, x: Tensor, layout: PlaneLayout) -> Tensor:
+    def forward(self, x: Tensor, layout: PlaneLayout) -> Tensor:  # type: ignore[override]
         """x: (B, N, C) packed tokens of `layout` -> (B, N, C)."""
         return checkpointing.run(self, self._attend, x, layout)
+
+
+def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a 1x1 nn.Conv1d, or what stands in its place, makes of tokens: x (B, N, C) -> (B, N, C')."""
+    weights = weights_of(layer, nn.Conv1d, POINTWISE_1D)
+    if weights is None:
+        return layer(x.transpose(1, 2)).transpose(1, 2)
+    return linear(x, weights.weight.squeeze(-1), weights.bias)

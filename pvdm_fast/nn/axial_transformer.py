@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,8 @@ from pvdm_fast import ops
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.nn import checkpointing
 from pvdm_fast.nn.linear import Linear
-from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward
+from pvdm_fast.nn.plain import is_plain, readable, weights_of
+from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward, values_of
 
 Tables = tuple[Tensor, Tensor]
 
@@ -20,32 +20,34 @@ Tables = tuple[Tensor, Tensor]
 Device = torch.device | str | None
 
 
-def time_frequencies(width: int, device: Device = None) -> Tensor:
+def time_frequencies(width: int, device: Device = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """(width / 2): 10000^(-2 j / width)."""
-    return 1.0 / 10000 ** (torch.arange(0, width, 2, device=device).float() / width)
+    return 1.0 / 10000 ** (torch.arange(0, width, 2, device=device).to(dtype) / width)
 
 
-def space_scales(width: int, device: Device = None) -> Tensor:
+def space_scales(width: int, device: Device = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """(width / 4): log-spaced, base 2, from 1 to 5."""
-    return torch.logspace(0.0, math.log(10 / 2) / math.log(2), width // 4, base=2, device=device)
+    return torch.logspace(0.0, math.log(10 / 2) / math.log(2), width // 4, base=2, device=device, dtype=dtype)
 
 
-def time_rotation(length: int, width: int, device: Device = None) -> Tables:
+def time_rotation(length: int, width: int, device: Device = None, dtype: torch.dtype = torch.float32) -> Tables:
     """(sin, cos), each (length, width), for positions 0 ... length - 1.
 
     The frequencies stand twice side by side, while the rotation works on neighbours: the two members of a pair turn
     by different angles. That is the release's; its checkpoints depend on it.
     """
-    angles = torch.outer(torch.arange(length, device=device).float(), time_frequencies(width, device))
+    angles = torch.outer(torch.arange(length, device=device).to(dtype), time_frequencies(width, device, dtype))
     angles = torch.cat((angles, angles), dim=-1)
     return angles.sin(), angles.cos()
 
 
-def space_rotation(height: int, width: int, head_width: int, device: Device = None) -> Tables:
+def space_rotation(
+    height: int, width: int, head_width: int, device: Device = None, dtype: torch.dtype = torch.float32
+) -> Tables:
     """(sin, cos), each (height * width, head_width): row angles, then column angles, each for both of its pair."""
-    scales = space_scales(head_width, device)
-    rows = torch.linspace(-1, 1, height, device=device)[:, None] * scales * math.pi
-    columns = torch.linspace(-1, 1, width, device=device)[:, None] * scales * math.pi
+    scales = space_scales(head_width, device, dtype)
+    rows = torch.linspace(-1, 1, height, device=device, dtype=dtype)[:, None] * scales * math.pi
+    columns = torch.linspace(-1, 1, width, device=device, dtype=dtype)[:, None] * scales * math.pi
     rows = rows[:, None].expand(-1, width, -1)
     columns = columns[None].expand(height, -1, -1)
     angles = torch.cat((rows, columns), dim=-1).flatten(0, 1).repeat_interleave(2, dim=-1)
@@ -62,17 +64,24 @@ class PreNorm(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.fn = fn
+        self._kind = type(fn)
 
     def forward(self, stream: Tensor, branch: Tensor | None, *arguments: object) -> tuple[Tensor, Tensor]:
         """stream, branch: (..., C) -> the stream with `branch` added, and fn of its norm."""
-        parameters = self.norm.weight, self.norm.bias, self.norm.eps
+        weights = weights_of(self.norm, nn.LayerNorm)
+        if weights is None:
+            stream = stream if branch is None else stream + branch
+            return stream, self.fn(self.norm(stream), *arguments)
+        parameters = *weights, self.norm.eps
         if branch is None:
             stream, values = ops.add_layer_norm(stream, None, *parameters)
         else:
             stream, values = ops.add_layer_norm(branch, stream, *parameters)
-        return stream, self.fn(Normed(values, stream, *parameters), *arguments)
+        x = Normed(values, stream, *parameters) if is_plain(self.fn, self._kind) else values
+        return stream, self.fn(x, *arguments)
 
 
+@readable
 class AxialAttention(nn.Module):
     """Multi-head attention along time, or inside frames."""
 
@@ -83,15 +92,16 @@ class AxialAttention(nn.Module):
         self.to_qkv = Linear(channels, 3 * inner, bias=False)
         self.to_out = nn.ModuleDict({"0": Linear(inner, channels)})
 
-    def forward(self, x: Normed, layout: TriplaneLayout, rotation: Tables) -> Tensor:
+    def forward(self, x: Normed | Tensor, layout: TriplaneLayout, rotation: Tables) -> Tensor:
         """x: (B, T H W, C) -> (B, T H W, C)."""
-        batch, sites = len(x.values), layout.height * layout.width
+        batch, sites = len(values_of(x)), layout.height * layout.width
         frames = (batch * layout.time, 1) if self.axis == "space" else (batch, layout.time)
         sequences = Sequences(*frames, sites, self.axis)
-        attended = attention(x, self.to_qkv.weight, self.num_heads, sequences, rotation)
-        return self.to_out["0"](attended.view(*x.values.shape[:2], -1))
+        attended = attention(x, self.to_qkv, self.num_heads, sequences, rotation)
+        return self.to_out["0"](attended.view(batch, layout.num_lattice_tokens, -1))
 
 
+@readable
 class GatedFeedForward(nn.Module):
     """Linear C -> 8C, value times GELU of the gate, linear 4C -> C."""
 
@@ -99,14 +109,15 @@ class GatedFeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleDict({"0": Linear(channels, 8 * channels), "3": Linear(4 * channels, channels)})
 
-    def forward(self, x: Normed) -> Tensor:
-        return feed_forward(x, cast(Linear, self.net["0"]), cast(Linear, self.net["3"]), "geglu")
+    def forward(self, x: Normed | Tensor) -> Tensor:
+        return feed_forward(x, self.net["0"], self.net["3"], "geglu")
 
 
 class ReleaseTable(nn.Module):
     """A constant that the release's state dicts hold under this name: kept as loaded, and written again.
 
-    Computing doesn't read it: the rotation tables are made in float32 whatever dtype the model is moved to.
+    Computing doesn't read it. The rotation tables are made in float32, and in float64 for tokens in float64, whatever
+    dtype the model is moved to.
     """
 
     def __init__(self, name: str, values: Tensor) -> None:
@@ -145,8 +156,9 @@ class AxialTransformer(nn.Module):
 
     def forward(self, x: Tensor, layout: TriplaneLayout) -> Tensor:
         """x: (B, T H W, C) lattice tokens of `layout` -> (B, T H W, C)."""
-        time_tables = time_rotation(layout.time, self.head_width, x.device)
-        space_tables = space_rotation(layout.height, layout.width, self.head_width, x.device)
+        kind = x.device, torch.promote_types(x.dtype, torch.float32)
+        time_tables = time_rotation(layout.time, self.head_width, *kind)
+        space_tables = space_rotation(layout.height, layout.width, self.head_width, *kind)
         branch: Tensor | None = None
         for layer in self.layers:
             x, branch = checkpointing.run(self, _run_layer, layer, x, branch, layout, time_tables, space_tables)

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.cpu import gemm, rows_of
+from pvdm_fast.nn.plain import readable
 
 # Smaller products, and those of fewer rows, are left to torch: a call of oneDNN takes 15 us to set up, and one through
 # autograd in Python 10 more. From here on it is 1.2 to 1.8 times as fast, forward and backward together, one thread.
 LEAST_PRODUCTS = 1 << 22
 LEAST_ROWS = 64
+TENSORS = frozenset({Tensor, nn.Parameter})  # those of other classes are fake, quantised, or compute in their own way
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -26,7 +27,8 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * weight.shape[0] >= LEAST_PRODUCTS
         and x.numel() >= LEAST_ROWS * x.shape[-1]
         and not torch.compiler.is_compiling()
-        and not isinstance(x, FakeTensor)
+        and type(x) in TENSORS
+        and type(weight) in TENSORS
         and not torch.is_autocast_enabled("cpu")
         and choice.requested() != "reference"
     )
@@ -73,6 +75,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+@readable
 class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by `linear`."""
 

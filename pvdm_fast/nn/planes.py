@@ -1,42 +1,36 @@
-"""PyTorch's own layers, parameters and all, computing on packed planes."""
+"""PyTorch's own layers, parameters and all, computing on packed planes; and what stands in their place."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from pvdm_fast import ops
+from pvdm_fast.backends.reference.plane_resample import resample_planes
 from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.nn.linear import linear
+from pvdm_fast.nn.plain import POINTWISE_2D, THREE_BY_THREE, is_plain, readable, shape_of, weights_of
 
 NORM_GROUPS = 32
+STEPS = {None: 0, "up": 1, "down": -1}
 
 
+@readable
 class PlaneNorm(nn.GroupNorm):
-    """GroupNorm(32) of each plane on its own, with what may follow it: see `pvdm_fast.ops.plane_norm`."""
+    """GroupNorm(32) of each plane on its own."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels)
 
-    def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        layout: PlaneLayout,
-        *,
-        scale_shift: Tensor | None = None,
-        activation: bool = False,
-        resample: str | None = None,
-    ) -> Tensor:
-        """x: (B, N, C) packed tokens of `layout` -> (B, N', C)."""
-        return ops.plane_norm(
-            x,
-            layout,
-            self.weight,
-            self.bias,
-            scale_shift=scale_shift,
-            groups=self.num_groups,
-            eps=self.eps,
-            activation=activation,
-            resample=resample,
-        )
+    def forward(self, x: Tensor, layout: PlaneLayout | None = None) -> Tensor:
+        """x: (B, N, C) packed tokens of `layout` -> (B, N, C); without a layout as nn.GroupNorm."""
+        if layout is None:
+            return super().forward(x)
+        return ops.plane_norm(x, layout, self.weight, self.bias, groups=self.num_groups, eps=self.eps)
 
 
 class PlaneConv(nn.Conv2d):
@@ -49,7 +43,65 @@ class PlaneConv(nn.Conv2d):
             nn.init.zeros_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, layout: PlaneLayout) -> Tensor:  # type: ignore[override]
-        """x: (B, N, C) packed tokens of `layout` -> (B, N, C')."""
-        assert self.bias is not None
+    def forward(self, x: Tensor, layout: PlaneLayout | None = None) -> Tensor:
+        """x: (B, N, C) packed tokens of `layout` -> (B, N, C'); without a layout as nn.Conv2d."""
+        if layout is None:
+            return super().forward(x)
+        if self.bias is None or shape_of(self) != THREE_BY_THREE:  # changed after it was built
+            return by_pictures(super().forward, x, layout)
         return ops.plane_conv(x, layout, self.weight, self.bias)
+
+
+def by_pictures(layer: Callable[[Tensor], Tensor], x: Tensor, layout: PlaneLayout) -> Tensor:
+    """A layer of pictures (b, c, h, w), called for each plane: x (B, N, C) packed tokens of `layout` -> (B, N', C')."""
+    planes = [layer(rearrange(plane, "b h w c -> b c h w")) for plane in layout.split(x)]
+    return torch.cat([rearrange(plane, "b c h w -> b (h w) c") for plane in planes], dim=1)
+
+
+def norm(
+    layer: nn.Module,
+    x: Tensor,
+    layout: PlaneLayout,
+    *,
+    scale_shift: Tensor | None = None,
+    activation: bool = False,
+    resample: str | None = None,
+) -> Tensor:
+    """What a PlaneNorm, or what stands in its place, makes of x, with what may follow: see `ops.plane_norm`.
+
+    Args:
+        x: (B, N, C) packed tokens of `layout`.
+
+    Returns:
+        (B, N', C), in one operation where the layer is plain.
+    """
+    weights = weights_of(layer, PlaneNorm)
+    if weights is not None:
+        return ops.plane_norm(
+            x,
+            layout,
+            *weights,
+            scale_shift=scale_shift,
+            groups=layer.__dict__["num_groups"],
+            eps=layer.__dict__["eps"],
+            activation=activation,
+            resample=resample,
+        )
+    x = layer(x, layout) if isinstance(layer, PlaneNorm) else by_pictures(layer, x, layout)
+    if scale_shift is not None:
+        scale, shift = scale_shift[:, None].chunk(2, dim=-1)
+        x = x * (1 + scale) + shift
+    return resample_planes(F.silu(x) if activation else x, layout, STEPS[resample])
+
+
+def conv(layer: nn.Module, x: Tensor, layout: PlaneLayout) -> Tensor:
+    """What a PlaneConv, or what stands in its place, makes of packed tokens x (B, N, C) of `layout`: (B, N, C')."""
+    return layer(x, layout) if isinstance(layer, PlaneConv) else by_pictures(layer, x, layout)
+
+
+def pointwise(layer: nn.Module, x: Tensor, layout: PlaneLayout) -> Tensor:
+    """What a 1x1 nn.Conv2d, or what stands in its place, makes of packed tokens x (B, N, C) of `layout`: (B, N, C')."""
+    weights = weights_of(layer, nn.Conv2d, POINTWISE_2D)
+    if weights is not None:
+        return linear(x, weights.weight.flatten(1), weights.bias)
+    return x if is_plain(layer, nn.Identity) else by_pictures(layer, x, layout)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from pvdm_fast import ops
 from pvdm_fast.nn import checkpointing
 from pvdm_fast.nn.axial_transformer import PreNorm
 from pvdm_fast.nn.linear import Linear, linear
-from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward
+from pvdm_fast.nn.plain import readable, weight_of
+from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward, values_of
 
 HEADS = 4
 
 
+@readable
 class SequenceAttention(nn.Module):
     """Multi-head attention inside each sequence: 4 heads of C / 8."""
 
@@ -25,19 +25,29 @@ class SequenceAttention(nn.Module):
         self.to_qkv = Linear(channels, 3 * self.inner, bias=False)
         self.to_out = nn.ModuleDict({"0": Linear(self.inner, channels)})
 
-    def forward(self, x: Normed, first_only: bool) -> Tensor:
+    def forward(self, x: Normed | Tensor, first_only: bool) -> Tensor:
         """x: (S, L, C) -> (S, L, C), or (S, 1, C) with `first_only`: the query of element 0 alone."""
-        sequences, length, _ = x.values.shape
-        weight = self.to_qkv.weight
+        values = values_of(x)
+        sequences, length, _ = values.shape
         if first_only:
-            query = linear(x.values[:, :1], weight[: self.inner]).view(sequences, 1, 1, 1, HEADS, self.head_width)
-            kv = linear(x.values, weight[self.inner :]).view(sequences, length, 1, 1, 2, HEADS, self.head_width)
+            query, kv = self._query_of_first(values)
+            query = query.reshape(sequences, 1, 1, 1, HEADS, self.head_width)
+            kv = kv.unflatten(-1, (2, HEADS, self.head_width))[:, :, None, None]
             attended = ops.axial_attention(kv, "time", query=query)
         else:
-            attended = attention(x, weight, HEADS, Sequences(sequences, length, 1, "time"))
+            attended = attention(x, self.to_qkv, HEADS, Sequences(sequences, length, 1, "time"))
         return self.to_out["0"](attended.view(sequences, -1, self.inner))
 
+    def _query_of_first(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, L, C) -> the query of element 0 (S, 1, C / 2), keys and values of all (S, L, C)."""
+        weight = weight_of(self.to_qkv, Linear)
+        if weight is None:
+            qkv = self.to_qkv(x)
+            return qkv[:, :1, : self.inner], qkv[..., self.inner :]
+        return linear(x[:, :1], weight[: self.inner]), linear(x, weight[self.inner :])
 
+
+@readable
 class FeedForward(nn.Module):
     """Linear C -> hidden, GELU, linear hidden -> C."""
 
@@ -45,8 +55,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleDict({"0": Linear(channels, hidden), "3": Linear(hidden, channels)})
 
-    def forward(self, x: Normed) -> Tensor:
-        return feed_forward(x, cast(Linear, self.net["0"]), cast(Linear, self.net["3"]), "gelu")
+    def forward(self, x: Normed | Tensor) -> Tensor:
+        return feed_forward(x, self.net["0"], self.net["3"], "gelu")
 
 
 class PlaneProjection(nn.Module):

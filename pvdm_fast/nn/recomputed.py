@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from pvdm_fast import ops
 from pvdm_fast.backends import choice
-from pvdm_fast.nn.linear import linear, product, weight_gradient
+from pvdm_fast.nn.linear import Linear, product, weight_gradient
+from pvdm_fast.nn.plain import weight_of, weights_of
 from pvdm_fast.ops.registry import autocast
 
 # Bytes of the widest tensor of a piece. A step that is one piece is not recomputed: there is little to save.
@@ -36,6 +37,11 @@ class Normed(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
+
+
+def values_of(x: Normed | Tensor) -> Tensor:
+    """What is normed."""
+    return x.values if isinstance(x, Normed) else x
 
 
 def _again(total: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> Tensor:
@@ -112,24 +118,27 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-def feed_forward(normed: Normed, first: nn.Linear, second: nn.Linear, activation: str) -> Tensor:
-    """second(activation(first(normed))).
+def feed_forward(x: Normed | Tensor, first: nn.Module, second: nn.Module, activation: str) -> Tensor:
+    """second(activation(first(x))).
 
     Args:
-        normed: (..., C). first: C -> M. second: M -> C', or M / 2 -> C' with activation "geglu"; else "gelu".
+        x: (..., C). first: C -> M. second: M -> C', or M / 2 -> C' with activation "geglu"; else "gelu".
 
     Returns:
-        (..., C'), with nothing kept for the backward pass but normed.total where it is cut into pieces.
+        (..., C'); where x is Normed, both layers are plain, and it is cut into pieces, nothing is kept for the backward
+        pass but x.total.
     """
-    values = normed.values
-    weights = autocast(first.weight, first.bias, second.weight, second.bias)
-    rows = _pieces(values.numel() // values.shape[-1], first.out_features * weights[0].element_size(), values.device)
-    if rows * values.shape[-1] >= values.numel() or torch.compiler.is_compiling():
-        hidden = linear(values, first.weight, first.bias)
-        return linear(ops.geglu(hidden) if activation == "geglu" else F.gelu(hidden), second.weight, second.bias)
-    with torch.autocast(values.device.type, enabled=False):
-        out: Tensor = _FeedForward.apply(*normed[:4], *weights, normed.eps, activation, rows)
-    return out
+    layers = weights_of(first, Linear), weights_of(second, Linear)
+    if isinstance(x, Normed) and layers[0] is not None and layers[1] is not None and not torch.compiler.is_compiling():
+        weights = autocast(*layers[0], *layers[1])
+        tokens = x.values.numel() // x.values.shape[-1]
+        rows = _pieces(tokens, len(weights[0]) * weights[0].element_size(), x.values.device)
+        if rows < tokens:
+            with torch.autocast(x.values.device.type, enabled=False):
+                out: Tensor = _FeedForward.apply(*x[:4], *weights, x.eps, activation, rows)
+            return out
+    hidden = first(values_of(x))
+    return second(ops.geglu(hidden) if activation == "geglu" else F.gelu(hidden))
 
 
 class Sequences(NamedTuple):
@@ -206,26 +215,32 @@ def _qkv(tokens: Tensor, weight: Tensor, heads: int) -> Tensor:
 
 
 def attention(
-    normed: Normed, to_qkv: Tensor, heads: int, sequences: Sequences, rotation: tuple[Tensor, Tensor] | None = None
+    x: Normed | Tensor,
+    to_qkv: nn.Module,
+    heads: int,
+    sequences: Sequences,
+    rotation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`ops.axial_attention` of normed @ to_qkv.T.
+    """`ops.axial_attention` of to_qkv(x).
 
     Args:
-        normed: of as many tokens as `sequences`, in that order, each of C channels. to_qkv: (3 heads d, C).
+        x: as many tokens as `sequences`, in that order, each of C channels. to_qkv: C -> 3 heads d, without a bias.
         rotation: the tables of `ops.axial_attention`.
 
     Returns:
-        (groups, time, sites, heads d), with only it, normed.total and a number for each query and head kept for the
-        backward pass where it is cut into pieces.
+        (groups, time, sites, heads d); where x is Normed, the layer is plain, and it is cut into pieces, only it,
+        x.total and a number for each query and head are kept for the backward pass.
     """
     groups, time, sites, axis = sequences
-    (weight,) = autocast(to_qkv)
-    tokens = groups * time * sites
-    rows = _pieces(tokens, len(weight) * weight.element_size(), weight.device)
-    if rows >= tokens or torch.compiler.is_compiling():
-        qkv = linear(normed.values, to_qkv).view(groups, time, sites, 1, 3, heads, -1)
-        return ops.axial_attention(qkv, axis, rotation).flatten(3)
-    sin, cos = rotation or (None, None)
-    with torch.autocast(weight.device.type, enabled=False):
-        out: Tensor = _Attention.apply(*normed[:4], weight, sin, cos, normed.eps, heads, sequences, rows)
-    return out
+    weight = weight_of(to_qkv, Linear)
+    if isinstance(x, Normed) and weight is not None and not torch.compiler.is_compiling():
+        (weight,) = autocast(weight)
+        tokens = groups * time * sites
+        rows = _pieces(tokens, len(weight) * weight.element_size(), weight.device)
+        if rows < tokens:
+            sin, cos = rotation or (None, None)
+            with torch.autocast(weight.device.type, enabled=False):
+                out: Tensor = _Attention.apply(*x[:4], weight, sin, cos, x.eps, heads, sequences, rows)
+            return out
+    qkv = to_qkv(values_of(x)).view(groups, time, sites, 1, 3, heads, -1)
+    return ops.axial_attention(qkv, axis, rotation).flatten(3)

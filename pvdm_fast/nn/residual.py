@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from pvdm_fast.backends.reference.plane_resample import resample_planes
 from pvdm_fast.layout import PlaneLayout
-from pvdm_fast.nn import checkpointing
-from pvdm_fast.nn.linear import linear
+from pvdm_fast.nn import checkpointing, planes
 from pvdm_fast.nn.planes import PlaneConv, PlaneNorm
 
 
@@ -48,12 +47,11 @@ class ResidualBlock(nn.Module):
 
     def _compute(self, x: Tensor, embedding: Tensor, layout: PlaneLayout) -> Tensor:
         after = self.output_layout(layout)
-        h = self.in_layers["0"](x, layout, activation=True, resample=self.resample)
-        h = self.in_layers["2"](h, after)
-        h = self.out_layers["0"](h, after, scale_shift=self.emb_layers(embedding), activation=True)
-        h = self.out_layers["3"](h, after)
+        first, last = self.in_layers, self.out_layers
+        h = planes.norm(first["0"], x, layout, activation=True, resample=self.resample)
+        h = planes.conv(first["2"], h, after)
+        h = planes.norm(last["0"], h, after, scale_shift=self.emb_layers(embedding), activation=True)
+        h = planes.conv(last["3"], h, after)
         if self.resample is not None:
-            x = resample_planes(x, layout, 1 if self.resample == "up" else -1)
-        if isinstance(self.skip_connection, nn.Conv2d):
-            x = linear(x, self.skip_connection.weight.flatten(1), self.skip_connection.bias)
-        return x + h
+            x = resample_planes(x, layout, planes.STEPS[self.resample])
+        return planes.pointwise(self.skip_connection, x, after) + h

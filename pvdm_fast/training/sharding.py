@@ -19,7 +19,7 @@ from pvdm_fast.nn.axial_transformer import PreNorm
 # Modules whose weights are gathered together, just before use: nothing outside reads them.
 UNITS = (PreNorm, ResidualBlock, TriplaneAttention)
 # Methods that compute without ``forward``.
-METHODS = ("encode", "decode", "forward_tokens", "forward_planes")
+METHODS = ("encode", "decode")
 
 
 def shard(model: nn.Module, device: torch.device, world: int) -> None:

@@ -65,7 +65,7 @@ def test_attention_inside_planes() -> None:
     block.load_state_dict(case.parameters(), strict=True)
     x = case.input("x").requires_grad_()
     layout = PlaneLayout(((x.shape[2], x.shape[3]),))
-    y = to_image(block.forward_planes(to_tokens(x), layout), layout)
+    y = to_image(block(to_tokens(x), layout), layout)
     assert_close(y, case.tensors["output.y"], GOLDEN_BLOCK)
     y.backward(case.draw("grad_output", tuple(y.shape)))
     check_gradients(case, block, {"x": x}, GOLDEN_BLOCK)

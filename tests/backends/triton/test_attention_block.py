@@ -116,7 +116,7 @@ def test_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
         torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"),
     ):
         if why == "planes":
-            block(PlaneAttention).forward_planes(x, PlaneLayout(((2, 2), (4, 1))))
+            block(PlaneAttention)(x, PlaneLayout(((2, 2), (4, 1))))
         else:
             attention.forward_tokens(x)
     assert not calls

@@ -1,0 +1,100 @@
+"""Whether a layer is exactly the one that was built: only then may its weights be read instead of calling it.
+
+The networks compute several layers in one operation, from the layers' weights. An adapter (LoRA), a hook, a
+parametrization, a quantised or otherwise replaced layer would then do nothing, without a word. So every place that
+reads a layer's weights asks here first, and calls the layer where the answer is no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch.nn.modules.module as every  # the hooks of all modules, which have no public reader
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+# Tensors of other classes (quantised ones, for example) compute in their own way.
+TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
+
+# (kernel, stride, padding, dilation, groups, padding mode)
+POINTWISE_1D = ((1,), (1,), (0,), (1,), 1, "zeros")
+POINTWISE_2D = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
+THREE_BY_THREE = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+# What calling a layer does, by its class; other code may replace the method later.
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
+Module = TypeVar("Module", bound=type[nn.Module])
+
+
+class Weights(NamedTuple):
+    """The parameters of a plain layer."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def readable(kind: Module) -> Module:
+    """Class decorator: layers of this class may be computed from their weights, as long as they are plain."""
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+for _kind in (nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Identity):
+    readable(_kind)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what the `readable` class `kind` says, and nothing else.
+
+    It doesn't where its class is another (a subclass too: a parametrization makes one), where it has a forward of its
+    own (the hooks of accelerate and of diffusers set one), where its call is compiled by itself, and where there is a
+    hook of any sort, its own or one for all modules. Takes half a microsecond. Nothing is remembered between calls,
+    since hooks come and go without notice.
+    """
+    state = module.__dict__
+    return not (
+        type(module) is not kind
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_compiled_call_impl" in state
+        or every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+        or kind.forward is not _FORWARDS.get(kind)
+    )
+
+
+def weights_of(module: nn.Module, kind: type[nn.Module], shape: tuple[Any, ...] | None = None) -> Weights | None:
+    """Weight and bias of a layer that `is_plain` and has both, for reading; None: call it.
+
+    Args:
+        shape: of a convolution, such as POINTWISE_2D; with another kernel, stride or padding it must be called too.
+    """
+    if not is_plain(module, kind):
+        return None
+    state = module.__dict__
+    weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
+    if type(weight) not in TENSORS or type(bias) not in TENSORS:
+        return None
+    return Weights(weight, bias) if shape is None or shape == shape_of(module) else None
+
+
+def weight_of(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
+    """The weight of a layer that `is_plain` and has no bias, for reading; None: call it."""
+    if not is_plain(module, kind):
+        return None
+    parameters = module.__dict__["_parameters"]
+    weight = parameters.get("weight")
+    return weight if type(weight) in TENSORS and parameters.get("bias") is None else None
+
+
+def shape_of(conv: nn.Module) -> tuple[Any, ...]:
+    """How a convolution slides over its input: kernel, stride, padding, dilation, groups, padding mode."""
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return tuple(conv.__dict__[name] for name in names)
