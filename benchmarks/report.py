@@ -111,11 +111,11 @@ def description(stored: Sequence[rows.Row]) -> str:
     peaks = {row["dtype"]: row["floor"]["flops_per_second"] / 1e9 for row in stored}
     busy = sorted(row["busy"] for row in stored)[len(stored) // 2]
     return (
-        f"- **{title(stored[-1])}**: features {', '.join(known['flags'])}; our kernels' set: {known['isa']}; "
+        f"- **{title(stored[-1])}**. Features: {', '.join(known['flags'])}. Our kernels use {known['isa']}. "
         f"torch {known['torch']} ({known['torch_cpu_capability']}), Python {known['python']}, "
-        f"pvdm_fast {known['pvdm_fast']}, commit {known['commit']}, {stored[-1]['time'][:10]}; measured peaks: "
-        f"{', '.join(f'{dtype} GEMM {peak:.0f} GFLOP/s' for dtype, peak in peaks.items())}; other programs kept "
-        f"{busy:.1f} cores busy (median)"
+        f"pvdm_fast {known['pvdm_fast']}, commit {known['commit']}, {stored[-1]['time'][:10]}. Measured peaks: "
+        f"{', '.join(f'{dtype} GEMM {peak:.0f} GFLOP/s' for dtype, peak in peaks.items())}. Other programs kept "
+        f"{busy:.1f} cores busy (median)."
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import pvdm_fast
-from benchmarks import cost, cuda_resources, errors, kernel_resources, report, samplers, traffic
+from benchmarks import cost, cuda_resources, errors, kernel_resources, report, rows, samplers, traffic
 from pvdm_fast import ops
 from pvdm_fast.backends import SERVED
 
@@ -84,8 +84,8 @@ def test_the_api_has_every_public_name() -> None:
 
 
 def test_the_api_says_which_backend_serves() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", read("docs/api/operations.md"), re.MULTILINE)
-    served = {op: [cell.strip() == "yes" for cell in cells.split("|")] for op, cells in rows}
+    lines = re.findall(r"^\| `(\w+)` \|(.*)\|$", read("docs/api/operations.md"), re.MULTILINE)
+    served = {op: [cell.strip() == "yes" for cell in cells.split("|")] for op, cells in lines}
     backends = ("reference", "cpu", "triton", "cuda")
     assert served == {op: [op in SERVED[name] for name in backends] for op in SERVED["reference"]}
 
@@ -104,6 +104,25 @@ def test_generated_tables_have_their_place() -> None:
     for page, marks in places.items():
         text = page.read_text(encoding="utf-8")
         assert [text.count(mark) for mark in marks] == [1] * len(marks), page
+
+
+def test_speeds_of_the_readme_are_stored_rows() -> None:
+    stored = rows.newest(rows.read(ROOT / "benchmarks/results/amd-epyc-26-2-2-threads.jsonl"))
+    by_key = {(row["case"], row["direction"], row["dtype"]): row for row in stored if row["size"] == "base"}
+    case = r"(denoiser|autoencoder, (?:encode|decode)|cross-plane attention block)"
+    line = rf"^\| {case}(?:, (forward|forward \+ backward))? \| (fp32|bf16) \| ([\d.]+) (ms|s) \|(.*)\|$"
+    found = re.findall(line, read("README.md"), re.MULTILINE)
+    assert len(found) == 12
+    names = {"cross-plane attention block": "block/cross-plane attention"}
+    for label, direction, dtype, time, unit, cells in found:
+        name = names.get(label, label.replace(",", ""))
+        row = by_key[name, "both" if "backward" in direction else "forward", dtype]
+        seconds = float(time) / (1000 if unit == "ms" else 1)
+        assert seconds == pytest.approx(row["seconds"]["ours"][1], rel=6e-3), label
+        shown = [float(cell.strip(" x%")) for cell in cells.split("|")]
+        ratios = [row["ratio"][rival][1] for rival in ("eager", "sdpa", "eager" if dtype == "fp32" else "eager fp32")]
+        for value, exact, digits in zip(shown, ratios, (1, 2, 1), strict=False):
+            assert abs(value - exact) <= 0.51 * 10**-digits, label
 
 
 @pytest.mark.parametrize("path", YAML, ids=lambda path: path.name)
