@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings_attention.h"
+#include "bindings_attention_jvp.h"
 #include "bindings_pointwise.h"
 #include "cpu/kernels.h"
 #include "tensor_caster.h"
@@ -118,5 +119,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("plane_norm_forward", &norm_forward);
   m.def("plane_norm_backward", &norm_backward);
   pvdm::border::bind_attention(m);
+  pvdm::border::bind_attention_jvp(m);
   pvdm::border::bind_pointwise(m);
 }

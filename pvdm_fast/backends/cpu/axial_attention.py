@@ -65,3 +65,23 @@ def backward(
         *([0, sequences.shape[2]], scale, torch.get_num_threads()),
     )
     return dqkv if filled is dqkv else dqkv.copy_(filled), dquery
+
+
+def jvp(
+    qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`'s results without a query, and the tangent of the first from that of `qkv`; memory O(N)."""
+    sequences = sequences_of(qkv, axis)
+    batch, sites, length, _, heads, width = sequences.shape
+    out = torch.empty(*qkv.shape[:4], heads, width, dtype=qkv.dtype)
+    dout, lse = torch.empty_like(out), torch.empty(batch, sites, heads, length, dtype=torch.float32)
+    extension("_cpu").attention_jvp(
+        sequences,
+        sequences_of(tangent.to(qkv.dtype), axis),
+        *_tables(sin, cos),
+        sequences_of(out, axis),
+        lse,
+        sequences_of(dout, axis),
+        *([0, length], scale, torch.get_num_threads()),
+    )
+    return out, lse, dout

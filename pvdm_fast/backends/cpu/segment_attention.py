@@ -41,3 +41,20 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Seque
         *(list(offsets), scale, torch.get_num_threads()),
     )
     return dqkv if written is dqkv else dqkv.copy_(written)
+
+
+def jvp(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`'s results, and the tangent of the first from that of `qkv`; memory O(N)."""
+    batch, tokens, _, heads, width = qkv.shape
+    out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype)
+    dout, lse = torch.empty_like(out), torch.empty(batch, heads, tokens, dtype=torch.float32)
+    extension("_cpu").attention_jvp(
+        rows_dense(qkv).unsqueeze(1),
+        rows_dense(tangent.to(qkv.dtype)).unsqueeze(1),
+        *(None, None),
+        out.unsqueeze(1),
+        lse.unsqueeze(1),
+        dout.unsqueeze(1),
+        *(list(offsets), scale, torch.get_num_threads()),
+    )
+    return out, lse, dout

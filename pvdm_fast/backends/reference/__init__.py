@@ -13,12 +13,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that the first is computed in: float64 stays, everything else becomes float32."""
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return tuple(t.to(dtype) for t in tensors)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Over the last axis. PyTorch's own has a tangent whose backward pass raises (2.14: it is changed in place)."""
+    if forward_ad._current_level < 0:
+        return scores.softmax(-1)
+    exponentials = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
 
 
 def in_order_of(x: Tensor, like: Tensor) -> Tensor:

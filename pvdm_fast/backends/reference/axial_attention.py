@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pvdm_fast.backends.reference import in_order_of, wide
+from pvdm_fast.backends.reference import in_order_of, softmax, wide
 
 
 def rotate_pairs(x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def forward(
     -> out: (B, T or 1, H, W, heads, d), log-sum-exp: (B, positions, heads, queries), float32 at least."""
     q, k, v = _unpack(qkv, query, sin, cos, axis)
     scores = scale * q @ k.mT
-    out = from_sequences(scores.softmax(-1) @ v, axis, qkv.shape[2], qkv.shape[3])
+    out = from_sequences(softmax(scores) @ v, axis, qkv.shape[2], qkv.shape[3])
     return out.to(qkv.dtype).contiguous(), scores.logsumexp(-1)
 
 
@@ -92,7 +92,7 @@ def backward(
     """Gradients of `qkv` (in its shape and memory order) and of `query` (empty where there is none)."""
     q, k, v = _unpack(qkv, query, sin, cos, axis)
     g, o = (to_sequences(t, axis) for t in wide(grad, out))
-    p = (scale * q @ k.mT).softmax(-1)
+    p = softmax(scale * q @ k.mT)
     ds = scale * p * (g @ v.mT - (g * o).sum(-1, keepdim=True))
     dq, dk, dv = ds @ k, ds.mT @ q, p.mT @ g
     height, width = qkv.shape[2:4]
@@ -127,7 +127,7 @@ def jvp(
     q, k, v = _unpack(qkv, None, sin, cos, axis)
     dq, dk, dv = _unpack(tangent, None, sin, cos, axis)
     scores, change = scale * q @ k.mT, scale * (dq @ k.mT + q @ dk.mT)
-    p = scores.softmax(-1)
+    p = softmax(scores)
     tangents = (p * (change - (p * change).sum(-1, keepdim=True))) @ v + p @ dv
     out, dout = (from_sequences(t, axis, *qkv.shape[2:4]).to(qkv.dtype).contiguous() for t in (p @ v, tangents))
     return out, scores.logsumexp(-1), dout

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pvdm_fast.backends.reference import in_order_of, wide
+from pvdm_fast.backends.reference import in_order_of, softmax, wide
 
 
 def _segments(qkv: Tensor, offsets: Sequence[int]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -30,7 +30,7 @@ def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, 
     outs, logs = [], []
     for _, q, k, v in _segments(qkv, offsets):
         scores = scale * q @ k.mT
-        outs.append(scores.softmax(-1) @ v)
+        outs.append(softmax(scores) @ v)
         logs.append(scores.logsumexp(-1))
     return _pack(outs, qkv.dtype), torch.cat(logs, dim=-1)
 
@@ -41,7 +41,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Seque
     parts = []
     for where, q, k, v in _segments(qkv, offsets):
         g, o = (t[:, where].transpose(1, 2) for t in wide(grad, out))
-        p = (scale * q @ k.mT).softmax(-1)
+        p = softmax(scale * q @ k.mT)
         ds = scale * p * (g @ v.mT - (g * o).sum(-1, keepdim=True))
         parts.append(torch.stack((ds @ k, ds.mT @ q, p.mT @ g)))
     dqkv = rearrange(torch.cat(parts, dim=3), "parts b heads n d -> b n parts heads d")
@@ -60,7 +60,7 @@ def jvp(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> t
     outs, logs, tangents = [], [], []
     for (_, q, k, v), (_, dq, dk, dv) in zip(_segments(qkv, offsets), _segments(tangent, offsets), strict=True):
         scores, change = scale * q @ k.mT, scale * (dq @ k.mT + q @ dk.mT)
-        p = scores.softmax(-1)
+        p = softmax(scores)
         outs.append(p @ v)
         logs.append(scores.logsumexp(-1))
         tangents.append((p * (change - (p * change).sum(-1, keepdim=True))) @ v + p @ dv)
