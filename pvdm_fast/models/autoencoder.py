@@ -72,6 +72,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
                     f"{name} {size} is not divisible by the patch size {patch_size}: choose a multiple of {patch_size}."
                 )
         layout = self.layout = TriplaneLayout(frames, height // patch_size, width // patch_size)
+        self._plane_layouts = [PlaneLayout((plane,)) for plane in layout.planes]
         self.encoder = AxialTransformer(channels, depth, num_heads, head_dim)
         self.encoder.to_patch_embedding = Linear(3 * patch_size**2, channels)
         self.decoder = AxialTransformer(channels, depth, num_heads, head_dim)
@@ -111,11 +112,11 @@ class Autoencoder(ModelMixin, ConfigMixin):
         to_tokens = cast(Linear, self.encoder.to_patch_embedding)
         lattice = self.encoder(to_tokens(patches), layout)
         latents = []
-        for name, size in zip(PLANE_NAMES, layout.planes, strict=True):
+        for name, plane_layout in zip(PLANE_NAMES, self._plane_layouts, strict=True):
             token, positions = getattr(self, f"{name}_token"), getattr(self, f"{name}_pos_embedding")
             sequences = ops.triplane_slice(lattice, layout, name, token.flatten(), positions.squeeze(0))
             plane = getattr(self, f"{name}_quant_attn")(sequences)
-            latents.append(planes.pointwise(getattr(self, f"pre_{name}"), plane, PlaneLayout((size,))))
+            latents.append(planes.pointwise(getattr(self, f"pre_{name}"), plane, plane_layout))
         return EncoderOutput(latent=torch.cat(latents, dim=1).tanh().transpose(1, 2).contiguous())
 
     def decode(self, latent: Tensor) -> AutoencoderOutput:

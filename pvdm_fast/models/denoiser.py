@@ -269,9 +269,9 @@ class Denoiser(ModelMixin, ConfigMixin):
     ) -> tuple[Tensor, PlaneLayout]:
         """A block's modules, then the attention across planes."""
         for module in cast(nn.ModuleList, block):
-            if hasattr(module, "output_layout"):  # a residual block, or a wrapper around one
+            if isinstance(module, PlaneAttention) or not hasattr(module, "output_layout"):
+                x = module(x, layout)
+            else:  # a residual block, or a wrapper around one
                 x = module(x, embedding, layout)
                 layout = cast(ResidualBlock, module).output_layout(layout)
-            else:
-                x = module(x, layout)
         return attention(x, layout), layout

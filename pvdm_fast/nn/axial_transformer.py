@@ -68,17 +68,18 @@ class PreNorm(nn.Module):
 
     def forward(self, stream: Tensor, branch: Tensor | None, *arguments: object) -> tuple[Tensor, Tensor]:
         """stream, branch: (..., C) -> the stream with `branch` added, and fn of its norm."""
-        weights = weights_of(self.norm, nn.LayerNorm)
+        norm, fn = self.norm, self.fn
+        weights = weights_of(norm, nn.LayerNorm)
         if weights is None:
             stream = stream if branch is None else stream + branch
-            return stream, self.fn(self.norm(stream), *arguments)
-        parameters = *weights, self.norm.eps
+            return stream, fn(norm(stream), *arguments)
+        parameters = *weights, norm.eps
         if branch is None:
             stream, values = ops.add_layer_norm(stream, None, *parameters)
         else:
             stream, values = ops.add_layer_norm(branch, stream, *parameters)
-        x = Normed(values, stream, *parameters) if is_plain(self.fn, self._kind) else values
-        return stream, self.fn(x, *arguments)
+        x = Normed(values, stream, *parameters) if is_plain(fn, self._kind) else values
+        return stream, fn(x, *arguments)
 
 
 @readable

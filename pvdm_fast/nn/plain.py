@@ -10,10 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-import torch.nn.modules.module as every  # the hooks of all modules, which have no public reader
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.module import (  # hooks of all modules: dictionaries that have no public reader
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 # Tensors of other classes (quantised ones, for example) compute in their own way.
 TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
@@ -62,10 +67,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or state["_backward_pre_hooks"]
         or "forward" in state
         or "_compiled_call_impl" in state
-        or every._global_forward_hooks
-        or every._global_forward_pre_hooks
-        or every._global_backward_hooks
-        or every._global_backward_pre_hooks
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
         or kind.forward is not _FORWARDS.get(kind)
     )
 
@@ -96,5 +101,12 @@ def weight_of(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
 
 def shape_of(conv: nn.Module) -> tuple[Any, ...]:
     """How a convolution slides over its input: kernel, stride, padding, dilation, groups, padding mode."""
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return tuple(conv.__dict__[name] for name in names)
+    state = conv.__dict__
+    return (
+        state["kernel_size"],
+        state["stride"],
+        state["padding"],
+        state["dilation"],
+        state["groups"],
+        state["padding_mode"],
+    )

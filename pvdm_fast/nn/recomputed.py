@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from pvdm_fast import ops
 from pvdm_fast.backends import choice
-from pvdm_fast.nn.linear import Linear, product, weight_gradient
+from pvdm_fast.nn.linear import Linear, linear, product, weight_gradient
 from pvdm_fast.nn.plain import weight_of, weights_of
 from pvdm_fast.ops.registry import autocast
 
@@ -128,17 +128,18 @@ def feed_forward(x: Normed | Tensor, first: nn.Module, second: nn.Module, activa
         (..., C'); where x is Normed, both layers are plain, and it is cut into pieces, nothing is kept for the backward
         pass but x.total.
     """
-    layers = weights_of(first, Linear), weights_of(second, Linear)
-    if isinstance(x, Normed) and layers[0] is not None and layers[1] is not None and not torch.compiler.is_compiling():
-        weights = autocast(*layers[0], *layers[1])
+    into, out_of = weights_of(first, Linear), weights_of(second, Linear)
+    if isinstance(x, Normed) and into is not None and out_of is not None and not torch.compiler.is_compiling():
+        weights = autocast(*into, *out_of)
         tokens = x.values.numel() // x.values.shape[-1]
         rows = _pieces(tokens, len(weights[0]) * weights[0].element_size(), x.values.device)
         if rows < tokens:
             with torch.autocast(x.values.device.type, enabled=False):
                 out: Tensor = _FeedForward.apply(*x[:4], *weights, x.eps, activation, rows)
             return out
-    hidden = first(values_of(x))
-    return second(ops.geglu(hidden) if activation == "geglu" else F.gelu(hidden))
+    hidden = first(values_of(x)) if into is None else linear(values_of(x), *into)
+    hidden = ops.geglu(hidden) if activation == "geglu" else F.gelu(hidden)
+    return second(hidden) if out_of is None else linear(hidden, *out_of)
 
 
 class Sequences(NamedTuple):
@@ -232,9 +233,9 @@ def attention(
         x.total and a number for each query and head are kept for the backward pass.
     """
     groups, time, sites, axis = sequences
-    weight = weight_of(to_qkv, Linear)
-    if isinstance(x, Normed) and weight is not None and not torch.compiler.is_compiling():
-        (weight,) = autocast(weight)
+    plain = weight_of(to_qkv, Linear)
+    if isinstance(x, Normed) and plain is not None and not torch.compiler.is_compiling():
+        (weight,) = autocast(plain)
         tokens = groups * time * sites
         rows = _pieces(tokens, len(weight) * weight.element_size(), weight.device)
         if rows < tokens:
@@ -242,5 +243,6 @@ def attention(
             with torch.autocast(weight.device.type, enabled=False):
                 out: Tensor = _Attention.apply(*x[:4], weight, sin, cos, x.eps, heads, sequences, rows)
             return out
-    qkv = to_qkv(values_of(x)).view(groups, time, sites, 1, 3, heads, -1)
+    qkv = to_qkv(values_of(x)) if plain is None else linear(values_of(x), plain)
+    qkv = qkv.view(groups, time, sites, 1, 3, heads, -1)
     return ops.axial_attention(qkv, axis, rotation).flatten(3)
