@@ -14,21 +14,15 @@ import torch
 from backends.cpu import amx
 from backends.cuda import emulated
 from inputs import poisoned_empty
+from instruction_sets import ISAS, using
 from torch import Tensor
-
-from pvdm_fast.backends import extensions
-
-ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 
 
 @pytest.fixture(params=ISAS)
-def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this machine in turn."""
-    module = extensions.extension("_cpu")
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture

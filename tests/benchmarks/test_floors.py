@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floors
-from benchmarks.cases import Setting
 from benchmarks.eager import EagerDenoiser, Residual, Variant
 from benchmarks.eager_autoencoder import EagerAutoencoder
+from benchmarks.registry import Setting
 
 PLAIN = Variant(recompute=False)
 

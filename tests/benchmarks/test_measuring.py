@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import floors, machine, plots, report, rows
-from benchmarks.cases import Form, Setting, all_cases, assemble
+from benchmarks.cases import all_cases
 from benchmarks.measure import Disagreement, Timings, alternate, check_agreement, rounds_for, seconds
 from benchmarks.memory import LiveMemory, saved_bytes, weigh, weigh_runner
+from benchmarks.registry import Form, Setting, assemble
 from benchmarks.session import DoesNotFit, devices, get_ready
 
 TINY = Setting("tiny")

@@ -13,7 +13,8 @@ from pvdm_fast.layout import TriplaneLayout
 pytest.importorskip("triton")
 
 from benchmarks import report, traffic
-from benchmarks.cases import Setting, all_cases
+from benchmarks.cases import all_cases
+from benchmarks.registry import Setting
 from benchmarks.traffic import Item, Total, count, shapes_alone
 
 SETTING = Setting("tiny", torch.bfloat16)

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from comparison import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, poisoned_empty, transposed
+from instruction_sets import ISAS
 from tolerances import OPERATION
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from pvdm_fast.backends.reference import triplane_expand as expand_reference
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
 pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
-ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
     "transposed": transposed,
@@ -33,15 +33,6 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "stride 0 tokens": lambda t: t[:, :1].expand_as(t),
     "all stride 0": lambda t: t[:1, :1, :1].expand_as(t),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = extensions.extension("_cpu")
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
 
 
 def wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

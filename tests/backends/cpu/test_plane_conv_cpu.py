@@ -50,7 +50,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLa
     return out, *actual
 
 
-@pytest.mark.usefixtures("poisoned", "cpu_isa")
+@pytest.mark.usefixtures("poisoned", "isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("channels", "written"), [(1, 1), (3, 5), (5, 33), (33, 3), (256, 8)])
 def test_values(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int, written: int) -> None:
@@ -69,7 +69,7 @@ def test_small_planes(planes: tuple[tuple[int, int], ...], batch: int) -> None:
     check(*draw(layout, 6, 4, torch.float32, batch), layout)
 
 
-@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("form", FORMS)
 def test_strides(form: str) -> None:
     x, weight, bias, grad = draw(ODD, 24, 8, torch.float32)

@@ -12,11 +12,11 @@ from backends.cuda import emulated
 from comparison import assert_close, relative_error
 from golden_tools import GoldenCase, load_case
 from models.test_golden import check_gradients
-from ops.cases import CASES
-from ops.test_operations import run_with_gradients, sliced, tolerance_of, transposed
+from ops.test_operations import sliced, tolerance_of, transposed
 from tolerances import ATTENTION_16_BIT, GOLDEN_NETWORK, NETWORK_16_BIT
 
 from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.analysis.cases import SMALL, run_with_gradients
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import ATTENTION, KERNEL_DTYPES, SERVED, BackendError
 from pvdm_fast.backends.cuda import attention
@@ -36,7 +36,7 @@ def device(emulated_device: ModuleType) -> Iterator[ModuleType]:
 
 def kernels() -> list[tuple[str, torch.dtype, bool]]:
     """(case, dtype, whether by tensor cores), which are for attention in 16 bits."""
-    served = [(name, case.op) for name, case in CASES.items() if case.op in SERVED["cuda"]]
+    served = [(name, case.op) for name, case in SMALL.items() if case.op in SERVED["cuda"]]
     halves = [(name, dtype, True) for name, op in served if op in ATTENTION for dtype in KERNEL_DTYPES[1:]]
     return [(name, dtype, False) for name, _ in served for dtype in KERNEL_DTYPES] + halves
 
@@ -47,7 +47,7 @@ def test_equals_reference(
     monkeypatch: pytest.MonkeyPatch, name: str, form: str, dtype: torch.dtype, matrix: bool
 ) -> None:
     """As tests/ops/test_operations.py tests every backend, through the registered operation; also by tensor cores."""
-    case = CASES[name]
+    case = SMALL[name]
     monkeypatch.setattr(attention, "MATRIX_LENGTH", 1 if matrix else 1 << 30)
     inputs = {n: FORMS[form](t) for n, t in case.inputs(dtype).items()}
     with use_backend("reference"):
