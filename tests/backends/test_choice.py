@@ -75,6 +75,7 @@ def test_triton_not_installed(fresh_reasons: None, monkeypatch: pytest.MonkeyPat
     assert all("not installed" in str(row["triton"]) for row in choice.report("cpu").values())
 
 
+@pytest.mark.slow
 def test_everything_else_works_without_triton() -> None:
     """The package, its choice of backends and an operation, where `import triton` fails."""
     code = """
@@ -136,6 +137,7 @@ def test_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
+@pytest.mark.slow
 def test_environment_variable() -> None:
     code = "from pvdm_fast.backends import choice; print(choice.requested())"
     found = subprocess.run(

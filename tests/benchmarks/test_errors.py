@@ -27,7 +27,10 @@ def check(errors: list[Error]) -> None:
         assert error.bfloat16["ours"] <= BFLOAT16_FACTOR * error.bfloat16["eager"], where
 
 
-@pytest.mark.parametrize("name", [case.name for case in cases()])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(case.name, marks=pytest.mark.slow if case.kind == "network" else ()) for case in cases()],
+)
 def test_errors(name: str) -> None:
     with use_backend("cpu"):
         errors = measure(all_cases()[name])

@@ -24,7 +24,7 @@ def counted(run: Any, *arguments: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", ["tiny", "small", pytest.param("base", marks=pytest.mark.slow)])
 def test_denoiser(size: str) -> None:
     config = Setting(size).denoiser
     with FakeTensorMode(), torch.no_grad():

@@ -84,7 +84,9 @@ def test_least_time_is_the_longer_of_the_two() -> None:
     assert (total.launches, total.bytes, total.flops) == (3, int(bandwidth) + 1, int(2 * peak) + 1)
 
 
-@pytest.mark.parametrize("name", ["denoiser", "autoencoder encode", "autoencoder decode"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("denoiser", marks=pytest.mark.slow), "autoencoder encode", "autoencoder decode"]
+)
 def test_networks(name: str) -> None:
     row = traffic.rows_of(all_cases()[name], SETTING)[0]
     ours, eager = row.totals["ours"], row.totals["eager"]

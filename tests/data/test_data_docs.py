@@ -35,6 +35,7 @@ def commands(module: str) -> list[list[str]]:
     return [shlex.split(line)[3:] for line in lines if line.startswith(f"python -m pvdm_fast.{module} ")]
 
 
+@pytest.mark.slow
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wds = pytest.importorskip("webdataset")
     monkeypatch.chdir(tmp_path)

@@ -160,6 +160,7 @@ def test_torchrun_starts_them(encoded: Path, video_folder: Path, autoencoder: Pa
     assert contents(out) == contents(encoded)
 
 
+@pytest.mark.slow
 def test_a_killed_encoding_goes_on(encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path) -> None:
     """SIGKILL as soon as the first shard is there; then the same command."""
     out = tmp_path / "out"

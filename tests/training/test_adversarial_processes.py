@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tolerances
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,7 @@ def one_step(folder: Path) -> None:
         torch.save({**gradients, **judged, **values}, folder / f"{share.world}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     one_step(tmp_path)
     with socket.socket() as free:

@@ -6,13 +6,11 @@ import platform
 import re
 import shutil
 import subprocess
-import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 
-import pybind11
 import pytest
-from backends.cpu import amx
+from backends.builds import Builds
+from backends.cpu import amx, instrumented
 from backends.cuda.sanitizers import FLAGS, RACE, THREAD_FLAGS, run_sanitized, run_thread_sanitized, thread_sanitizer
 
 import build_tools
@@ -26,6 +24,7 @@ needs_extension = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only")
+@pytest.mark.slow
 def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
     """A symbol that two objects define is taken from either: AVX-512 code would then run where it can't.
 
@@ -65,22 +64,6 @@ def test_tile_instructions_are_in_amx_only() -> None:
     assert all("pvdm::amx::" in name for names in found.values() for name in names), found
 
 
-def build_instrumented(folder: Path, isas: Sequence[str], flags: tuple[str, ...], *extra: Path) -> Path:
-    """The extension with `flags`, and with the sources `extra`; its path. Left without `flags`, as they take long to
-    compile, are the bindings and other instruction sets than `isas` (a set is offered only where those before are)."""
-    include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
-    extension = build_tools.cpu_extension(folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
-    extension.link += " " + " ".join(flags)
-    others = (*(f"_{isa}" for isa in build_tools.isa_flags() if isa not in isas), "bindings_cpu")
-    instrumented = f"-O1 -g {' '.join(flags)}"
-    extension.objects = {
-        name: (source, rule, f"{flags_of} {'-O0' if name.endswith(others) else instrumented}")
-        for name, (source, rule, flags_of) in extension.objects.items()
-    } | {path.stem: (path, "cxx", instrumented) for path in extra}
-    build_tools.run_ninja(extension, folder / "objects")
-    return extension.output
-
-
 SCRIPT = Path(__file__).with_name("sanitized_cpu.py")
 
 
@@ -91,25 +74,27 @@ def best() -> str:
 @pytest.mark.slow
 @needs_extension
 @pytest.mark.parametrize("isas", ["best", pytest.param("all", marks=pytest.mark.exhaustive)])
-def test_addresses_and_undefined_behaviour(isas: str, tmp_path: Path) -> None:
+def test_addresses_and_undefined_behaviour(isas: str, builds: Builds) -> None:
     """Every kernel and dtype under AddressSanitizer and UBSan."""
     used = [best()] if isas == "best" else extensions.extension("_cpu").isas()
-    run_sanitized(SCRIPT, build_instrumented(tmp_path, used, FLAGS), 2, *used)
+    built = builds.get(f"addresses_{isas}", lambda folder: instrumented.build(folder, used, FLAGS), *used)
+    run_sanitized(SCRIPT, built, 2, *used)
 
 
 @pytest.mark.slow
 @needs_extension
-def test_addresses_of_tiles(tmp_path: Path) -> None:
+def test_addresses_of_tiles(builds: Builds) -> None:
     """Attention in the set amx: what is loaded and stored by the stand-in of the tiles, and all around it."""
     amx.skip_where_it_cannot_run(extensions.extension("_cpu").isas())
-    run_sanitized(SCRIPT, amx.build(tmp_path, ("-O1", *FLAGS)), 2, "amx")
+    built = builds.get("addresses_tiles", lambda folder: amx.build(folder, ("-O1", *FLAGS)))
+    run_sanitized(SCRIPT, built, 2, "amx")
 
 
 @pytest.fixture(scope="module")
-def built_for_threads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_for_threads(builds: Builds) -> Path:
     thread_sanitizer()
-    folder = tmp_path_factory.mktemp("threads")
-    return build_instrumented(folder, [best()], THREAD_FLAGS, SCRIPT.with_name("planted_race.cpp"))
+    planted = SCRIPT.with_name("planted_race.cpp")
+    return builds.get("threads", lambda folder: instrumented.build(folder, [best()], THREAD_FLAGS, planted), best())
 
 
 @pytest.mark.slow

@@ -254,6 +254,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_isa_from_the_environment() -> None:
     code = "from pvdm_fast.backends import extensions as e; print(e.availability('cpu') or e.extension('_cpu').isa())"
     assert run_python(code, PVDM_FAST_CPU_ISA="plain").stdout.strip() == "plain"

@@ -94,6 +94,7 @@ def autoencoder() -> tuple[GoldenCase, Autoencoder]:
     return case, model
 
 
+@pytest.mark.slow
 def test_denoiser() -> None:
     case, model = denoiser()
     x = case.input("x").requires_grad_()
@@ -103,6 +104,7 @@ def test_denoiser() -> None:
     check_gradients(case, model, {"x": x}, GOLDEN_NETWORK)
 
 
+@pytest.mark.slow
 def test_autoencoder() -> None:
     case, model = autoencoder()
     video = case.draw("input.video", (1, 3, 16, 48, 48)).tanh().requires_grad_()
@@ -114,6 +116,7 @@ def test_autoencoder() -> None:
     check_gradients(case, model, {"video": video}, GOLDEN_NETWORK)
 
 
+@pytest.mark.slow
 def test_denoiser_on_tensor_cores(monkeypatch: pytest.MonkeyPatch, device: ModuleType) -> None:
     """In float16 the network is as far from the golden values as with the reference in float16 (backward: minutes)."""
     monkeypatch.setattr(attention, "MATRIX_LENGTH", 1)

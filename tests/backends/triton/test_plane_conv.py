@@ -74,6 +74,7 @@ def test_values(dtype: torch.dtype, channels: int, written: int) -> None:
 
 @pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_parts_are_added_in_order(dtype: torch.dtype) -> None:
     """Every program's share of the inner axis: several steps, the last one fewer; twice with the same bits."""
     assert plane_conv_product.parts_of(torch.device("cpu"), 3, 18) == 16

@@ -184,6 +184,7 @@ def test_wrong_options(option: list[str], message: str, capsys: pytest.CaptureFi
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help() -> None:
     result = subprocess.run([sys.executable, "-m", "pvdm_fast.tune", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
