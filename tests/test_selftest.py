@@ -69,7 +69,7 @@ def test_nothing_to_compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "nothing was compared" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: run with CUDA_VISIBLE_DEVICES=")
 def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main(["--device", "cuda"]) == 2
     assert "run with --device cpu" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def fresh_reasons() -> Iterator[None]:
         found.cache_clear()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: run with CUDA_VISIBLE_DEVICES=")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_backend_by_name_that_cannot_run_raises(
     name: str, fresh_reasons: None, monkeypatch: pytest.MonkeyPatch
@@ -95,7 +95,7 @@ info.main([])
 def test_backend_by_name_does_not_fall_back() -> None:
     """No kernel for this dtype: a clear refusal, not the reference's result."""
     if choice.unavailable("cpu"):
-        pytest.skip("the CPU extension was not built")
+        pytest.skip("the CPU extension was not built: install g++, and pvdm_fast again")
     with use_backend("cpu"):
         expand()
         with pytest.raises(BackendError, match=r"cannot serve triplane_expand: .*float64"):

@@ -10,7 +10,7 @@ import torch
 from pvdm_fast import ops
 from pvdm_fast.layout import TriplaneLayout
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from benchmarks import report, traffic
 from benchmarks.cases import all_cases

@@ -37,7 +37,7 @@ def commands(module: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wds = pytest.importorskip("webdataset")
+    wds = pytest.importorskip("webdataset", reason="needs webdataset: pip install webdataset")
     monkeypatch.chdir(tmp_path)
     Path("videos").mkdir()
     Path("shards").mkdir()

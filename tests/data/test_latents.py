@@ -183,7 +183,7 @@ def test_a_killed_encoding_goes_on(encoded: Path, video_folder: Path, autoencode
 
 def test_webdataset_shards_of_latents(encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path) -> None:
     """The same clips, readable by the library alone, and the same bytes each time."""
-    wds = pytest.importorskip("webdataset")
+    wds = pytest.importorskip("webdataset", reason="needs webdataset: pip install webdataset")
     for name in ("one", "two"):
         tar = ["--windows", "5", "--flip", "--container", "tar"]
         assert run(video_folder, tmp_path / name, autoencoder, *tar) == 0

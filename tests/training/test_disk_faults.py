@@ -75,7 +75,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place]).returncode:
-        pytest.skip("only root can mount a small disk")
+        pytest.skip("only root can mount a small disk: run as root")
     yield place
     subprocess.run(["umount", place], check=True)
 

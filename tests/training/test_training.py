@@ -119,7 +119,7 @@ def test_a_signal_stops_a_real_process_after_saving(number: int, tmp_path: Path)
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run, "autoencoder")) > 2, process)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 128 + number, output

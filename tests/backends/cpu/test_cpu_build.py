@@ -18,12 +18,12 @@ from pvdm_fast.backends import extensions
 
 ROOT = Path(__file__).resolve().parents[3]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 MISSING = extensions.availability("cpu")
 needs_extension = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only: run on x86-64")
 @pytest.mark.slow
 def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
     """A symbol that two objects define is taken from either: AVX-512 code would then run where it can't.
@@ -47,8 +47,11 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
 
 
 @needs_extension
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
-@pytest.mark.skipif("amx" not in extensions.build_info().get("_cpu", {}).get("targets", ()), reason="built without AMX")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump: install binutils")
+@pytest.mark.skipif(
+    "amx" not in extensions.build_info().get("_cpu", {}).get("targets", ()),
+    reason="built without AMX: install binutils 2.36 or newer and build again",
+)
 def test_tile_instructions_are_in_amx_only() -> None:
     """In the installed extension; and their operands are a sum (tiles 0-3), a left (4, 5) and a right one (6, 7)."""
     command = ["objdump", "-dC", "-M", "intel", "--no-show-raw-insn", str(extensions.extension("_cpu").__file__)]
@@ -99,7 +102,7 @@ def built_for_threads(builds: Builds) -> Path:
 
 @pytest.mark.slow
 @needs_extension
-@pytest.mark.skipif(platform.system() != "Linux", reason="ThreadSanitizer is preloaded as on Linux")
+@pytest.mark.skipif(platform.system() != "Linux", reason="ThreadSanitizer is preloaded as on Linux: run on Linux")
 def test_threads(built_for_threads: Path) -> None:
     """No kernel has a data race: ThreadSanitizer finds none in any, and finds the one that is planted.
 

@@ -227,7 +227,7 @@ def _norm_of(x: Tensor) -> float:
     return float(y.numpy().sum())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: run on Linux or macOS")
 def test_works_in_a_forked_child() -> None:
     """OpenMP's threads don't survive a fork; data loaders fork after the parent has used them."""
     x = torch.ones(1, 4096, 64)
@@ -263,7 +263,7 @@ def test_isa_from_the_environment() -> None:
     assert said == "amx" if "amx" in ISAS else "asks for amx, which this CPU or its system does not have" in said
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: run on Linux")
 def test_one_openmp_run_time() -> None:
     """The extension shares torch's OpenMP, so that two pools of threads don't compete for the cores."""
     code = """

@@ -182,7 +182,7 @@ def test_workspace_made_in_inference_mode_serves_training() -> None:
 @pytest.mark.parametrize("onednn", [True, False])
 def test_both_ways_to_the_product(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
     if onednn and not gemm._onednn():
-        pytest.skip("torch was built without oneDNN")
+        pytest.skip("this torch was built without oneDNN: install one with it")
     monkeypatch.setattr(gemm, "_onednn", lambda: onednn)
     check(*draw(ODD, 12, 8, torch.float32), ODD)
 

@@ -24,7 +24,7 @@ from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 FORMS = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}
 
 

@@ -15,8 +15,8 @@ from backends.cuda.sanitizers import FLAGS
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
-    pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are Linux's"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are Linux's: run on Linux"),
 ]
 PROGRAM = (Path(__file__).with_name("all_kernels.cpp"), *emulated.CUDA_SOURCES)
 
@@ -44,5 +44,5 @@ def test_addresses(builds: Builds) -> None:
 def test_races(builds: Builds) -> None:
     """No two threads of a block without a barrier between, and no two blocks, meet at one address (ThreadSanitizer)."""
     if subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("ThreadSanitizer needs `setarch -R`, which this system refuses: run where personality() is allowed")
+        pytest.skip("ThreadSanitizer needs `setarch -R`, which this system refuses: run where it is allowed")
     run("setarch", "-R", program(builds, "-fsanitize=thread"))

@@ -16,7 +16,7 @@ from backends.cuda import emulated
 from backends.cuda.sanitizers import FLAGS
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 SOURCE = Path(__file__).with_name("faults.cu")
 K = 96
 
@@ -153,7 +153,7 @@ def with_addresses(builds: Builds) -> Path:
 @pytest.fixture(scope="module")
 def with_races(builds: Builds) -> Path:
     if subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("ThreadSanitizer needs `setarch -R`, which this system refuses: run where personality() is allowed")
+        pytest.skip("ThreadSanitizer needs `setarch -R`, which this system refuses: run where it is allowed")
     return built(builds, "-fsanitize=thread")
 
 

@@ -15,7 +15,7 @@ from benchmarks import kernel_resources
 from pvdm_fast.backends.choice import SERVED
 from pvdm_fast.errors import UserError
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 ROOT = Path(__file__).parents[3]
 
 
