@@ -10,23 +10,24 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from benchmarks import eager, eager_autoencoder, floors
-from benchmarks.cases import (
+from benchmarks.eager import Variant
+from benchmarks.measure import Pack, Prepared, only
+from benchmarks.registry import (
     Network,
+    Registry,
     Setting,
     assemble_modules,
     planes_to_tokens,
-    register,
     tokens_to_planes,
     with_variants,
 )
-from benchmarks.eager import Variant
-from benchmarks.measure import Pack, Prepared, only
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.nn import AxialTransformer, PlaneAttention, PlaneProjection, ResidualBlock, TriplaneAttention
 
+REGISTRY = Registry()
 Call = Callable[..., Tensor | Sequence[Tensor]]
 
 
@@ -57,7 +58,7 @@ def _block(
     return assemble_modules(setting, shape, {"ours": _lazy(ours, ours_call, [tokens]), **make}, flops)
 
 
-@register("block/cross-plane attention", "block")
+@REGISTRY.add("block/cross-plane attention", "block")
 def cross_plane_attention(setting: Setting) -> Prepared:
     channels, heads = setting.denoiser["model_channels"], setting.denoiser["num_heads"]
     tokens = setting.layout.num_tokens
@@ -71,7 +72,7 @@ def cross_plane_attention(setting: Setting) -> Prepared:
     )
 
 
-@register("block/in-plane attention", "block")
+@REGISTRY.add("block/in-plane attention", "block")
 def in_plane_attention(setting: Setting) -> Prepared:
     channels, heads = setting.denoiser["model_channels"], setting.denoiser["num_heads"]
     layout = setting.layout
@@ -86,7 +87,7 @@ def in_plane_attention(setting: Setting) -> Prepared:
     )
 
 
-@register("block/residual", "block")
+@REGISTRY.add("block/residual", "block")
 def residual(setting: Setting) -> Prepared:
     channels, layout = setting.denoiser["model_channels"], setting.layout
     width = 4 * channels
@@ -102,7 +103,7 @@ def residual(setting: Setting) -> Prepared:
     )
 
 
-@register("block/TimeSformer layer", "block")
+@REGISTRY.add("block/TimeSformer layer", "block")
 def timesformer_layer(setting: Setting) -> Prepared:
     layout, config = setting.lattice, setting.autoencoder
     sizes = (config["channels"], 1, config["num_heads"], config["head_dim"])
@@ -118,7 +119,7 @@ def timesformer_layer(setting: Setting) -> Prepared:
     return assemble_modules(setting, shape, make, flops)
 
 
-@register("block/projection to xy", "block")
+@REGISTRY.add("block/projection to xy", "block")
 def projection(setting: Setting) -> Prepared:
     """Sequences to element 0 of the last layer."""
     layout, channels = setting.lattice, setting.autoencoder["channels"]
@@ -148,7 +149,7 @@ def _clip_name(layout: TriplaneLayout, setting: Setting) -> str:
     return f"B{setting.clips} {layout.time}x{layout.height}x{layout.width}"
 
 
-@register("denoiser", "network", ("forward", "both"))
+@REGISTRY.add("denoiser", "network", ("forward", "both"))
 def denoiser(setting: Setting) -> Prepared:
     """The predicted noise, conditional."""
     config, layout = setting.denoiser, setting.layout
@@ -181,7 +182,7 @@ def _packed(build: Callable[[], Network], pack: Pack) -> Callable[[], Network]:
     return rebuilt
 
 
-@register("sampler step", "network", ("forward",))
+@REGISTRY.add("sampler step", "network", ("forward",))
 def sampler_step(setting: Setting) -> Prepared:
     """One guided DDIM step: ours in one batched pass, the release's way in two calls."""
     config, layout = setting.denoiser, setting.layout
@@ -225,7 +226,7 @@ def _video(setting: Setting) -> Tensor:
     return setting.draw(setting.clips, 3, config["frames"], config["height"], config["width"]).tanh()
 
 
-@register("autoencoder encode", "network", ("forward",))
+@REGISTRY.add("autoencoder encode", "network", ("forward",))
 def encode(setting: Setting) -> Prepared:
     return _autoencoders(
         setting,
@@ -236,7 +237,7 @@ def encode(setting: Setting) -> Prepared:
     )
 
 
-@register("autoencoder decode", "network", ("forward",))
+@REGISTRY.add("autoencoder decode", "network", ("forward",))
 def decode(setting: Setting) -> Prepared:
     latent = setting.draw(setting.clips, setting.autoencoder["latent_channels"], setting.lattice.num_tokens).tanh()
     return _autoencoders(
@@ -248,7 +249,7 @@ def decode(setting: Setting) -> Prepared:
     )
 
 
-@register("autoencoder", "network", ("both",))
+@REGISTRY.add("autoencoder", "network", ("both",))
 def autoencoder(setting: Setting) -> Prepared:
     """A training step's pass: encode, decode, and back."""
     config = setting.autoencoder

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Setting, all_cases
-from benchmarks.measure import Runner, outcome, relative_error
+from benchmarks.cases import all_cases
+from benchmarks.measure import Runner, outcome
+from benchmarks.registry import Case, Setting
 from benchmarks.report import PAGES, matching, write_between
 from pvdm_fast import use_backend
+from pvdm_fast.analysis.comparison import relative_error
 
 # Large enough to mean something and small enough for tests: 296 tokens of three unequal planes, 2 heads of 32; a
 # lattice of 8 x 10 x 12.

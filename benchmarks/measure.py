@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floors import Work, work
+from pvdm_fast.analysis.comparison import relative_error
 from pvdm_fast.backends import choice
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -95,17 +95,6 @@ class Prepared:
         ours = self.runners["ours"]
         read, weights = (sum(t.nbytes for t in ts) for ts in (ours.inputs, ours.parameters.values()))
         return work(direction, self.flops, read, weights, self.written)
-
-
-def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """|actual - expected| / |expected| in the 2-norm over all tensors of a list; infinite where one is not finite."""
-    difference = total = 0.0
-    for a, e in zip(actual, expected, strict=True):
-        if a.shape != e.shape:
-            return math.inf
-        difference += float((a.detach().double() - e.detach().double()).square().sum())
-        total += float(e.detach().double().square().sum())
-    return math.sqrt(difference / max(total, 1e-300)) if math.isfinite(difference) else math.inf
 
 
 Outcome = dict[str, list[Tensor]]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.cases import Case, Setting
 from benchmarks.measure import Runner
+from benchmarks.registry import Case, Setting
 from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
 
 SHARE_OF_MEMORY = 0.85  # of what is free; a run that would need more is left out

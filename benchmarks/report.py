@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import floors, machine, plots, rows
-from benchmarks.cases import SIZES, Case, Setting, all_cases
+from benchmarks.cases import all_cases
 from benchmarks.measure import Disagreement, alternate
 from benchmarks.memory import weigh
+from benchmarks.registry import SIZES, Case, Setting
 from benchmarks.session import DTYPES, DoesNotFit, devices, get_ready
 
 BUSY = 0.2  # cores

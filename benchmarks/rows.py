@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks import floors, machine
-from benchmarks.cases import Case, Setting
 from benchmarks.measure import Prepared, Timings
 from benchmarks.memory import Weight
+from benchmarks.registry import Case, Setting
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks import machine, plots, rows
-from benchmarks.cases import Case, Setting, all_cases
+from benchmarks.cases import all_cases
 from benchmarks.measure import alternate, check_agreement, record_backends
 from benchmarks.memory import Weight, weigh
+from benchmarks.registry import Case, Setting
 
 PATCH = 8
 FRAMES, RESOLUTIONS, BATCHES = (8, 16, 32, 64, 128), (64, 128, 256, 512), (1, 2, 4, 8)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import rows
-from benchmarks.cases import Case, Setting
 from benchmarks.measure import Prepared, Timings, check_agreement, record_backends
 from benchmarks.memory import Weight, available, weigh
+from benchmarks.registry import Case, Setting
 
 DTYPES = (torch.float32, torch.bfloat16)
 

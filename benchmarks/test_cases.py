@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks import rows
-from benchmarks.cases import Setting, all_cases
+from benchmarks.cases import all_cases
 from benchmarks.measure import Timings, rounds_for, seconds
+from benchmarks.registry import Setting
 from benchmarks.session import DTYPES, DoesNotFit, Ready, devices, get_ready
 
 BUDGET = 0.8  # seconds of rounds for one measurement

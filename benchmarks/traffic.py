@@ -31,14 +31,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks import floors
-from benchmarks.cases import Case, Setting, all_cases
+from benchmarks.cases import all_cases
 from benchmarks.measure import Runner
-from pvdm_fast.analysis.flops import operation_flops
+from benchmarks.registry import Case, Setting
+from pvdm_fast.analysis.flops import operation_flops, product_flops
+from pvdm_fast.analysis.recorder import Recorder, name_of, own_operation
 from pvdm_fast.backends import choice
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
@@ -103,59 +103,50 @@ def is_launch(function: Any) -> bool:
     """Whether an operation computes or copies: no view, no allocation, none of PyTorch's own questions (prim)."""
     returns = function._schema.returns
     view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    name = function._schema.name.partition("::")[2]
-    return function.namespace == "aten" and not view and not name.startswith(ALLOCATIONS)
+    return function.namespace == "aten" and not view and not name_of(function).startswith(ALLOCATIONS)
 
 
 def aten_item(function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> Item:
     """Reads its arguments and writes its results; what is overwritten unread (copy_, fill_, zero_) only the latter."""
-    name = function._schema.name.partition("::")[2]
+    name = name_of(function)
     overwrites = name in ("copy_", "fill_", "zero_")
     read = distinct_bytes((arguments[1:] if overwrites else arguments, options))
-    flops = flop_registry.get(function._overloadpacket)
     return Item(
         name=name,
         launches=1,
         bytes=read + distinct_bytes([result]),
-        flops=int(flops(*arguments, **options, out_val=result)) if flops else 0,
+        flops=product_flops(function, arguments, options, result),
     )
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(Recorder):
     """Collects an Item for every operation that reaches PyTorch while it is on, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()
         self.items: list[Item] = []
 
-    def __torch_dispatch__(
-        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function.namespace == "pvdm_fast":
-            self.items.append(self._operation(function._schema.name.partition("::")[2], args))
-            return function(*args, **(kwargs or {}))
-        result = function(*args, **(kwargs or {}))
-        if is_launch(function):
-            self.items.append(aten_item(function, args, kwargs or {}, result))
-        return result
+    def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        if own := own_operation(function):
+            self.items.append(launcher_item(*own, arguments))
+        elif is_launch(function):
+            self.items.append(aten_item(function, arguments, options, result))
 
-    @staticmethod
-    def _operation(name: str, arguments: tuple[Any, ...]) -> Item:
-        """What the Triton launcher of an operation launches for these arguments."""
-        from pvdm_fast.kernels.launch import watch
 
-        op = name.removesuffix("_backward")
-        direction = "forward" if op == name else "backward"
-        *inputs, _backend = arguments
-        moved: list[int] = []
-        with Traffic() as glue, watch(lambda kernel, grid, given, *_: moved.append(distinct_bytes(given))):
-            getattr(choice.implementation("triton", op), direction)(*inputs)
-        return Item(
-            name=name,
-            launches=len(moved) + len(glue.items),
-            bytes=sum(moved) + sum(item.bytes for item in glue.items),
-            flops=operation_flops(op, direction, inputs),
-        )
+def launcher_item(op: str, direction: str, arguments: tuple[Any, ...]) -> Item:
+    """What the Triton launcher of an operation launches for these arguments."""
+    from pvdm_fast.kernels.launch import watch
+
+    *inputs, _backend = arguments
+    moved: list[int] = []
+    with Traffic() as glue, watch(lambda kernel, grid, given, *_: moved.append(distinct_bytes(given))):
+        getattr(choice.implementation("triton", op), direction)(*inputs)
+    return Item(
+        name=op if direction == "forward" else f"{op}_backward",
+        launches=len(moved) + len(glue.items),
+        bytes=sum(moved) + sum(item.bytes for item in glue.items),
+        flops=operation_flops(op, direction, inputs),
+    )
 
 
 def count(run: Callable[[], object]) -> list[Item]:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected| in the 2-norm, computed in float64."""
-    a, e = actual.detach().double(), expected.detach().double()
-    return float((a - e).norm() / e.norm().clamp_min(1e-300)) if e.norm() > 0 else float(a.norm())
+from pvdm_fast.analysis.comparison import relative_error as relative_error
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "result") -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Generator
 from importlib.util import find_spec
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
@@ -11,16 +13,33 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A machine that is busy with something else is no fault of an example.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 if find_spec("triton"):
     from backends.triton import interpreter
 
     interpreter.install()
 
+REMEDY = re.compile(r"\b(install|run|rerun|set|unset|use)\b.")
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A skip says what would run the test: one that doesn't is a failure."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple) and not REMEDY.search(report.longrepr[2]):
+        report.outcome = "failed"
+        report.longrepr = f"the reason of a skip must say what would run the test: {report.longrepr[2]!r}"
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -38,7 +38,7 @@ def test_bad_arch_list(text: str) -> None:
         build_tools.parse_arch_list(text)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only: run on x86-64")
 def test_an_old_assembler_leaves_out_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest is built all the same, and nothing names the set."""
     old = tmp_path / "old-g++"
@@ -186,7 +186,7 @@ def test_sdist(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 def test_wheel_installs_and_runs(tmp_path: Path) -> None:
     """A wheel built from the sources, unpacked on its own: kernels, the _cpu extension and the facts are inside."""
     sources = copy_of_sources(tmp_path / "sources")

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from pvdm_fast.analysis.recorder import Recorder
 
 
 def saved_bytes(run: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor]) -> int:
@@ -31,7 +32,7 @@ def saved_bytes(run: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor
     return sum(storage.nbytes() for storage in kept.values())
 
 
-class LiveMemory(TorchDispatchMode):
+class LiveMemory(Recorder):
     """Counts the bytes of all storages that operations make while it is on: `now`, and their highest sum, `peak`.
 
     Scratch inside a kernel is not seen. In a FakeTensorMode nothing is allocated, so what would not fit can be weighed.
@@ -42,15 +43,13 @@ class LiveMemory(TorchDispatchMode):
         self.now = self.peak = 0
         self._alive: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
+    def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        given = {t.untyped_storage()._cdata for t in tree_iter((arguments, options)) if isinstance(t, Tensor)}
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in before and storage._cdata not in self._alive:
+                if storage._cdata not in given and storage._cdata not in self._alive:
                     self._count(storage)
-        return result
 
     def _count(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()

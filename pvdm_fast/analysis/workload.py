@@ -5,7 +5,7 @@ The kernels are tuned for these calls (`pvdm_fast.tune`) and compiled ahead of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pvdm_fast.analysis.recorder import Recorder, own_operation
 from pvdm_fast.backends import choice
 from pvdm_fast.models.presets import DENOISER, preset
 
@@ -72,22 +72,17 @@ def list_of(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-class _Recorder(TorchDispatchMode):
-    """Collects calls of this package's operations, below autograd; each once, in the order of their first use."""
+class _DifferentCalls(Recorder):
+    """Collects calls of this package's operations, each once, in the order of their first use."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[Call, None] = {}
 
-    def __torch_dispatch__(
-        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function.namespace == "pvdm_fast":
-            name = function._schema.name.partition("::")[2]
-            op = name.removesuffix("_backward")
-            *inputs, _backend = args
-            self.calls[Call(op, "forward" if op == name else "backward", tuple(map(_frozen, inputs)))] = None
-        return function(*args, **(kwargs or {}))
+    def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        if own := own_operation(function):
+            *inputs, _backend = arguments
+            self.calls[Call(*own, tuple(map(_frozen, inputs)))] = None
 
 
 def _frozen(value: Any) -> Any:
@@ -118,7 +113,7 @@ def calls(
     preset(DENOISER, size, {})
     from pvdm_fast.models import Autoencoder, Denoiser
 
-    recorder, default = _Recorder(), torch.get_default_dtype()
+    recorder, default = _DifferentCalls(), torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32 if mixed else dtype)
         with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=mixed):

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
+from backends.builds import Builds
 from backends.cpu import amx
 from backends.cuda import emulated
 from inputs import poisoned_empty
+from instruction_sets import ISAS, using
 from torch import Tensor
-
-from pvdm_fast.backends import extensions
-
-ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 
 
 @pytest.fixture(params=ISAS)
-def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this machine in turn."""
-    module = extensions.extension("_cpu")
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -48,29 +39,24 @@ def poisoned_likes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
 
 
-def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]) -> ModuleType:
-    """The extension `name`, built once for all processes of a test run."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    folder = factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with (folder / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = list(folder.glob(f"{name}.*.so"))
-        return emulated.load(found[0] if found else build(folder))
+@pytest.fixture(scope="session")
+def builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    """What is compiled for tests, kept for later runs (not with `-p no:cacheprovider`)."""
+    kept = getattr(request.config, "cache", None)
+    return Builds(kept.mkdir("builds") if kept else tmp_path_factory.getbasetemp() / "builds")
 
 
 @pytest.fixture(scope="session")
-def emulated_device(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def emulated_device(builds: Builds) -> ModuleType:
     """The CUDA kernels built for the host."""
-    return built_once(tmp_path_factory, "_emulated", emulated.build)
+    return emulated.load(builds.get("emulated", emulated.build))
 
 
 @pytest.fixture(scope="session")
-def amx_stand_in(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def amx_stand_in(builds: Builds) -> ModuleType:
     """Attention in the instruction set amx, with the stand-in of its tiles."""
     amx.skip_where_it_cannot_run(ISAS)
-    module = built_once(tmp_path_factory, "_tiles", amx.build)
+    module = emulated.load(builds.get("tiles", amx.build))
     module.set_isa("amx")
     return module
 

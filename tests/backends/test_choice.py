@@ -57,7 +57,7 @@ def fresh_reasons() -> Iterator[None]:
         found.cache_clear()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: run with CUDA_VISIBLE_DEVICES=")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_backend_by_name_that_cannot_run_raises(
     name: str, fresh_reasons: None, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +75,7 @@ def test_triton_not_installed(fresh_reasons: None, monkeypatch: pytest.MonkeyPat
     assert all("not installed" in str(row["triton"]) for row in choice.report("cpu").values())
 
 
+@pytest.mark.slow
 def test_everything_else_works_without_triton() -> None:
     """The package, its choice of backends and an operation, where `import triton` fails."""
     code = """
@@ -94,7 +95,7 @@ info.main([])
 def test_backend_by_name_does_not_fall_back() -> None:
     """No kernel for this dtype: a clear refusal, not the reference's result."""
     if choice.unavailable("cpu"):
-        pytest.skip("the CPU extension was not built")
+        pytest.skip("the CPU extension was not built: install g++, and pvdm_fast again")
     with use_backend("cpu"):
         expand()
         with pytest.raises(BackendError, match=r"cannot serve triplane_expand: .*float64"):
@@ -136,6 +137,7 @@ def test_automatic_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
     ]
 
 
+@pytest.mark.slow
 def test_environment_variable() -> None:
     code = "from pvdm_fast.backends import choice; print(choice.requested())"
     found = subprocess.run(

@@ -69,6 +69,7 @@ def test_residual(name: str) -> None:
     check_backward(case, y, block, {"x": x, "emb": emb}, GOLDEN_BLOCK)
 
 
+@pytest.mark.slow
 def test_denoiser() -> None:
     case = load_case("unet_small")
     config = case.meta["config"]

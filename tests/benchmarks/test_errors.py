@@ -6,16 +6,17 @@ import math
 
 import pytest
 import torch
+from instruction_sets import ISAS, using
 from tolerances import BFLOAT16_FACTOR, FLOAT32_ERROR
 
-from benchmarks.cases import Case, Form, Setting, all_cases, assemble
+from benchmarks.cases import all_cases
 from benchmarks.errors import Error, cases, markdown, measure
 from benchmarks.measure import Prepared
+from benchmarks.registry import Case, Form, Setting, assemble
 from pvdm_fast import use_backend
 from pvdm_fast.backends import choice, extensions
 
 pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
-ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 
 
 def check(errors: list[Error]) -> None:
@@ -26,7 +27,10 @@ def check(errors: list[Error]) -> None:
         assert error.bfloat16["ours"] <= BFLOAT16_FACTOR * error.bfloat16["eager"], where
 
 
-@pytest.mark.parametrize("name", [case.name for case in cases()])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(case.name, marks=pytest.mark.slow if case.kind == "network" else ()) for case in cases()],
+)
 def test_errors(name: str) -> None:
     with use_backend("cpu"):
         errors = measure(all_cases()[name])
@@ -39,14 +43,8 @@ def test_errors(name: str) -> None:
 @pytest.mark.parametrize("name", [case.name for case in cases("*_attention/*")])
 def test_attention_in_every_instruction_set(name: str, isa: str) -> None:
     """Attention's bf16 products differ from one instruction set to another; the automatic one is tested above."""
-    module = extensions.extension("_cpu")
-    before = module.isa()
-    module.set_isa(isa)
-    try:
-        with use_backend("cpu"):
-            check(measure(all_cases()[name]))
-    finally:
-        module.set_isa(before)
+    with using(isa), use_backend("cpu"):
+        check(measure(all_cases()[name]))
 
 
 def test_every_operation_and_both_networks_are_measured() -> None:

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import floors
-from benchmarks.cases import Setting
 from benchmarks.eager import EagerDenoiser, Residual, Variant
 from benchmarks.eager_autoencoder import EagerAutoencoder
+from benchmarks.registry import Setting
 
 PLAIN = Variant(recompute=False)
 
@@ -24,7 +24,7 @@ def counted(run: Any, *arguments: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", ["tiny", "small", pytest.param("base", marks=pytest.mark.slow)])
 def test_denoiser(size: str) -> None:
     config = Setting(size).denoiser
     with FakeTensorMode(), torch.no_grad():

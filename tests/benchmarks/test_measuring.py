@@ -6,15 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import floors, machine, plots, report, rows
-from benchmarks.cases import Form, Setting, all_cases, assemble
+from benchmarks.cases import all_cases
 from benchmarks.measure import Disagreement, Timings, alternate, check_agreement, rounds_for, seconds
 from benchmarks.memory import LiveMemory, saved_bytes, weigh, weigh_runner
+from benchmarks.registry import Form, Setting, assemble
 from benchmarks.session import DoesNotFit, devices, get_ready
 
 TINY = Setting("tiny")
@@ -26,6 +28,10 @@ QUICK = [name for name, case in all_cases().items() if case.kind != "network"]
 def _no_measuring_of_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "gemm_peak", lambda dtype, device: 100e9)
     monkeypatch.setattr(floors, "bandwidth", lambda working_set, device: 10e9)
+
+
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("setting", [TINY, BFLOAT], ids=["fp32", "bf16"])
@@ -182,7 +188,7 @@ def test_live_memory() -> None:
     assert (live.now, live.peak) == (0, 2048)
 
 
-@pytest.mark.parametrize("name", ["plane_conv/3x3", "block/cross-plane attention", "autoencoder"])
+@pytest.mark.parametrize("name", ["plane_conv/3x3", "block/cross-plane attention", slow("autoencoder")])
 def test_weighing_shapes_equals_weighing_a_run(name: str) -> None:
     case = all_cases()[name]
     weights = weigh(case, TINY, "both")
@@ -193,7 +199,7 @@ def test_weighing_shapes_equals_weighing_a_run(name: str) -> None:
         assert weights["ours, recomputing"].saved < weights["ours"].saved
 
 
-@pytest.mark.parametrize("name", all_cases())
+@pytest.mark.parametrize("name", [slow(name) if case.kind == "network" else name for name, case in all_cases().items()])
 def test_every_case_can_be_weighed(name: str) -> None:
     case = all_cases()[name]
     for direction in case.directions:
@@ -201,6 +207,7 @@ def test_every_case_can_be_weighed(name: str) -> None:
             assert weight.peak > 0 and (weight.saved == 0 or direction != "forward"), runner
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     case = all_cases()["block/TimeSformer layer"]
     weights = weigh(case, TINY, "both")

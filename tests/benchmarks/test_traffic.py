@@ -10,10 +10,11 @@ import torch
 from pvdm_fast import ops
 from pvdm_fast.layout import TriplaneLayout
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from benchmarks import report, traffic
-from benchmarks.cases import Setting, all_cases
+from benchmarks.cases import all_cases
+from benchmarks.registry import Setting
 from benchmarks.traffic import Item, Total, count, shapes_alone
 
 SETTING = Setting("tiny", torch.bfloat16)
@@ -83,7 +84,9 @@ def test_least_time_is_the_longer_of_the_two() -> None:
     assert (total.launches, total.bytes, total.flops) == (3, int(bandwidth) + 1, int(2 * peak) + 1)
 
 
-@pytest.mark.parametrize("name", ["denoiser", "autoencoder encode", "autoencoder decode"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("denoiser", marks=pytest.mark.slow), "autoencoder encode", "autoencoder decode"]
+)
 def test_networks(name: str) -> None:
     row = traffic.rows_of(all_cases()[name], SETTING)[0]
     ours, eager = row.totals["ours"], row.totals["eager"]

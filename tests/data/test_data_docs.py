@@ -35,8 +35,9 @@ def commands(module: str) -> list[list[str]]:
     return [shlex.split(line)[3:] for line in lines if line.startswith(f"python -m pvdm_fast.{module} ")]
 
 
+@pytest.mark.slow
 def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wds = pytest.importorskip("webdataset")
+    wds = pytest.importorskip("webdataset", reason="needs webdataset: pip install webdataset")
     monkeypatch.chdir(tmp_path)
     Path("videos").mkdir()
     Path("shards").mkdir()

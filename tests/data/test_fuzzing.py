@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("webdataset")  # some of the files are read out of its shards
+pytest.importorskip(
+    "webdataset", reason="needs webdataset: pip install webdataset"
+)  # some of the files are read out of its shards
 MIB = 2**20
 
 

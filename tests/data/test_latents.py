@@ -160,6 +160,7 @@ def test_torchrun_starts_them(encoded: Path, video_folder: Path, autoencoder: Pa
     assert contents(out) == contents(encoded)
 
 
+@pytest.mark.slow
 def test_a_killed_encoding_goes_on(encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path) -> None:
     """SIGKILL as soon as the first shard is there; then the same command."""
     out = tmp_path / "out"
@@ -182,7 +183,7 @@ def test_a_killed_encoding_goes_on(encoded: Path, video_folder: Path, autoencode
 
 def test_webdataset_shards_of_latents(encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path) -> None:
     """The same clips, readable by the library alone, and the same bytes each time."""
-    wds = pytest.importorskip("webdataset")
+    wds = pytest.importorskip("webdataset", reason="needs webdataset: pip install webdataset")
     for name in ("one", "two"):
         tar = ["--windows", "5", "--flip", "--container", "tar"]
         assert run(video_folder, tmp_path / name, autoencoder, *tar) == 0

@@ -18,7 +18,7 @@ from pvdm_fast.data import ClipDataset, DataError, make_loader, open_dataset
 from pvdm_fast.data.clips import ShardClips
 from pvdm_fast.data.shards import shard_order
 
-wds = pytest.importorskip("webdataset")
+wds = pytest.importorskip("webdataset", reason="needs webdataset: pip install webdataset")
 SIZE = {"frames": 4, "height": 16, "width": 16}
 VIDEOS = 20
 

@@ -55,7 +55,7 @@ def same(left: np.ndarray, right: np.ndarray) -> bool:
 def make(folder: Path, name: str, film: np.ndarray, cases: dict[str, tuple[str, dict[str, Any]]]) -> Path:
     codec, settings = cases[name]
     if codec not in av.codecs_available:
-        pytest.skip(f"this PyAV has no {codec}")
+        pytest.skip(f"this PyAV has no {codec}: install PyAV from PyPI")
     return films.encode(folder / name, film, codec, **settings)
 
 
@@ -188,7 +188,9 @@ class Mallinfo(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_size_t) for name in NAMES)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc 2.33 or newer")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc 2.33 or newer: run on a newer Linux"
+)
 @pytest.mark.parametrize("counting", [False, True])
 def test_reading_a_part_loses_no_memory(tmp_path: Path, film: np.ndarray, counting: bool) -> None:
     path = make(tmp_path, "h264.mkv", film, SEEKABLE)

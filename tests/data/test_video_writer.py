@@ -69,6 +69,7 @@ for suffix in ("mp4", "gif", "npy"):
 """
 
 
+@pytest.mark.slow
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
     """In fresh processes whose memory begins with different rubbish: x264 has been caught reading it."""
     np.save(tmp_path / "film.npy", films.frames(16, 34, 34))

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from pvdm_fast.analysis.recorder import Recorder
 from pvdm_fast.diffusion.cuda_graph import WARM_UP_PASSES, GraphedPrediction
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_video
@@ -22,7 +22,7 @@ from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.sample import main
 
 
-class Tape(TorchDispatchMode):
+class Tape(Recorder):
     """Stands in for a CUDA graph: while capturing it notes every operation, and a replay does them again on the same
     tensors, Python left out. Numbers that Python took part in are frozen, as in a graph."""
 
@@ -34,10 +34,8 @@ class Tape(TorchDispatchMode):
         self.replays = 0
         Tape.made.append(self)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.steps.append((function, args, kwargs or {}, tensors(result)))
-        return result
+    def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        self.steps.append((function, arguments, options, tensors(result)))
 
     def replay(self) -> None:
         self.replays += 1

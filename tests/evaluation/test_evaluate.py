@@ -155,6 +155,7 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on(whole: Path, run: Path, network: list[str], tmp_path: Path) -> None:
     arguments = [str(run), *QUICK, *network, "--out", str(tmp_path)]
     process = start(arguments, OMP_NUM_THREADS=str(torch.get_num_threads()))
@@ -187,6 +188,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(whole: Path, run: Path, network: list[str], tmp_path: Path) -> None:
     arguments = [str(run), *QUICK, *network, "--out", str(tmp_path)]
     with socket.socket() as free:

@@ -28,12 +28,12 @@ def page_after_loading(page: Path, profile: Path) -> str:
     """The page's elements as a real browser has them after its scripts ran."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
-        pytest.skip(f"no browser is installed: looked for {', '.join(BROWSERS)}")
+        pytest.skip(f"no browser is there (looked for {', '.join(BROWSERS)}): install chromium")
     done = subprocess.run(
         [browser, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

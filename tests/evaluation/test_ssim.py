@@ -10,7 +10,7 @@ from pvdm_fast.evaluation.ssim import ssim
 
 @pytest.mark.parametrize(("height", "width"), [(11, 11), (16, 24), (45, 33)])
 def test_it_is_scikit_image_s(height: int, width: int) -> None:
-    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed: pip install scikit-image")
     smooth = torch.rand(2, 3, 4, height // 4 + 1, width // 4 + 1)
     clean = torch.nn.functional.interpolate(smooth.flatten(1, 2), (height, width)).view(2, 3, 4, height, width) * 2 - 1
     noisy = (clean + 0.3 * torch.randn_like(clean)).clamp(-1, 1)

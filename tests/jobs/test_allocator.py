@@ -23,7 +23,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc: run on Linux")
+@pytest.mark.slow
 def test_freed_memory_is_kept() -> None:
     def faults(how: str) -> int:
         command = [sys.executable, "-c", PROGRAM, how]

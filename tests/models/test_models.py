@@ -128,6 +128,7 @@ def test_bfloat16_end_to_end(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "denoiser"])
+@pytest.mark.slow
 def test_compiles_to_one_graph(kind: str) -> None:
     torch._dynamo.reset()
     if kind == "autoencoder":
@@ -194,6 +195,7 @@ def weigh_full_size(model: Autoencoder) -> int:
         return saved_bytes(lambda: [model(video).sample], list(model.parameters()))
 
 
+@pytest.mark.slow
 def test_memory_of_the_full_size_autoencoder() -> None:
     """3.0 GiB, the release's own code 23.1; 1.3 GiB where every layer is computed again."""
     with torch.device("meta"):

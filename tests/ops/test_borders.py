@@ -10,11 +10,11 @@ import torch
 from comparison import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.cases import CASES, LAYOUT, as_tuple
 from tolerances import OPERATION
 from torch import Tensor
 
 from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.analysis.cases import LAYOUT, SMALL, as_tuple
 from pvdm_fast.backends.choice import BackendError
 from pvdm_fast.layout import PlaneLayout
 
@@ -46,8 +46,8 @@ def assert_sentence(error: Exception) -> None:
 @fuzzed
 @given(st.data())
 def test_changed_tensors(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(sorted(CASES)))
-    case = CASES[name]
+    name = data.draw(st.sampled_from(sorted(SMALL)))
+    case = SMALL[name]
     inputs = case.inputs(torch.float32)
     for victim in data.draw(st.sets(st.sampled_from(sorted(inputs)), min_size=1, max_size=2)):
         inputs[victim] = changed(data.draw, inputs[victim])

@@ -7,43 +7,31 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
-from ops.cases import CASES, Case, as_tuple, leaves, run_with_gradients
 from tolerances import CONV_SUM, OPERATION
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pvdm_fast import use_backend
+from pvdm_fast.analysis.cases import ONE_TOKEN, SMALL, USUAL, Case, as_tuple, leaves, run_with_gradients
+from pvdm_fast.analysis.recorder import OwnCalls
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, SERVED
 
-everywhere = pytest.mark.parametrize("name", CASES)
+everywhere = pytest.mark.parametrize("name", SMALL)
 
 
-def test_every_operation_has_a_case() -> None:
-    assert {case.op for case in CASES.values()} == set(OPERATIONS)
+@pytest.mark.parametrize("table", [SMALL, USUAL, ONE_TOKEN], ids=["small", "usual", "one token"])
+def test_every_operation_has_cases(table: dict[str, Case]) -> None:
+    assert {case.op for case in table.values()} == set(OPERATIONS)
 
 
 @everywhere
 def test_gradient_formula(name: str) -> None:
     """Finite differences in float64."""
-    case = CASES[name]
+    case = SMALL[name]
     inputs = leaves(case.inputs(torch.float64))
     assert torch.autograd.gradcheck(
         lambda *tensors: case.run(**dict(zip(inputs, tensors, strict=True))), tuple(inputs.values()), fast_mode=True
     )
-
-
-class Recorder(TorchDispatchMode):
-    """Collects the calls of this package's operations with their arguments, below autograd."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "pvdm_fast":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -62,10 +50,10 @@ def sliced(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("form", ["contiguous", "transposed", "sliced"])
 def test_registration(name: str, form: str) -> None:
     """opcheck of the operation and its backward, as the public function calls them: schema, fake strides, autograd."""
-    case = CASES[name]
+    case = SMALL[name]
     change = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}[form]
     inputs = leaves({n: change(t) for n, t in case.inputs(torch.float32).items()})
-    with Recorder() as recorder:
+    with OwnCalls() as recorder:
         results = as_tuple(case.run(**inputs))
         torch.autograd.grad(results, list(inputs.values()), [change(torch.randn_like(r)) for r in results])
     assert {call[0]._name for call in recorder.calls} == {f"pvdm_fast::{case.op}", f"pvdm_fast::{case.op}_backward"}
@@ -81,7 +69,7 @@ def test_registration(name: str, form: str) -> None:
 
 @everywhere
 def test_compiles_to_one_graph(name: str) -> None:
-    case = CASES[name]
+    case = SMALL[name]
     inputs = case.inputs(torch.float32)
     expected = run_with_gradients(case, inputs, torch.float32)
     torch._dynamo.reset()
@@ -94,7 +82,7 @@ def servers() -> list[Any]:
     """(case, backend, dtype) for every backend but the reference that has kernels for the case's operation."""
     return [
         pytest.param(name, backend, dtype, id=f"{name}-{backend}-{str(dtype).removeprefix('torch.')}")
-        for name, case in CASES.items()
+        for name, case in SMALL.items()
         for backend in choice.BACKENDS
         if case.op in SERVED[backend]
         for dtype in KERNEL_DTYPES
@@ -111,7 +99,7 @@ def test_backend_equals_reference(name: str, backend: str, dtype: torch.dtype, f
     """Every backend, forward and every gradient, against the float64 reference on the same rounded inputs."""
     if reason := choice.unavailable(backend):
         pytest.skip(reason)
-    case = CASES[name]
+    case = SMALL[name]
     change = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}[form]
     inputs = {n: change(t) for n, t in case.inputs(dtype).items()}
     with use_backend("reference"):
@@ -129,7 +117,7 @@ def test_backend_equals_reference(name: str, backend: str, dtype: torch.dtype, f
 @everywhere
 def test_summed_gradient(name: str) -> None:
     """`.sum().backward()` delivers gradients of stride 0; they must be read by their strides and left alone."""
-    case = CASES[name]
+    case = SMALL[name]
     inputs = leaves(case.inputs(torch.float32))
     sum(r.sum() for r in as_tuple(case.run(**inputs))).backward()
     doubled = leaves(case.inputs(torch.float64))
@@ -146,7 +134,7 @@ def test_summed_gradient(name: str) -> None:
 
 @everywhere
 def test_inputs_are_left_alone(name: str) -> None:
-    case = CASES[name]
+    case = SMALL[name]
     inputs = case.inputs(torch.float32)
     before = {n: t.clone() for n, t in inputs.items()}
     run_with_gradients(case, inputs, torch.float32)

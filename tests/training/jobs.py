@@ -54,7 +54,7 @@ def _run(arguments: list[str], log: Path, environment: dict[str, str], before: C
     sys.exit(main(arguments))
 
 
-def finish(processes: Sequence[ForkServerProcess], seconds: float = 120) -> list[int | None]:
+def finish(processes: Sequence[ForkServerProcess], seconds: float = 300) -> list[int | None]:
     """Wait for the processes to end; their exit codes, negative for a signal. None is one that had to be killed."""
     codes: list[int | None] = []
     for process in processes:

@@ -62,7 +62,7 @@ def checkpoint_names(run: Path) -> list[str]:
     return sorted(item.name for item in (run / "checkpoints").iterdir())
 
 
-def wait_for(condition: Callable[[], bool], process: object, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], process: object, seconds: float = 300) -> None:
     """Until ``condition`` holds, while the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():

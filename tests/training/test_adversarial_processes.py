@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tolerances
 import torch
 from accelerate import Accelerator
@@ -38,6 +39,7 @@ def one_step(folder: Path) -> None:
         torch.save({**gradients, **judged, **values}, folder / f"{share.world}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     one_step(tmp_path)
     with socket.socket() as free:
@@ -49,7 +51,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, __file__, str(tmp_path)], env={**common, "RANK": rank, "LOCAL_RANK": rank})
         for rank in "01"
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     alone, together = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
     assert alone.keys() == together.keys()
     for name, expected in alone.items():

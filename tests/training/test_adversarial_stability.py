@@ -61,6 +61,7 @@ def check(run: Path, start: int, margin: float, span: int) -> None:
 
 
 @pytest.mark.parametrize("norm", ["batch", "spectral"])
+@pytest.mark.slow
 def test_a_few_steps(norm: str, films: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = shlex.split("""--height 32 --width 32 --autoencoder-channels 32 --autoencoder-steps 40

@@ -41,6 +41,7 @@ def diffusion(run: Path, autoencoder: Path, data: str | Path) -> int:
     return main([*SMALL, *steps(STEPS), "--stage", "diffusion", *where])
 
 
+@pytest.mark.slow
 def test_training_equals_training_on_the_videos(trained: Path, latents: Path, tmp_path: Path) -> None:
     """The same losses, gradient norms and held-out loss, up to the rounding of batches of other sizes."""
     assert diffusion(tmp_path / "a", trained, "synthetic:shapes") == 0

@@ -39,6 +39,7 @@ def brightness(video: Tensor) -> Tensor:
     return video.flatten(1).mean(1)[:, None, None].expand(-1, 4, 12)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_class_they_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips of one class are dark, of the other bright: after training, so are the samples of each, and without a class
     both kinds come."""

@@ -55,6 +55,7 @@ def sizes(whole: Path) -> list[int]:
     return sorted({size - 1 for size in found} | {size // 2 for size in found})
 
 
+@pytest.mark.slow
 def test_files_that_cannot_grow(whole: Path, tmp_path: Path) -> None:
     """EFBIG where a full disk has ENOSPC: at the weights of a model, about the largest file after a checkpoint."""
     (weights,) = (whole / "denoiser").glob("*.safetensors")
@@ -74,7 +75,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place]).returncode:
-        pytest.skip("only root can mount a small disk")
+        pytest.skip("only root can mount a small disk: run as root")
     yield place
     subprocess.run(["umount", place], check=True)
 
@@ -107,6 +108,7 @@ def test_a_disk_that_is_full_at_every_size(small_disk: Path, whole: Path) -> Non
     assert stopped >= 10
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = small_disk / "run"
     assert main([*SHORT, "--stage", "autoencoder", "--run", str(run)]) == 0
@@ -122,6 +124,7 @@ def test_a_folder_that_cannot_be_written(small_disk: Path, capsys: pytest.Captur
     assert main(["--resume", str(run), "--stage", "diffusion"]) == 0
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock runs backwards by days, and file times with it: what is newest goes by steps alone."""
     calls = []

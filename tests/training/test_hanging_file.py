@@ -15,6 +15,7 @@ from pvdm_fast.data import clips, open_dataset, write_video
 from pvdm_fast.train import main
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_past_a_file_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "videos").mkdir()
     for number in range(4):

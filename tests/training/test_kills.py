@@ -121,6 +121,7 @@ def kill_sampling(kills: int, seed: int, folder: Path, run: Path) -> dict[str, i
     return counts
 
 
+@pytest.mark.slow
 def test_a_few_kills(undisturbed: tuple[Path, Life], tmp_path: Path) -> None:
     run, life = undisturbed
     kill_training(3, 1, tmp_path, run, life)

@@ -37,6 +37,7 @@ def test_the_units_that_count(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         precision.cpu_multiplies_bfloat16.cache_clear()
 
 
+@pytest.mark.slow
 def test_training(units: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main([*SMALL, *steps(1), "--mixed-precision", "bf16", "--run", str(run)]) == 0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from training.small import steps
 
 from pvdm_fast.data import open_dataset
@@ -21,6 +22,7 @@ def test_clips_are_read(clips: Path) -> None:
     assert item["skipped"] == []
 
 
+@pytest.mark.slow
 def test_trains_and_samples(clips: Path, tmp_path: Path) -> None:
     """Both stages at 64 x 64, 16 frames, then 32 sampled frames: a few steps of the job that the README shows."""
     run = tmp_path / "run"

@@ -133,6 +133,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_with_classes(films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Classes go from names of files to the denoiser, a moved folder keeps their numbers, samples have a class."""
     run = tmp_path / "run"
@@ -151,6 +152,7 @@ def test_a_run_with_classes(films: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "no class 'Diving'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_moved_folder_with_fewer_classes(films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, moved = tmp_path / "run", tmp_path / "moved"
     options = ["--stage", "autoencoder", "--data", str(films), "--diffusion-class-conditional", "--run", str(run)]

@@ -112,13 +112,14 @@ def test_steps_after_the_last_checkpoint_are_taken_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_stops_a_real_process_after_saving(number: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start([*SMALL, *steps(100_000), "--workers", "1", "--run", str(run)])
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run, "autoencoder")) > 2, process)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 128 + number, output
@@ -179,6 +180,7 @@ def test_accumulated_batches_are_one_larger_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_16_bits_train_both_stages(precision: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(run, *steps(3), "--mixed-precision", precision, "--autoencoder-checkpointing") == 0
@@ -200,6 +202,7 @@ def test_diffusion_can_take_another_run_s_autoencoder(finished: Path, tmp_path: 
     assert same_weights(run, finished, "denoiser")
 
 
+@pytest.mark.slow
 def test_real_files_and_a_broken_one_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     films, run = tmp_path / "films", tmp_path / "run"
     films.mkdir()

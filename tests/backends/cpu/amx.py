@@ -23,9 +23,9 @@ STAND_IN = "-DPVDM_AMX_STAND_IN"
 def skip_where_it_cannot_run(isas: Sequence[str]) -> None:
     """Skips a test, saying why. isas: the instruction sets of this CPU."""
     if "avx512bf16" not in isas:
-        pytest.skip("needs a CPU with AVX512-BF16: only the tiles have a stand-in")
+        pytest.skip("only the tiles have a stand-in: run on a CPU with AVX512-BF16")
     if "amx" not in build_tools.isa_flags():
-        pytest.skip("needs an assembler that knows AMX")
+        pytest.skip("needs an assembler that knows AMX: install binutils 2.36 or newer")
 
 
 def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:

@@ -17,6 +17,7 @@ from backends.cpu.test_attention_cpu import by_head, run
 from comparison import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import ISAS, using
 from tolerances import BFLOAT16_FACTOR, OPERATION
 from torch import Tensor
 
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu"))),
     pytest.mark.usefixtures("poisoned_likes"),
 ]
-SETS = [isa for isa in attention.ISAS if isa in ("avx512bf16", "amx")]
+SETS = [isa for isa in ISAS if isa in ("avx512bf16", "amx")]
 STAND_IN = "amx stand-in"
 
 
@@ -41,11 +42,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
                 patch.setattr(launcher, "extension", lambda name: module)
             yield request.param
             return
-        module = extensions.extension("_cpu")
-        before = module.isa()
-        module.set_isa(request.param)
-        yield request.param
-        module.set_isa(before)
+        with using(request.param):
+            yield request.param
 
 
 def inputs(tokens: int, heads: int, width: int, batch: int = 1) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -22,18 +22,8 @@ pytestmark = [
     pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu"))),
     pytest.mark.usefixtures("poisoned_likes"),
 ]
-ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 LENGTHS = (1, 2, 16, 17, 33, 77, 300)
 WIDTHS = (8, 12, 16, 32, 40, 64, 80, 128, 256)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = extensions.extension("_cpu")
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
 
 
 def by_head(tokens: int, heads: int, width: int, batch: int = 2) -> Tensor:

@@ -6,13 +6,11 @@ import platform
 import re
 import shutil
 import subprocess
-import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 
-import pybind11
 import pytest
-from backends.cpu import amx
+from backends.builds import Builds
+from backends.cpu import amx, instrumented
 from backends.cuda.sanitizers import FLAGS, RACE, THREAD_FLAGS, run_sanitized, run_thread_sanitized, thread_sanitizer
 
 import build_tools
@@ -20,12 +18,13 @@ from pvdm_fast.backends import extensions
 
 ROOT = Path(__file__).resolve().parents[3]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 MISSING = extensions.availability("cpu")
 needs_extension = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only: run on x86-64")
+@pytest.mark.slow
 def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
     """A symbol that two objects define is taken from either: AVX-512 code would then run where it can't.
 
@@ -48,8 +47,11 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
 
 
 @needs_extension
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
-@pytest.mark.skipif("amx" not in extensions.build_info().get("_cpu", {}).get("targets", ()), reason="built without AMX")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump: install binutils")
+@pytest.mark.skipif(
+    "amx" not in extensions.build_info().get("_cpu", {}).get("targets", ()),
+    reason="built without AMX: install binutils 2.36 or newer and build again",
+)
 def test_tile_instructions_are_in_amx_only() -> None:
     """In the installed extension; and their operands are a sum (tiles 0-3), a left (4, 5) and a right one (6, 7)."""
     command = ["objdump", "-dC", "-M", "intel", "--no-show-raw-insn", str(extensions.extension("_cpu").__file__)]
@@ -65,22 +67,6 @@ def test_tile_instructions_are_in_amx_only() -> None:
     assert all("pvdm::amx::" in name for names in found.values() for name in names), found
 
 
-def build_instrumented(folder: Path, isas: Sequence[str], flags: tuple[str, ...], *extra: Path) -> Path:
-    """The extension with `flags`, and with the sources `extra`; its path. Left without `flags`, as they take long to
-    compile, are the bindings and other instruction sets than `isas` (a set is offered only where those before are)."""
-    include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
-    extension = build_tools.cpu_extension(folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
-    extension.link += " " + " ".join(flags)
-    others = (*(f"_{isa}" for isa in build_tools.isa_flags() if isa not in isas), "bindings_cpu")
-    instrumented = f"-O1 -g {' '.join(flags)}"
-    extension.objects = {
-        name: (source, rule, f"{flags_of} {'-O0' if name.endswith(others) else instrumented}")
-        for name, (source, rule, flags_of) in extension.objects.items()
-    } | {path.stem: (path, "cxx", instrumented) for path in extra}
-    build_tools.run_ninja(extension, folder / "objects")
-    return extension.output
-
-
 SCRIPT = Path(__file__).with_name("sanitized_cpu.py")
 
 
@@ -91,30 +77,32 @@ def best() -> str:
 @pytest.mark.slow
 @needs_extension
 @pytest.mark.parametrize("isas", ["best", pytest.param("all", marks=pytest.mark.exhaustive)])
-def test_addresses_and_undefined_behaviour(isas: str, tmp_path: Path) -> None:
+def test_addresses_and_undefined_behaviour(isas: str, builds: Builds) -> None:
     """Every kernel and dtype under AddressSanitizer and UBSan."""
     used = [best()] if isas == "best" else extensions.extension("_cpu").isas()
-    run_sanitized(SCRIPT, build_instrumented(tmp_path, used, FLAGS), 2, *used)
+    built = builds.get(f"addresses_{isas}", lambda folder: instrumented.build(folder, used, FLAGS), *used)
+    run_sanitized(SCRIPT, built, 2, *used)
 
 
 @pytest.mark.slow
 @needs_extension
-def test_addresses_of_tiles(tmp_path: Path) -> None:
+def test_addresses_of_tiles(builds: Builds) -> None:
     """Attention in the set amx: what is loaded and stored by the stand-in of the tiles, and all around it."""
     amx.skip_where_it_cannot_run(extensions.extension("_cpu").isas())
-    run_sanitized(SCRIPT, amx.build(tmp_path, ("-O1", *FLAGS)), 2, "amx")
+    built = builds.get("addresses_tiles", lambda folder: amx.build(folder, ("-O1", *FLAGS)))
+    run_sanitized(SCRIPT, built, 2, "amx")
 
 
 @pytest.fixture(scope="module")
-def built_for_threads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_for_threads(builds: Builds) -> Path:
     thread_sanitizer()
-    folder = tmp_path_factory.mktemp("threads")
-    return build_instrumented(folder, [best()], THREAD_FLAGS, SCRIPT.with_name("planted_race.cpp"))
+    planted = SCRIPT.with_name("planted_race.cpp")
+    return builds.get("threads", lambda folder: instrumented.build(folder, [best()], THREAD_FLAGS, planted), best())
 
 
 @pytest.mark.slow
 @needs_extension
-@pytest.mark.skipif(platform.system() != "Linux", reason="ThreadSanitizer is preloaded as on Linux")
+@pytest.mark.skipif(platform.system() != "Linux", reason="ThreadSanitizer is preloaded as on Linux: run on Linux")
 def test_threads(built_for_threads: Path) -> None:
     """No kernel has a data race: ThreadSanitizer finds none in any, and finds the one that is planted.
 

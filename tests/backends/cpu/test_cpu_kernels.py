@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from comparison import assert_close, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, poisoned_empty, transposed
+from instruction_sets import ISAS
 from tolerances import OPERATION
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from pvdm_fast.backends.reference import triplane_expand as expand_reference
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
 pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
-ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda t: t,
     "transposed": transposed,
@@ -33,15 +33,6 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "stride 0 tokens": lambda t: t[:, :1].expand_as(t),
     "all stride 0": lambda t: t[:1, :1, :1].expand_as(t),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = extensions.extension("_cpu")
-    before = module.isa()
-    module.set_isa(request.param)
-    yield request.param
-    module.set_isa(before)
 
 
 def wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -236,7 +227,7 @@ def _norm_of(x: Tensor) -> float:
     return float(y.numpy().sum())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: run on Linux or macOS")
 def test_works_in_a_forked_child() -> None:
     """OpenMP's threads don't survive a fork; data loaders fork after the parent has used them."""
     x = torch.ones(1, 4096, 64)
@@ -263,6 +254,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_isa_from_the_environment() -> None:
     code = "from pvdm_fast.backends import extensions as e; print(e.availability('cpu') or e.extension('_cpu').isa())"
     assert run_python(code, PVDM_FAST_CPU_ISA="plain").stdout.strip() == "plain"
@@ -271,7 +263,7 @@ def test_isa_from_the_environment() -> None:
     assert said == "amx" if "amx" in ISAS else "asks for amx, which this CPU or its system does not have" in said
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: run on Linux")
 def test_one_openmp_run_time() -> None:
     """The extension shares torch's OpenMP, so that two pools of threads don't compete for the cores."""
     code = """

@@ -27,7 +27,9 @@ from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 pytestmark = [
     pytest.mark.huge,
     pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu"))),
-    pytest.mark.skipif(psutil.virtual_memory().available < 15e9, reason="less than 15 GB of memory are free"),
+    pytest.mark.skipif(
+        psutil.virtual_memory().available < 15e9, reason="less than 15 GB of memory are free: run on a larger machine"
+    ),
 ]
 LIMIT = 2**31
 CHANNELS = 1024

@@ -50,7 +50,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLa
     return out, *actual
 
 
-@pytest.mark.usefixtures("poisoned", "cpu_isa")
+@pytest.mark.usefixtures("poisoned", "isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("channels", "written"), [(1, 1), (3, 5), (5, 33), (33, 3), (256, 8)])
 def test_values(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int, written: int) -> None:
@@ -69,7 +69,7 @@ def test_small_planes(planes: tuple[tuple[int, int], ...], batch: int) -> None:
     check(*draw(layout, 6, 4, torch.float32, batch), layout)
 
 
-@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("form", FORMS)
 def test_strides(form: str) -> None:
     x, weight, bias, grad = draw(ODD, 24, 8, torch.float32)
@@ -182,7 +182,7 @@ def test_workspace_made_in_inference_mode_serves_training() -> None:
 @pytest.mark.parametrize("onednn", [True, False])
 def test_both_ways_to_the_product(monkeypatch: pytest.MonkeyPatch, onednn: bool) -> None:
     if onednn and not gemm._onednn():
-        pytest.skip("torch was built without oneDNN")
+        pytest.skip("this torch was built without oneDNN: install one with it")
     monkeypatch.setattr(gemm, "_onednn", lambda: onednn)
     check(*draw(ODD, 12, 8, torch.float32), ODD)
 

@@ -53,7 +53,7 @@ def check_geglu(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     return results
 
 
-@pytest.mark.usefixtures("poisoned", "cpu_isa")
+@pytest.mark.usefixtures("poisoned", "isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", CHANNELS)
 def test_geglu(dtype: torch.dtype, width: int) -> None:
@@ -61,7 +61,7 @@ def test_geglu(dtype: torch.dtype, width: int) -> None:
     same_again(lambda: check_geglu(x, grad))
 
 
-@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.usefixtures("isa")
 def test_geglu_element_by_element() -> None:
     """Gates from -30 to 30: absolute or relative error within 1e-6, the derivative too; the tail keeps its digits."""
     gate = torch.cat((torch.linspace(-30, 30, 60001), torch.tensor([-0.0, 1e-30, -1e-30, 3e4, -3e4])))
@@ -76,7 +76,7 @@ def test_geglu_element_by_element() -> None:
     assert ((results[0] - exact[0]).abs()[tail] <= 2e-6 * exact[0].abs()[tail]).all()
 
 
-@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("form", FORMS)
 def test_geglu_strides(form: str) -> None:
     check_geglu(FORMS[form](torch.randn(3, 7, 20)), FORMS[form](torch.randn(3, 7, 10)))
@@ -97,7 +97,7 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
     return *results, *gradients
 
 
-@pytest.mark.usefixtures("poisoned", "cpu_isa")
+@pytest.mark.usefixtures("poisoned", "isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS[1:])
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -109,14 +109,14 @@ def test_norm(dtype: torch.dtype, channels: int, with_residual: bool) -> None:
     same_again(lambda: check_norm(x, residual if with_residual else None, weight, bias, (grads[0], extra)))
 
 
-@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("form", FORMS)
 def test_norm_strides(form: str) -> None:
     x, residual, *grads = (FORMS[form](torch.randn(2, 9, 12)) for _ in range(4))
     check_norm(x, residual, *torch.randn(2, 24)[:, ::2].unbind(), tuple(grads))
 
 
-@pytest.mark.usefixtures("poisoned", "cpu_isa")
+@pytest.mark.usefixtures("poisoned", "isa")
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("residual_dtype", DTYPES)
 def test_norm_of_mixed_dtypes(x_dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
@@ -136,7 +136,7 @@ def test_norm_of_mixed_dtypes_through_autograd() -> None:
     assert torch.equal(x.grad, residual.grad.bfloat16())
 
 
-@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.usefixtures("isa")
 def test_norm_far_from_zero_and_of_constant_rows() -> None:
     x = torch.randn(4, 384) + torch.tensor([0.0, 10.0, 1000.0, -1000.0])[:, None]
     check_norm(x, None, torch.ones(384), torch.zeros(384), (torch.randn(4, 384), None))
@@ -162,7 +162,7 @@ def slice_inputs(plane: str, channels: int, dtype: torch.dtype, batch: int = 2) 
     return x, torch.randn(batch, lattice // length, length + 1, channels).to(dtype), token, positions
 
 
-@pytest.mark.usefixtures("poisoned", "cpu_isa")
+@pytest.mark.usefixtures("poisoned", "isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plane", PLANES)
 @pytest.mark.parametrize("channels", [1, 5, 33])
@@ -171,7 +171,7 @@ def test_slice(dtype: torch.dtype, plane: str, channels: int) -> None:
     same_again(lambda: check_slice(*inputs, plane))
 
 
-@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("plane", PLANES)
 @pytest.mark.parametrize("form", FORMS)
 def test_slice_strides(form: str, plane: str) -> None:

@@ -50,14 +50,14 @@ def thread_sanitizer() -> tuple[list[str], dict[str, str]]:
     where a race is reported. Skips the test where ThreadSanitizer can't run, saying why."""
     environment = _environment(("libtsan.so", "libstdc++.so"), TSAN_OPTIONS=f"exitcode={RACE}")
     if not Path(environment["LD_PRELOAD"].partition(":")[0]).is_file():
-        pytest.skip("g++ has no libtsan here")
+        pytest.skip("g++ has no libtsan here: install GCC's libtsan")
     # Its shadow memory needs addresses that a kernel with much randomisation may have given away: then without.
     prefixes = [[], ["setarch", "-R"]] if shutil.which("setarch") else [[]]
     for prefix in prefixes:
         probe = _run([*prefix, sys.executable, "-c", "print('works')"], environment)
         if probe.stdout == "works\n":
             return prefix, environment
-    pytest.skip(f"ThreadSanitizer does not run here: {probe.stderr.strip()[:200]}")
+    pytest.skip(f"ThreadSanitizer does not run here: run where `setarch -R` works ({probe.stderr.strip()[:200]})")
 
 
 def run_thread_sanitized(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -12,11 +12,11 @@ from backends.cuda import emulated
 from comparison import assert_close, relative_error
 from golden_tools import GoldenCase, load_case
 from models.test_golden import check_gradients
-from ops.cases import CASES
-from ops.test_operations import run_with_gradients, sliced, tolerance_of, transposed
+from ops.test_operations import sliced, tolerance_of, transposed
 from tolerances import ATTENTION_16_BIT, GOLDEN_NETWORK, NETWORK_16_BIT
 
 from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.analysis.cases import SMALL, run_with_gradients
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import ATTENTION, KERNEL_DTYPES, SERVED, BackendError
 from pvdm_fast.backends.cuda import attention
@@ -24,7 +24,7 @@ from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 FORMS = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}
 
 
@@ -36,7 +36,7 @@ def device(emulated_device: ModuleType) -> Iterator[ModuleType]:
 
 def kernels() -> list[tuple[str, torch.dtype, bool]]:
     """(case, dtype, whether by tensor cores), which are for attention in 16 bits."""
-    served = [(name, case.op) for name, case in CASES.items() if case.op in SERVED["cuda"]]
+    served = [(name, case.op) for name, case in SMALL.items() if case.op in SERVED["cuda"]]
     halves = [(name, dtype, True) for name, op in served if op in ATTENTION for dtype in KERNEL_DTYPES[1:]]
     return [(name, dtype, False) for name, _ in served for dtype in KERNEL_DTYPES] + halves
 
@@ -47,7 +47,7 @@ def test_equals_reference(
     monkeypatch: pytest.MonkeyPatch, name: str, form: str, dtype: torch.dtype, matrix: bool
 ) -> None:
     """As tests/ops/test_operations.py tests every backend, through the registered operation; also by tensor cores."""
-    case = CASES[name]
+    case = SMALL[name]
     monkeypatch.setattr(attention, "MATRIX_LENGTH", 1 if matrix else 1 << 30)
     inputs = {n: FORMS[form](t) for n, t in case.inputs(dtype).items()}
     with use_backend("reference"):
@@ -94,6 +94,7 @@ def autoencoder() -> tuple[GoldenCase, Autoencoder]:
     return case, model
 
 
+@pytest.mark.slow
 def test_denoiser() -> None:
     case, model = denoiser()
     x = case.input("x").requires_grad_()
@@ -103,6 +104,7 @@ def test_denoiser() -> None:
     check_gradients(case, model, {"x": x}, GOLDEN_NETWORK)
 
 
+@pytest.mark.slow
 def test_autoencoder() -> None:
     case, model = autoencoder()
     video = case.draw("input.video", (1, 3, 16, 48, 48)).tanh().requires_grad_()
@@ -114,6 +116,7 @@ def test_autoencoder() -> None:
     check_gradients(case, model, {"video": video}, GOLDEN_NETWORK)
 
 
+@pytest.mark.slow
 def test_denoiser_on_tensor_cores(monkeypatch: pytest.MonkeyPatch, device: ModuleType) -> None:
     """In float16 the network is as far from the golden values as with the reference in float16 (backward: minutes)."""
     monkeypatch.setattr(attention, "MATRIX_LENGTH", 1)

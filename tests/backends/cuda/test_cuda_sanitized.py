@@ -9,13 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from backends.builds import Builds
 from backends.cuda import emulated
 from backends.cuda.sanitizers import FLAGS
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
-    pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are Linux's"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++"),
+    pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizers are Linux's: run on Linux"),
 ]
 PROGRAM = (Path(__file__).with_name("all_kernels.cpp"), *emulated.CUDA_SOURCES)
 
@@ -27,13 +28,21 @@ def run(*command: str) -> None:
     assert "every kernel ran" in result.stdout
 
 
-def test_addresses(tmp_path: Path) -> None:
+def program(builds: Builds, *flags: str) -> str:
+    def build(folder: Path) -> Path:
+        return emulated.compile_for_host(folder / "program", flags, PROGRAM)
+
+    return str(builds.get("all_kernels" + flags[0].partition("=")[2].replace(",", "_"), build, *flags))
+
+
+def test_addresses(builds: Builds) -> None:
     """Every access stays inside its tensor, workspace or shared memory (AddressSanitizer, and UBSan)."""
-    run(str(emulated.compile_for_host(tmp_path / "program", FLAGS, PROGRAM)))
+    run(program(builds, *FLAGS))
 
 
-def test_races(tmp_path: Path) -> None:
+@pytest.mark.exhaustive  # three minutes; every change of a kernel runs it
+def test_races(builds: Builds) -> None:
     """No two threads of a block without a barrier between, and no two blocks, meet at one address (ThreadSanitizer)."""
     if subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("ThreadSanitizer needs setarch -R, which this system refuses")
-    run("setarch", "-R", str(emulated.compile_for_host(tmp_path / "program", ("-fsanitize=thread",), PROGRAM)))
+        pytest.skip("ThreadSanitizer needs `setarch -R`, which this system refuses: run where it is allowed")
+    run("setarch", "-R", program(builds, "-fsanitize=thread"))

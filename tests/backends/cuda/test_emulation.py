@@ -11,18 +11,26 @@ from types import ModuleType
 
 import pytest
 import torch
+from backends.builds import Builds
 from backends.cuda import emulated
 from backends.cuda.sanitizers import FLAGS
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 SOURCE = Path(__file__).with_name("faults.cu")
 K = 96
 
 
+def built(builds: Builds, *flags: str) -> Path:
+    def build(folder: Path) -> Path:
+        return emulated.build(folder, flags, sources=(SOURCE,), name="_faults")
+
+    return builds.get("faults" + "".join(flags[:1]).partition("=")[2].replace(",", "_"), build, *flags)
+
+
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return emulated.load(emulated.build(tmp_path_factory.mktemp("faults"), sources=(SOURCE,), name="_faults"))
+def faults(builds: Builds) -> ModuleType:
+    return emulated.load(built(builds))
 
 
 def operands() -> tuple[Tensor, Tensor]:
@@ -137,20 +145,16 @@ def run_under(library: str, module: Path, fault: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def built_with(tmp_path_factory: pytest.TempPathFactory, *flags: str) -> Path:
-    return emulated.build(tmp_path_factory.mktemp("sanitized"), flags, sources=(SOURCE,), name="_faults")
+@pytest.fixture(scope="module")
+def with_addresses(builds: Builds) -> Path:
+    return built(builds, *FLAGS)
 
 
 @pytest.fixture(scope="module")
-def with_addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built_with(tmp_path_factory, *FLAGS)
-
-
-@pytest.fixture(scope="module")
-def with_races(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_races(builds: Builds) -> Path:
     if subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("ThreadSanitizer needs setarch -R, which this system refuses")
-    return built_with(tmp_path_factory, "-fsanitize=thread")
+        pytest.skip("ThreadSanitizer needs `setarch -R`, which this system refuses: run where it is allowed")
+    return built(builds, "-fsanitize=thread")
 
 
 @pytest.mark.slow

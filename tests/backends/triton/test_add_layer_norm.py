@@ -16,8 +16,10 @@ from pvdm_fast import ops, use_backend
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.reference import add_layer_norm as reference
 
-pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
-pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not choice.interpreting(), reason="needs Triton's interpreter: run with TRITON_INTERPRET=1"
+)
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from pvdm_fast.kernels import add_layer_norm  # noqa: E402
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pvdm_fast import ops, use_backend
 from pvdm_fast.backends.reference import axial_attention as reference
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 from pvdm_fast.kernels import axial_attention, axial_attention_short
 from pvdm_fast.kernels.configs import assume
 from pvdm_fast.kernels.launch import watch

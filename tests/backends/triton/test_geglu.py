@@ -11,8 +11,10 @@ from torch import Tensor
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.reference import geglu as reference
 
-pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
-pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not choice.interpreting(), reason="needs Triton's interpreter: run with TRITON_INTERPRET=1"
+)
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from pvdm_fast.kernels import geglu  # noqa: E402
 

@@ -19,9 +19,9 @@ from pvdm_fast.models.release import load_release_autoencoder, load_release_deno
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter"),
+    pytest.mark.skipif(not choice.interpreting(), reason="needs Triton: pip install triton"),
 ]
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from pvdm_fast.kernels import configs, plane_norm_tiles  # noqa: E402
 from pvdm_fast.kernels.launch import Config  # noqa: E402

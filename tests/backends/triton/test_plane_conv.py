@@ -16,8 +16,10 @@ from pvdm_fast.backends import choice
 from pvdm_fast.backends.reference import plane_conv as reference
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
-pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
-triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not choice.interpreting(), reason="needs Triton's interpreter: run with TRITON_INTERPRET=1"
+)
+triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from pvdm_fast.kernels import plane_conv, plane_conv_backward, plane_conv_product  # noqa: E402
 from pvdm_fast.kernels.configs import ANY, ConfigTable, assume  # noqa: E402
@@ -74,6 +76,7 @@ def test_values(dtype: torch.dtype, channels: int, written: int) -> None:
 
 @pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_parts_are_added_in_order(dtype: torch.dtype) -> None:
     """Every program's share of the inner axis: several steps, the last one fewer; twice with the same bits."""
     assert plane_conv_product.parts_of(torch.device("cpu"), 3, 18) == 16

@@ -16,8 +16,10 @@ from pvdm_fast.backends import choice
 from pvdm_fast.backends.reference import plane_norm as reference
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
-pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
-triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not choice.interpreting(), reason="needs Triton's interpreter: run with TRITON_INTERPRET=1"
+)
+triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from pvdm_fast.kernels import plane_norm, plane_norm_backward, plane_norm_tiles  # noqa: E402
 from pvdm_fast.kernels.configs import ANY, assume  # noqa: E402

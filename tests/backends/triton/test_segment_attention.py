@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 import torch
 from comparison import assert_close, relative_error

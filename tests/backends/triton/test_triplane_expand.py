@@ -16,8 +16,10 @@ from pvdm_fast.backends import choice
 from pvdm_fast.backends.reference import triplane_expand as reference
 from pvdm_fast.layout import TriplaneLayout
 
-pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
-pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not choice.interpreting(), reason="needs Triton's interpreter: run with TRITON_INTERPRET=1"
+)
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from pvdm_fast.kernels import triplane_expand  # noqa: E402
 

@@ -12,8 +12,10 @@ from pvdm_fast.backends import choice
 from pvdm_fast.backends.reference import triplane_slice as reference
 from pvdm_fast.layout import TriplaneLayout
 
-pytestmark = pytest.mark.skipif(not choice.interpreting(), reason="needs Triton's interpreter")
-pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not choice.interpreting(), reason="needs Triton's interpreter: run with TRITON_INTERPRET=1"
+)
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from pvdm_fast.kernels import triplane_slice  # noqa: E402
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 import triton
 import triton.language as tl
 
@@ -163,7 +163,7 @@ def test_real_operations_in_the_interpreter() -> None:
     assert all(result.isfinite().all() for result in results)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: run with CUDA_VISIBLE_DEVICES=")
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 2
     assert "timed on a GPU, but PyTorch finds none: see python -m pvdm_fast.info" in capsys.readouterr().err
@@ -184,6 +184,7 @@ def test_wrong_options(option: list[str], message: str, capsys: pytest.CaptureFi
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help() -> None:
     result = subprocess.run([sys.executable, "-m", "pvdm_fast.tune", "--help"], capture_output=True, text=True)
     assert result.returncode == 0

@@ -1,0 +1,51 @@
+"""Watching operations as they reach PyTorch, below autograd: what counts, records or weighs calls starts here."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Recorder(TorchDispatchMode):
+    """Runs every operation that reaches PyTorch while it is on, those of recomputation too, and then calls `note`."""
+
+    @abstractmethod
+    def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        """Take note of one operation (a torch._ops.OpOverload), which has run."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        result = function(*args, **options)
+        self.note(function, args, options, result)
+        return result
+
+
+class OwnCalls(Recorder):
+    """Collects the calls of this package's operations, (function, arguments) each, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        if own_operation(function) is not None:
+            self.calls.append((function, arguments))
+
+
+def own_operation(function: Any) -> tuple[str, str] | None:
+    """The name and direction ("forward" or "backward") of one of this package's operations; None for any other."""
+    if function.namespace != "pvdm_fast":
+        return None
+    name = name_of(function)
+    op = name.removesuffix("_backward")
+    return op, "forward" if op == name else "backward"
+
+
+def name_of(function: Any) -> str:
+    """An operation's name without its namespace and overload."""
+    return str(function._schema.name.partition("::")[2])

@@ -1,0 +1,27 @@
+"""Builds the CPU extension for a sanitizer."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import pybind11
+
+import build_tools
+
+
+def build(folder: Path, isas: Sequence[str], flags: tuple[str, ...], *extra: Path) -> Path:
+    """The extension with `flags`, and with the sources `extra`; its path. Left without `flags`, as they take long to
+    compile, are the bindings and other instruction sets than `isas` (a set is offered only where those before are)."""
+    include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+    extension = build_tools.cpu_extension(folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
+    extension.link += " " + " ".join(flags)
+    others = (*(f"_{isa}" for isa in build_tools.isa_flags() if isa not in isas), "bindings_cpu")
+    instrumented = f"-O1 -g {' '.join(flags)}"
+    extension.objects = {
+        name: (source, rule, f"{flags_of} {'-O0' if name.endswith(others) else instrumented}")
+        for name, (source, rule, flags_of) in extension.objects.items()
+    } | {path.stem: (path, "cxx", instrumented) for path in extra}
+    build_tools.run_ninja(extension, folder / "objects")
+    return extension.output
