@@ -7,12 +7,14 @@ is wrong, 2 where nothing could be compared. On a GPU the first run also compile
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
+
+# isort: split
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from pvdm_fast import info, ops
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, use_backend
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs.command import run_command
+from pvdm_fast.jobs.arguments import Parser
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
 # Relative 2-norm of the difference. Results are rounded once to their dtype: half a unit in the last place, and in
@@ -172,13 +174,17 @@ def check(device: str) -> tuple[int, int]:
     return ran, failed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pvdm_fast.selftest", description=__doc__)
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m pvdm_fast.selftest", description=__doc__)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default here: {default}")
-    device = parser.parse_args(arguments).device
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
 
     def test() -> None:
+        device = make_parser().parse_args(arguments).device
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("No GPU is available to PyTorch: run with --device cpu, or on a machine with one.")
         print(*info.machine(info.collect()), "", sep="\n")

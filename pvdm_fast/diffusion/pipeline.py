@@ -21,6 +21,8 @@ from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_model
 
 MODELS = ("autoencoder", "denoiser")
+# Options of diffusers' loading that say where files come from; a run's folder is there.
+DOWNLOADING = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors"}
 
 
 @dataclass
@@ -55,15 +57,17 @@ class PVDMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
         """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``.
 
-        ``options`` are diffusers'; of a run's folder ``torch_dtype`` and the parts, for example ``scheduler=``. Raises
-        UserError where a run lacks a model.
+        ``options`` are diffusers'; of a run's folder ``torch_dtype`` (or ``dtype``) and the parts, for example
+        ``scheduler=``, while those about downloading change nothing. Raises UserError where a run lacks a model, or for
+        an option that a run's folder doesn't take.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir() or (folder / "model_index.json").is_file():
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         parts = {name: options.pop(name, None) for name in (*MODELS, "scheduler")}
+        dtypes = _dtypes(options)
         scheduler = parts["scheduler"] or make_scheduler("ddim")
-        models = [parts[name] or load_part(folder, name, **options) for name in MODELS]
+        models = [parts[name] or load_part(folder, name, dtypes[name]) for name in MODELS]
         return cls(autoencoder=models[0], denoiser=models[1], scheduler=scheduler)
 
     @torch.no_grad()
@@ -160,6 +164,24 @@ class PVDMPipeline(DiffusionPipeline):
         pixels = ((videos[:, :, -config["frames"] :] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         clips = [np.array(clip.permute(1, 2, 3, 0).cpu()) for clip in pixels]
         return torch.cat([fit_clip(list(clip), **size) for clip in clips])
+
+
+def _dtypes(options: dict[str, Any]) -> dict[str, torch.dtype]:
+    """The dtype of each model of a run's folder, from diffusers' options for loading; UserError for others."""
+    given = options.pop("torch_dtype", None)
+    given = options.pop("dtype", given)
+    unknown = sorted(options.keys() - DOWNLOADING)
+    if unknown:
+        raise UserError(
+            f"a run's folder is loaded without {', '.join(unknown)}: save the pipeline with save_pretrained first, and "
+            "load that"
+        )
+    by_name = given if isinstance(given, dict) else {"default": given}
+    found = {name: by_name.get(name, by_name.get("default")) or torch.float32 for name in MODELS}
+    for dtype in found.values():
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UserError(f"torch_dtype must be one of PyTorch's floating dtypes, not {dtype!r}")
+    return found
 
 
 def load_part(folder: Path, name: str, torch_dtype: torch.dtype = torch.float32) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pvdm_fast import ops
 from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, preset
+from pvdm_fast.models.saving import ChecksumsKept
 from pvdm_fast.nn import AxialTransformer, PlaneProjection
 from pvdm_fast.nn.linear import Linear, linear
 
@@ -32,7 +33,7 @@ class AutoencoderOutput(BaseOutput):
     sample: Tensor
 
 
-class Autoencoder(ModelMixin, ConfigMixin):
+class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
     """PVDM's autoencoder (the release's `ViTAutoencoder`, its parameter names included; `base` is its full size).
 
     Args:

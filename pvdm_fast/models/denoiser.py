@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
+from pvdm_fast.models.saving import ChecksumsKept
 from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention
 
 
@@ -53,7 +54,7 @@ class PlanePositions(nn.Module):
         return torch.cat([plane.flatten(0, 1) for plane in planes])
 
 
-class Denoiser(ModelMixin, ConfigMixin):
+class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
     """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
 
     Args:
