@@ -1,4 +1,4 @@
-"""How batches come from data workers: in shared memory, which may be full; errors as values that keep their sentence."""
+"""How batches come from data workers: in shared memory, which may be full, and errors with their own sentence."""
 
 from __future__ import annotations
 

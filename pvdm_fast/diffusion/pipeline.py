@@ -17,6 +17,7 @@ from pvdm_fast.data.continuation import fit_clip, last_clip
 from pvdm_fast.diffusion.sampling import NoiseSource, check_pair, sample_video
 from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs import numbers
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_model
 
@@ -127,16 +128,18 @@ class PVDMPipeline(DiffusionPipeline):
             shown = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
             return (callback_on_step_end(self, step, timestep, shown) or {}).get("latents", latents)
 
-        frames = self.denoiser.layout.time if num_frames is None else num_frames
-        with self.progress_bar(total=num_inference_steps * -(-frames // self.denoiser.layout.time)) as bar:
+        frames = self.denoiser.layout.time if num_frames is None else numbers.FRAMES.checked("num_frames", num_frames)
+        steps = numbers.SAMPLING_STEPS.checked("num_inference_steps", num_inference_steps)
+        guidance = numbers.real(-1000, 1001).checked("guidance_scale", guidance_scale) - 1
+        with self.progress_bar(total=steps * -(-frames // self.denoiser.layout.time)) as bar:
             video = sample_video(
                 self.autoencoder,
                 self.denoiser,
                 clips=batch_size,
                 frames=frames,
-                steps=num_inference_steps,
+                steps=steps,
                 scheduler=self.scheduler,
-                guidance=max(0.0, guidance_scale - 1),
+                guidance=max(0.0, guidance),
                 eta=eta,
                 seed=NoiseSource(generator),
                 condition=None if condition is None else self._condition(condition),
@@ -161,6 +164,8 @@ class PVDMPipeline(DiffusionPipeline):
             raise UserError(
                 f"the condition has {videos.shape[2]} frames, but the model's clip takes {config['frames']}"
             )
+        if not bool((videos.abs() <= 1 + 1e-3).all()):
+            raise UserError("the condition's colours must be in [0, 1], all finite: divide 8-bit values by 255")
         pixels = ((videos[:, :, -config["frames"] :] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         clips = [np.array(clip.permute(1, 2, 3, 0).cpu()) for clip in pixels]
         return torch.cat([fit_clip(list(clip), **size) for clip in clips])

@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import torch
 
-from pvdm_fast.jobs.environment import only_the_launcher
 from pvdm_fast.jobs.processes import Processes
 
 PATIENCE = timedelta(hours=6)  # how long a process that has finished its share waits for the others
@@ -17,8 +16,7 @@ def these_processes(device: str) -> Processes:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    with only_the_launcher():
-        return Processes(Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]))
+    return Processes(Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]))
 
 
 def wait(processes: Processes) -> None:

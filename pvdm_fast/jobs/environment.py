@@ -91,7 +91,7 @@ def starts_again() -> bool:
 
 @contextmanager
 def only_the_launcher() -> Iterator[None]:
-    """While accelerate sets itself up it sees the launcher's variables, where a launcher set them, and no settings.
+    """While the block runs, accelerate sees the launcher's variables, where a launcher set them, and no settings.
 
     Raises:
         UserError: the variables don't fit together, or ask for what is not supported.

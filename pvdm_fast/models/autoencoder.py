@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pvdm_fast import ops
 from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, preset
+from pvdm_fast.models.ranges import check_pixels
 from pvdm_fast.models.saving import ChecksumsKept
 from pvdm_fast.nn import AxialTransformer, PlaneProjection
 from pvdm_fast.nn.linear import Linear, linear
@@ -98,13 +99,14 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
             `.latent`: (B, D, N), packed in the order xy, yt, xt, in [-1, 1].
 
         Raises:
-            ValueError: another shape than the model's.
+            ValueError: another shape than the model's; integers, or values of 8 bits (on a CPU).
         """
         sizes = (3, self.config.frames, self.config.height, self.config.width)
         if video.dim() != 5 or video.shape[1:] != sizes or video.shape[0] == 0:
             raise ValueError(
                 f"video must be (B, {', '.join(map(str, sizes))}) with B > 0, but is {tuple(video.shape)}."
             )
+        check_pixels(video)
         p, layout = self.config.patch_size, self.layout
         patches = video.unflatten(4, (layout.width, p)).unflatten(3, (layout.height, p))  # (B, 3, T, h, p, w, p)
         patches = patches.permute(0, 2, 3, 5, 4, 6, 1).reshape(video.shape[0], layout.num_lattice_tokens, -1)

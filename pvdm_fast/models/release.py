@@ -110,7 +110,8 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float
     """
     if problem := find_damage(folder):
         raise CheckpointError(
-            f"{folder} is damaged: {problem}. Copy it again; or, where it was changed on purpose, remove its checksums.json."
+            f"{folder} is damaged: {problem}. Copy it again; or, where it was changed on purpose, remove its "
+            "checksums.json."
         )
     loader: Any = kind
     try:

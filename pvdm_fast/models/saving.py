@@ -9,7 +9,7 @@ from pvdm_fast.jobs.checksums import NAME, write_checksums
 
 
 class ChecksumsKept:
-    """Put before diffusers' ``ModelMixin``: ``save_pretrained`` that leaves the right checksums where there were some."""
+    """Put before diffusers' ``ModelMixin``: ``save_pretrained`` leaves the right checksums where there were some."""
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> Any:
         """As diffusers' own."""

@@ -13,7 +13,6 @@ import torch
 from pvdm_fast.backends.cpu.precision import bfloat16_serves
 from pvdm_fast.data import find_classes
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs.environment import only_the_launcher
 from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
@@ -57,15 +56,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         print("--mixed-precision fp16 is for GPUs, so float32 is used on this CPU instead", flush=True)
         precision = "no"
     try:
-        with only_the_launcher():
-            accelerator = Accelerator(
-                cpu=device == "cpu",
-                mixed_precision=precision,
-                kwargs_handlers=[
-                    InitProcessGroupKwargs(timeout=TIMEOUT),
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                ],
-            )
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=precision,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"accelerate cannot start here with --mixed-precision {precision}: {reason}") from error

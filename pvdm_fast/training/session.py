@@ -16,7 +16,7 @@ from pvdm_fast.diffusion.sampling import sample_video
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
-from pvdm_fast.jobs.environment import plain_torch, starts_again
+from pvdm_fast.jobs.environment import only_the_launcher, plain_torch, starts_again
 from pvdm_fast.jobs.files import whole_folder
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes, lost_another
@@ -42,7 +42,7 @@ def run_training(request: Request) -> RunFolder:
         UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
     """
     keep_freed_memory()
-    with plain_torch():
+    with plain_torch(), only_the_launcher():
         return _run_training(replace(request, changes=with_absolute_places(request.changes)))
 
 
