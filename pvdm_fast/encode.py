@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     from pvdm_fast.data.watch import READ_TIMEOUT
-    from pvdm_fast.training.options import Parser
+    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs.arguments import Parser
 
     parser = Parser(
         prog="python -m pvdm_fast.encode",
@@ -36,36 +37,47 @@ def make_parser() -> argparse.ArgumentParser:
         "share of the shards.",
         allow_abbrev=False,
     )
-    number: dict[str, Any] = {"type": int, "metavar": "N"}
+
+    def number(kind: numbers.Number) -> dict[str, Any]:
+        return {"type": kind, "metavar": "N"}
+
     default = "(default: %(default)s)"
     parser.add_argument("data", metavar="DATA", help="what --data of training takes")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the latents")
     parser.add_argument("--autoencoder", type=Path, required=True, metavar="RUN", help="its run, or its folder")
-    parser.add_argument("--clips", **number, help="clips to encode (default: an epoch, one of each video)")
-    parser.add_argument("--test-clips", default=256, **number, help=f"held-out clips, at most an epoch {default}")
+    parser.add_argument(
+        "--clips", **number(numbers.VIDEOS), help="clips to encode (default: an epoch, one of each video)"
+    )
+    parser.add_argument(
+        "--test-clips", default=256, **number(numbers.VIDEOS), help=f"held-out clips, at most an epoch {default}"
+    )
     parser.add_argument(
         "--windows",
         default=2,
-        **number,
+        **number(numbers.CLIP_FRAMES),
         help="windows of T frames encoded of each clip's 2T, evenly from the first to the last; T + 1 are all that "
         f"training draws from {default}",
     )
-    parser.add_argument("--stride", default=1, **number, help=f"take every n-th frame of a video {default}")
-    parser.add_argument("--seed", default=0, **number, help=f"seed of the clips {default}")
+    parser.add_argument(
+        "--stride", default=1, **number(numbers.STRIDE), help=f"take every n-th frame of a video {default}"
+    )
+    parser.add_argument("--seed", default=0, **number(numbers.SEED), help=f"seed of the clips {default}")
     parser.add_argument("--flip", action="store_true", help="mirror half of the training clips")
-    parser.add_argument("--batch-size", default=8, **number, help=f"clips encoded at once {default}")
-    parser.add_argument("--shard-clips", default=512, **number, help=f"clips in a file {default}")
+    parser.add_argument("--batch-size", default=8, **number(numbers.BATCH), help=f"clips encoded at once {default}")
+    parser.add_argument("--shard-clips", default=512, **number(numbers.VIDEOS), help=f"clips in a file {default}")
     parser.add_argument(
         "--container",
         default="safetensors",
         metavar="{safetensors,tar}",
         help=f"tar writes webdataset shards, a sample for each clip {default}",
     )
-    parser.add_argument("--workers", default=2, **number, help=f"processes that read clips ahead {default}")
+    parser.add_argument(
+        "--workers", default=2, **number(numbers.WORKERS), help=f"processes that read clips ahead {default}"
+    )
     parser.add_argument(
         "--read-timeout",
         default=READ_TIMEOUT,
-        type=float,
+        type=numbers.SECONDS,
         metavar="X",
         help=f"seconds after which a file that cannot be read is left out {default}",
     )
@@ -116,29 +128,16 @@ def check(arguments: argparse.Namespace) -> tuple[int, int]:
     """This process's number and how many there are; raises UserError for an option that cannot be."""
     from pvdm_fast.data.latent_shards import CONTAINERS
     from pvdm_fast.data.shards import library
+    from pvdm_fast.jobs.environment import place_in_job
 
-    minimum = {"test_clips": 1, "stride": 1, "seed": 0, "batch_size": 1, "shard_clips": 1, "workers": 0}
-    if arguments.clips is not None:
-        minimum["clips"] = 1
-    for name, least in {**minimum, "read_timeout": 0}.items():
-        if getattr(arguments, name) < least:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} must be at least {least}, not {getattr(arguments, name)}")
     if arguments.container not in CONTAINERS:
         raise UserError(f"--container must be one of {', '.join(CONTAINERS)}, not {arguments.container}")
     if arguments.container == "tar":
         library()
     if arguments.device not in ("auto", "cpu"):
         raise UserError(f"--device must be auto or cpu, not {arguments.device}")
-    try:
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    except ValueError:
-        rank, world = -1, 0
-    if not 0 <= rank < world:
-        raise UserError(
-            "RANK must be a number from 0 to WORLD_SIZE - 1: these environment variables are the launcher's"
-        )
-    return rank, world
+    place = place_in_job(meeting=False)
+    return place.rank, place.world
 
 
 def open_split(arguments: argparse.Namespace, autoencoder: Autoencoder, split: str) -> ClipDataset:
@@ -321,7 +320,15 @@ def finish(out: Path, settings: Settings) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 2 (a user's error) or 130 (Ctrl-C)."""
-    return run_command(lambda: encode(make_parser().parse_args(arguments)))
+
+    def run() -> None:
+        parsed = make_parser().parse_args(arguments)
+        from pvdm_fast.jobs.environment import plain_torch
+
+        with plain_torch():
+            encode(parsed)
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

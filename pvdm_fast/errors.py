@@ -18,10 +18,18 @@ class NonFiniteLossError(UserError):
 
 
 class Interrupted(Exception):
-    """Training stopped because of a signal, after saving; the exit code is the shell's: 130 or 143."""
+    """Training stopped because of a signal, after saving; the exit code is the shell's, for example 130 or 143."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """A signal that ends what is at work, wherever it is; nothing but the command itself catches it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped at once by {signal.Signals(number).name}")
         self.exit_code = 128 + number
 
 

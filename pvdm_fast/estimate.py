@@ -21,11 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
+
+# isort: split
 import torch
 from torch import Tensor, nn
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs.command import run_command
+from pvdm_fast.jobs.environment import plain_torch
 
 if TYPE_CHECKING:
     from pvdm_fast.training.config import TrainConfig
@@ -179,8 +182,9 @@ def _step(
 
 
 def make_parser() -> argparse.ArgumentParser:
+    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs.arguments import Parser
     from pvdm_fast.training.config import OPTIONS, PRESETS
-    from pvdm_fast.training.options import Parser
 
     parser = Parser(
         prog="python -m pvdm_fast.estimate",
@@ -188,9 +192,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", default="tiny", metavar="{" + ",".join(PRESETS) + "}", help="sizes (default: tiny)")
     parser.add_argument("--stage", default="all", metavar="{autoencoder,diffusion,all}", help="(default: all)")
-    parser.add_argument("--batch", type=int, metavar="N", help="clips a forward pass (default: the preset's)")
+    parser.add_argument("--batch", type=numbers.BATCH, metavar="N", help="clips a forward pass (default: the preset's)")
     for name in ("frames", "height", "width"):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{OPTIONS[f'video.{name}'].metadata['help']}")
+        metadata = OPTIONS[f"video.{name}"].metadata
+        parser.add_argument(f"--{name}", type=metadata["number"], metavar="N", help=metadata["help"])
     parser.add_argument("--mixed-precision", default="no", metavar="{no,bf16}", help="(default: no)")
     parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit}", help="(default: adamw)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -222,7 +227,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
     options = make_parser().parse_args(arguments)
     config = configure(options)
-    found = [estimate(config, stage) for stage in (STAGES if config.stage == "all" else (config.stage,))]
+    with plain_torch():
+        found = [estimate(config, stage) for stage in (STAGES if config.stage == "all" else (config.stage,))]
     if options.json:
         print(json.dumps([{**asdict(item), "peak": item.peak} for item in found], indent=2))
     else:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.training.options import Parser
+    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs.arguments import Parser
 
     parser = Parser(
         prog="python -m pvdm_fast.evaluate",
@@ -31,23 +32,39 @@ def make_parser() -> argparse.ArgumentParser:
     add("run", type=Path, help="the folder that training left, with autoencoder/ and denoiser/")
     add("--data", metavar="DIR", help="as for training (default: what the run was trained on)")
     add("--split", metavar="{test,train,all}", help="which of its clips (default: test, those held out)")
-    add("--clips", type=int, metavar="N", help="number of real clips (default: 2048)")
-    add("--samples", type=int, metavar="N", help="number of samples; 0: none (default: as many as clips)")
-    add("--frames", type=int, nargs="+", metavar="N", help="lengths at which samples are compared (default: 16 128)")
-    add("--stride", type=int, metavar="N", help="step between a real clip's frames (default: the run's)")
-    add("--seed", type=int, metavar="N", help="seed of clips and samples (default: 0)")
+    add("--clips", type=numbers.VIDEOS, metavar="N", help="number of real clips (default: 2048)")
+    add(
+        "--samples",
+        type=numbers.whole(0, 10_000_000),
+        metavar="N",
+        help="number of samples; 0: none (default: as many as clips)",
+    )
+    add(
+        "--frames",
+        type=numbers.FRAMES,
+        nargs="+",
+        metavar="N",
+        help="lengths at which samples are compared (default: 16 128)",
+    )
+    add("--stride", type=numbers.STRIDE, metavar="N", help="step between a real clip's frames (default: the run's)")
+    add("--seed", type=numbers.SEED, metavar="N", help="seed of clips and samples (default: 0)")
     add("--features", type=Path, metavar="FILE", help="feature network: i3d_torchscript.pt of StyleGAN-V")
     add("--features-sha256", metavar="HASH", help="the hash that this file must have")
     add("--scheduler", metavar="NAME", help="sampler, as for pvdm_fast.sample (default: ddim)")
-    add("--steps", type=int, metavar="N", help="denoising steps (default: 100)")
-    add("--eta", type=float, metavar="X", help="ddim: share of new noise (default: 1)")
-    add("--guidance", type=float, metavar="W", help="how strongly later clips follow the one before (default: 0)")
-    add("--batch-size", type=int, metavar="N", help="clips at once; part of the protocol (default: 8)")
-    add("--workers", type=int, metavar="N", help="processes that read clips (default: 0)")
+    add("--steps", type=numbers.SAMPLING_STEPS, metavar="N", help="denoising steps (default: 100)")
+    add("--eta", type=numbers.ETA, metavar="X", help="ddim: share of new noise (default: 1)")
+    add(
+        "--guidance",
+        type=numbers.GUIDANCE,
+        metavar="W",
+        help="how strongly later clips follow those before (default: 0)",
+    )
+    add("--batch-size", type=numbers.BATCH, metavar="N", help="clips at once; part of the protocol (default: 8)")
+    add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")
     add("--device", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     add("--dtype", metavar="{fp32,bf16}", help="of weights and activations (default: fp32)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/evaluation)")
-    add("--save-every", type=int, metavar="N", help="clips of a process between saves (default: 64)")
+    add("--save-every", type=numbers.VIDEOS, metavar="N", help="clips of a process between saves (default: 64)")
     return parser
 
 

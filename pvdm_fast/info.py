@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
+
+# isort: split
 from pvdm_fast.analysis.machine import collect
 from pvdm_fast.backends import choice, extensions
+from pvdm_fast.jobs.arguments import Parser
+
 
 def _build_lines(build: dict[str, Any]) -> list[str]:
     if not build:
@@ -73,12 +78,22 @@ def describe(facts: dict[str, Any]) -> str:
     return "\n".join([*describe_machine(facts), "", "Operations", *_table(facts["operations"])])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pvdm_fast.info", description=__doc__)
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m pvdm_fast.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    facts = collect()
-    print(json.dumps(facts, indent=1) if parser.parse_args(arguments).json else describe(facts))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+
+    def show() -> None:
+        options = make_parser().parse_args(arguments)
+        facts = collect()
+        print(json.dumps(facts, indent=1) if options.json else describe(facts))
+
+    return run_command(show)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

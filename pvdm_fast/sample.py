@@ -24,7 +24,8 @@ SUFFIXES = (".mp4", ".gif", ".npy")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.training.options import Parser
+    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs.arguments import Parser
 
     parser = Parser(
         prog="python -m pvdm_fast.sample",
@@ -33,15 +34,21 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="the folder that training left, with autoencoder/ and denoiser/")
-    parser.add_argument("--clips", type=int, default=4, metavar="N", help="number of videos (default: %(default)s)")
-    parser.add_argument("--frames", type=int, metavar="N", help="frames of a video (default: the model's length)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="denoising steps (default: %(default)s)")
+    parser.add_argument(
+        "--clips", type=numbers.VIDEOS, default=4, metavar="N", help="number of videos (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--frames", type=numbers.FRAMES, metavar="N", help="frames of a video (default: the model's length)"
+    )
+    parser.add_argument(
+        "--steps", type=numbers.SAMPLING_STEPS, default=50, metavar="N", help="denoising steps (default: %(default)s)"
+    )
     parser.add_argument(
         "--scheduler", default="ddim", metavar="{ddim,ddpm,dpm++,unipc}", help="sampler (default: %(default)s)"
     )
     parser.add_argument(
         "--guidance",
-        type=float,
+        type=numbers.GUIDANCE,
         default=0.0,
         metavar="W",
         help="how strongly clips follow the one before, and the class: (1 + W) eps(cond) - W eps(none) "
@@ -54,14 +61,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="a video file, or folder of frames, that the samples continue: its last frames, cropped and resized",
     )
     parser.add_argument(
-        "--stride", type=int, default=1, metavar="N", help="of --condition take every N-th frame (default: %(default)s)"
+        "--stride",
+        type=numbers.STRIDE,
+        default=1,
+        metavar="N",
+        help="of --condition take every N-th frame (default: %(default)s)",
     )
     parser.add_argument("--class", dest="label", metavar="NAME|NUMBER", help="of a model trained with classes")
     parser.add_argument(
-        "--eta", type=float, default=1.0, metavar="X", help="ddim: share of new noise (default: %(default)s)"
+        "--eta", type=numbers.ETA, default=1.0, metavar="X", help="ddim: share of new noise (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all noise (default: %(default)s)")
-    parser.add_argument("--fps", type=float, default=8.0, metavar="X", help="frames a second (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=numbers.SEED, default=0, metavar="N", help="seed of all noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fps", type=numbers.FPS, default=8.0, metavar="X", help="frames a second (default: %(default)s)"
+    )
     parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     parser.add_argument(
         "--dtype",
@@ -155,6 +170,13 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, sample, write."""
     options = make_parser().parse_args(arguments)
     _check(options)
+    from pvdm_fast.jobs.environment import plain_torch
+
+    with plain_torch():
+        _sample(options)
+
+
+def _sample(options: argparse.Namespace) -> None:
     from pvdm_fast.data.continuation import last_clip
     from pvdm_fast.diffusion.pipeline import class_numbers
     from pvdm_fast.diffusion.sampling import stream_video
@@ -194,12 +216,13 @@ def _check(options: argparse.Namespace) -> None:
     """Raises UserError for what argparse cannot check."""
     if options.out.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {options.out}: its name must end in {', '.join(SUFFIXES)}")
+    from pvdm_fast.diffusion.schedulers import make_scheduler
+
+    make_scheduler(options.scheduler)
     if options.device not in ("auto", "cpu"):
         raise UserError(f"--device must be auto or cpu, not {options.device!r}")
     if options.dtype not in ("fp32", "bf16"):
         raise UserError(f"--dtype must be fp32 or bf16, not {options.dtype!r}")
-    if not options.fps > 0:
-        raise UserError(f"--fps must be positive, not {options.fps}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,11 +7,13 @@ is wrong, 2 where nothing could be compared. On a GPU the first run also compile
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 
+from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
+
+# isort: split
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from pvdm_fast.analysis.machine import collect
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, use_backend
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs.command import run_command
+from pvdm_fast.jobs.arguments import Parser
 
 # Relative 2-norm of the difference. Results are rounded once to their dtype: half a unit in the last place, and in
 # float32 the sums of some thousand terms. Attention by tensor cores also rounds what lies between its two products, and
@@ -94,13 +96,17 @@ def check(device: str) -> tuple[int, int]:
     return ran, failed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pvdm_fast.selftest", description=__doc__)
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m pvdm_fast.selftest", description=__doc__)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help=f"default here: {default}")
-    device = parser.parse_args(arguments).device
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
 
     def test() -> None:
+        device = make_parser().parse_args(arguments).device
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("No GPU is available to PyTorch: run with --device cpu, or on a machine with one.")
         print(*info.describe_machine(collect()), "", sep="\n")

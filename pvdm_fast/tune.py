@@ -17,6 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
+
+# isort: split
 import torch
 from torch import Tensor
 
@@ -24,7 +27,6 @@ from pvdm_fast.analysis import workload
 from pvdm_fast.analysis.workload import Call
 from pvdm_fast.backends import choice
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs.command import run_command
 from pvdm_fast.kernels import configs, launch
 from pvdm_fast.kernels.configs import ConfigTable, Key
 from pvdm_fast.kernels.launch import Config
@@ -158,7 +160,8 @@ def write_user_table(found: Iterable[tuple[Task, Config | None]], path: Path) ->
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.training.options import Parser
+    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs.arguments import Parser
 
     parser = Parser(
         prog="python -m pvdm_fast.tune",
@@ -169,7 +172,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=DENOISER, default="base", help="of the networks (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--mixed", action="store_true", help="weights in float32, as in training with autocast")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="clips at a time (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=numbers.BATCH, default=1, metavar="N", help="clips at a time (default: %(default)s)"
+    )
     parser.add_argument(
         "--operations", nargs="+", choices=choice.SERVED["triton"], default=choice.SERVED["triton"], metavar="OP",
         help="only these (default: all)",
@@ -187,8 +192,6 @@ def gpu_timer(function: Callable[[], object]) -> float:
 
 def run_tuning(arguments: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
-    if options.batch < 1:
-        raise UserError(f"--batch is {options.batch}, but must be at least 1.")
     device, here = torch.device("cuda"), torch.cuda.is_available()
     if not options.dry_run and (not here or choice.interpreting()):
         reason = "TRITON_INTERPRET is set: unset it" if here else "PyTorch finds none: see python -m pvdm_fast.info"

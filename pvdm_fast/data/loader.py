@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +13,16 @@ from itertools import islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from pvdm_fast.data.clips import Batch, ClipDataset, collate
+from pvdm_fast.data.crossing import POLL_SECONDS, Guarded, Patience, cannot_start, die_with_parent, shared_batch
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.watch import CRASHED, Notes, begin_notes, too_slow
+from pvdm_fast.jobs.signals import ENDING, in_main_thread
 
 ENDING_SECONDS = 10.0
 RESTARTS = 3  # in a row, without a batch between them
@@ -86,7 +89,7 @@ class ClipLoader:
         done = restarts = 0
         killed: set[str] = set()
         while True:
-            crew = _Crew(Notes(self.workers))
+            crew = self._crew()
             try:
                 for batch in self._read(done, crew):
                     yield batch
@@ -100,15 +103,22 @@ class ClipLoader:
                 if not deaths:
                     raise
                 sentences = [self._judge(*death, killed) for death in deaths]
-                crew.end()
                 restarts += 1
                 if restarts > RESTARTS:
                     raise DataError(
                         f"{'; '.join(sentences)}; this was the {restarts}th time in a row. Use fewer workers if "
                         "memory is short, or 0 to load the data in the training process"
                     ) from error
+            finally:
+                crew.end()
             for sentence in sentences:
                 print(f"{sentence}; its batches are read again", file=sys.stderr, flush=True)
+
+    def _crew(self) -> _Crew:
+        try:
+            return _Crew(Notes(self.workers))
+        except RuntimeError as error:  # no shared memory at all
+            raise cannot_start(self.workers, error) from error
 
     def _judge(self, pid: int, code: int, file: str | None, killed: set[str]) -> str:
         """What to say of a worker's death; the file that is to blame is set aside."""
@@ -132,21 +142,40 @@ class ClipLoader:
         That one raises wherever the process happens to be, in the middle of a training step for example. Without it,
         a death shows here within five seconds of asking for the next batch.
         """
-        loader: DataLoader[Batch] = DataLoader(
-            self.dataset,  # type: ignore[arg-type]  # typed as the dataset of items, not of batches
+        dies_with = os.getpid() if in_main_thread() else None  # the kernel's parent is a thread, which may end before
+        loader: DataLoader[Any] = DataLoader(
+            Guarded(self.dataset) if self.workers else self.dataset,
             batch_sampler=_From(self.batches, done),
             num_workers=self.workers,
-            collate_fn=collate,
+            collate_fn=shared_batch if self.workers else collate,
             pin_memory=self.pin_memory,
-            worker_init_fn=partial(_prepare_worker, crew.notes),
+            timeout=POLL_SECONDS if self.workers else 0,
+            worker_init_fn=partial(_prepare_worker, crew.notes, dies_with),
             generator=torch.Generator(),  # else iterating would draw from the global random state
         )
         before, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-        batches = iter(loader)
+        try:
+            batches = iter(loader)
+        except OSError as error:  # no more processes, files or memory
+            raise cannot_start(self.workers, error) from error
         crew.processes = [process for process in multiprocessing.active_children() if process not in others]
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
+        if in_main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-        yield from batches
+        patience = Patience(crew.notes)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                patience.check()
+                continue
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+            patience = Patience(crew.notes)
 
 
 class _From(Sampler[list[int]]):
@@ -183,10 +212,16 @@ def make_loader(
     return ClipLoader(dataset, DrawBatches(batch_size, start_draw, rank, world), workers=workers, pin_memory=pin_memory)
 
 
-def _prepare_worker(notes: Notes, worker: int) -> None:
-    """One thread a worker; a Ctrl-C or SIGTERM sent to the whole group is the training process's to answer."""
+def _prepare_worker(notes: Notes, dies_with: int | None, worker: int) -> None:
+    """One thread a worker; what a terminal or scheduler sends to the whole group is the training process's to answer.
+
+    It dies with the process ``dies_with``.
+    """
+    if dies_with is not None:
+        die_with_parent(dies_with)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _survive_once)
     begin_notes(notes, worker)
 

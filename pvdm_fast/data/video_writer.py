@@ -39,8 +39,8 @@ def open_video(path: str | Path, fps: float = 8) -> Iterator[Write]:
     formats = {".mp4": _mp4, ".gif": _gif, ".npy": _npy}
     if path.suffix.lower() not in formats:
         raise ValueError(f'cannot write "{path.name}": the name must end in {", ".join(formats)}')
-    if not fps > 0:
-        raise ValueError(f"fps must be positive, got {fps}")
+    if not 0.01 <= fps <= 1000:
+        raise ValueError(f"fps must be positive, from 0.01 to 1000, got {fps}")
     size: tuple[int, ...] | None = None
     with whole_video(path) as temporary, formats[path.suffix.lower()](temporary, fps) as append:
 
@@ -80,7 +80,7 @@ def _mp4(path: Path, fps: float) -> Iterator[Write]:
     import av
 
     codec, options = ("libx264", X264_OPTIONS) if "libx264" in av.codecs_available else ("mpeg4", {"qscale": "2"})
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with av.open(os.path.abspath(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # the bytes depend on the number of threads

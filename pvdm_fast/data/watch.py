@@ -46,6 +46,10 @@ class Notes:
                 return os.fsdecode(row[_HEADER : _HEADER + length].tobytes())
         return None
 
+    def any_file(self) -> bool:
+        """Whether any worker has a file in hand."""
+        return bool((self.rows.numpy()[:, 8:_HEADER].copy().view(np.int64) > 0).any())
+
 
 def begin_notes(notes: Notes, worker: int) -> None:
     """In a worker: from here on :func:`reading` writes to its row, and an alarm ends the process."""

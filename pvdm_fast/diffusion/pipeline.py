@@ -17,10 +17,13 @@ from pvdm_fast.data.continuation import fit_clip, last_clip
 from pvdm_fast.diffusion.sampling import NoiseSource, check_pair, sample_video
 from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs import numbers
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_model
 
 MODELS = ("autoencoder", "denoiser")
+# Options of diffusers' loading that say where files come from; a run's folder is there.
+DOWNLOADING = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors"}
 
 
 @dataclass
@@ -55,15 +58,17 @@ class PVDMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
         """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``.
 
-        ``options`` are diffusers'; of a run's folder ``torch_dtype`` and the parts, for example ``scheduler=``. Raises
-        UserError where a run lacks a model.
+        ``options`` are diffusers'; of a run's folder ``torch_dtype`` (or ``dtype``) and the parts, for example
+        ``scheduler=``, while those about downloading change nothing. Raises UserError where a run lacks a model, or for
+        an option that a run's folder doesn't take.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir() or (folder / "model_index.json").is_file():
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         parts = {name: options.pop(name, None) for name in (*MODELS, "scheduler")}
+        dtypes = _dtypes(options)
         scheduler = parts["scheduler"] or make_scheduler("ddim")
-        models = [parts[name] or load_part(folder, name, **options) for name in MODELS]
+        models = [parts[name] or load_part(folder, name, dtypes[name]) for name in MODELS]
         return cls(autoencoder=models[0], denoiser=models[1], scheduler=scheduler)
 
     @torch.no_grad()
@@ -123,16 +128,18 @@ class PVDMPipeline(DiffusionPipeline):
             shown = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
             return (callback_on_step_end(self, step, timestep, shown) or {}).get("latents", latents)
 
-        frames = self.denoiser.layout.time if num_frames is None else num_frames
-        with self.progress_bar(total=num_inference_steps * -(-frames // self.denoiser.layout.time)) as bar:
+        frames = self.denoiser.layout.time if num_frames is None else numbers.FRAMES.checked("num_frames", num_frames)
+        steps = numbers.SAMPLING_STEPS.checked("num_inference_steps", num_inference_steps)
+        guidance = numbers.real(-1000, 1001).checked("guidance_scale", guidance_scale) - 1
+        with self.progress_bar(total=steps * -(-frames // self.denoiser.layout.time)) as bar:
             video = sample_video(
                 self.autoencoder,
                 self.denoiser,
                 clips=batch_size,
                 frames=frames,
-                steps=num_inference_steps,
+                steps=steps,
                 scheduler=self.scheduler,
-                guidance=max(0.0, guidance_scale - 1),
+                guidance=max(0.0, guidance),
                 eta=eta,
                 seed=NoiseSource(generator),
                 condition=None if condition is None else self._condition(condition),
@@ -157,9 +164,29 @@ class PVDMPipeline(DiffusionPipeline):
             raise UserError(
                 f"the condition has {videos.shape[2]} frames, but the model's clip takes {config['frames']}"
             )
+        if not bool((videos.abs() <= 1 + 1e-3).all()):
+            raise UserError("the condition's colours must be in [0, 1], all finite: divide 8-bit values by 255")
         pixels = ((videos[:, :, -config["frames"] :] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         clips = [np.array(clip.permute(1, 2, 3, 0).cpu()) for clip in pixels]
         return torch.cat([fit_clip(list(clip), **size) for clip in clips])
+
+
+def _dtypes(options: dict[str, Any]) -> dict[str, torch.dtype]:
+    """The dtype of each model of a run's folder, from diffusers' options for loading; UserError for others."""
+    given = options.pop("torch_dtype", None)
+    given = options.pop("dtype", given)
+    unknown = sorted(options.keys() - DOWNLOADING)
+    if unknown:
+        raise UserError(
+            f"a run's folder is loaded without {', '.join(unknown)}: save the pipeline with save_pretrained first, and "
+            "load that"
+        )
+    by_name = given if isinstance(given, dict) else {"default": given}
+    found = {name: by_name.get(name, by_name.get("default")) or torch.float32 for name in MODELS}
+    for dtype in found.values():
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UserError(f"torch_dtype must be one of PyTorch's floating dtypes, not {dtype!r}")
+    return found
 
 
 def load_part(folder: Path, name: str, torch_dtype: torch.dtype = torch.float32) -> Any:

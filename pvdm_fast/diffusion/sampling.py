@@ -13,6 +13,7 @@ from torch import Tensor
 from pvdm_fast.diffusion.cuda_graph import graphed_prediction
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs import numbers
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -29,7 +30,9 @@ class NoiseSource:
     """
 
     def __init__(self, seed: int | torch.Generator | list[torch.Generator]) -> None:
-        self.generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+        if not isinstance(seed, (torch.Generator, list)):
+            seed = torch.Generator().manual_seed(numbers.SEED.checked("seed", seed))
+        self.generator = seed
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         """A float32 tensor of the given shape, on the generator's device."""
@@ -41,7 +44,7 @@ class NoiseSource:
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randn(tuple(shape), generator=generator, device=generator.device)
+    return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -77,6 +80,8 @@ def sample_latents(
     Returns:
         (B, D, N) float32 on the denoiser's device.
     """
+    steps = numbers.SAMPLING_STEPS.checked("the number of sampling steps", steps)
+    guidance, eta = numbers.GUIDANCE.checked("guidance", guidance), numbers.ETA.checked("eta", eta)
     device = next(denoiser.parameters()).device
     scheduler.set_timesteps(steps, device=device)
     latent = noise(shape).to(device)
@@ -150,11 +155,14 @@ def stream_video(
         UserError: the two models don't belong together, or a number is out of range; a CUDA graph without a GPU.
     """
 
+    clips, frames = numbers.VIDEOS.checked("clips", clips), numbers.FRAMES.checked("frames", frames)
+    steps = numbers.SAMPLING_STEPS.checked("the number of sampling steps", steps)
+    guidance, eta = numbers.GUIDANCE.checked("guidance", guidance), numbers.ETA.checked("eta", eta)
     device = next(denoiser.parameters()).device
     sampler = _checked_scheduler(scheduler)
-    _check_request(autoencoder, denoiser, clips, frames, condition, labels)
+    _check_request(autoencoder, denoiser, clips, condition, labels)
     predict = graphed_prediction(denoiser) if cuda_graph else predict_noise
-    noise = NoiseSource(seed) if isinstance(seed, int) else seed
+    noise = seed if isinstance(seed, NoiseSource) else NoiseSource(seed)
     layout = denoiser.layout
     shape = (clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
     rounds = math.ceil(frames / layout.time)
@@ -210,18 +218,17 @@ def _check_request(
     autoencoder: Autoencoder,
     denoiser: Denoiser,
     clips: int,
-    frames: int,
     condition: Tensor | None,
     labels: Tensor | None,
 ) -> None:
     """Raises UserError where something cannot be sampled."""
     check_pair(autoencoder, denoiser)
-    if clips < 1 or frames < 1:
-        raise UserError(f"clips and frames must be at least 1, not {clips} and {frames}")
     if condition is not None:
         size = (3, *(int(autoencoder.config[name]) for name in ("frames", "height", "width")))
         if condition.shape[1:] != size or condition.shape[0] not in (1, clips):
             raise UserError(f"the condition must be {(clips, *size)} or {(1, *size)}, but is {tuple(condition.shape)}")
+        if not condition.is_floating_point() or not bool((condition.abs() <= 1 + 1e-3).all()):
+            raise UserError("the condition must be a video in [-1, 1], all of it finite")
     if labels is not None:
         number = denoiser.config["num_classes"]
         if number is None:

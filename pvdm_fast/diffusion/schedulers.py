@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.numbers import ETA, SAMPLING_STEPS
 from pvdm_fast.models.noise_schedule import BETA_END, BETA_START, TRAIN_STEPS, NoiseSchedule
 
 SCHEDULER_NAMES = ("ddim", "ddpm", "dpm++", "unipc")
@@ -33,8 +34,7 @@ _BETAS: dict[str, Any] = {
 
 def release_times(steps: int) -> list[int]:
     """The release's sampling times, largest first, ending with -1: linspace(-1, 999, steps + 1), truncated."""
-    if not 1 <= steps <= TRAIN_STEPS:
-        raise UserError(f"the number of sampling steps must be between 1 and {TRAIN_STEPS}, not {steps}")
+    steps = SAMPLING_STEPS.checked("the number of sampling steps", steps)
     return torch.linspace(-1, TRAIN_STEPS - 1, steps + 1).int().flip(0).tolist()
 
 
@@ -64,7 +64,12 @@ class ReleaseDDIMScheduler(DDIMScheduler):
 
     def next_time(self, timestep: int) -> int:
         """The time after ``timestep``; -1 at the end."""
-        return self._next_time[int(timestep)]
+        try:
+            return self._next_time[int(timestep)]
+        except KeyError:
+            raise UserError(
+                f"{int(timestep)} is none of this scheduler's times: take them from its timesteps"
+            ) from None
 
     def step(
         self,
@@ -78,6 +83,7 @@ class ReleaseDDIMScheduler(DDIMScheduler):
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """One step from ``timestep`` to the next time; arguments as in diffusers, but eta is 1 by default."""
+        eta = ETA.checked("eta", eta)
         next_time = self.next_time(timestep)
         level = self._levels[int(timestep)]
         clean = ((sample - (1 - level) ** 0.5 * model_output) / level**0.5).clamp(-1, 1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import pvdm_fast
+from pvdm_fast.analysis.machine import cpu_facts, installed_version
 from pvdm_fast.backends import choice
 from pvdm_fast.data import ClipDataset
 from pvdm_fast.errors import UserError
@@ -20,7 +21,6 @@ from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.subject import Subject
-from pvdm_fast.analysis.machine import cpu_facts, installed_version
 from pvdm_fast.jobs.processes import Processes
 
 METRICS = {
@@ -60,17 +60,11 @@ class Request:
     save_every: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("clips", "stride", "steps", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("samples", "workers"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
         for name, known in (("split", SPLITS), ("device", ("auto", "cpu")), ("dtype", ("fp32", "bf16"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if not self.frames or min(self.frames) < 1 or len(set(self.frames)) < len(self.frames):
-            raise UserError(f"--frames must be different numbers of at least 1, not {list(self.frames)}")
+        if not self.frames or len(set(self.frames)) < len(self.frames):
+            raise UserError(f"--frames must be different numbers, not {list(self.frames)}")
         if (self.features is None) != (self.features_sha256 is None):
             raise UserError(
                 "--features and --features-sha256 go together: a Fréchet distance means something only for a "

@@ -90,7 +90,7 @@ def write_report(path: Path, document: dict[str, Any], videos: dict[str, Path], 
         + "\n".join(part for part in parts if part)
         + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
 
 
 def score_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
-from pvdm_fast.errors import BackendError, Interrupted, UserError
+from pvdm_fast.errors import BackendError, Interrupted, StoppedAtOnce, UserError
+from pvdm_fast.jobs.environment import rank_name
+from pvdm_fast.jobs.signals import handled, quiet_start
+from pvdm_fast.jobs.streams import steady_output
 
-# What a disk or its rights can do at any write or read; any other OSError is a fault of the program.
-DISK_FAULTS = frozenset(
+# What a disk, its rights, a name or the limits of the machine can do; any other OSError is a fault of the program.
+OUTER_FAULTS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+    | {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOMEM, errno.EAGAIN, errno.EMFILE}
 )
+
+quiet_start()
 
 
 def run_command(action: Callable[[], object]) -> int:
-    """Run ``action``; what users cause is printed as one sentence without a traceback. Returns the exit code."""
-    rank = os.environ.get("RANK", "0")  # set by torchrun and accelerate launch
+    """Run ``action``; what users cause is printed as one sentence without a traceback. Returns the exit code.
+
+    A signal that ends a job ends the action where it is, with its temporary files removed, unless the action handles
+    signals itself. Output that cannot be written is left out.
+    """
+    with steady_output(), handled(_stop):
+        return _run(action)
+
+
+def _run(action: Callable[[], object]) -> int:
+    rank = rank_name()
     label = "error" if rank == "0" else f"error in process {rank}"
     try:
         action()
@@ -26,14 +41,29 @@ def run_command(action: Callable[[], object]) -> int:
         print(f"{label}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
     except OSError as error:
-        if error.errno not in DISK_FAULTS:
+        if error.errno not in OUTER_FAULTS:
             raise
         place = f"{error.filename}: " if error.filename else ""
         print(f"{label}: {place}{error.strerror}", file=sys.stderr)
         return UserError.exit_code
     except Interrupted as stop:
         return stop.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped at once", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return getattr(stop, "exit_code", 128 + signal.SIGINT)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(f"{label}: out of memory: take smaller sizes, or a smaller batch", file=sys.stderr)
+        return UserError.exit_code
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise StoppedAtOnce(number)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in Python, on a GPU, or in PyTorch's allocator for CPUs."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)

@@ -1,40 +1,74 @@
-"""Ctrl-C and SIGTERM as a polite request: the step in hand is finished and saved first."""
+"""A signal as a polite request: the step in hand is finished and saved first."""
 
 from __future__ import annotations
 
-import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
-from typing import Any
 
-from pvdm_fast.errors import Interrupted
+from pvdm_fast.errors import Interrupted, StoppedAtOnce
 from pvdm_fast.jobs.processes import Processes
+from pvdm_fast.jobs.signals import handled
+
+# A launcher passes on the signal that its processes have had already: within this time it is the same request.
+SAME_SECONDS = 0.5
 
 
 class StopRequest:
-    """While active, the first SIGINT or SIGTERM is remembered; a second one stops at once."""
+    """While active, the first signal that ends a job is remembered; a second one stops at once, with its exit code.
+
+    In another thread than the main one signals stay as they are.
+    """
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.number: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._since = 0.0
+        self._waiting = False
+        self._ending = ExitStack()
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._ending.enter_context(handled(self._handle))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._ending.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
-        print("\nfinishing this step, then saving; once more stops at once", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._since = number, now
+            print("\nfinishing this step, then saving; once more stops at once", file=sys.stderr, flush=True)
+            if self._waiting:
+                raise StoppedAtOnce(number)
+        elif now - self._since > SAME_SECONDS:
+            raise StoppedAtOnce(number)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that a signal may leave at any place: what it waits for may never come.
+
+        Only of a single process: several have to agree first.
+
+        Raises:
+            Interrupted: a signal came while it waited, or before.
+        """
+        if self.processes.share.world > 1:
+            yield
+            return
+        try:
+            self._waiting = True
+            if self.number is not None:
+                raise Interrupted(self.number)
+            yield
+        except StoppedAtOnce as stop:
+            raise Interrupted(stop.exit_code - 128) from None
+        finally:
+            self._waiting = False
 
     def agreed(self) -> int | None:
         """The signal that has come to this or another process; all of them call this at the same place."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -83,11 +82,6 @@ class Processes:
         if self.main:
             raise error
         raise SystemExit(error.exit_code)
-
-
-def starts_again() -> bool:
-    """Whether torchrun will start the job again after a failure, with the same command line."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def lost_another(error: BaseException) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pvdm_fast import ops
 from pvdm_fast.layout import PLANE_NAMES, PlaneLayout, TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, preset
+from pvdm_fast.models.ranges import check_pixels
+from pvdm_fast.models.saving import ChecksumsKept
 from pvdm_fast.nn import AxialTransformer, PlaneProjection, planes
 from pvdm_fast.nn.linear import Linear, linear
 from pvdm_fast.nn.plain import POINTWISE_2D, weights_of
@@ -34,7 +36,7 @@ class AutoencoderOutput(BaseOutput):
     sample: Tensor
 
 
-class Autoencoder(ModelMixin, ConfigMixin):
+class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
     """PVDM's autoencoder (the release's `ViTAutoencoder`, its parameter names included; `base` is its full size).
 
     Args:
@@ -100,13 +102,14 @@ class Autoencoder(ModelMixin, ConfigMixin):
             `.latent`: (B, D, N), packed in the order xy, yt, xt, in [-1, 1].
 
         Raises:
-            ValueError: another shape than the model's.
+            ValueError: another shape than the model's; integers, or values of 8 bits (on a CPU).
         """
         sizes = (3, self.config.frames, self.config.height, self.config.width)
         if video.dim() != 5 or video.shape[1:] != sizes or video.shape[0] == 0:
             raise ValueError(
                 f"video must be (B, {', '.join(map(str, sizes))}) with B > 0, but is {tuple(video.shape)}."
             )
+        check_pixels(video)
         p, layout = self.config.patch_size, self.layout
         patches = rearrange(video, "b c t (h p) (w q) -> b (t h w) (p q c)", p=p, q=p)
         to_tokens = cast(Linear, self.encoder.to_patch_embedding)

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
+from pvdm_fast.models.ranges import check_timestep
+from pvdm_fast.models.saving import ChecksumsKept
 from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention, planes
+from pvdm_fast.nn.planes import NORM_GROUPS
 
 
 @dataclass
@@ -39,6 +42,24 @@ def noise_level_bits(device: torch.device) -> Tensor:
     return NoiseSchedule.create(device).alphas_cumprod.view(torch.int32)
 
 
+def _check_widths(model_channels: int, channel_mult: Sequence[int], num_res_blocks: int, num_heads: int) -> None:
+    """Raises ValueError for widths that a layer would refuse, some of them only when it computes."""
+    if model_channels < 1 or model_channels % NORM_GROUPS:
+        raise ValueError(
+            f"model_channels {model_channels} must be a multiple of {NORM_GROUPS}, the groups of the normalization."
+        )
+    if not channel_mult or channel_mult[0] != 1 or min(channel_mult) < 1:
+        raise ValueError(
+            f"channel_mult {list(channel_mult)} must begin with 1, and all of it be at least 1: the first level and "
+            "the last layer have model_channels."
+        )
+    if num_res_blocks < 1 or num_heads < 1 or any(factor * model_channels % num_heads for factor in channel_mult):
+        raise ValueError(
+            f"num_res_blocks {num_res_blocks} must be at least 1, and num_heads {num_heads} divide the channels of "
+            f"every level, which are {[factor * model_channels for factor in channel_mult]}."
+        )
+
+
 class PlanePositions(nn.Module):
     """Learned vectors that say where a token is: one for each row, column and time, shared by the planes that have
     that axis, and one for each plane. Without them the planes, which share all other weights, can tell neither each
@@ -58,7 +79,7 @@ class PlanePositions(nn.Module):
         return torch.cat([plane.flatten(0, 1) for plane in planes])
 
 
-class Denoiser(ModelMixin, ConfigMixin):
+class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
     """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
 
     Args:
@@ -103,6 +124,7 @@ class Denoiser(ModelMixin, ConfigMixin):
             raise ValueError(f"There are {len(class_names)} class names for {num_classes} classes.")
         if prediction not in ("noise", "v"):
             raise ValueError(f'The prediction must be "noise" or "v", not {prediction!r}.')
+        _check_widths(model_channels, channel_mult, num_res_blocks, num_heads)
         self.layout = TriplaneLayout(time, height, width)
         self.layout.downsample(2 ** (len(channel_mult) - 1))
         embedding = 4 * model_channels
@@ -206,7 +228,8 @@ class Denoiser(ModelMixin, ConfigMixin):
 
         Args:
             latent: (B, D, N) packed noisy planes. Differentiable.
-            timestep: (B,), or one number for all; for the prediction "v" whole numbers in [0, 1000).
+            timestep: (B,), or one number for all, in [0, 1000); for the prediction "v" whole numbers. Checked where
+                that needs no waiting for a GPU.
             condition: (B, D, N), the latent of the clip before; None: unconditional (zeros). Differentiable.
             class_labels: (B,) int64, from 0 to num_classes, the last of which means no class; None: no class for all.
 
@@ -214,7 +237,8 @@ class Denoiser(ModelMixin, ConfigMixin):
             `.sample`: (B, D, N).
 
         Raises:
-            ValueError: shapes that don't fit the model's layout; labels for a model without classes.
+            ValueError: shapes that don't fit the model's layout; a time out of range; labels for a model without
+                classes.
         """
         shape = (self.config.latent_channels, self.layout.num_tokens)
         for name, tensor in (("latent", latent), ("condition", condition)):
@@ -224,6 +248,7 @@ class Denoiser(ModelMixin, ConfigMixin):
                 )
         if condition is None:
             condition = self.zeros.expand(len(latent), -1, -1)
+        check_timestep(timestep)
         timestep = torch.as_tensor(timestep, device=latent.device).expand(len(latent))
         dtype = self.zeros.dtype
         embedding = timestep_embedding(timestep, self.config.model_channels, torch.promote_types(dtype, torch.float32))

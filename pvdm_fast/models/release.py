@@ -109,7 +109,10 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float
         CheckpointError: a file is missing or damaged, or holds another model.
     """
     if problem := find_damage(folder):
-        raise CheckpointError(f"{folder} is damaged: {problem}. Copy it again, or resume its run to write it anew.")
+        raise CheckpointError(
+            f"{folder} is damaged: {problem}. Copy it again; or, where it was changed on purpose, remove its "
+            "checksums.json."
+        )
     loader: Any = kind
     try:
         model, found = loader.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)

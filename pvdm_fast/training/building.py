@@ -52,6 +52,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
     if precision == "bf16" and not bfloat16_serves(device, "--mixed-precision bf16"):
         precision = "no"
+    if precision == "fp16" and device == "cpu":
+        print("--mixed-precision fp16 is for GPUs, so float32 is used on this CPU instead", flush=True)
+        precision = "no"
     try:
         accelerator = Accelerator(
             cpu=device == "cpu",
@@ -61,8 +64,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
-    except ValueError as error:
-        raise UserError(f"--mixed-precision {config.mixed_precision} cannot be used here: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"accelerate cannot start here with --mixed-precision {precision}: {reason}") from error
     check_processes(config, accelerator)
     return accelerator
 
@@ -208,3 +212,10 @@ def empty_autoencoder(config: TrainConfig) -> Autoencoder:
     """The autoencoder without memory for its weights: to check and describe it."""
     with torch.device("meta"):
         return make_autoencoder(config)
+
+
+def empty_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> Denoiser:
+    """The denoiser in the same way, with the classes of the data where it learns them."""
+    names = find_classes(Path(config.data)) if config.diffusion.class_conditional else None
+    with torch.device("meta"):
+        return make_denoiser(config, autoencoder, names)

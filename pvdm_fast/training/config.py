@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,22 +13,28 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs import numbers
+from pvdm_fast.jobs.arguments import did_you_mean
+from pvdm_fast.jobs.numbers import Number, real, whole
 
 STAGES = ("autoencoder", "diffusion")
+
+WIDTH = whole(1, 65_536)  # of a network's layers
+SHARE = real(0, 1)
+BETA = real(0, 1 - 1e-9)  # AdamW takes no 1
 
 
 def option(
     default: Any,
     help: str,
     *,
-    minimum: float | None = None,
-    maximum: float | None = None,
+    number: Number | None = None,
     resumable: bool = False,
     may_be_empty: bool = False,
     metavar: str | None = None,
 ) -> Any:
-    """A dataclass field with its help text, its range, and whether it may change when a run is resumed."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "metavar": metavar}
+    """A dataclass field with its help text, which numbers it takes, and whether it may change on resuming."""
+    metadata = {"help": help, "number": number, "metavar": metavar}
     return field(default=default, metadata={**metadata, "resumable": resumable, "may_be_empty": may_be_empty})
 
 
@@ -36,15 +42,22 @@ def option(
 class VideoOptions:
     """The clips."""
 
-    frames: int | None = option(None, "frames of a clip, T; the diffusion stage reads clips of 2T", minimum=1)
-    height: int | None = option(None, "height of a clip in pixels", minimum=1)
-    width: int | None = option(None, "width of a clip in pixels", minimum=1)
-    stride: int = option(1, "take every n-th frame of a video", minimum=1)
+    frames: int | None = option(
+        None, "frames of a clip, T; the diffusion stage reads clips of 2T", number=numbers.CLIP_FRAMES
+    )
+    height: int | None = option(None, "height of a clip in pixels", number=numbers.SIDE)
+    width: int | None = option(None, "width of a clip in pixels", number=numbers.SIDE)
+    stride: int = option(1, "take every n-th frame of a video", number=numbers.STRIDE)
     flip: bool = option(False, "mirror half of the training clips left to right")
-    fps: float = option(8.0, "frames a second of the videos written", minimum=0.1, resumable=True)
-    workers: int = option(2, "processes that read clips ahead; 0 reads in the main process", minimum=0, resumable=True)
+    fps: float = option(8.0, "frames a second of the videos written", number=numbers.FPS, resumable=True)
+    workers: int = option(
+        2, "processes that read clips ahead; 0 reads in the main process", number=numbers.WORKERS, resumable=True
+    )
     read_timeout: float = option(
-        120.0, "seconds after which a file that cannot be read is left out; 0: no limit", minimum=0, resumable=True
+        120.0,
+        "seconds after which a file that cannot be read is left out; 0: no limit",
+        number=numbers.SECONDS,
+        resumable=True,
     )
 
 
@@ -52,16 +65,20 @@ class VideoOptions:
 class StageOptions:
     """What both stages share."""
 
-    steps: int = option(10_000, "optimizer steps", minimum=1, resumable=True)
-    batch_size: int = option(8, "clips a forward pass, of all processes together", minimum=1)
-    accumulate: int = option(1, "forward passes whose gradients are averaged for one optimizer step", minimum=1)
-    learning_rate: float = option(1e-4, "highest learning rate", minimum=0)
+    steps: int = option(10_000, "optimizer steps", number=numbers.STEPS, resumable=True)
+    batch_size: int = option(8, "clips a forward pass, of all processes together", number=numbers.BATCH)
+    accumulate: int = option(
+        1, "forward passes whose gradients are averaged for one optimizer step", number=whole(1, 10_000)
+    )
+    learning_rate: float = option(1e-4, "highest learning rate", number=real(0, 100))
     schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up; cosine ends near 0")
-    warmup: int = option(100, "steps of linear warm-up", minimum=0)
-    beta1: float = option(0.9, "AdamW: decay of the gradients' mean", minimum=0, maximum=1)
-    beta2: float = option(0.999, "AdamW: decay of the squared gradients' mean", minimum=0, maximum=1)
-    weight_decay: float = option(0.01, "AdamW: weight decay", minimum=0)
-    clip_norm: float = option(1.0, "largest norm of the gradients; larger ones are scaled down", minimum=1e-8)
+    warmup: int = option(100, "steps of linear warm-up", number=whole(0, 1_000_000_000))
+    beta1: float = option(0.9, "AdamW: decay of the gradients' mean", number=BETA)
+    beta2: float = option(0.999, "AdamW: decay of the squared gradients' mean", number=BETA)
+    weight_decay: float = option(0.01, "AdamW: weight decay", number=real(0, 100))
+    clip_norm: float = option(
+        1.0, "largest norm of the gradients; larger ones are scaled down", number=real(1e-8, 1e30)
+    )
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
 
 
@@ -69,20 +86,22 @@ class StageOptions:
 class AutoencoderOptions(StageOptions):
     """The autoencoder and its training."""
 
-    patch_size: int | None = option(None, "side of a patch in pixels", minimum=1)
-    channels: int | None = option(None, "width of the transformers", minimum=1)
-    depth: int | None = option(None, "layers of the encoder and of the decoder", minimum=1)
-    num_heads: int | None = option(None, "attention heads", minimum=1)
-    head_dim: int | None = option(None, "channels of an attention head", minimum=1)
-    latent_channels: int | None = option(None, "channels of the latent planes", minimum=1)
+    patch_size: int | None = option(None, "side of a patch in pixels", number=whole(1, 1024))
+    channels: int | None = option(None, "width of the transformers", number=WIDTH)
+    depth: int | None = option(None, "layers of the encoder and of the decoder", number=whole(1, 1000))
+    num_heads: int | None = option(None, "attention heads", number=numbers.HEADS)
+    head_dim: int | None = option(None, "channels of an attention head", number=WIDTH)
+    latent_channels: int | None = option(None, "channels of the latent planes", number=WIDTH)
     loss: Literal["l1", "l2"] = option(
         "l1", "l1: 4 times the mean absolute error, the release's; l2: 16 times the mean squared error"
     )
     latent_noise: float = option(
-        0.0, "standard deviation of noise on the latent in training: what is sampled later is never exact", minimum=0
+        0.0,
+        "standard deviation of noise on the latent in training: what is sampled later is never exact",
+        number=real(0, 1000),
     )
-    projection_depth: int | None = option(None, "layers of the projection to planes", minimum=1)
-    projection_hidden: int | None = option(None, "feed-forward width of the projection to planes", minimum=1)
+    projection_depth: int | None = option(None, "layers of the projection to planes", number=whole(1, 1000))
+    projection_hidden: int | None = option(None, "feed-forward width of the projection to planes", number=WIDTH)
 
 
 @dataclass
@@ -90,9 +109,12 @@ class AdversarialOptions:
     """The autoencoder's adversarial phase."""
 
     start: int | None = option(
-        None, "autoencoder step at which discriminators come in; none: never", minimum=0, resumable=True
+        None,
+        "autoencoder step at which discriminators come in; none: never",
+        number=whole(0, 1_000_000_000),
+        resumable=True,
     )
-    weight: float = option(1.0, "weight of what the discriminators say", minimum=0)
+    weight: float = option(1.0, "weight of what the discriminators say", number=real(0, 1e6))
     adaptive: bool = option(
         True, "scale that weight so that its gradient at the last decoder layer is as large as the other losses'"
     )
@@ -100,32 +122,37 @@ class AdversarialOptions:
         "batch", "of the discriminators: batch statistics, the release's; or each convolution's singular value"
     )
     r1: float = option(
-        0.0, "weight of the penalty on the discriminators' gradient; not with --adversarial-norm batch", minimum=0
+        0.0,
+        "weight of the penalty on the discriminators' gradient; not with --adversarial-norm batch",
+        number=real(0, 1e6),
     )
-    channels: int = option(64, "width of the discriminators", minimum=1)
-    learning_rate: float = option(1e-4, "learning rate of the discriminators, constant", minimum=0)
+    channels: int = option(64, "width of the discriminators", number=WIDTH)
+    learning_rate: float = option(1e-4, "learning rate of the discriminators, constant", number=real(0, 100))
 
 
 @dataclass
 class DiffusionOptions(StageOptions):
     """The denoiser and its training."""
 
-    model_channels: int | None = option(None, "base width of the U-Net", minimum=1)
+    model_channels: int | None = option(None, "base width of the U-Net", number=WIDTH)
     channel_mult: tuple[int, ...] | None = option(
-        None, "width of each level, as multiples of the base width", minimum=1
+        None, "width of each level, as multiples of the base width", number=whole(1, 64)
     )
-    num_res_blocks: int | None = option(None, "residual blocks a level", minimum=1)
+    num_res_blocks: int | None = option(None, "residual blocks a level", number=whole(1, 100))
     attention_resolutions: tuple[int, ...] | None = option(
-        None, "down-sampling factors at which each plane has attention of its own", minimum=1, may_be_empty=True
+        None,
+        "down-sampling factors at which each plane has attention of its own",
+        number=whole(1, 1 << 20),
+        may_be_empty=True,
     )
-    num_heads: int | None = option(None, "attention heads", minimum=1)
+    num_heads: int | None = option(None, "attention heads", number=numbers.HEADS)
     conditional_probability: float = option(
-        0.2, "share of the clips trained with the clip before as condition", minimum=0, maximum=1
+        0.2, "share of the clips trained with the clip before as condition", number=SHARE
     )
     class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")
-    class_dropout: float = option(0.1, "share of the clips trained without their class", minimum=0, maximum=1)
-    ema_decay: float = option(0.9999, "decay of the averaged weights that are saved for sampling", minimum=0, maximum=1)
-    sampling_steps: int = option(50, "DDIM steps of the sample videos", minimum=1, maximum=1000, resumable=True)
+    class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE)
+    ema_decay: float = option(0.9999, "decay of the averaged weights that are saved for sampling", number=SHARE)
+    sampling_steps: int = option(50, "DDIM steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True)
 
 
 @dataclass
@@ -148,7 +175,7 @@ class TrainConfig:
         resumable=True,
         metavar="FILE",
     )
-    seed: int = option(0, "seed of weights, clips and noise", minimum=0)
+    seed: int = option(0, "seed of weights, clips and noise", number=numbers.SEED)
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
@@ -159,11 +186,16 @@ class TrainConfig:
     fsdp: bool = option(
         False, "with several processes: cut weights and optimizer state among them (FSDP2)", resumable=True
     )
-    save_every: int = option(1000, "steps between checkpoints", minimum=1, resumable=True)
-    preview_every: int = option(5000, "steps between sample videos and held-out scores", minimum=1, resumable=True)
-    held_out_clips: int = option(16, "held-out clips that are scored", minimum=1, resumable=True)
+    save_every: int = option(1000, "steps between checkpoints", number=numbers.STEPS, resumable=True)
+    preview_every: int = option(
+        5000, "steps between sample videos and held-out scores", number=numbers.STEPS, resumable=True
+    )
+    held_out_clips: int = option(16, "held-out clips that are scored", number=whole(1, 1_000_000), resumable=True)
     max_skipped: int = option(
-        10, "steps in a row whose loss is not finite that are skipped before training stops", minimum=0, resumable=True
+        10,
+        "steps in a row whose loss is not finite that are skipped before training stops",
+        number=whole(0, 1_000_000_000),
+        resumable=True,
     )
     tensorboard: bool = option(
         False, "also write TensorBoard logs (pip install 'pvdm-fast[tensorboard]')", resumable=True
@@ -244,34 +276,24 @@ class Option:
             return None
         choices = get_args(self.kind) if get_origin(self.kind) is Literal else None
         if choices:
+            if value is False and "no" in choices:
+                return "no"  # what YAML makes of a bare no
             if value not in choices:
                 raise UserError(f"{self.key} must be one of {', '.join(choices)}, not {value!r}")
             return value
         if get_origin(self.kind) is tuple:
             if not isinstance(value, (list, tuple)) or (not value and not self.metadata["may_be_empty"]):
                 raise UserError(f"{self.key} must be a list of whole numbers, not {value!r}")
-            return tuple(self._checked(self._scalar(int, item)) for item in value)
-        return self._checked(self._scalar(self.kind, value))
+            return tuple(self._scalar(item) for item in value)
+        return self._scalar(value)
 
-    def _scalar(self, kind: type, value: Any) -> Any:
-        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-        wrong = UserError(f"{self.key} must be {expected}, not {value!r}")
-        if isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict)) or value is None:
-            raise wrong
-        try:
-            converted = kind(value)
-        except ValueError:
-            raise wrong from None
-        if kind is int and isinstance(value, float) and converted != value:
-            raise wrong
-        return converted
-
-    def _checked(self, value: Any) -> Any:
-        low, high = self.metadata.get("minimum"), self.metadata.get("maximum")
-        if low is not None and not value >= low:
-            raise UserError(f"{self.key} must be at least {low}, not {value}")
-        if high is not None and not value <= high:
-            raise UserError(f"{self.key} must be at most {high}, not {value}")
+    def _scalar(self, value: Any) -> Any:
+        number: Number | None = self.metadata["number"]
+        if number is not None:
+            return number.checked(self.key, value)
+        if not isinstance(value, self.kind) or value == "" or (self.kind is str and "\0" in value):
+            expected = {bool: "true or false", str: "text (in quotes where YAML takes it for another thing)"}[self.kind]
+            raise UserError(f"{self.key} must be {expected}, not {value!r}")
         return value
 
 
@@ -313,10 +335,18 @@ def flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
     return flat
 
 
-def did_you_mean(word: str, known: Iterator[str] | Mapping[str, Any] | list[str]) -> str:
-    """A suggestion to end an error message with, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+# Options that name files, and the values of them that don't.
+_PLACES = {"data": "synthetic:", "autoencoder_from": None, "lpips_weights": "torchvision"}
+
+
+def with_absolute_places(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with every path absolute: a run may be resumed from another working folder."""
+    made = dict(changes)
+    for key, other in _PLACES.items():
+        value = made.get(key)
+        if isinstance(value, str) and not (other is not None and value.startswith(other)):
+            made[key] = os.path.abspath(value)
+    return made
 
 
 def make_config(changes: Mapping[str, Any]) -> TrainConfig:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.arguments import Parser
 from pvdm_fast.training.config import (
     GROUPS,
     OPTIONS,
     PRESETS,
     Option,
     TrainConfig,
-    did_you_mean,
     get,
     make_config,
     read_changes,
@@ -30,18 +29,6 @@ class Request:
     changes: dict[str, Any]
     run: Path | None
     resume: Path | None
-
-
-class Parser(argparse.ArgumentParser):
-    """Argparse, with errors as one UserError sentence and a suggestion for a misspelt option."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.fullmatch(r"unrecognized arguments: (.*)", message)
-        if unknown:
-            word = unknown[1].split()[0].split("=")[0]
-            suggestion = did_you_mean(word, [name for action in self._actions for name in action.option_strings])
-            message = f"there is no option {word}{suggestion or '; --help lists them all'}"
-        raise UserError(message)
 
 
 def flag(option: Option) -> str:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pvdm_fast.backends import choice
-from pvdm_fast.data import find_classes, open_dataset
+from pvdm_fast.data import open_dataset
 from pvdm_fast.errors import UserError
 from pvdm_fast.training.adversarial import check_second_phase
-from pvdm_fast.training.building import check_latents, make_denoiser
+from pvdm_fast.training.building import check_latents, empty_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import video_size
@@ -47,9 +47,7 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
     clip_frames = frames
     if "diffusion" in stages:
         clip_frames = 2 * frames
-        names = find_classes(Path(config.data)) if config.diffusion.class_conditional else None
-        with torch.device("meta"):
-            models += f", denoiser {_count(make_denoiser(config, autoencoder, names))}"
+        models += f", denoiser {_count(empty_denoiser(config, autoencoder))}"
     data = open_dataset(
         config.data,
         frames=clip_frames,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ from pvdm_fast.diffusion.sampling import sample_video
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
+from pvdm_fast.jobs.environment import only_the_launcher, plain_torch, starts_again
 from pvdm_fast.jobs.files import whole_folder
 from pvdm_fast.jobs.interrupt import StopRequest
-from pvdm_fast.jobs.processes import Processes, lost_another, starts_again
+from pvdm_fast.jobs.processes import Processes, lost_another
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
-from pvdm_fast.training.config import OPTIONS, TrainConfig, get, make_config
+from pvdm_fast.training.config import OPTIONS, TrainConfig, get, make_config, with_absolute_places
 from pvdm_fast.training.options import Request, flag
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import unsharded
@@ -40,6 +42,11 @@ def run_training(request: Request) -> RunFolder:
         UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
     """
     keep_freed_memory()
+    with plain_torch(), only_the_launcher():
+        return _run_training(replace(request, changes=with_absolute_places(request.changes)))
+
+
+def _run_training(request: Request) -> RunFolder:
     resume = resumed_folder(request)
     config = resumed_config(resume, request) if resume else make_config(request.changes)
     accelerator = make_accelerator(config)

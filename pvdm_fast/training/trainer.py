@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from pvdm_fast.data import make_loader, open_dataset
 from pvdm_fast.data.watch import is_lasting
-from pvdm_fast.errors import Interrupted, NonFiniteLossError
+from pvdm_fast.errors import Interrupted, NonFiniteLossError, UserError
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import StepBar
@@ -93,7 +93,7 @@ class Trainer:
         with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
             while self.progress.step < self.options.steps:
                 started = time.perf_counter()
-                outcome = self.train_step([next(batches) for _ in range(self.options.accumulate)])
+                outcome = self.train_step(self.read(batches))
                 self.progress.seconds += (seconds := time.perf_counter() - started)
                 record = self.record(outcome, seconds)
                 bar.advance(record, self.options.batch_size * self.options.accumulate / seconds)
@@ -106,6 +106,16 @@ class Trainer:
                     raise Interrupted(stop)
                 if preview_due:
                     preview()
+
+    def read(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The batches of a step; a signal is answered while they don't come, and no step is lost if they never do."""
+        try:
+            with self.stop.waiting():
+                return [next(batches) for _ in range(self.options.accumulate)]
+        except (Interrupted, UserError):
+            if self.processes.share.world == 1 and self.progress.step:
+                self.save()
+            raise
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step over ``batches``; the values to record, with "skipped" where the step was left out."""

@@ -49,7 +49,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(tm
         (["--autoencoder-steps", "0"], "--autoencoder-steps must be at least 1, not 0"),
         (["--diffusion-conditional-probability", "1.5"], "must be at most 1, not 1.5"),
         (["--diffusion-channel-mult"], "--diffusion-channel-mult must be a list of whole numbers"),
-        (["--diffusion-learning-rate", "nan"], "must be at least 0, not nan"),
+        (["--diffusion-learning-rate", "nan"], "must be a finite number, not 'nan'"),
         (["--mixed-precision", "fp8"], "--mixed-precision must be one of no, bf16, fp16, not 'fp8'"),
         (["--preset", "huge"], "--preset must be one of tiny, small, base"),
         (["--data", "/no/such/folder"], "/no/such/folder"),
@@ -165,11 +165,11 @@ def test_samples_have_the_asked_for_size(finished: Path, tmp_path: Path, capsys:
     [
         (["--out", "film.avi"], "its name must end in .mp4, .gif, .npy"),
         (["--scheduler", "euler"], "there is no scheduler called 'euler'"),
-        (["--steps", "0"], "between 1 and 1000"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--clips", "0"], "at least 1"),
         (["--frame", "3"], "no option --frame; did you mean '--frames'?"),
         (["--device", "tpu"], "--device must be auto or cpu"),
-        (["--fps", "0"], "--fps must be positive"),
+        (["--fps", "0"], "--fps must be at least 0.1, not 0"),
         (["--dtype", "fp8"], "--dtype must be fp32 or bf16, not 'fp8'"),
     ],
 )

@@ -1,0 +1,96 @@
+"""The numbers that commands and functions take: each has a kind and a range, and is checked here before any work."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+from pvdm_fast.errors import UserError
+
+LONGEST_SHOWN = 40  # characters of a wrong value
+
+
+class WrongNumber(UserError, ValueError):
+    """A value that is no such number; the message says what was expected, and lacks the name."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number of a range; both ends belong to it.
+
+    Args:
+        kind: int or float.
+        minimum, maximum: the ends of the range.
+    """
+
+    kind: type
+    minimum: float
+    maximum: float
+
+    def __call__(self, value: Any) -> Any:
+        """``value``, a number or a word for one, as this kind of number.
+
+        Raises:
+            WrongNumber: it is another thing, not finite, or out of range; the message begins with "must be".
+        """
+        converted = self._convert(value)
+        if converted < self.minimum:
+            raise WrongNumber(f"must be at least {_short(self.minimum)}, not {_short(value)}")
+        if converted > self.maximum:
+            raise WrongNumber(f"must be at most {_short(self.maximum)}, not {_short(value)}")
+        return converted
+
+    def _convert(self, value: Any) -> Any:
+        whole = self.kind is int
+        wrong = WrongNumber(f"must be {'a whole number' if whole else 'a finite number'}, not {_short(value, True)}")
+        if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+            raise wrong
+        try:
+            if whole and isinstance(value, (str, numbers.Integral)):
+                return int(value)
+            converted = float(value)
+        except (ValueError, OverflowError):
+            raise wrong from None
+        if not math.isfinite(converted) or (whole and not converted.is_integer()):
+            raise wrong
+        return int(converted) if whole else converted
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The same, with the name of the argument in the message (UserError)."""
+        try:
+            return self(value)
+        except WrongNumber as error:
+            raise UserError(f"{name} {error}") from None
+
+
+def _short(value: Any, quoted: bool = False) -> str:
+    text = repr(value) if quoted else f"{value}"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def whole(minimum: int, maximum: int) -> Number:
+    return Number(int, minimum, maximum)
+
+
+def real(minimum: float, maximum: float) -> Number:
+    return Number(float, minimum, maximum)
+
+
+# What several commands take. The upper ends are far beyond what anyone uses; they stop slips of the keyboard.
+SEED = whole(0, 2**63 - 1)
+VIDEOS = whole(1, 10_000_000)
+FRAMES = whole(1, 1_000_000)  # of a sampled video
+CLIP_FRAMES = whole(1, 4096)
+SIDE = whole(1, 16_384)  # pixels
+STRIDE = whole(1, 10_000)
+BATCH = whole(1, 100_000)
+STEPS = whole(1, 1_000_000_000)  # of training
+SAMPLING_STEPS = whole(1, 1000)
+WORKERS = whole(0, 256)
+HEADS = whole(1, 1024)
+SECONDS = real(0, 1e6)
+FPS = real(0.1, 1000)
+ETA = real(0, 1)
+GUIDANCE = real(0, 1000)

@@ -1,0 +1,61 @@
+"""The signals by which a terminal or a scheduler ends a job, or warns that it will."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+# Ctrl-C, kill, a closed terminal, Ctrl-\, two warnings that Slurm, LSF and SGE are told to send, a limit of CPU time,
+# a failing power supply.
+ENDING = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+    signal.SIGPWR,
+)
+
+
+def in_main_thread() -> bool:
+    """Whether Python lets this thread install handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While the block runs, ``handle`` is called at each of these signals; in other threads than the main one, nothing.
+
+    A signal that was ignored from outside stays so, as SIGHUP by nohup; but not SIGINT, which a shell's script ignores
+    for everything it starts in the background.
+    """
+    before: dict[int, Any] = {}
+    if in_main_thread():
+        for number in ENDING:
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for key, handler in before.items():
+            signal.signal(key, signal.SIG_DFL if handler is None else handler)
+
+
+def quiet_start() -> None:
+    """From here on a Ctrl-C ends one of our commands with one line, while it is still importing what it needs."""
+    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    if name.startswith("pvdm_fast.") and in_main_thread():
+        signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"stopped at once\n")
+    os._exit(128 + number)
