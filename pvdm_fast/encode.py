@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.data.watch import READ_TIMEOUT
+    from pvdm_fast.jobs.reading import READ_TIMEOUT
     from pvdm_fast.training.options import Parser
 
     parser = Parser(

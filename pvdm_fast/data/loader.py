@@ -15,11 +15,13 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pvdm_fast.data.clips import Batch, ClipDataset, collate
+from pvdm_fast.data.clips import Batch, ClipDataset, Item, collate
 from pvdm_fast.data.errors import DataError
+from pvdm_fast.data.transforms import to_float
 from pvdm_fast.data.watch import CRASHED, Notes, begin_notes, too_slow
+from pvdm_fast.errors import printable
 
 ENDING_SECONDS = 10.0
 RESTARTS = 3  # in a row, without a batch between them
@@ -78,9 +80,16 @@ class ClipLoader:
     """Iterates over the batches of the given draws; each ``iter`` begins again. See :func:`make_loader`."""
 
     def __init__(
-        self, dataset: ClipDataset, batches: Iterable[list[int]], *, workers: int = 0, pin_memory: bool = False
+        self,
+        dataset: ClipDataset,
+        batches: Iterable[list[int]],
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+        pixels: bool = False,
     ) -> None:
-        self.dataset, self.batches, self.workers, self.pin_memory = dataset, batches, workers, pin_memory
+        self.dataset, self.batches, self.workers = dataset, batches, workers
+        self.pin_memory, self.pixels = pin_memory, pixels
 
     def __iter__(self) -> Iterator[Batch]:
         done = restarts = 0
@@ -89,7 +98,7 @@ class ClipLoader:
             crew = _Crew(Notes(self.workers))
             try:
                 for batch in self._read(done, crew):
-                    yield batch
+                    yield batch if self.pixels else {**batch, "video": to_float(batch["video"])}
                     done += 1
                     restarts = 0
                 return
@@ -108,7 +117,7 @@ class ClipLoader:
                         "memory is short, or 0 to load the data in the training process"
                     ) from error
             for sentence in sentences:
-                print(f"{sentence}; its batches are read again", file=sys.stderr, flush=True)
+                print(printable(f"{sentence}; its batches are read again"), file=sys.stderr, flush=True)
 
     def _judge(self, pid: int, code: int, file: str | None, killed: set[str]) -> str:
         """What to say of a worker's death; the file that is to blame is set aside."""
@@ -133,7 +142,7 @@ class ClipLoader:
         a death shows here within five seconds of asking for the next batch.
         """
         loader: DataLoader[Batch] = DataLoader(
-            self.dataset,  # type: ignore[arg-type]  # typed as the dataset of items, not of batches
+            _Travelling(self.dataset),  # type: ignore[arg-type]  # typed as the dataset of items, not of batches
             batch_sampler=_From(self.batches, done),
             num_workers=self.workers,
             collate_fn=collate,
@@ -147,6 +156,16 @@ class ClipLoader:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         yield from batches
+
+
+class _Travelling(Dataset[Item]):
+    """A dataset whose clips are as they cross from the workers."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, draw: int) -> Item:
+        return self.dataset.read(draw)
 
 
 class _From(Sampler[list[int]]):
@@ -168,11 +187,13 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
+    pixels: bool = False,
 ) -> ClipLoader:
     """Endless batches of draws ``start_draw``, ``start_draw + 1``, ...; the same ones for any number of workers.
 
     ``rank`` and ``world`` share each global batch of ``batch_size * world`` clips among processes: the next draw to
-    resume from is ``start_draw + batch_size * world * batches``. Neither the loader nor the workers touch the global
+    resume from is ``start_draw + batch_size * world * batches``. With ``pixels`` the clips are left as uint8, as they cross
+    from the workers, for :func:`~pvdm_fast.data.transforms.to_float` on the GPU. Neither the loader nor the workers touch the global
     random states.
 
     A worker that dies is replaced, and what it had in hand is read again, so that no batch is lost or repeated; a line
@@ -180,7 +201,8 @@ def make_loader(
     reader, or was twice in hand when the system killed it, is set aside. After three replacements without a batch
     :class:`DataError` is raised.
     """
-    return ClipLoader(dataset, DrawBatches(batch_size, start_draw, rank, world), workers=workers, pin_memory=pin_memory)
+    batches = DrawBatches(batch_size, start_draw, rank, world)
+    return ClipLoader(dataset, batches, workers=workers, pin_memory=pin_memory, pixels=pixels)
 
 
 def _prepare_worker(notes: Notes, worker: int) -> None:
