@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.data.watch import READ_TIMEOUT
     from pvdm_fast.jobs import numbers
     from pvdm_fast.jobs.arguments import Parser
+    from pvdm_fast.jobs.reading import READ_TIMEOUT
 
     parser = Parser(
         prog="python -m pvdm_fast.encode",

@@ -5,10 +5,30 @@ from __future__ import annotations
 import signal
 
 
+def printable(text: object) -> str:
+    """A text on one line that any terminal can show: control characters, marks that turn the direction of writing, and
+    bytes that are not UTF-8 (as file names may hold them) are written as escapes such as ``\\x1b``."""
+    shown = []
+    for character in str(text):
+        if character.isprintable():
+            shown.append(character)
+        elif "\udc80" <= character <= "\udcff":  # how Python stands for a byte that is not UTF-8
+            shown.append(f"\\x{ord(character) - 0xDC00:02x}")
+        else:
+            shown.append(character.encode("unicode_escape").decode())
+    return "".join(shown)
+
+
 class UserError(Exception):
-    """Something the user can mend: a wrong option, a missing folder, a full disk."""
+    """Something the user can mend: a wrong option, a missing folder, a full disk.
+
+    The message is shown by :func:`printable`: it may hold the names of files, and those may hold anything.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NonFiniteLossError(UserError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -15,23 +16,27 @@ import torch
 from pvdm_fast.data.draws import View, Window, draw_window, epoch_order, generator
 from pvdm_fast.data.errors import DataError, UnreadableVideo
 from pvdm_fast.data.frame_folders import list_frames, read_picture
-from pvdm_fast.data.layouts import Found, Video
+from pvdm_fast.data.layouts import Found
+from pvdm_fast.data.listing import Video
 from pvdm_fast.data.shapes import draw_scene
 from pvdm_fast.data.shards import Sample, read_video, shard_order
-from pvdm_fast.data.transforms import fit, to_video
+from pvdm_fast.data.transforms import fit, to_float, to_pixels
 from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, Source, counted_index, packet_index, read_frames
-from pvdm_fast.data.watch import READ_TIMEOUT, TooSlow, reading
+from pvdm_fast.data.watch import TooSlow, reading
+from pvdm_fast.jobs.reading import READ_TIMEOUT
 
 SYNTHETIC = "synthetic:shapes"
 SYNTHETIC_LENGTH = {"train": 4096, "test": 256}
 NAMED_FAILURES = 5
 
 Skipped = list[tuple[str, str]]
+State = tuple[int, int, int] | None  # of a file, see _state
 
 
 class Item(TypedDict):
-    """One clip: float32 (3, frames, height, width) in [-1, 1]; file and start frame; the name of its class, if it has
-    one; files skipped, with reasons. Of cached latents ``video`` is float32 (windows, D, N): see LatentClips."""
+    """One clip: float32 (3, frames, height, width) in [-1, 1] (uint8 pixels as :meth:`ClipDataset.read` gives it); file
+    and start frame; the name of its class, if it has one; files skipped, with reasons. Of cached latents ``video`` is
+    float32 (windows, D, N): see LatentClips."""
 
     video: torch.Tensor
     name: str
@@ -40,7 +45,8 @@ class Item(TypedDict):
 
 
 class Batch(TypedDict):
-    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1]; or cached latents, (B, windows, D, N)."""
+    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1], or uint8 pixels where the loader was asked
+    for them; or cached latents, (B, windows, D, N)."""
 
     video: torch.Tensor
     names: list[str]
@@ -75,11 +81,12 @@ class ClipSpec:
 class ClipDataset(torch.utils.data.Dataset[Item], ABC):
     """Clips by draw number. ``len`` is the number of videos, an epoch; draws beyond it go on with the next epoch.
 
-    ``description`` says what was found: the layout, how many videos, the split.
+    ``description`` says what was found: the layout, how many videos, the split. ``left_out`` says what else lies there.
     """
 
     spec: ClipSpec
     description: str
+    left_out: str = ""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -87,21 +94,42 @@ class ClipDataset(torch.utils.data.Dataset[Item], ABC):
     @abstractmethod
     def __getitem__(self, draw: int) -> Item: ...
 
+    def read(self, draw: int) -> Item:
+        """The clip as it travels from a worker: 8-bit pixels where it has some, a quarter of the bytes.
+
+        :func:`~pvdm_fast.data.transforms.to_float` makes ``dataset[draw]`` of it.
+        """
+        return self[draw]
+
     def set_aside(self, file: str, reason: str) -> None:
         """Leave a file out from now on, as if it had been found unreadable for ``reason``."""
 
 
-class FolderClips(ClipDataset):
+class PixelClips(ClipDataset):
+    """Clips that :meth:`read` makes of 8-bit pixels."""
+
+    @abstractmethod
+    def read(self, draw: int) -> Item: ...
+
+    def __getitem__(self, draw: int) -> Item:
+        item = self.read(draw)
+        return {**item, "video": to_float(item["video"])}
+
+
+class FolderClips(PixelClips):
     """Clips from videos on disk.
 
     The video is picked by a permutation seeded by (seed, epoch); window, crop and mirroring by (seed, draw). A video
-    that cannot give a clip is recorded in the item, and the next one of the permutation takes its place.
+    that cannot give a clip is recorded in the item, and the next one of the permutation takes its place. One that can
+    give none at all (it cannot be opened, or is too short) is not opened again before it has changed on the disk.
     """
 
     def __init__(self, root: Path, found: Found, spec: ClipSpec) -> None:
         self.root, self.videos, self.description, self.spec = root, found.videos, found.description, spec
+        self.left_out = found.left_out
         self._indices = IndexCache()
         self._set_aside: dict[str, str] = {}
+        self._unusable: dict[str, tuple[State, str]] = {}
 
     def set_aside(self, file: str, reason: str) -> None:
         self._set_aside[file] = reason
@@ -109,7 +137,7 @@ class FolderClips(ClipDataset):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, draw: int) -> Item:
+    def read(self, draw: int) -> Item:
         if draw < 0:
             raise IndexError(f"draw numbers begin at 0, got {draw}")
         epoch, position = divmod(draw, len(self))
@@ -117,19 +145,29 @@ class FolderClips(ClipDataset):
         skipped: Skipped = []
         for turn in range(len(self)):
             video = self.videos[order[(position + turn) % len(self)]]
+            if reason := self._known_reason(video):
+                skipped.append((video.place, reason))
+                continue
             try:
-                if video.place in self._set_aside:
-                    raise UnreadableVideo(self._set_aside[video.place])
                 with reading(video.place, self.spec.read_timeout):
                     window, frames, label = self._clip(video, draw)
-            except UnreadableVideo as reason:
-                if isinstance(reason, TooSlow):
-                    self.set_aside(video.place, str(reason))
-                skipped.append((video.place, str(reason)))
+            except UnreadableVideo as error:
+                if isinstance(error, TooSlow):
+                    self.set_aside(video.place, str(error))
+                elif isinstance(error, UnusableVideo):
+                    self._unusable[video.place] = (_state(video.path), str(error))
+                skipped.append((video.place, str(error)))
                 continue
             name = f"{video.name}@{window.start}"
-            return {"video": to_video(frames), "name": name, "label": label, "skipped": skipped}
+            return {"video": to_pixels(frames), "name": name, "label": label, "skipped": skipped}
         raise DataError(_none_usable(self.root, self.description, skipped))
+
+    def _known_reason(self, video: Video) -> str | None:
+        """Why a video is passed over without opening it."""
+        if video.place in self._set_aside:
+            return self._set_aside[video.place]
+        state, reason = self._unusable.get(video.place, (None, None))
+        return reason if reason is not None and state == _state(video.path) else None
 
     def _order(self, epoch: int) -> np.ndarray:
         """The order in which the videos are visited in an epoch."""
@@ -154,10 +192,12 @@ class FolderClips(ClipDataset):
             return fit(frame, spec.height, spec.width, view)
 
         if video.is_folder:
-            pictures = list_frames(video.path)
-            window = choose(len(pictures))
+            with _every_window():
+                pictures = list_frames(video.path)
+                window = choose(len(pictures))
             return window, [each(read_picture(pictures[number])) for number in window.indices], video.label
-        source, label = self._source(video)
+        with _every_window():
+            source, label = self._source(video)
         return *self._file_clip(video.place, source, choose, each), label
 
     def _file_clip(
@@ -165,13 +205,14 @@ class FolderClips(ClipDataset):
     ) -> tuple[Window, list[np.ndarray]]:
         """A clip by the time stamps of the packets, or by counting decoded frames where those mislead."""
         for build in (packet_index, counted_index):
-            index = self._indices.get(place, source, build)
-            window = choose(index.frames)
+            with _every_window():
+                index = self._indices.get(place, source, build)
+                window = choose(index.frames)
             try:
                 return window, read_frames(source, index, window.indices, each)
             except IndexMismatch:
                 continue
-        raise UnreadableVideo("delivers other frames each time it is decoded")
+        raise UnusableVideo("delivers other frames each time it is decoded")
 
 
 class ShardClips(FolderClips):
@@ -189,7 +230,7 @@ class ShardClips(FolderClips):
         return read_video(video)
 
 
-class SyntheticClips(ClipDataset):
+class SyntheticClips(PixelClips):
     """Moving shapes rendered on the fly: a new scene for every training draw, 256 fixed ones for the test split."""
 
     def __init__(self, spec: ClipSpec) -> None:
@@ -199,7 +240,7 @@ class SyntheticClips(ClipDataset):
     def __len__(self) -> int:
         return SYNTHETIC_LENGTH[self.spec.split]
 
-    def __getitem__(self, draw: int) -> Item:
+    def read(self, draw: int) -> Item:
         if draw < 0:
             raise IndexError(f"draw numbers begin at 0, got {draw}")
         spec = self.spec
@@ -208,7 +249,7 @@ class SyntheticClips(ClipDataset):
         scene = draw_scene(rng, spec.width / spec.height)
         mirrored = spec.flip and spec.split == "train" and bool(rng.random() < 0.5)
         frames = scene.render(spec.frames, spec.height, spec.width, spec.stride)
-        video = to_video(frames[:, :, ::-1] if mirrored else frames)
+        video = to_pixels(frames[:, :, ::-1] if mirrored else frames)
         return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "label": None, "skipped": []}
 
 
@@ -232,6 +273,30 @@ def is_long_enough(video: Video, spec: ClipSpec) -> bool:
             return packet_index(source).frames >= spec.frames
     except UnreadableVideo:
         return False
+
+
+def _state(path: Path) -> State:
+    """What changes with a file or folder: size, times of its content and of its rights; None where it isn't there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+class UnusableVideo(UnreadableVideo):
+    """A video that cannot give any clip, whatever the window."""
+
+
+@contextmanager
+def _every_window() -> Iterator[None]:
+    """What cannot be read in the block keeps every window from being read, unless the cause may pass."""
+    try:
+        yield
+    except UnreadableVideo as error:
+        if error.passing or isinstance(error, TooSlow):
+            raise
+        raise UnusableVideo(str(error)) from error
 
 
 def _none_usable(root: Path, description: str, skipped: Skipped) -> str:

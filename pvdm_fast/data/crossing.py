@@ -37,7 +37,7 @@ class Guarded(Dataset[Item]):
 
     def __getitems__(self, draws: Sequence[int]) -> list[Item] | DataError:
         try:
-            return [self.dataset[draw] for draw in draws]
+            return [self.dataset.read(draw) for draw in draws]
         except DataError as error:
             return DataError(str(error))
 

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pvdm_fast.data.errors import UnreadableVideo
+from pvdm_fast.data.errors import UnreadableVideo, unreadable
+from pvdm_fast.jobs.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+MAX_PIXELS = 1 << 26  # 8192 x 8192: beyond it a header is taken to be damaged rather than memory filled
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -31,34 +34,41 @@ def _names(folder: Path) -> list[str]:
     try:
         return [entry.name for entry in folder.iterdir()]
     except OSError as error:
-        raise UnreadableVideo(f"cannot be listed: {error.strerror or error}") from error
+        raise unreadable("cannot be listed", error) from error
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """One picture as writable uint8 (height, width, 3) RGB.
+    """One picture as writable uint8 (height, width, 3) RGB, turned and mirrored as its EXIF orientation says.
 
     Grey and palette pictures become RGB; 16-bit ones keep their upper 8 bits; transparent ones are laid over black.
+    Its name doesn't decide what it is, but only the formats of IMAGE_SUFFIXES are tried: for others Pillow would start
+    other programs.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as picture:
-            return np.array(_as_rgb(picture))
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise UnreadableVideo(f"{path.name} has {picture.width} x {picture.height} pixels")
+            return np.array(_as_rgb(ImageOps.exif_transpose(picture)))
     except UnreadableVideo:
         raise
     except Exception as error:  # whatever a damaged picture provokes, it is a reason to skip the video
-        raise UnreadableVideo(f"{path.name} cannot be decoded: {error or type(error).__name__}") from error
+        raise unreadable(f"{path.name} cannot be decoded", error) from error
 
 
-def _as_rgb(picture: Image) -> Image:
-    from PIL import Image
+def over_black(rgba: np.ndarray) -> np.ndarray:
+    """uint8 pixels (height, width, 4) with straight alpha, laid over black: (height, width, 3)."""
+    product = rgba[..., :3] * rgba[..., 3:].astype(np.uint16)
+    return ((product + 127) // 255).astype(np.uint8)
 
+
+def _as_rgb(picture: Image) -> np.ndarray:
     if picture.mode.startswith("I"):  # 16-bit grey, in whatever container type this Pillow uses for it
         values = np.asarray(picture).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        return np.repeat((values.clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
     if picture.mode == "F":
         raise UnreadableVideo("holds floating-point pictures, whose range is not defined")
     if picture.has_transparency_data:
-        black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")
+        return over_black(np.asarray(picture.convert("RGBA")))
+    return np.asarray(picture.convert("RGB"))

@@ -1,64 +1,44 @@
-"""Which videos a folder holds, and which of them belong to a split: the layout is detected, never configured.
+"""Which videos of a folder belong to a split: the layout is detected, never configured.
 
 Looked for in this order:
 
-1. UCF-101: videos named ``v_<Class>_g01_c01.avi``; split by ``trainlist01.txt`` / ``testlist01.txt`` when they are in
-   the folder, one level up, or in ``ucfTrainTestlist`` in either, else by a hash of class and group.
-2. SkyTimelapse and alike: folders ``sky_train`` and ``sky_test``, or ``train`` and ``test``.
-3. A folder of videos, at any depth.
-4. A folder of frame folders, at any depth (or one folder of frames).
-
-3 and 4 are split by a hash of the names. Frame folders are used where no video files are found.
+1. The official lists of UCF-101, ``trainlist01.txt`` and ``testlist01.txt``, in the folder, one level up, or in
+   ``ucfTrainTestlist`` in either: for the videos that they name.
+2. Folders named as splits side by side, at any depth and in any case: ``train`` and ``test``, ``val`` or the like.
+3. A hash of the names, for videos named ``v_<Class>_g01_c01.avi`` of class and group.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pvdm_fast.data.draws import is_held_out
 from pvdm_fast.data.errors import DataError
-from pvdm_fast.data.frame_folders import IMAGE_SUFFIXES, natural_key
+from pvdm_fast.data.frame_folders import IMAGE_SUFFIXES
+from pvdm_fast.data.listing import NAMED, VIDEO_SUFFIXES, Listing, Video, counted, list_folder
+from pvdm_fast.jobs.reading import UnreadableFile, read_text
 
-_SUFFIX_LIST = (
-    ".3g2 .3gp .asf .avi .divx .dv .f4v .flv .gif .ivf .m1v .m2ts .m2v .m4v .mj2 .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts"
-    " .mxf .nut .ogg .ogv .rm .rmvb .ts .vob .webm .wmv .y4m .264 .265 .h264 .h265 .hevc"
-)
-VIDEO_SUFFIXES = frozenset(_SUFFIX_LIST.split())
 SPLITS = ("train", "test")
-SPLIT_FOLDERS = (("sky_train", "sky_test"), ("train", "test"))
-UCF_NAME = re.compile(r"v_(?P<label>\w+)_g(?P<group>\d+)_c\d+$")
-
-
-@dataclass(frozen=True)
-class Video:
-    """One video: a file, or a folder of frames. ``name`` is its path below the data folder, with forward slashes."""
-
-    path: Path
-    name: str
-    is_folder: bool
-
-    @property
-    def place(self) -> str:
-        """Where it is, for messages."""
-        return str(self.path)
-
-    @property
-    def label(self) -> str | None:
-        """The name of its class, where it is named as in UCF-101."""
-        match = _ucf_name(self)
-        return match["label"] if match else None
+LIST_BYTES = 64 << 20
+# "val", "Training_set", "sky_test", "train_256": a split's name, and what commonly stands before and after it.
+_SPLIT_NAME = re.compile(
+    r"(?:(?:sky|kinetics\d*|k[467]00|ucf(?:101)?|videos?|clips?|frames?)[_\- ]?)?"
+    r"(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|eval(?:uation)?|dev|held[_\- ]?out))"
+    r"(?:[_\- ]?(?:set|split|videos?|clips?|frames?|data))?(?:[_\- ]?\d+(?:x\d+)?p?)?",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The videos of one split, in natural order of their names, and a sentence on what they are."""
+    """The videos of one split, in natural order of their names, a sentence on what they are, and what else is there."""
 
     videos: list[Video]
     description: str
+    left_out: str = ""
 
 
 def find_videos(root: Path, split: str, usable: Callable[[Video], bool] = lambda video: True) -> Found:
@@ -72,49 +52,31 @@ def find_videos(root: Path, split: str, usable: Callable[[Video], bool] = lambda
         raise DataError(f"no such file or folder: {root}")
     if root.is_file():
         return Found([Video(root, root.name, False)], f"one video file, {root.name}, in both splits")
-    videos = list_videos(root)
-    if not videos:
+    if not root.is_dir():
+        raise DataError(f"{root} is a pipe or a device: name a folder of videos, or a file")
+    listing = list_folder(root)
+    if not listing.videos:
         raise DataError(
             f"no videos in {root}: looked, at any depth, for video files ({_suffixes(VIDEO_SUFFIXES)}) and for folders "
             f"of frames ({_suffixes(IMAGE_SUFFIXES)}), laid out freely, as UCF-101 (<Class>/v_<Class>_g01_c01.avi), or "
-            "as SkyTimelapse (sky_train/, sky_test/ or train/, test/)"
+            f"as SkyTimelapse and Kinetics (train/ and test/ or val/){_found_instead(listing)}"
         )
-    return (
-        _split_ucf(root, videos, split, usable)
-        or _split_by_folder(videos, split)
-        or _split_by_hash(videos, [video.name for video in videos], "the names", split, usable)
+    found = (
+        _split_by_lists(root, listing.videos, split)
+        or _split_by_folders(listing.videos, split)
+        or _split_by_hash(listing.videos, split, usable)
     )
+    return replace(found, description=found.description + listing.unread_note(), left_out=listing.left_out())
 
 
-def list_videos(root: Path) -> list[Video]:
-    """All video files below ``root``, or where there are none all folders with pictures, in natural order."""
-    files: list[Video] = []
-    folders: list[Video] = []
-    for folder, names in _walk(root):
-        kinds = {Path(name).suffix.lower() for name in names}
-        files += [
-            Video(folder / name, (folder / name).relative_to(root).as_posix(), False)
-            for name in names
-            if Path(name).suffix.lower() in VIDEO_SUFFIXES
-        ]
-        if kinds & IMAGE_SUFFIXES:
-            name = folder.relative_to(root).as_posix()
-            folders.append(Video(folder, root.name if name == "." else name, True))
-    return sorted(files or folders, key=lambda video: (natural_key(video.name), video.name))
+def find_all(root: Path) -> list[Video]:
+    """The videos of both splits."""
+    return list({video: None for split in SPLITS for video in find_videos(root, split).videos})
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders below ``root`` with the names of their ordinary files; hidden ones left out, each real folder once."""
-    visited: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link that leads back
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if name[0] != "." and name != "__MACOSX")
-        here = Path(folder)
-        yield here, [name for name in names if name[0] != "." and (here / name).is_file()]
+def _found_instead(listing: Listing) -> str:
+    there = listing.left_out()
+    return (f"; there: {there}" if there else "") + listing.unread_note()
 
 
 def _suffixes(suffixes: frozenset[str]) -> str:
@@ -124,68 +86,104 @@ def _suffixes(suffixes: frozenset[str]) -> str:
 def _kind(videos: list[Video]) -> str:
     if videos[0].is_folder:
         return "folder of frame folders"
-    return "UCF-101 layout" if all(_ucf_name(video) for video in videos) else "folder of videos"
+    return "UCF-101 layout" if all(video.ucf_name for video in videos) else "folder of videos"
 
 
-def _ucf_name(video: Video) -> re.Match[str] | None:
-    return UCF_NAME.match(Path(video.name).stem)
-
-
-def _count(number: int, what: str = "video") -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _split_by_hash(
-    videos: list[Video], keys: list[str], of_what: str, split: str, usable: Callable[[Video], bool]
-) -> Found:
+def _split_by_hash(videos: list[Video], split: str, usable: Callable[[Video], bool]) -> Found:
+    """About a tenth is held out. Clips cut from one recording of UCF-101 stay together, whatever lies beside them."""
+    matches = [None if video.is_folder else video.ucf_name for video in videos]
+    keys = [
+        f"{match['label']}/{match['group']}" if match else video.name
+        for match, video in zip(matches, videos, strict=True)
+    ]
+    of_what = "class and group; no trainlist01.txt, testlist01.txt found" if any(matches) else "the names"
     if len(set(keys)) == 1:
-        return Found(videos, f"{_kind(videos)}: {_count(len(videos))}, in both splits")
+        return Found(videos, f"{_kind(videos)}: {counted(len(videos))}, in both splits")
     held_out = is_held_out(keys, lambda number: usable(videos[number]))
     chosen = [video for video, test in zip(videos, held_out, strict=True) if test == (split == "test")]
     return Found(
         chosen,
-        f"{_kind(videos)}: {_count(len(chosen))} of {len(videos)} in the {split} split (by a hash of {of_what})",
+        f"{_kind(videos)}: {counted(len(chosen))} of {len(videos)} in the {split} split (by a hash of {of_what})",
     )
 
 
-def _split_by_folder(videos: list[Video], split: str) -> Found | None:
-    """The split by folder names, or None unless both folders of a pair hold videos."""
-    for pair in SPLIT_FOLDERS:
-        parts = {
-            which: [video for video in videos if video.name.split("/")[0] == folder]
-            for which, folder in zip(SPLITS, pair, strict=True)
-        }
-        if all(parts.values()):
-            layout = "SkyTimelapse layout" if pair[0] == "sky_train" else f"{_kind(videos)} with splits"
-            folder = pair[SPLITS.index(split)]
-            return Found(parts[split], f"{layout}: {_count(len(parts[split]))} in the {split} split ({folder}/)")
-    return None
+def _role(folder: str) -> str | None:
+    """ "train", "test" or "val" for the name of a split's folder."""
+    match = _SPLIT_NAME.fullmatch(folder)
+    return match.lastgroup if match else None
 
 
-def _split_ucf(root: Path, videos: list[Video], split: str, usable: Callable[[Video], bool]) -> Found | None:
-    """The UCF-101 split, or None unless every file is named as in UCF-101."""
-    matches = [_ucf_name(video) for video in videos]
-    if videos[0].is_folder or not all(matches):
+def _split_by_folders(videos: list[Video], split: str) -> Found | None:
+    """The split by folder names, or None where no training folder lies beside a held-out one, both with videos.
+
+    Where both a test and a validation folder lie there, the validation videos belong to neither split.
+    """
+    folders = [video.name.split("/") if video.is_folder else video.name.split("/")[:-1] for video in videos]
+    beside: dict[tuple[str, ...], set[str]] = {}
+    for parts in folders:
+        for depth, part in enumerate(parts):
+            if role := _role(part):
+                beside.setdefault(tuple(parts[:depth]), set()).add(role)
+    parents = {parent: roles for parent, roles in beside.items() if "train" in roles and len(roles) > 1}
+    if not parents:
         return None
-    lists = _find_ucf_lists(root)
-    if lists is None:
-        groups = [f"{match['label']}/{match['group']}" for match in matches if match]
-        return _split_by_hash(
-            videos, groups, "class and group; no trainlist01.txt, testlist01.txt found", split, usable
-        )
-    listed = _read_ucf_list(lists / f"{split}list01.txt")
-    by_name = {Path(video.name).name: video for video in videos}
-    chosen = [by_name[name] for name in listed if name in by_name]
+    members: dict[str, list[Video]] = {"train": [], "test": [], "": []}
+    names: dict[str, dict[str, None]] = {which: {} for which in members}
+    for video, parts in zip(videos, folders, strict=True):
+        depth = next((depth for depth in range(len(parts)) if tuple(parts[:depth]) in parents), None)
+        which, name = "", "elsewhere"
+        if depth is not None:
+            name, role = "/".join(parts[: depth + 1]) + "/", _role(parts[depth])
+            if role == "val" and "test" not in parents[tuple(parts[:depth])]:
+                role = "test"
+            which = role if role in SPLITS else ""
+        members[which].append(video)
+        names[which][name] = None
+    is_sky = any(name.rpartition("/")[2].lower().startswith("sky_") for name in (n[:-1] for n in names[split]))
+    layout = "SkyTimelapse layout" if is_sky else f"{_kind(videos)} with splits"
+    other = SPLITS[1 - SPLITS.index(split)]
+    counts = [f"{counted(len(members[which]))} in the {which} split ({_few(names[which])})" for which in (split, other)]
+    if members[""]:
+        counts.append(f"{counted(len(members['']))} in neither ({_few(names[''])})")
+    return Found(members[split], f"{layout}: {'; '.join(counts)}")
+
+
+def _few(names: dict[str, None]) -> str:
+    return ", ".join(list(names)[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _split_by_lists(root: Path, videos: list[Video], split: str) -> Found | None:
+    """The official split of the videos that UCF-101's lists name; None without lists, or where they name none."""
+    folder = _find_lists(root)
+    if folder is None:
+        return None
+    listed = {which: _read_list(folder / f"{which}list01.txt") for which in SPLITS}
+    by_stem: dict[str, list[Video]] = {}
+    for video in videos:
+        by_stem.setdefault(Path(video.name).stem, []).append(video)
+    if by_stem.keys().isdisjoint({*listed["train"], *listed["test"]}) and not any(video.ucf_name for video in videos):
+        return None  # of other data that lies beside
+    wanted = [name for name in listed[split] if split == "test" or name not in listed["test"]]
+    chosen = [video for name in wanted for video in by_stem.get(name, [])]
     if not chosen:
-        raise DataError(f"none of the {len(listed)} videos listed in {lists / f'{split}list01.txt'} are in {root}")
-    missing = len(listed) - len(chosen)
-    note = f"; {missing} listed but not there" if missing else ""
+        raise DataError(
+            f"none of the {len(wanted)} videos listed in {folder / f'{split}list01.txt'} are in {root}: take the lists "
+            "away to split by folders or by a hash"
+        )
+    missing = sum(name not in by_stem for name in wanted)
+    either = listed["train"].keys() | listed["test"].keys()
+    others = sum(len(found) for name, found in by_stem.items() if name not in either)
+    notes = [f"{split}list01.txt"]
+    if missing:
+        notes.append(f"{missing} listed but not there")
+    if others:
+        notes.append(f"{counted(others, 'other video')} in neither list, left out")
     return Found(
-        chosen, f"UCF-101 layout: {_count(len(chosen))} of {len(videos)} in the {split} split ({split}list01.txt{note})"
+        chosen, f"UCF-101 layout: {counted(len(chosen))} of {len(videos)} in the {split} split ({'; '.join(notes)})"
     )
 
 
-def _find_ucf_lists(root: Path) -> Path | None:
+def _find_lists(root: Path) -> Path | None:
     root = root.absolute()
     for folder in (root, root / "ucfTrainTestlist", root.parent, root.parent / "ucfTrainTestlist"):
         if all((folder / f"{split}list01.txt").is_file() for split in SPLITS):
@@ -193,10 +191,11 @@ def _find_ucf_lists(root: Path) -> Path | None:
     return None
 
 
-def _read_ucf_list(path: Path) -> list[str]:
-    """File names of a split file, whose lines are ``<Class>/<file>`` with, for training, a class number."""
+def _read_list(path: Path) -> dict[str, None]:
+    """Names of a split file without their suffixes, in its order, each once; its lines are ``<Class>/<file>`` with, for
+    training, a class number. Suffixes don't count: the videos may have been converted."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, LIST_BYTES).splitlines()
+    except (OSError, UnreadableFile) as error:
         raise DataError(f"cannot read the UCF-101 split file {path}: {error}") from error
-    return [line.split()[0].rsplit("/", 1)[-1] for line in lines if line.strip()]
+    return {Path(line.split()[0].rsplit("/", 1)[-1]).stem: None for line in lines if line.strip()}

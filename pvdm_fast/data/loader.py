@@ -16,12 +16,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pvdm_fast.data.clips import Batch, ClipDataset, collate
+from pvdm_fast.data.clips import Batch, ClipDataset, Item, collate
 from pvdm_fast.data.crossing import POLL_SECONDS, Guarded, Patience, cannot_start, die_with_parent, shared_batch
 from pvdm_fast.data.errors import DataError
+from pvdm_fast.data.transforms import to_float
 from pvdm_fast.data.watch import CRASHED, Notes, begin_notes, too_slow
+from pvdm_fast.errors import printable
 from pvdm_fast.jobs.signals import ENDING, in_main_thread
 
 ENDING_SECONDS = 10.0
@@ -81,9 +83,16 @@ class ClipLoader:
     """Iterates over the batches of the given draws; each ``iter`` begins again. See `make_loader`."""
 
     def __init__(
-        self, dataset: ClipDataset, batches: Iterable[list[int]], *, workers: int = 0, pin_memory: bool = False
+        self,
+        dataset: ClipDataset,
+        batches: Iterable[list[int]],
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+        pixels: bool = False,
     ) -> None:
-        self.dataset, self.batches, self.workers, self.pin_memory = dataset, batches, workers, pin_memory
+        self.dataset, self.batches, self.workers = dataset, batches, workers
+        self.pin_memory, self.pixels = pin_memory, pixels
 
     def __iter__(self) -> Iterator[Batch]:
         done = restarts = 0
@@ -92,7 +101,7 @@ class ClipLoader:
             crew = self._crew()
             try:
                 for batch in self._read(done, crew):
-                    yield batch
+                    yield batch if self.pixels else {**batch, "video": to_float(batch["video"])}
                     done += 1
                     restarts = 0
                 return
@@ -112,7 +121,7 @@ class ClipLoader:
             finally:
                 crew.end()
             for sentence in sentences:
-                print(f"{sentence}; its batches are read again", file=sys.stderr, flush=True)
+                print(printable(f"{sentence}; its batches are read again"), file=sys.stderr, flush=True)
 
     def _crew(self) -> _Crew:
         try:
@@ -144,7 +153,7 @@ class ClipLoader:
         """
         dies_with = os.getpid() if in_main_thread() else None  # the kernel's parent is a thread, which may end before
         loader: DataLoader[Any] = DataLoader(
-            Guarded(self.dataset) if self.workers else self.dataset,
+            Guarded(self.dataset) if self.workers else _Travelling(self.dataset),
             batch_sampler=_From(self.batches, done),
             num_workers=self.workers,
             collate_fn=shared_batch if self.workers else collate,
@@ -178,6 +187,16 @@ class ClipLoader:
             patience = Patience(crew.notes)
 
 
+class _Travelling(Dataset[Item]):
+    """A dataset whose clips are as they cross from the workers."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, draw: int) -> Item:
+        return self.dataset.read(draw)
+
+
 class _From(Sampler[list[int]]):
     """Batches of draws without the first ``done``."""
 
@@ -197,11 +216,13 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
+    pixels: bool = False,
 ) -> ClipLoader:
     """Endless batches of draws ``start_draw``, ``start_draw + 1``, ...; the same ones for any number of workers.
 
     ``rank`` and ``world`` share each global batch of ``batch_size * world`` clips among processes: the next draw to
-    resume from is ``start_draw + batch_size * world * batches``. Neither the loader nor the workers touch the global
+    resume from is ``start_draw + batch_size * world * batches``. With ``pixels`` the clips are left as uint8, as they cross
+    from the workers, for :func:`~pvdm_fast.data.transforms.to_float` on the GPU. Neither the loader nor the workers touch the global
     random states.
 
     A worker that dies is replaced, and what it had in hand is read again, so that no batch is lost or repeated; a line
@@ -209,7 +230,8 @@ def make_loader(
     reader, or was twice in hand when the system killed it, is set aside. After three replacements without a batch
     `DataError` is raised.
     """
-    return ClipLoader(dataset, DrawBatches(batch_size, start_draw, rank, world), workers=workers, pin_memory=pin_memory)
+    batches = DrawBatches(batch_size, start_draw, rank, world)
+    return ClipLoader(dataset, batches, workers=workers, pin_memory=pin_memory, pixels=pixels)
 
 
 def _prepare_worker(notes: Notes, dies_with: int | None, worker: int) -> None:

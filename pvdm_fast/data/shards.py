@@ -13,16 +13,22 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 
 from pvdm_fast.data.draws import generator, is_held_out
-from pvdm_fast.data.errors import DataError, UnreadableVideo
-from pvdm_fast.data.layouts import VIDEO_SUFFIXES, Found, Video
+from pvdm_fast.data.errors import DataError, UnreadableVideo, unreadable
+from pvdm_fast.data.layouts import Found
+from pvdm_fast.data.listing import VIDEO_SUFFIXES, Video
+from pvdm_fast.jobs.reading import file_clock, open_regular
 
 SHUFFLED_SHARDS = 16  # at a time: what a rank reads from at one time
+MAX_SHARDS = 1_000_000
+MAX_HEADER = 1 << 20  # bytes: long names and PAX records; the longest path has 4096
 _BLOCK = 512
 _BRACES = re.compile(r"\{.*\}")
 
@@ -60,11 +66,16 @@ def list_shards(source: str | Path) -> list[Path] | None:
         library()
         from braceexpand import braceexpand
 
-        shards = [Path(name) for name in braceexpand(text)]
+        shards = [Path(name) for name in islice(braceexpand(text), MAX_SHARDS + 1)]
+        if len(shards) > MAX_SHARDS:
+            raise DataError(f"{text} stands for more than {MAX_SHARDS} shards")
     elif path.suffix == ".tar":
         shards = [path]
     elif path.is_dir():
-        shards = sorted(item for item in path.iterdir() if item.suffix == ".tar" and item.name[0] != ".")
+        try:
+            shards = sorted(item for item in path.iterdir() if item.suffix == ".tar" and item.name[0] != ".")
+        except OSError as error:
+            raise DataError(f"{path} cannot be listed: {error.strerror}") from error
     else:
         return None
     missing = [shard for shard in shards if not shard.is_file()]
@@ -85,42 +96,69 @@ def scan(shard: Path) -> tuple[Place, ...]:
     A shard is scanned once in a process, unless it changes.
     """
     library()
-    state = shard.stat()
+    try:
+        state = shard.stat()
+    except OSError as error:
+        raise DataError(f"the shard {shard} cannot be read: {error.strerror}") from error
     return _scan(shard, state.st_size, state.st_mtime_ns)
 
 
 @cache
 def _scan(shard: Path, size: int, changed: int) -> tuple[Place, ...]:
-    return tuple(_samples(shard))
-
-
-def _samples(shard: Path) -> Iterator[Place]:
-    from webdataset.tariterators import base_plus_ext, meta_prefix, meta_suffix
-
-    current: Place | None = None
     try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                name = member.name
-                if not member.isreg() or (name.startswith(meta_prefix) and name.endswith(meta_suffix)):
-                    continue
-                key, suffix = base_plus_ext(name)
-                if key is None:
-                    continue
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                if current and current[0] == key:
-                    current = (key, current[1], end, (*current[3], suffix.lower()))
-                    continue
-                if current:
-                    yield current
-                current = (key, member.offset, end, (suffix.lower(),))
-    except (tarfile.TarError, OSError) as error:
+        with file_clock(shard), _Headers(open_regular(shard)) as file:
+            return tuple(_samples(file, size))
+    except Exception as error:  # whatever damaged headers provoke: of tarfile, numbers that are none, endless chains
         raise DataError(
             f"the shard {shard} cannot be read ({error}): fetch it again, or take it out; compressed ones must be "
             "unpacked (gunzip)"
         ) from error
-    if current:
-        yield current
+
+
+class _Headers(io.BufferedReader):
+    """A file of which headers are read: none of them is large, whatever size it gives itself."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[Place]:
+    """Places in a shard of ``size`` bytes. Every member must lie behind the one before, and inside the file."""
+    from webdataset.tariterators import base_plus_ext, meta_prefix, meta_suffix
+
+    key, begin, end, suffixes = None, 0, 0, list[str]()
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        reached = 0
+        while member := archive.next():
+            archive.members.clear()  # type: ignore[attr-defined]  # which would be kept, a kilobyte each
+            last = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            if member.size < 0 or member.offset < reached or member.offset_data + member.size > size:
+                raise tarfile.ReadError(f"{member.name[:100]!r} has {member.size} bytes, the whole shard {size}")
+            reached = member.offset_data
+            name = member.name
+            if not member.isreg() or (name.startswith(meta_prefix) and name.endswith(meta_suffix)):
+                continue
+            found, suffix = base_plus_ext(name)
+            if found is None:
+                continue
+            if found != key:
+                if key is not None:
+                    yield key, begin, end, tuple(suffixes)
+                key, begin, suffixes = found, member.offset, []
+            suffixes.append(suffix.lower())
+            end = min(last, size)
+        file.seek(archive.offset)  # type: ignore[attr-defined]
+        if file.read(_BLOCK).strip(b"\0"):
+            raise tarfile.ReadError(f"a damaged header at byte {archive.offset}")  # type: ignore[attr-defined]
+    if key is not None:
+        yield key, begin, end, tuple(suffixes)
+
+
+def has_videos(shards: Sequence[Path]) -> bool:
+    """Whether any sample of the shards has a video."""
+    return any(_is_video(suffix) for shard in shards for *_, suffixes in scan(shard) for suffix in suffixes)
 
 
 def find_samples(shards: Sequence[Path], split: str, usable: Callable[[Video], bool]) -> Found:
@@ -152,12 +190,12 @@ def read_sample(sample: Sample) -> dict[str, bytes]:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     try:
-        with open(sample.path, "rb") as file:
+        with open_regular(sample.path) as file:
             file.seek(sample.begin)
             stream = io.BytesIO(file.read(sample.end - sample.begin))
         (members,) = group_by_keys(tar_file_expander([{"url": str(sample.path), "stream": stream}]))
     except Exception as error:  # whatever a shard that has changed or is damaged provokes
-        raise UnreadableVideo(f"cannot be read from its shard: {error}") from error
+        raise unreadable("cannot be read from its shard", error) from error
     return {suffix: value for suffix, value in members.items() if not suffix.startswith("__")}
 
 

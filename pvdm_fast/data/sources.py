@@ -15,9 +15,10 @@ from pvdm_fast.data.clips import (
 )
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.latents import LatentClips, is_latents, read_labels
-from pvdm_fast.data.layouts import Video, find_videos, list_videos
-from pvdm_fast.data.shards import find_samples, list_shards
-from pvdm_fast.data.watch import READ_TIMEOUT
+from pvdm_fast.data.layouts import find_all, find_videos
+from pvdm_fast.data.listing import Video, list_folder
+from pvdm_fast.data.shards import find_samples, has_videos, list_shards
+from pvdm_fast.jobs.reading import READ_TIMEOUT
 
 
 def open_dataset(
@@ -57,22 +58,52 @@ def open_dataset(
     def usable(video: Video) -> bool:
         return is_long_enough(video, spec)
 
-    shards = list_shards(source)
+    shards = _shards(source)
     if shards:
         dataset: FolderClips = ShardClips(root, find_samples(shards, split, usable), spec)
     else:
         dataset = FolderClips(root, find_videos(root, split, usable), spec)
-    dataset[0]
+    dataset.read(0)
     return dataset
 
 
+def _shards(source: str | Path) -> list[Path] | None:
+    """The webdataset shards that the data is, if it is such. Archives that lie beside videos, from which these were
+    unpacked perhaps, are no shards; raises DataError where both could be meant."""
+    shards, root = list_shards(source), Path(source)
+    if not shards or not root.is_dir():
+        return shards
+    files = [video for video in list_folder(root).videos if not video.is_folder]
+    if not files:
+        return shards
+    try:
+        samples = has_videos(shards)
+    except DataError:  # they are damaged, or packed
+        return None
+    if not samples:
+        return None
+    raise DataError(
+        f"{root} holds both shards with videos ({len(shards)} .tar files, first {shards[0].name}) and video files "
+        f"({len(files)}, first {files[0].name}): move one kind to a folder of its own, or name the shards by a pattern "
+        f"such as {root}/{{a,b}}.tar"
+    )
+
+
 def find_classes(root: Path) -> list[str]:
-    """The classes of all videos below ``root``, both splits, in alphabetical order, as UCF-101 numbers them; or those
+    """The classes of the videos of ``root``, both splits, in alphabetical order, as UCF-101 numbers them; or those
     of its cached latents.
 
     Raises `DataError` unless every video is named as in UCF-101.
     """
-    labels = set(read_labels(root)) if is_latents(root) else {video.label for video in list_videos(root)}
-    if not labels or None in labels:
-        raise DataError(f"no classes in {root}: they are read from names as in UCF-101, v_<Class>_g01_c01.avi")
-    return sorted((label for label in labels if label), key=lambda label: (label.casefold(), label))
+    if is_latents(root):
+        labels = set(read_labels(root))
+        nameless = "" if labels else "the latents"
+    else:
+        videos = find_all(root)
+        labels = {video.label for video in videos if video.label is not None}
+        nameless = next((video.name for video in videos if video.label is None), "")
+    if nameless:
+        raise DataError(
+            f"no classes in {root}: they are read from names as in UCF-101, v_<Class>_g01_c01.avi, unlike {nameless}"
+        )
+    return sorted(labels, key=lambda label: (label.casefold(), label))

@@ -22,10 +22,23 @@ def fit(frame: np.ndarray, height: int, width: int, view: View) -> np.ndarray:
     return array[:, ::-1] if view.mirrored else array
 
 
+def to_pixels(frames: Sequence[np.ndarray] | np.ndarray) -> torch.Tensor:
+    """uint8 frames (T, H, W, 3) as a contiguous uint8 video (3, T, H, W): how clips cross from the workers."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(list(frames)).transpose(3, 0, 1, 2)))
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels as float32 in [-1, 1], where they lie: p / 127.5 - 1, the same to the bit on every device.
+
+    What is not uint8 (cached latents) is returned as it is.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
+    # A tensor, since a GPU would multiply by the rounded reciprocal of a number.
+    scale = torch.tensor(127.5, device=pixels.device)
+    return pixels.float().div_(scale).sub_(1)
+
+
 def to_video(frames: Sequence[np.ndarray] | np.ndarray) -> torch.Tensor:
     """uint8 frames (T, H, W, 3) to a float32 contiguous video (3, T, H, W) in [-1, 1]."""
-    channels_first = np.stack(list(frames)).transpose(3, 0, 1, 2)
-    # numpy, whose one thread costs less here than waking torch's
-    video = np.divide(channels_first, np.float32(127.5), dtype=np.float32, order="C")
-    video -= 1
-    return torch.from_numpy(video)
+    return to_float(to_pixels(frames))

@@ -14,13 +14,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from pvdm_fast.data.errors import UnreadableVideo
+from pvdm_fast.data.errors import UnreadableVideo, unreadable
+from pvdm_fast.data.frame_folders import MAX_PIXELS, over_black
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-MAX_PIXELS = 1 << 26  # 8192 x 8192: beyond it a header is taken to be damaged rather than memory filled
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 T = TypeVar("T")
 Source = Path | bytes  # a file, or what it holds
 
@@ -60,11 +62,11 @@ def _opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
         container = av.open(file, "r", options={"protocol_whitelist": "file"})
     except Exception as error:  # whatever a damaged file provokes, it is a reason to skip it
-        raise UnreadableVideo(f"cannot be opened: {_reason(error)}") from error
+        raise unreadable("cannot be opened", error) from error
     with container:
-        if not container.streams.video:
+        stream = next((stream for stream in container.streams.video if not _is_cover(stream)), None)
+        if stream is None:
             raise UnreadableVideo("has no video stream")
-        stream = container.streams.video[0]
         if stream.codec_context is None:
             raise UnreadableVideo("its video codec is unknown to this FFmpeg")
         stream.codec_context.thread_count = 1
@@ -75,11 +77,29 @@ def _opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
         except (UnreadableVideo, IndexMismatch):
             raise
         except Exception as error:  # as above: decoders raise many types
-            raise UnreadableVideo(f"cannot be decoded: {_reason(error)}") from error
+            raise unreadable("cannot be decoded", error) from error
 
 
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+def _is_cover(stream: VideoStream) -> bool:
+    """Whether a stream is a still picture about the video, such as the cover of a song."""
+    from av.stream import Disposition
+
+    return bool(stream.disposition & Disposition.attached_pic)
+
+
+def _decoder(stream: VideoStream) -> Callable[[Packet[VideoStream]], list[VideoFrame]]:
+    """What decodes a stream's packets. FFmpeg's own decoders of VP8 and VP9 leave WebM's transparency out."""
+    import av
+
+    name = ALPHA_DECODERS.get(stream.codec_context.name)
+    tags = {key.lower(): value for key, value in stream.metadata.items()}
+    if name is None or tags.get("alpha_mode") != "1":
+        return lambda packet: packet.decode()
+    if name not in av.codecs_available:
+        raise UnreadableVideo(f"is transparent, and this PyAV comes without {name}, which reads that")
+    context: Any = av.CodecContext.create(name, "r")
+    context.extradata, context.thread_count = stream.codec_context.extradata, 1
+    return lambda packet: context.decode(packet if packet.size else None)
 
 
 def packet_index(source: Source) -> VideoIndex:
@@ -165,13 +185,15 @@ def _read_from(
             if key is None or key.pts is None or key.pts > pts[wanted[0]]:
                 return None
             number = bisect_left(pts, key.pts)
-            for frame in (frame for packet in chain([key], packets) for frame in packet.decode()):
+            decode, screen = _decoder(stream), _Screen(stream)
+            for frame in (frame for packet in chain([key], packets) for frame in decode(packet)):
+                screen.look(frame)
                 if frame.pts is not None and frame.pts < key.pts:
                     continue  # shown before the key frame, and built on what came before it
                 if frame.pts != pts[number]:
                     return None
                 if number in numbers:
-                    found.append(each(_rgb(frame)))
+                    found.append(each(screen.show(frame)))
                 if number == wanted[-1]:
                     return found
                 number += 1
@@ -186,23 +208,64 @@ def _read_counting(source: Source, wanted: Sequence[int], each: Callable[[np.nda
     found: list[T] = []
     numbers = set(wanted)
     with _opened(source) as (container, stream), _packets(container, stream) as packets:
-        for number, frame in enumerate(frame for packet in packets for frame in packet.decode()):
+        decode, screen = _decoder(stream), _Screen(stream)
+        for number, frame in enumerate(frame for packet in packets for frame in decode(packet)):
+            screen.look(frame)
             if number in numbers:
-                found.append(each(_rgb(frame)))
+                found.append(each(screen.show(frame)))
                 if len(found) == len(numbers):
                     return found
     raise UnreadableVideo(f"ends before frame {wanted[-1]}")
 
 
-def _rgb(frame: VideoFrame) -> np.ndarray:
-    """The frame as uint8 (height, width, 3), upright; damaged frames are refused."""
-    if frame.is_corrupt:
-        raise UnreadableVideo(f"a damaged frame at {frame.time} s")
-    if frame.width * frame.height > MAX_PIXELS:
-        raise UnreadableVideo(f"frames of {frame.width} x {frame.height} pixels")
-    rgb: np.ndarray = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4  # phones store frames lying down, with the angle beside them
-    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+class _Screen:
+    """Shows a stream's frames as its file says: square pixels, transparent ones over black, turned and mirrored.
+
+    A display matrix turns by quarters and mirrors: phones store what was filmed lying down, front cameras what a mirror
+    would show. It takes column x and row y to column a x + c y and row b x + d y. Some streams say it at key frames only.
+    """
+
+    def __init__(self, stream: VideoStream) -> None:
+        aspect = stream.sample_aspect_ratio
+        self.pixel = Fraction(aspect) if aspect else Fraction(1)  # its width over its height: not 1 for DV and DVD
+        self.matrix: tuple[int, int, int, int] | None = None
+
+    def look(self, frame: VideoFrame) -> None:
+        """Take note of what a frame says, whether it is wanted or not."""
+        from av.sidedata.sidedata import Type
+
+        found = frame.side_data.get(Type.DISPLAYMATRIX)
+        if found is not None:
+            a, b, _, c, d = np.frombuffer(bytes(found), np.int32)[:5].tolist()
+            self.matrix = (a, b, c, d)
+
+    def show(self, frame: VideoFrame) -> np.ndarray:
+        """The frame as uint8 (height, width, 3), in memory of its own; damaged frames are refused."""
+        if frame.is_corrupt:
+            raise UnreadableVideo(f"a damaged frame at {frame.time} s")
+        width, height = frame.width, frame.height
+        if self.pixel > 1:  # the shorter side grows, so that nothing is lost
+            width = round(width * self.pixel)
+        elif self.pixel < 1:
+            height = round(height / self.pixel)
+        if width * height > MAX_PIXELS:
+            raise UnreadableVideo(f"frames of {width} x {height} pixels")
+        square = {} if self.pixel == 1 else {"width": width, "height": height, "interpolation": "BICUBIC"}
+        if frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components):
+            return self._turned(over_black(frame.to_ndarray(format="rgba", **square)))
+        return self._turned(frame.to_ndarray(format="rgb24", **square))
+
+    def _turned(self, rgb: np.ndarray) -> np.ndarray:
+        if self.matrix is None:
+            return rgb
+        a, b, c, d = self.matrix
+        if abs(a * d) < abs(b * c):  # rows become columns
+            rgb, a, d = rgb.swapaxes(0, 1), c, b
+        if a < 0:
+            rgb = rgb[:, ::-1]
+        if d < 0:
+            rgb = rgb[::-1]
+        return np.ascontiguousarray(rgb)
 
 
 class IndexCache:

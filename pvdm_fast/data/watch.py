@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import numpy as np
 import torch
 
 from pvdm_fast.data.errors import UnreadableVideo
+from pvdm_fast.jobs.reading import time_limit
 
-READ_TIMEOUT = 120.0
 LONGEST_PATH = 4096
 TOO_SLOW, CRASHED = "could not be read within", "ended the process that read it"
 _HEADER = 16  # bytes: process id, length of the name
@@ -67,7 +65,7 @@ def reading(name: str, seconds: float) -> Iterator[None]:
     Python is reached, in the main thread only; without a limit where another alarm is already set.
     """
     if _note is None:
-        with _interrupted(seconds):
+        with time_limit(seconds, lambda: TooSlow(too_slow(seconds))):
             yield
         return
     encoded = np.frombuffer(os.fsencode(name)[:LONGEST_PATH], np.uint8)
@@ -80,33 +78,6 @@ def reading(name: str, seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         length[:] = 0
-
-
-@contextmanager
-def _interrupted(seconds: float) -> Iterator[None]:
-    if (
-        not seconds
-        or threading.current_thread() is not threading.main_thread()
-        or any(signal.getitimer(signal.ITIMER_REAL))
-    ):
-        yield
-        return
-
-    over: list[int] = []
-
-    def expired(number: int, frame: FrameType | None) -> None:
-        over.append(number)
-        raise TooSlow(too_slow(seconds))
-
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except UnreadableVideo as error:  # FFmpeg's own words for it are "interrupted system call"
-        raise (TooSlow(too_slow(seconds)) if over else error) from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def too_slow(seconds: float) -> str:

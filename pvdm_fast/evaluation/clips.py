@@ -20,6 +20,7 @@ class BothSplits(ClipDataset):
     def __init__(self, test: ClipDataset, train: ClipDataset) -> None:
         self.test, self.train, self.spec = test, train, test.spec
         self.description = f"{test.description}; {train.description}"
+        self.left_out = test.left_out
 
     def __len__(self) -> int:
         return len(self.test) + len(self.train)
@@ -28,12 +29,20 @@ class BothSplits(ClipDataset):
         self.test.set_aside(file, reason)
         self.train.set_aside(file, reason)
 
-    def __getitem__(self, draw: int) -> Item:
+    def _place(self, draw: int) -> tuple[ClipDataset, int]:
         epoch, position = divmod(draw, len(self))
         place = int(epoch_order(len(self), self.spec.seed, epoch)[position])
         if place < len(self.test):
-            return self.test[epoch * len(self.test) + place]
-        return self.train[epoch * len(self.train) + place - len(self.test)]
+            return self.test, epoch * len(self.test) + place
+        return self.train, epoch * len(self.train) + place - len(self.test)
+
+    def read(self, draw: int) -> Item:
+        split, number = self._place(draw)
+        return split.read(number)
+
+    def __getitem__(self, draw: int) -> Item:
+        split, number = self._place(draw)
+        return split[number]
 
 
 def open_clips(

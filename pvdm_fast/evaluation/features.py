@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.archives import first_line
 from pvdm_fast.jobs.checksums import sha256
+from pvdm_fast.jobs.reading import UnreadableFile, file_clock
 
 SIDE = 224
 FRAMES_AT_ONCE = 128
@@ -42,16 +44,20 @@ class FeatureNetwork:
     def __init__(self, path: Path, expected: str, device: torch.device) -> None:
         if not path.is_file():
             raise UserError(f"there is no feature network {path}: {HOW_TO_GET}")
-        self.path, self.sha256, self.device = path, sha256(path), device
+        try:
+            self.path, self.sha256, self.device = path, sha256(path), device
+        except (OSError, UnreadableFile) as error:
+            raise UserError(f"the feature network {path} cannot be read: {error}") from error
         if self.sha256 != expected.lower():
             raise UserError(
                 f"the sha256 of {path} is {self.sha256}, not {expected}: it is another file, or was cut off in "
                 "fetching, and is not opened; fetch it again, or give the hash that its source publishes"
             )
         try:
-            self.network = torch.jit.load(str(path), map_location=device).eval()
-        except RuntimeError as error:
-            raise UserError(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+            with file_clock(path):
+                self.network = torch.jit.load(str(path), map_location=device).eval()
+        except Exception as error:  # of a damaged file: RuntimeError, UnicodeDecodeError, ...
+            raise UserError(f"{path} is no TorchScript file: {first_line(error)}") from error
 
     @property
     def is_i3d(self) -> bool:

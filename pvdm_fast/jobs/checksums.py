@@ -9,28 +9,34 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from pvdm_fast.jobs.reading import UnreadableFile, file_clock, open_regular, read_json_object
+
 NAME = "checksums.json"
+MAX_BYTES = 1 << 20  # of it: a folder of ours has three files
+SHOWN = 5
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 22):
             yield piece
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: against accidents."""
+    """CRC-32 of a file: against accidents. Raises UnreadableFile for what is no file, or takes too long."""
     value = 0
-    for piece in _pieces(path):
-        value = zlib.crc32(piece, value)
+    with file_clock(path):
+        for piece in _pieces(path):
+            value = zlib.crc32(piece, value)
     return value
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal: which file it is."""
+    """SHA-256 of a file, in hexadecimal: which file it is. Raises UnreadableFile as :func:`checksum` does."""
     digest = hashlib.sha256()
-    for piece in _pieces(path):
-        digest.update(piece)
+    with file_clock(path):
+        for piece in _pieces(path):
+            digest.update(piece)
     return digest.hexdigest()
 
 
@@ -43,10 +49,28 @@ def write_checksums(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """What differs from checksums.json, as the end of a sentence; None where nothing does, or there is no such file."""
     try:
-        sums = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        differing = [name for name, value in sums.items() if checksum(folder / name) != value]
-    except FileNotFoundError as error:
-        return None if error.filename == str(folder / NAME) else f"{error.filename} is missing"
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        sums = read_json_object(folder / NAME, MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnreadableFile):
         return f"its {NAME} can't be read"
-    return f"{', '.join(differing)} is not as it was written (by {NAME})" if differing else None
+    if not all(_is_plain_name(name) and type(value) is int for name, value in sums.items()):
+        return f"its {NAME} names other things than the files of this folder"
+    differing = []
+    for name, value in sums.items():
+        try:
+            if checksum(folder / name) != value:
+                differing.append(name)
+        except FileNotFoundError:
+            return f"{folder / name} is missing"
+        except OSError as error:
+            return f"{folder / name} can't be read: {error.strerror}"
+        except UnreadableFile as reason:
+            return f"{folder / name} {reason}"
+    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    return f"{', '.join(differing[:SHOWN])}{more} is not as it was written (by {NAME})" if differing else None
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a name stays inside its folder: no path, no way up."""
+    return name not in ("", ".", "..", NAME) and "/" not in name and "\0" not in name

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.archives import first_line, load_archive
 from pvdm_fast.jobs.checksums import find_damage
+from pvdm_fast.jobs.reading import UnreadableFile, file_clock, open_regular, read_json_object
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 
@@ -20,6 +20,10 @@ StateDict = Mapping[str, Tensor]
 Model = TypeVar("Model", Autoencoder, Denoiser)
 _PREFIXES = ("module.", "diffusion_model.")
 _SHOWN = 5
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG_BYTES = 16 << 20  # the names of a denoiser's classes are in it
+LAYER_COUNTS = ("depth", "projection_depth", "num_res_blocks", "channel_mult", "attention_resolutions")
+MAX_TENSORS = 10_000  # `base` has 1,100
 
 
 class CheckpointError(UserError, ValueError):
@@ -29,7 +33,7 @@ class CheckpointError(UserError, ValueError):
 def read_state_dict(source: str | Path | StateDict) -> dict[str, Tensor]:
     """The tensors of a `.pth` (or `.safetensors`) file, or of a mapping, by their names as they stand there.
 
-    Only tensors are read: a pickle that would run code is refused.
+    Only tensors are read: a pickle that would run code is refused, as are tensors that are larger than their file.
 
     Raises:
         CheckpointError: the file is missing, unreadable, would run code, or holds something else than tensors.
@@ -42,6 +46,8 @@ def read_state_dict(source: str | Path | StateDict) -> dict[str, Tensor]:
         values = _read_file(Path(source))
     if not isinstance(values, Mapping) or not values or not all(_is_plain(k, v) for k, v in values.items()):
         raise CheckpointError(f"{name} doesn't hold a state dict: expected a mapping of names to floating tensors.")
+    if len(values) > MAX_TENSORS:
+        raise CheckpointError(f"{name} holds {len(values)} tensors, but no model here has more than {MAX_TENSORS}.")
     return dict(values)
 
 
@@ -58,47 +64,16 @@ def _read_file(path: Path) -> Any:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            with file_clock(path):
+                return load_file(path)
         except Exception as error:  # of a damaged file: safetensors' own, ValueError, KeyError, OverflowError, ...
-            raise CheckpointError(f"{path} is not a readable safetensors file: {_reason(error)}.") from error
-    _check_archive(path)
+            raise CheckpointError(f"{path} is not a readable safetensors file: {first_line(error)}.") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} was refused: it is not a file of tensors only (it may be damaged, or try to run code when "
-            f"loaded). Save the model's state_dict() with torch.save."
-        ) from error
-    except Exception as error:  # a damaged pickle can make its reader raise anything
-        raise CheckpointError(f"{path} can't be read as a PyTorch file: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _check_archive(path: Path) -> None:
-    """The checksums of a file of torch.save, which torch.load does not look at.
-
-    Raises:
-        CheckpointError: the file is no archive, is damaged, or would grow when unpacked (torch.save packs nothing).
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-            damaged = None if packed else archive.testzip()
-    except Exception as error:  # of a damaged archive: BadZipFile, struct.error, ValueError, OverflowError, ...
-        raise CheckpointError(
-            f"{path} can't be read as a PyTorch file: it is damaged, or older than PyTorch 1.6 (load it there and save "
-            f"it again with torch.save): {_reason(error)}"
-        ) from error
-    if packed:
-        raise CheckpointError(f"{path} was refused: parts of it are compressed, as torch.save never writes them.")
-    if damaged is not None:
-        raise CheckpointError(
-            f"{path} is damaged: the checksum of its part {damaged} is wrong. Copy or fetch it again."
-        )
+        return load_archive(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
+    except UnreadableFile as reason:
+        raise CheckpointError(f"{path} {reason}.") from reason
 
 
 def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
@@ -115,15 +90,70 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float
         )
     loader: Any = kind
     try:
-        model, found = loader.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+        with file_clock(folder / WEIGHTS):
+            _check_folder(kind, folder)
+            model, found = loader.from_pretrained(
+                folder, torch_dtype=dtype, output_loading_info=True, use_safetensors=True
+            )
+    except CheckpointError:
+        raise
     except Exception as error:  # of a damaged file: the errors of diffusers, JSON, safetensors and the model itself
-        raise CheckpointError(f"{folder} can't be read as a {kind.__name__}: {_reason(error)}") from error
+        raise CheckpointError(f"{folder} can't be read as a {kind.__name__}: {first_line(error)}") from error
     problems = [name for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[what]]
     if problems:
         raise CheckpointError(
             f"{folder} is damaged or of another model: {_differences('wrong tensors', map(str, problems))}."
         )
     return cast(Model, model)
+
+
+def _check_folder(kind: type[Any], folder: Path) -> None:
+    """Compare the sizes in config.json with the tensors of the weights' file, whose list is read and nothing else, so
+    that a config.json with a billion layers is refused before a model of it is begun."""
+    from safetensors import safe_open
+
+    try:
+        config = read_json_object(folder / CONFIG, CONFIG_BYTES)
+    except (OSError, UnreadableFile) as error:
+        reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else error
+        raise CheckpointError(f"{folder / CONFIG} {reason}.") from error
+    with open_regular(folder / WEIGHTS):
+        pass
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if len(shapes) > MAX_TENSORS:
+        raise CheckpointError(f"{folder / WEIGHTS} lists {len(shapes)} tensors, more than the {MAX_TENSORS} allowed.")
+    for name in LAYER_COUNTS:
+        value = config.get(name)
+        layers = len(value) if isinstance(value, list) else value
+        if isinstance(layers, int) and layers > len(shapes):
+            raise CheckpointError(
+                f"{folder / CONFIG} says {name} {layers}, but {WEIGHTS} holds {len(shapes)} tensors: it is damaged, or "
+                "of another model."
+            )
+    with torch.device("meta"):
+        expected = kind.from_config(config).state_dict()
+    _check_shapes(expected, shapes, set(), f"{folder} is damaged or of another model")
+
+
+def _check_shapes(
+    expected: StateDict, shapes: Mapping[str, tuple[int, ...]], optional: set[str], otherwise: str
+) -> None:
+    """Raises CheckpointError, ``otherwise`` and the differences, unless names and shapes are the model's."""
+    problems = [
+        _differences("missing", (n for n in expected if n not in shapes and n not in optional)),
+        _differences("not known here", (n for n in shapes if n not in expected)),
+        _differences(
+            "of another shape",
+            (
+                f"{n} (file {shape}, model {tuple(expected[n].shape)})"
+                for n, shape in shapes.items()
+                if n in expected and shape != tuple(expected[n].shape)
+            ),
+        ),
+    ]
+    if any(problems):
+        raise CheckpointError(f"{otherwise}: {'; '.join(filter(None, problems))}.")
 
 
 def _strip(name: str) -> str:
@@ -147,39 +177,34 @@ class _ReleaseState:
 
     def count(self, pattern: str) -> int:
         """How many of pattern.format(0), pattern.format(1), ... begin a name."""
+        begins, ends = pattern.split("{}")
+        rests = (name.removeprefix(begins).partition(ends)[0] for name in self.tensors if name.startswith(begins))
+        found = set(rests)
         number = 0
-        while any(name.startswith(pattern.format(number)) for name in self.tensors):
+        while str(number) in found:
             number += 1
         return number
 
     def _first_keys(self) -> str:
         return f"It begins with {', '.join(list(self.tensors)[:_SHOWN])}."
 
-    def fill(self, model: nn.Module) -> None:
-        """Copy all tensors into `model`.
+    def build(self, kind: type[Any], **config: Any) -> Any:
+        """A model of these sizes with the release's tensors in it.
 
         Raises:
-            CheckpointError: names or shapes differ; a release's buffers may be missing, nothing else.
+            CheckpointError: names or shapes differ; a release's buffers may be missing, nothing else. Found out before
+                memory is taken: sizes are read from single tensors, and could be far larger than the file.
         """
-        expected = model.state_dict()
-        optional = {name for name, _ in model.named_buffers()}
-        problems = [
-            _differences("missing", (n for n in expected if n not in self.tensors and n not in optional)),
-            _differences("not known here", (n for n in self.tensors if n not in expected)),
-            _differences(
-                "of another shape",
-                (
-                    f"{n} (file {tuple(t.shape)}, model {tuple(expected[n].shape)})"
-                    for n, t in self.tensors.items()
-                    if n in expected and t.shape != expected[n].shape
-                ),
-            ),
-        ]
-        if any(problems):
-            listed = "; ".join(filter(None, problems))
-            raise CheckpointError(f"The state dict doesn't fit a {type(model).__name__} of these sizes: {listed}.")
+        with torch.device("meta"):
+            empty = _build(kind, **config)
+        optional = {name for name, _ in empty.named_buffers()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        otherwise = f"The state dict doesn't fit a {kind.__name__} of these sizes"
+        _check_shapes(empty.state_dict(), shapes, optional, otherwise)
+        model = _build(kind, **config)
         model.load_state_dict(self.tensors, strict=False, assign=False)
-        model.release_names = self.original_names  # type: ignore[assignment]
+        model.release_names = self.original_names
+        return model
 
 
 def _differences(what: str, names: Iterable[str]) -> str:
@@ -208,7 +233,7 @@ def load_release_autoencoder(
     state = _ReleaseState(source)
     channels = state.shape("encoder.to_patch_embedding.weight")[0]
     inner = state.shape("encoder.layers.0.0.fn.to_qkv.weight")[0] // 3
-    model = _build(
+    model: Autoencoder = state.build(
         Autoencoder,
         frames=frames,
         height=resolution,
@@ -222,7 +247,6 @@ def load_release_autoencoder(
         projection_depth=state.count("xy_quant_attn.layers.{}."),
         projection_hidden=state.shape("xy_quant_attn.layers.0.1.fn.net.0.weight")[0],
     )
-    state.fill(model)
     return model
 
 
@@ -255,7 +279,7 @@ def load_release_denoiser(
     blocks = ups[0] if ups else max(outputs - 1, 1)
     levels = max(outputs // (blocks + 1), 1)
     firsts = [1 + level * (blocks + 1) for level in range(levels)]
-    model = _build(
+    model: Denoiser = state.build(
         Denoiser,
         time=layout.time,
         height=layout.height,
@@ -269,7 +293,6 @@ def load_release_denoiser(
         ],
         num_heads=num_heads,
     )
-    state.fill(model)
     return model
 
 

@@ -15,6 +15,7 @@ from pvdm_fast.data import find_classes
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.jobs.processes import TIMEOUT, Processes
+from pvdm_fast.jobs.reading import read_json
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import STAGES, TrainConfig
 from pvdm_fast.training.run_folder import RunFolder
@@ -150,8 +151,14 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
 def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:
     """The classes of the data. A run keeps those it began with, so that their numbers stay when the data moves."""
     kept = run.path / "classes.json"
-    if kept.is_file():
-        return json.loads(kept.read_text(encoding="utf-8"))
+    if kept.exists():
+        try:
+            found = read_json(kept)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{kept} cannot be read ({error}): mend it, its order numbers the classes") from error
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise UserError(f"{kept} must hold the names of the classes, in the order of their numbers")
+        return found
     names = find_classes(Path(config.data))
     if writes:
         with whole_file(kept) as temporary:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.archives import load_archive
 from pvdm_fast.jobs.checksums import checksum
 from pvdm_fast.jobs.files import remove_folder, whole_folder
+from pvdm_fast.jobs.reading import UnreadableFile, read_json_object
 from pvdm_fast.training.config import STAGES
 
 KEPT = 2
 STATE, NOTE = "state.pt", "checkpoint.json"
+NOTE_BYTES = 4096
 
 
 @dataclass(frozen=True, order=True)
@@ -81,7 +84,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint's files; None where they are as written."""
     path = checkpoint.path
     try:
-        note = json.loads((path / NOTE).read_text(encoding="utf-8"))
+        note = read_json_object(path / NOTE, NOTE_BYTES)
         if (note["stage"], note["step"]) != (checkpoint.stage_name, checkpoint.step):
             return f"its {NOTE} is of another checkpoint"
         if (path / STATE).stat().st_size != note["bytes"]:
@@ -89,7 +92,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
         return None if checksum(path / STATE) == note["crc32"] else "its checksum is wrong"
     except OSError as error:
         return f"it cannot be read ({error})"
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return f"its {NOTE} is damaged"
 
 
@@ -120,10 +123,10 @@ def load(checkpoint: Checkpoint) -> dict[str, Any]:
         UserError: the file holds something else, though its checksum is right.
     """
     try:
-        state = torch.load(checkpoint.path / STATE, map_location="cpu", weights_only=True)
+        state = load_archive(checkpoint.path / STATE)
     except OSError as error:
         raise UserError(f"cannot read {checkpoint.path / STATE}: {error.strerror or error}") from error
-    except Exception as error:  # a reader of untrusted pickles may raise anything
+    except UnreadableFile as error:
         raise UserError(f"{checkpoint.path / STATE} is not a state that this trainer wrote: remove it") from error
     if not isinstance(state, dict):
         raise UserError(f"{checkpoint.path / STATE} is not a state that this trainer wrote: remove it")

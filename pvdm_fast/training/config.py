@@ -16,6 +16,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.jobs import numbers
 from pvdm_fast.jobs.arguments import did_you_mean
 from pvdm_fast.jobs.numbers import Number, real, whole
+from pvdm_fast.jobs.reading import UnreadableFile, read_yaml
 
 STAGES = ("autoencoder", "diffusion")
 
@@ -366,14 +367,11 @@ def make_config(changes: Mapping[str, Any]) -> TrainConfig:
 def read_changes(path: Path) -> dict[str, Any]:
     """The options in a YAML (or JSON) config file, by key; raises UserError where it cannot be read."""
     try:
-        nested = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UserError(f"cannot read the config file {path}: {reason}") from None
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f" at line {place.line + 1}" if place else ""
-        raise UserError(f"the config file {path} is not valid YAML{line}") from None
+        nested = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+    except UnreadableFile as reason:
+        raise UserError(f"the config file {path} {reason}") from None
     if not isinstance(nested, Mapping):
         raise UserError(f"the config file {path} must hold options, for example 'preset: tiny'")
     return flatten(nested, str(path))

@@ -11,6 +11,7 @@ from typing import Any
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.files import clean_up, locked, whole_file
+from pvdm_fast.jobs.reading import UnreadableFile, read_json_lines, read_json_object
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
 
 
@@ -92,17 +93,18 @@ class RunFolder:
             listener(record)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The records of metrics.jsonl, one in memory at a time; damaged or cut-off lines are left out."""
-        if not self.metrics.exists():
+        """The records of metrics.jsonl, one in memory at a time; damaged or cut-off lines are left out.
+
+        Raises:
+            UserError: the file cannot be read at all.
+        """
+        try:
+            yield from filter(_is_record, read_json_lines(self.metrics))
+        except FileNotFoundError:
             return
-        with self.metrics.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(record, dict) and record.get("stage") in STAGES and isinstance(record.get("step"), int):
-                    yield record
+        except (OSError, UnreadableFile) as error:
+            reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else error
+            raise UserError(f"{self.metrics} {reason}; mend it, or move it away to go on without it") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All of :meth:`records`."""
@@ -118,13 +120,13 @@ class RunFolder:
 
     def results(self) -> dict[str, Any]:
         """What the finished stages recorded, by stage; raises UserError where the file is damaged."""
-        if not self.results_file.exists():
-            return {}
         try:
-            results = json.loads(self.results_file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            results = None
-        if not isinstance(results, dict) or not results.keys() <= set(STAGES):
+            results = read_json_object(self.results_file)
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnreadableFile):
+            results = {"": None}
+        if not all(stage in STAGES and _is_result(result) for stage, result in results.items()):
             raise UserError(f"{self.results_file} is damaged: mend it, or remove it to train its stages again")
         return results
 
@@ -133,6 +135,28 @@ class RunFolder:
         results = {**self.results(), stage: result}
         with whole_file(self.results_file) as temporary:
             temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_number(value: Any) -> bool:
+    """A real number that a float can hold; JSON's integers have no limit."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line of metrics.jsonl is a record: its stage, its step, and values that can be drawn."""
+    if not isinstance(record, dict) or record.get("stage") not in STAGES or not _is_number(record.get("step")):
+        return False
+    values = [value for name, value in record.items() if name not in ("stage", "skipped", "clips")]
+    return isinstance(record["step"], int) and all(value is None or _is_number(value) for value in values)
+
+
+def _is_result(result: Any) -> bool:
+    """Whether results.json says of a stage what is read from it again."""
+    if not isinstance(result, dict) or not any(_is_number(result.get(name)) for name in ("psnr", "held_out_loss")):
+        return False
+    files = result.get("unreadable_files")
+    numbers = all(_is_number(result.get(name)) for name in ("steps", "seconds"))
+    return numbers and isinstance(files, dict) and all(isinstance(reason, str) for reason in files.values())
 
 
 def _unused(path: Path) -> Path:

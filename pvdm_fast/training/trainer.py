@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from pvdm_fast.data import make_loader, open_dataset
+from pvdm_fast.data.transforms import to_float
 from pvdm_fast.data.watch import is_lasting
 from pvdm_fast.errors import Interrupted, NonFiniteLossError, UserError
 from pvdm_fast.jobs.interrupt import StopRequest
@@ -128,7 +129,7 @@ class Trainer:
         total = 0.0
         for index, batch in enumerate(batches):
             generator = step_generator(self.config.seed, self.stage.name, number, index)
-            video = batch["video"].to(self.accelerator.device, non_blocking=True)
+            video = to_float(batch["video"].to(self.accelerator.device, non_blocking=True))
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
@@ -209,6 +210,7 @@ class Trainer:
             rank=share.rank,
             world=share.world,
             pin_memory=self.accelerator.device.type == "cuda",
+            pixels=True,
         )
         return iter(loader)
 
