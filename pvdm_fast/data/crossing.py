@@ -21,7 +21,7 @@ REMEDY = (
     "the process itself)"
 )
 ROOM_SECONDS = 20.0  # how long a worker waits for room: other batches leave when they are taken
-LOST_SECONDS = 60.0  # how long a batch may take while no worker has a file in hand
+LOST_SECONDS = 300.0  # how long a batch may take while no worker has a file in hand
 POLL_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1  # prctl.h
 
