@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +83,25 @@ def isa_flags() -> dict[str, str]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {"plain": ""}
     return {isa: flags for isa, flags in X86_ISAS.items() if isa != "amx" or assembles("tilerelease")}
+
+
+def isa_defines(isas: Sequence[str]) -> str:
+    """The lists of instruction sets that csrc/cpu/runtime/isa.h reads, for a shell."""
+    lists = {
+        "PVDM_ISAS": isas,
+        "PVDM_WHOLE_ISAS": [isa for isa in isas if isa != "amx"],
+        "PVDM_TILE_ISAS": [isa for isa in isas if isa == "amx"],
+    }
+    entries = {name: "".join(f"X({isa},__VA_ARGS__)" for isa in sets) for name, sets in lists.items()}
+    return " ".join(shlex.quote(f"-D{name}(X,...)={entry}") for name, entry in entries.items())
+
+
+def abi() -> int:
+    """The number of the bindings' arguments, which is written in pvdm_fast/backends/extensions.py only."""
+    source = (ROOT / "pvdm_fast" / "backends" / "extensions.py").read_text()
+    found = re.search(r"^ABI = (\d+)", source, re.MULTILINE)
+    assert found, "pvdm_fast/backends/extensions.py names no ABI"
+    return int(found[1])
 
 
 def first_line(command: list[str], pattern: str = ".*") -> str:
@@ -183,23 +203,26 @@ def _root_from_dryrun(nvcc: str) -> Path:
     return Path(match[1].strip()).resolve()
 
 
-def cpu_extension(output: Path, python_flags: str) -> Extension:
-    """pvdm_fast._cpu: the border and run time once, each operation once for every instruction set."""
+def cpu_extension(output: Path, python_flags: str, isas: dict[str, str] | None = None) -> Extension:
+    """pvdm_fast._cpu: the border and run time once, each operation once for every instruction set.
+
+    Args:
+        isas: instruction sets and their flags; None: all of this machine's architecture.
+    """
     link = f"{compiler()} -shared -fopenmp -Wl,--gc-sections"
     ext = Extension("_cpu", output, link)
-    isas = isa_flags()
-    defines = " ".join(f"-DPVDM_HAVE_{isa.upper()}" for isa in isas)
+    isas = isa_flags() if isas is None else isas
+    defines = isa_defines(list(isas))
     source = ROOT / "csrc"
-    ext.objects["bindings_cpu"] = (source / "bindings_cpu.cpp", "cxx", f"{defines} {python_flags}")
+    ext.objects["bindings_cpu"] = (source / "bindings_cpu.cpp", "cxx", f"-DPVDM_ABI={abi()} {defines} {python_flags}")
     for path in sorted((source / "cpu" / "runtime").glob("*.cpp")):
         ext.objects[f"runtime_{path.stem}"] = (path, "cxx", f"{defines} -fopenmp")
     for path in sorted((source / "cpu").glob("*.cpp")):
         for isa, flags in isas.items():
-            if isa == "amx":
-                if path.stem not in TILE_SOURCES:
-                    continue
-                flags = f"{defines} {flags}"  # the sets that lend are declared
-            ext.objects[f"{path.stem}_{isa}"] = (path, "cxx", f"-DPVDM_ISA={isa} -DPVDM_ISA_{isa.upper()} {flags}")
+            if isa == "amx" and path.stem not in TILE_SOURCES:
+                continue
+            own = f"-DPVDM_ISA={isa} -DPVDM_ISA_{isa.upper()}"
+            ext.objects[f"{path.stem}_{isa}"] = (path, "cxx", f"{own} {defines} {flags}")
     return ext
 
 
@@ -210,7 +233,7 @@ def cuda_extension(output: Path, python_flags: str, toolkit: Toolkit, architectu
     ext = Extension("_cuda", output, link)
     source = ROOT / "csrc"
     include = f"-I{shlex.quote(str(toolkit.root / 'include'))}"
-    ext.objects["bindings_cuda"] = (source / "bindings_cuda.cpp", "cxx", f"{include} {python_flags}")
+    ext.objects["bindings_cuda"] = (source / "bindings_cuda.cpp", "cxx", f"-DPVDM_ABI={abi()} {include} {python_flags}")
     for path in sorted((source / "cuda").glob("*.cu")):
         ext.objects[f"cuda_{path.stem}"] = (path, "nvcc", architectures)
     return ext

@@ -55,7 +55,7 @@ class BuildNative(build_ext):
     builders = {"pvdm_fast._cpu": build_cpu, "pvdm_fast._cuda": build_cuda}  # noqa: RUF012
 
     def run(self) -> None:
-        self.facts: dict[str, Any] = {"python": sys.version.split()[0]}
+        self.facts: dict[str, Any] = {"python": sys.version.split()[0], "abi": build_tools.abi()}
         in_place = self.inplace
         super().run()
         package = build_tools.ROOT / "pvdm_fast" if in_place else Path(self.build_lib) / "pvdm_fast"

@@ -38,8 +38,15 @@ inline Dtype dtype_of(const dlpack::Tensor& t) {
   throw pybind11::type_error("Expected a float32, bfloat16, float16 or float64 tensor: convert it first.");
 }
 
+// Where the tensors of this extension must be: DLPack's number of the CPU, unless it says another (of CUDA: 2).
+#ifndef PVDM_DLPACK_DEVICE
+#define PVDM_DLPACK_DEVICE 1
+#endif
+
 inline TensorView view_of(const dlpack::Tensor& t) {
   TensorView v;
+  if (t.device_type != PVDM_DLPACK_DEVICE)
+    throw pybind11::value_error("Expected all tensors on one device: move them to that of the first.");
   if (t.ndim > TensorView::max_dims)
     throw pybind11::value_error("Expected at most 6 dimensions, got " + std::to_string(t.ndim) + ".");
   v.data = static_cast<char*>(t.data) + t.byte_offset;

@@ -57,8 +57,6 @@ def describe_machine(facts: dict[str, Any]) -> list[str]:
     lines += ["", "CPU", f"  {cpu['name']} ({cpu['architecture']}), {cpu['threads']} threads for PyTorch"]
     lines += [f"  has {', '.join(cpu['flags']) or 'none of the features that kernels know'}"]
     lines += [f"  kernels use {cpu['instruction_set'] or 'nothing: ' + str(facts['backends']['cpu'])}"]
-    if "amx" in cpu["instruction_sets"] and cpu["instruction_set"] != "amx":
-        lines.append("  AMX only if asked for: PVDM_FAST_CPU_ISA=amx. It has not yet been run on a CPU with AMX")
     lines += ["", "GPU"]
     lines += [
         f"  {d['name']}, {d['memory_gib']} GiB, compute capability {d['compute_capability']}" for d in gpu["devices"]

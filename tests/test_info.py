@@ -54,13 +54,6 @@ def test_triton(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     assert machine.triton_facts() == {"interpreter": False, "user_table": str(table), "user_table_present": True}
 
 
-def test_amx_has_to_be_asked_for() -> None:
-    facts = machine.collect()
-    for used, sets, said in (("plain", ["plain"], False), ("plain", ["plain", "amx"], True), ("amx", ["amx"], False)):
-        facts["cpu"] |= {"instruction_set": used, "instruction_sets": sets}
-        assert ("PVDM_FAST_CPU_ISA=amx" in info.describe(facts)) == said
-
-
 def test_build_facts() -> None:
     """What was left out is named with its reason, and a source tree where nothing was built says what to do."""
     lines = info._build_lines({"_cpu": {"built": False, "reason": "no C++ compiler found"}})

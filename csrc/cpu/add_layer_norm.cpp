@@ -58,9 +58,9 @@ void moments(const float* row, float first, int64_t channels, float eps, float* 
 }
 
 template <class X, class R>
-void forward(const TensorView& x, const TensorView& residual, const TensorView& weight, const TensorView& bias,
-             const TensorView& total, const TensorView& normed, const TensorView& mean, const TensorView& rstd,
-             float eps, int threads) {
+void forward(const AddLayerNorm& tensors, float eps, int threads) {
+  const TensorView &x = tensors.x, &residual = tensors.residual, &total = tensors.total, &normed = tensors.normed;
+  const TensorView &weight = tensors.weight, &bias = tensors.bias, &mean = tensors.mean, &rstd = tensors.rstd;
   const int64_t rows = x.size[0], channels = x.size[1], padding = padded(channels);
   threads = threads_for(threads, rows);
   const Buffer work(threads * padding * 4);
@@ -108,16 +108,15 @@ void backward_row(const T* grad, const T* extra, const T* total, const float* we
 
 }  // namespace
 
-void add_layer_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight,
-                            const TensorView& bias, const TensorView& total, const TensorView& normed,
-                            const TensorView& mean, const TensorView& rstd, float eps, int threads) {
-  PVDM_WITH_TYPE(x.dtype, X, PVDM_WITH_TYPE(normed.dtype, R, forward<X, R>(x, residual, weight, bias, total, normed,
-                                                                           mean, rstd, eps, threads)))
+void add_layer_norm_forward(const AddLayerNorm& tensors, float eps, int threads) {
+  PVDM_WITH_TYPE(tensors.x.dtype, X,
+                 PVDM_WITH_TYPE(tensors.normed.dtype, R, forward<X, R>(tensors, eps, threads)))
 }
 
-void add_layer_norm_backward(const TensorView& grad, const TensorView& extra, const TensorView& total,
-                             const TensorView& weight, const TensorView& mean, const TensorView& rstd,
-                             const TensorView& dx, const TensorView& dweight, const TensorView& dbias, int threads) {
+void add_layer_norm_backward(const AddLayerNormGradients& tensors, int threads) {
+  const TensorView &grad = tensors.grad, &extra = tensors.extra, &total = tensors.total, &weight = tensors.weight;
+  const TensorView &mean = tensors.mean, &rstd = tensors.rstd, &dx = tensors.dx;
+  const TensorView &dweight = tensors.dweight, &dbias = tensors.dbias;
   const int64_t rows = total.size[0], channels = total.size[1], padding = padded(channels);
   const int64_t chunks = (rows + chunk_rows - 1) / chunk_rows;
   const Buffer weights(padding * 4), parts(chunks * 2 * padding * 4);

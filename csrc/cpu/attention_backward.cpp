@@ -131,8 +131,8 @@ struct Backward {
 
   void scores(int64_t query, int64_t vectors, int64_t keys, const Workspace& w) const {
     const int64_t depth = words<Op>(width);
-    multiply<Op, 1>(keys, vectors, w.keys_across, depth * lanes, lanes, w.queries_across + query * depth, block_queries,
-                    {w.p, block_queries}, depth);
+    multiply<Op>(keys, vectors, Panels{w.keys_across, depth * lanes, lanes},
+                 {w.queries_across + query * depth, block_queries}, {w.p, block_queries}, depth);
   }
 
   // Largest score and log-sum-exp of every query, as the forward pass finds them: one more product of the five.
@@ -175,17 +175,15 @@ struct Backward {
     constexpr int row = block_queries / Op::step;
     const int64_t vectors = (queries + lanes - 1) / lanes, padding = padded(width), depth = words<Op>(width);
     scores(query, vectors, keys, w);
-    multiply<Op, 1>(keys, vectors, w.values_across, depth * lanes, lanes, w.grads_across + query * depth, block_queries,
-                    {w.ds, block_queries}, depth);
+    multiply<Op>(keys, vectors, Panels{w.values_across, depth * lanes, lanes},
+                 {w.grads_across + query * depth, block_queries}, {w.ds, block_queries}, depth);
     weights<Op>(w, query, queries, keys, scale * log2_e);
-    const float *p = Op::step == 2 ? w.p_pairs : w.p, *ds = Op::step == 2 ? w.ds_pairs : w.ds;
+    const Lines<row> p{Op::step == 2 ? w.p_pairs : w.p}, ds{Op::step == 2 ? w.ds_pairs : w.ds};
     const int64_t rows = query / Op::step * padding;
-    multiply<Op, row>(keys, padding / lanes, p, 0, 1, w.grads + rows, padding, {w.dvalues, padding, query > 0},
-                      words<Op>(queries));
-    multiply<Op, row>(keys, padding / lanes, ds, 0, 1, w.queries + rows, padding, {w.dkeys, padding, query > 0},
-                      words<Op>(queries));
-    multiply<Op, 1>(width, vectors, w.keys, lanes, padding, Op::step == 2 ? w.ds_along : w.ds, block_queries,
-                    {dqueries + query * padding, block_queries, add}, words<Op>(keys));
+    multiply<Op>(keys, padding / lanes, p, {w.grads + rows, padding}, {w.dvalues, padding, query > 0}, words<Op>(queries));
+    multiply<Op>(keys, padding / lanes, ds, {w.queries + rows, padding}, {w.dkeys, padding, query > 0}, words<Op>(queries));
+    multiply<Op>(width, vectors, Panels{w.keys, lanes, padding}, {Op::step == 2 ? w.ds_along : w.ds, block_queries},
+                 {dqueries + query * padding, block_queries, add}, words<Op>(keys));
   }
 
   void write_dqueries(const Problem& p, const float* dqueries) const {

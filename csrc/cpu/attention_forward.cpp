@@ -81,11 +81,11 @@ struct Forward {
     if (scale < 0) negate<Op>(w.queries, depth * block_queries);
     for (int64_t j = 0; j < keys; j += block_keys) {
       const int64_t part = keys - j < block_keys ? keys - j : block_keys;
-      multiply<Op, 1>(part, vectors, w.keys + j * depth, depth * lanes, lanes, w.queries, block_queries,
-                      {w.scores, block_queries}, depth);
+      multiply<Op>(part, vectors, Panels{w.keys + j * depth, depth * lanes, lanes}, {w.queries, block_queries},
+                   {w.scores, block_queries}, depth);
       exponentials<Op>(w.scores, part, vectors, size * log2_e, j == 0, w.maximum, w.total, w.factor);
-      multiply<Op, 1>(width, vectors, w.values + j / Op::step * padding, lanes, padding, w.scores, block_queries,
-                      {w.sums, block_queries, j > 0, j > 0 ? w.factor : nullptr}, words<Op>(part));
+      multiply<Op>(width, vectors, Panels{w.values + j / Op::step * padding, lanes, padding}, {w.scores, block_queries},
+                   {w.sums, block_queries, j > 0, j > 0 ? w.factor : nullptr}, words<Op>(part));
     }
     for (int64_t v = 0; v < vectors; v++) {
       const Vec total = load(w.total + v * lanes), top = load(w.maximum + v * lanes);

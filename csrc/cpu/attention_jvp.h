@@ -1,4 +1,4 @@
-// Attention with tangents: one kernel. The border is bindings_attention_jvp.h.
+// Attention with tangents: one kernel. bindings/cpu/attention_jvp.h checks its arguments.
 #pragma once
 #include "kernels.h"
 

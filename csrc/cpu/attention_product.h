@@ -61,6 +61,28 @@ struct Into {
   const float* factor = nullptr;
 };
 
+// Left operands. Panels of `lanes` rows, `panel` words apart, each with its rows side by side at every step: packed numbers.
+// Where Op::depth > 1, every square of lanes x lanes words is transposed in its place.
+struct Panels {
+  static constexpr int row = 1;  // words between two rows
+  const float* data;
+  int64_t panel, step;
+  const float* from(int64_t r) const { return data + r / lanes * panel + r % lanes; }
+};
+// Rows of `words` words: scores of a block.
+template <int words>
+struct Lines {
+  static constexpr int row = words;
+  static constexpr int64_t step = 1;
+  const float* data;
+  const float* from(int64_t r) const { return data + r * words; }
+};
+// A right operand: rows of vectors, `step` words apart.
+struct Vectors {
+  const float* data;
+  int64_t step;
+};
+
 // result[r][v] = sum over k of a[r * row + k * step_a] * b[k * step_b + v * lanes ...]. The sum starts from zero and is
 // added at the end: sums over many blocks of keys thereby lose fewer digits.
 template <class Op, int rows, int vectors, int row>
@@ -88,55 +110,49 @@ __attribute__((noinline)) void tile(const float* a, int64_t step_a, const float*
   }
 }
 
-template <class Op, int rows, int vectors, int row>
-PVDM_INLINE void tiles(int64_t all_rows, const float* a, int64_t panel, int64_t step_a, const float* b, int64_t step_b,
-                       Into to, int64_t steps) {
+template <class Op, int rows, int vectors, class Left>
+PVDM_INLINE void tiles(int64_t all_rows, const Left& a, const Vectors& b, Into to, int64_t steps) {
   float* const start = to.data;
   for (int64_t r = 0; r < all_rows;) {
-    const float* left = a + (row == 1 ? r / lanes * panel + r % lanes : r * row);
     to.data = start + r * to.stride;
     if (all_rows - r <= few_rows && few_rows < rows) {
-      tile<Op, few_rows, vectors, row>(left, step_a, b, step_b, to, steps);
+      tile<Op, few_rows, vectors, Left::row>(a.from(r), a.step, b.data, b.step, to, steps);
       r += few_rows;
     } else {
-      tile<Op, rows, vectors, row>(left, step_a, b, step_b, to, steps);
+      tile<Op, rows, vectors, Left::row>(a.from(r), a.step, b.data, b.step, to, steps);
       r += rows;
     }
   }
 }
 
-template <class Op, int row>
-void multiply_in_registers(int64_t rows, int64_t vectors, const float* a, int64_t panel, int64_t step_a, const float* b,
-                           int64_t step_b, Into to, int64_t steps) {
+template <class Op, class Left>
+void multiply_in_registers(int64_t rows, int64_t vectors, const Left& a, Vectors b, Into to, int64_t steps) {
   while (vectors > 0) {
     int done = tile_vectors;
     if (vectors == 1) {
-      tiles<Op, lanes, 1, row>(rows, a, panel, step_a, b, step_b, to, steps);
+      tiles<Op, lanes, 1>(rows, a, b, to, steps);
       done = 1;
     } else if (vectors == 2 || vectors == 4) {  // four are two and two, not three and one
-      tiles<Op, tile_rows, 2, row>(rows, a, panel, step_a, b, step_b, to, steps);
+      tiles<Op, tile_rows, 2>(rows, a, b, to, steps);
       done = 2;
     } else {
-      tiles<Op, tile_rows, 3, row>(rows, a, panel, step_a, b, step_b, to, steps);
+      tiles<Op, tile_rows, 3>(rows, a, b, to, steps);
     }
     vectors -= done;
-    b += done * lanes;
+    b.data += done * lanes;
     to.data += done * lanes;
     if (to.factor) to.factor += done * lanes;
   }
 }
 
-// (rows x vectors * lanes) product. Left operand, row == 1: panels of `lanes` rows, `panel` words apart, each with its rows
-// side by side at every step; else rows of `row` words (panel unused). All buffers are padded to whole panels of rows: rows
-// up to the next multiple of `lanes` are computed. Where depth > 1 and row == 1, every square of lanes x lanes words of the
-// left operand is transposed in its place.
-template <class Op, int row>
-void multiply(int64_t rows, int64_t vectors, const float* a, int64_t panel, int64_t step_a, const float* b, int64_t step_b,
-              Into to, int64_t steps) {
+// A (rows x vectors * lanes) product, summed over `steps`. All buffers are padded to whole panels of rows: rows up to the
+// next multiple of `lanes` are computed.
+template <class Op, class Left>
+void multiply(int64_t rows, int64_t vectors, const Left& a, const Vectors& b, const Into& to, int64_t steps) {
   if constexpr (Op::depth > 1)
-    Op::template multiply<row>(rows, vectors, a, panel, step_a, b, step_b, to, steps);
+    Op::multiply(rows, vectors, a, b, to, steps);
   else
-    multiply_in_registers<Op, row>(rows, vectors, a, panel, step_a, b, step_b, to, steps);
+    multiply_in_registers<Op>(rows, vectors, a, b, to, steps);
 }
 
 // One row: a[k] b[k * step_b ...], for a single query.

@@ -5,7 +5,6 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
 constexpr float minus_infinity = -__builtin_inff();
 
 // NaN in the second wins, so that it spreads.

@@ -80,10 +80,17 @@ struct Tiles {
     Session& operator=(const Session&) = delete;
   };
 
+  static TileSteps steps_of(const Panels& a) { return {a.panel, lanes * a.step, a.step}; }
   template <int row>
-  static void multiply(int64_t rows, int64_t vectors, const float* a, int64_t panel, int64_t step_a, const float* b,
-                       int64_t step_b, Into to, int64_t steps) {
-    const TileSteps at = row == 1 ? TileSteps{panel, lanes * step_a, step_a} : TileSteps{lanes * row, lanes, row};
+  static TileSteps steps_of(const Lines<row>&) {
+    return {lanes * row, lanes, row};
+  }
+
+  template <class Left>
+  static void multiply(int64_t rows, int64_t vectors, const Left& left, const Vectors& right, Into to, int64_t steps) {
+    const TileSteps at = steps_of(left);
+    const float *a = left.data, *b = right.data;
+    const int64_t step_b = right.step;
     for (; vectors > 1; vectors -= 2, b += 2 * lanes, to.data += 2 * lanes) {
       const int64_t r = tile_blocks<2, 2>(0, rows, a, at, b, step_b, to, steps);
       tile_blocks<1, 2>(r, rows, a, at, b, step_b, to, steps);

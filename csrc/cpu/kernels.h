@@ -1,6 +1,7 @@
-// The CPU kernels: one line each; bindings_cpu.cpp checks the arguments, csrc/cpu/<op>.cpp computes.
+// The CPU kernels: one line each; bindings/cpu/<op>.h has the arguments checked, csrc/cpu/<op>.cpp computes.
 #pragma once
-#include "../tensor_view.h"
+#include "../ops/add_layer_norm.h"
+#include "../ops/plane_norm.h"
 #include "runtime/isa.h"
 
 // planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) of the planes' dtype; last strides are 1.
@@ -10,27 +11,8 @@ PVDM_CPU_KERNEL(triplane_expand_forward, (const TensorView& planes, const Tensor
 PVDM_CPU_KERNEL(triplane_expand_sums,
                 (const TensorView& grad, const TensorView& sums, const Layout& layout, int threads))
 
-namespace pvdm {
-struct NormOptions {
-  Planes planes;
-  int64_t groups;
-  double eps;
-  bool activation;
-  int resample;  // +1: x2 nearest, -1: 2 x 2 mean, 0: none
-  int threads;
-};
-}  // namespace pvdm
-
-// x (B, N, C), weight and bias (C), scale_shift (B, 2C) or null, all but x f32 -> y (B, N', C) as x; mean, rstd (B, planes, groups).
-PVDM_CPU_KERNEL(plane_norm_forward,
-                (const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& scale_shift,
-                 const TensorView& y, const TensorView& mean, const TensorView& rstd, const NormOptions& options))
-// grad (B, N', C) and x of one dtype -> dx (B, N, C) of it; dweight, dbias (C), dscale_shift (B, 2C) f32 (null without scale_shift).
-PVDM_CPU_KERNEL(plane_norm_backward,
-                (const TensorView& grad, const TensorView& x, const TensorView& weight, const TensorView& bias,
-                 const TensorView& scale_shift, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
-                 const TensorView& dweight, const TensorView& dbias, const TensorView& dscale_shift,
-                 const NormOptions& options))
+PVDM_CPU_KERNEL(plane_norm_forward, (const PlaneNormInputs& in, const TensorView& y, double eps, int threads))
+PVDM_CPU_KERNEL(plane_norm_backward, (const PlaneNormInputs& in, const PlaneNormGradients& gradients, int threads))
 
 namespace pvdm {
 struct AttentionOptions {
@@ -68,17 +50,8 @@ PVDM_CPU_KERNEL(plane_conv_fold,
 PVDM_CPU_KERNEL(geglu_forward, (const TensorView& x, const TensorView& out, int threads))
 PVDM_CPU_KERNEL(geglu_backward, (const TensorView& grad, const TensorView& x, const TensorView& dx, int threads))
 
-// x (R, C), residual (R, C) of another dtype or null, weight and bias (C) f32 -> total (null without residual) and
-// normed (R, C) of the residual's dtype, mean and rstd (R) f32.
-PVDM_CPU_KERNEL(add_layer_norm_forward,
-                (const TensorView& x, const TensorView& residual, const TensorView& weight, const TensorView& bias,
-                 const TensorView& total, const TensorView& normed, const TensorView& mean, const TensorView& rstd,
-                 float eps, int threads))
-// grad of normed, extra of total (or null), total (R, C) of one dtype -> dx (R, C) of it; dweight, dbias (C) f32.
-PVDM_CPU_KERNEL(add_layer_norm_backward,
-                (const TensorView& grad, const TensorView& extra, const TensorView& total, const TensorView& weight,
-                 const TensorView& mean, const TensorView& rstd, const TensorView& dx, const TensorView& dweight,
-                 const TensorView& dbias, int threads))
+PVDM_CPU_KERNEL(add_layer_norm_forward, (const AddLayerNorm& tensors, float eps, int threads))
+PVDM_CPU_KERNEL(add_layer_norm_backward, (const AddLayerNormGradients& tensors, int threads))
 
 // x (B, T H W, C), token (C) and positions (L + 1, C) f32 -> out (B, sites, L + 1, C) as x. plane: 0 xy, 1 yt, 2 xt.
 PVDM_CPU_KERNEL(triplane_slice_forward,

@@ -98,14 +98,15 @@ void write_chunk(const T* x, int64_t stride, const Affine& affine, T* y, int64_t
 }
 
 template <class T>
-void all_moments(const TensorView& x, const Chunks& chunks, const NormOptions& o, double* moments) {
+void all_moments(const PlaneNormInputs& in, const Chunks& chunks, double* moments, int threads) {
+  const TensorView& x = in.x;
   const int64_t channels = x.size[2], padding = padded(channels), units = x.size[0] * chunks.total;
-  const int threads = threads_for(o.threads, units);
+  threads = threads_for(threads, units);
   const Buffer work(threads * 3 * padding * 4);
   parallel_for(threads, units, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t unit = begin; unit < end; unit++) {
       const Chunk chunk = chunks.at(unit % chunks.total);
-      const int64_t token = o.planes.offset(chunk.plane) + chunk.first;
+      const int64_t token = in.planes.offset(chunk.plane) + chunk.first;
       const T* from = x.as<T>() + unit / chunks.total * x.stride[0] + token * x.stride[1];
       chunk_moments(from, x.stride[1], chunk.count, channels, work.floats() + thread * 3 * padding,
                     moments + unit * 2 * padding);
@@ -114,64 +115,63 @@ void all_moments(const TensorView& x, const Chunks& chunks, const NormOptions& o
 }
 
 // Statistics of one batch element, and the three rows of parameters of each of its planes.
-void prepare(const double* moments, const Chunks& chunks, int64_t b, const TensorView& weight, const TensorView& bias,
-             const TensorView& scale_shift, const TensorView& mean, const TensorView& rstd, const NormOptions& o,
+void prepare(const PlaneNormInputs& in, const double* moments, const Chunks& chunks, int64_t b, double eps,
              float* parameters) {
-  const int64_t channels = weight.size[0], padding = padded(channels), width = channels / o.groups;
-  for (int64_t p = 0; p < o.planes.count; p++)
-    for (int64_t g = 0; g < o.groups; g++) {
+  const int64_t channels = in.x.size[2], padding = padded(channels), width = channels / in.groups;
+  for (int64_t p = 0; p < in.planes.count; p++)
+    for (int64_t g = 0; g < in.groups; g++) {
       double m, variance;
       group_moments(moments + chunks.start(p) * 2 * padding, chunks.tokens(p), padding, g * width, width, &m, &variance);
-      const double r = 1.0 / __builtin_sqrt(variance + o.eps);
+      const double r = 1.0 / __builtin_sqrt(variance + eps);
       const float rounded = static_cast<float>(m);
-      mean.as<float>()[b * mean.stride[0] + p * mean.stride[1] + g] = rounded;
-      rstd.as<float>()[b * rstd.stride[0] + p * rstd.stride[1] + g] = static_cast<float>(r);
+      const int64_t at = (b * in.planes.count + p) * in.groups + g;
+      in.mean.as<float>()[at] = rounded;
+      in.rstd.as<float>()[at] = static_cast<float>(r);
       float* rows = parameters + p * 3 * padding;
       for (int64_t c = g * width; c < (g + 1) * width; c++) {
-        const double scale = 1.0 + scale_shift_at(scale_shift, b, c), slope = r * element(weight, c) * scale;
+        const double scale = 1.0 + scale_shift_at(in, b, c), slope = r * in.weight.as<float>()[c] * scale;
         rows[c] = rounded;
         rows[padding + c] = static_cast<float>(slope);
-        rows[2 * padding + c] = static_cast<float>((rounded - m) * slope + element(bias, c) * scale +
-                                                   scale_shift_at(scale_shift, b, channels + c));
+        rows[2 * padding + c] = static_cast<float>((rounded - m) * slope + in.bias.as<float>()[c] * scale +
+                                                   scale_shift_at(in, b, channels + c));
       }
     }
 }
 
 template <class T, bool activation>
-void write_all(const TensorView& x, const TensorView& y, const float* parameters, const NormOptions& o) {
-  const Chunks chunks(o.planes, o.resample < 0);
+void write_all(const PlaneNormInputs& in, const TensorView& y, const float* parameters, int threads) {
+  const TensorView& x = in.x;
+  const Chunks chunks(in.planes, in.resample < 0);
   const int64_t channels = x.size[2], padding = padded(channels), units = x.size[0] * chunks.total;
-  parallel_for(threads_for(o.threads, units), units, [&](int64_t begin, int64_t end, int) {
+  parallel_for(threads_for(threads, units), units, [&](int64_t begin, int64_t end, int) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / chunks.total;
       const Chunk chunk = chunks.at(unit % chunks.total);
-      const int64_t token = o.planes.offset(chunk.plane);
-      const int64_t written = o.resample > 0 ? token * 4 : o.resample < 0 ? token / 4 : token;
-      const float* rows = parameters + (b * o.planes.count + chunk.plane) * 3 * padding;
+      const int64_t token = in.planes.offset(chunk.plane);
+      const float* rows = parameters + (b * in.planes.count + chunk.plane) * 3 * padding;
       write_chunk<T, activation>(x.as<T>() + b * x.stride[0] + token * x.stride[1], x.stride[1],
                                  Affine{rows, rows + padding, rows + 2 * padding},
-                                 y.as<T>() + b * y.stride[0] + written * channels, channels, chunk,
-                                 chunks.columns(chunk.plane), o.resample);
+                                 y.as<T>() + b * y.stride[0] + in.written(token) * channels, channels, chunk,
+                                 chunks.columns(chunk.plane), in.resample);
     }
   });
 }
 
 }  // namespace
 
-void plane_norm_forward(const TensorView& x, const TensorView& weight, const TensorView& bias, const TensorView& scale_shift,
-                        const TensorView& y, const TensorView& mean, const TensorView& rstd, const NormOptions& o) {
-  const Chunks chunks(o.planes, false);
-  const int64_t batch = x.size[0], padding = padded(x.size[2]), count = o.planes.count;
+void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, double eps, int threads) {
+  const Chunks chunks(in.planes, false);
+  const int64_t batch = in.x.size[0], padding = padded(in.x.size[2]), count = in.planes.count;
   const Buffer moments(batch * chunks.total * 2 * padding * 8), parameters(batch * count * 3 * padding * 4);
   memset(parameters.floats(), 0, batch * count * 3 * padding * 4);
-  PVDM_WITH_TYPE(x.dtype, T, all_moments<T>(x, chunks, o, moments.doubles()))
-  parallel_for(threads_for(o.threads, batch), batch, [&](int64_t begin, int64_t end, int) {
+  PVDM_WITH_TYPE(in.x.dtype, T, all_moments<T>(in, chunks, moments.doubles(), threads))
+  parallel_for(threads_for(threads, batch), batch, [&](int64_t begin, int64_t end, int) {
     for (int64_t b = begin; b < end; b++)
-      prepare(moments.doubles() + b * chunks.total * 2 * padding, chunks, b, weight, bias, scale_shift, mean, rstd, o,
+      prepare(in, moments.doubles() + b * chunks.total * 2 * padding, chunks, b, eps,
               parameters.floats() + b * count * 3 * padding);
   });
-  PVDM_WITH_TYPE(x.dtype, T, o.activation ? write_all<T, true>(x, y, parameters.floats(), o)
-                                          : write_all<T, false>(x, y, parameters.floats(), o))
+  PVDM_WITH_TYPE(in.x.dtype, T, in.activation ? write_all<T, true>(in, y, parameters.floats(), threads)
+                                              : write_all<T, false>(in, y, parameters.floats(), threads))
 }
 
 }  // namespace pvdm::PVDM_ISA

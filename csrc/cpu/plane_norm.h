@@ -41,9 +41,8 @@ struct Chunks {
   }
 };
 
-PVDM_INLINE float element(const TensorView& t, int64_t i) { return t.as<float>()[i * t.stride[t.dims - 1]]; }
-PVDM_INLINE float scale_shift_at(const TensorView& scale_shift, int64_t b, int64_t i) {
-  return scale_shift.data ? scale_shift.as<float>()[b * scale_shift.stride[0] + i] : 0.0f;
+PVDM_INLINE float scale_shift_at(const PlaneNormInputs& in, int64_t b, int64_t i) {
+  return in.scale_shift.data ? in.scale_shift.as<float>()[b * 2 * in.x.size[2] + i] : 0.0f;
 }
 
 // Adds `count` floats to doubles and clears them.

@@ -87,44 +87,42 @@ void write_chunk(const PlaneGrad<T>& grad, const T* x, int64_t stride, const Chu
 }
 
 // Rows of every (batch element, plane), as far as they are known before the sums.
-void prepare(const TensorView& weight, const TensorView& bias, const TensorView& scale_shift, const TensorView& mean,
-             const TensorView& rstd, const NormOptions& o, float* parameters) {
-  const int64_t channels = weight.size[0], padding = padded(channels), planes = o.planes.count;
-  for (int64_t b = 0; b < mean.size[0]; b++)
+void prepare(const PlaneNormInputs& in, float* parameters) {
+  const int64_t channels = in.x.size[2], padding = padded(channels), planes = in.planes.count;
+  for (int64_t b = 0; b < in.x.size[0]; b++)
     for (int64_t p = 0; p < planes; p++)
       for (int64_t c = 0; c < channels; c++) {
-        const int64_t group = c / (channels / o.groups);
+        const int64_t at = (b * planes + p) * in.groups + c / (channels / in.groups);
         float* row = parameters + (b * planes + p) * row_count * padding + c;
-        const float scale = 1.0f + scale_shift_at(scale_shift, b, c);
-        row[mean_row * padding] = mean.as<float>()[b * mean.stride[0] + p * mean.stride[1] + group];
-        row[rstd_row * padding] = rstd.as<float>()[b * rstd.stride[0] + p * rstd.stride[1] + group];
-        row[slope_row * padding] = element(weight, c) * scale;
-        row[rest_row * padding] = element(bias, c) * scale + scale_shift_at(scale_shift, b, channels + c);
+        const float scale = 1.0f + scale_shift_at(in, b, c);
+        row[mean_row * padding] = in.mean.as<float>()[at];
+        row[rstd_row * padding] = in.rstd.as<float>()[at];
+        row[slope_row * padding] = in.weight.as<float>()[c] * scale;
+        row[rest_row * padding] = in.bias.as<float>()[c] * scale + scale_shift_at(in, b, channels + c);
       }
 }
 
 // From the chunks' sums: the gradients of weight, bias and FiLM, and the remaining rows. Chunks are added in order.
-void combine(const double* sums, const Chunks& chunks, const TensorView& weight, const TensorView& bias,
-             const TensorView& scale_shift, const TensorView& dscale_shift, const NormOptions& o, int64_t batch, float* parameters,
-             double* dweight, double* dbias, double* totals) {
-  const int64_t channels = weight.size[0], padding = padded(channels), width = channels / o.groups;
-  const int64_t planes = o.planes.count;
-  for (int64_t b = 0; b < batch; b++)
+void combine(const PlaneNormInputs& in, const double* sums, const Chunks& chunks, const TensorView& dscale_shift,
+             float* parameters, double* dweight, double* dbias, double* totals) {
+  const int64_t channels = in.x.size[2], padding = padded(channels), width = channels / in.groups;
+  const int64_t planes = in.planes.count;
+  for (int64_t b = 0; b < in.x.size[0]; b++)
     for (int64_t p = 0; p < planes; p++) {
       float* rows = parameters + (b * planes + p) * row_count * padding;
       for (int64_t i = 0; i < 2 * padding; i++) totals[i] = 0;
       for (int64_t k = chunks.start(p); k < chunks.start(p + 1); k++)
         for (int64_t i = 0; i < 2 * padding; i++) totals[i] += sums[(b * chunks.total + k) * 2 * padding + i];
       for (int64_t c = 0; c < channels; c++) {
-        const double scale = 1.0 + scale_shift_at(scale_shift, b, c), level = totals[c], tilt = totals[padding + c];
+        const double scale = 1.0 + scale_shift_at(in, b, c), level = totals[c], tilt = totals[padding + c];
         dweight[c] += scale * tilt;
         dbias[c] += scale * level;
         if (!dscale_shift.data) continue;
-        float* to = dscale_shift.as<float>() + b * dscale_shift.stride[0] + c;
-        to[0] += static_cast<float>(tilt * element(weight, c) + level * element(bias, c));
+        float* to = dscale_shift.as<float>() + b * 2 * channels + c;
+        to[0] += static_cast<float>(tilt * in.weight.as<float>()[c] + level * in.bias.as<float>()[c]);
         to[channels] += static_cast<float>(level);
       }
-      for (int64_t g = 0; g < o.groups; g++) {
+      for (int64_t g = 0; g < in.groups; g++) {
         double level = 0, tilt = 0;
         for (int64_t c = g * width; c < (g + 1) * width; c++) {
           level += rows[slope_row * padding + c] * totals[c];
@@ -143,30 +141,31 @@ void combine(const double* sums, const Chunks& chunks, const TensorView& weight,
 
 // Calls body(chunk, x of the plane, gradient of the plane, rows, unit, thread) for every chunk.
 template <class T, class F>
-void for_chunks(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
-                const NormOptions& o, int threads, const F& body) {
+void for_chunks(const PlaneNormInputs& in, const TensorView& grad, const Chunks& chunks, const float* parameters,
+                int threads, const F& body) {
+  const TensorView& x = in.x;
   const int64_t padding = padded(x.size[2]), units = x.size[0] * chunks.total;
   parallel_for(threads, units, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t unit = begin; unit < end; unit++) {
       const int64_t b = unit / chunks.total;
       const Chunk chunk = chunks.at(unit % chunks.total);
-      const int64_t token = o.planes.offset(chunk.plane);
-      const int64_t outside = o.resample > 0 ? token * 4 : o.resample < 0 ? token / 4 : token;
-      const PlaneGrad<T> g{grad.as<T>() + b * grad.stride[0] + outside * grad.stride[1], grad.stride[1],
-                           chunks.columns(chunk.plane), o.resample};
+      const int64_t token = in.planes.offset(chunk.plane);
+      const PlaneGrad<T> g{grad.as<T>() + b * grad.stride[0] + in.written(token) * grad.stride[1], grad.stride[1],
+                           chunks.columns(chunk.plane), in.resample};
       body(chunk, x.as<T>() + b * x.stride[0] + token * x.stride[1], g,
-           parameters + (b * o.planes.count + chunk.plane) * row_count * padding, unit, thread);
+           parameters + (b * in.planes.count + chunk.plane) * row_count * padding, unit, thread);
     }
   });
 }
 
 template <class T, bool activation>
-void all_sums(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
-              const NormOptions& o, double* sums) {
+void all_sums(const PlaneNormInputs& in, const TensorView& grad, const Chunks& chunks, const float* parameters,
+              double* sums, int threads) {
+  const TensorView& x = in.x;
   const int64_t channels = x.size[2], padding = padded(channels);
-  const int threads = threads_for(o.threads, x.size[0] * chunks.total);
+  threads = threads_for(threads, x.size[0] * chunks.total);
   const Buffer work(threads * 2 * padding * 4);
-  for_chunks<T>(grad, x, chunks, parameters, o, threads,
+  for_chunks<T>(in, grad, chunks, parameters, threads,
                 [&](const Chunk& chunk, const T* from, const PlaneGrad<T>& g, const float* rows, int64_t unit, int thread) {
                   chunk_sums<T, activation>(g, from, x.stride[1], chunk, rows, channels,
                                             work.floats() + thread * 2 * padding, sums + unit * 2 * padding);
@@ -174,41 +173,41 @@ void all_sums(const TensorView& grad, const TensorView& x, const Chunks& chunks,
 }
 
 template <class T, bool activation>
-void write_all(const TensorView& grad, const TensorView& x, const Chunks& chunks, const float* parameters,
-               const NormOptions& o, const TensorView& dx) {
-  const int threads = threads_for(o.threads, x.size[0] * chunks.total);
-  for_chunks<T>(grad, x, chunks, parameters, o, threads,
+void write_all(const PlaneNormInputs& in, const TensorView& grad, const Chunks& chunks, const float* parameters,
+               const TensorView& dx, int threads) {
+  const TensorView& x = in.x;
+  threads = threads_for(threads, x.size[0] * chunks.total);
+  for_chunks<T>(in, grad, chunks, parameters, threads,
                 [&](const Chunk& chunk, const T* from, const PlaneGrad<T>& g, const float* rows, int64_t unit, int) {
-                  T* to = dx.as<T>() + unit / chunks.total * dx.stride[0] + o.planes.offset(chunk.plane) * x.size[2];
+                  T* to = dx.as<T>() + unit / chunks.total * dx.stride[0] + in.planes.offset(chunk.plane) * x.size[2];
                   write_chunk<T, activation>(g, from, x.stride[1], chunk, rows, to, x.size[2]);
                 });
 }
 
 }  // namespace
 
-void plane_norm_backward(const TensorView& grad, const TensorView& x, const TensorView& weight, const TensorView& bias,
-                         const TensorView& scale_shift, const TensorView& mean, const TensorView& rstd, const TensorView& dx,
-                         const TensorView& dweight, const TensorView& dbias, const TensorView& dscale_shift,
-                         const NormOptions& o) {
-  const Chunks chunks(o.planes, false);
-  const int64_t batch = x.size[0], channels = x.size[2], padding = padded(channels);
-  const int64_t rows = batch * o.planes.count * row_count * padding;
+void plane_norm_backward(const PlaneNormInputs& in, const PlaneNormGradients& gradients, int threads) {
+  const TensorView &grad = gradients.grad, &dx = gradients.dx, &dweight = gradients.dweight, &dbias = gradients.dbias;
+  const TensorView& dscale_shift = gradients.dscale_shift;
+  const Chunks chunks(in.planes, false);
+  const int64_t batch = in.x.size[0], channels = in.x.size[2], padding = padded(channels);
+  const int64_t rows = batch * in.planes.count * row_count * padding;
   const Buffer parameters(rows * 4), sums(batch * chunks.total * 2 * padding * 8), totals(4 * padding * 8);
   memset(parameters.floats(), 0, rows * 4);
   memset(totals.doubles(), 0, 4 * padding * 8);
   if (dscale_shift.data) memset(dscale_shift.data, 0, batch * 2 * channels * 4);
-  prepare(weight, bias, scale_shift, mean, rstd, o, parameters.floats());
-  PVDM_WITH_TYPE(x.dtype, T,
-                 o.activation ? all_sums<T, true>(grad, x, chunks, parameters.floats(), o, sums.doubles())
-                              : all_sums<T, false>(grad, x, chunks, parameters.floats(), o, sums.doubles()))
+  prepare(in, parameters.floats());
+  PVDM_WITH_TYPE(in.x.dtype, T,
+                 in.activation ? all_sums<T, true>(in, grad, chunks, parameters.floats(), sums.doubles(), threads)
+                               : all_sums<T, false>(in, grad, chunks, parameters.floats(), sums.doubles(), threads))
   double *dw = totals.doubles() + 2 * padding, *db = dw + padding;
-  combine(sums.doubles(), chunks, weight, bias, scale_shift, dscale_shift, o, batch, parameters.floats(), dw, db, totals.doubles());
+  combine(in, sums.doubles(), chunks, dscale_shift, parameters.floats(), dw, db, totals.doubles());
   for (int64_t c = 0; c < channels; c++) {
     dweight.as<float>()[c] = static_cast<float>(dw[c]);
     dbias.as<float>()[c] = static_cast<float>(db[c]);
   }
-  PVDM_WITH_TYPE(x.dtype, T, o.activation ? write_all<T, true>(grad, x, chunks, parameters.floats(), o, dx)
-                                          : write_all<T, false>(grad, x, chunks, parameters.floats(), o, dx))
+  PVDM_WITH_TYPE(in.x.dtype, T, in.activation ? write_all<T, true>(in, grad, chunks, parameters.floats(), dx, threads)
+                                              : write_all<T, false>(in, grad, chunks, parameters.floats(), dx, threads))
 }
 
 }  // namespace pvdm::PVDM_ISA

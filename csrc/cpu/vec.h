@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../constants.h"
 #include "../tensor_view.h"
 #if defined(PVDM_ISA_AMX)
 #define PVDM_ISA_AVX512BF16  // and everything of it
@@ -58,7 +59,7 @@ PVDM_INLINE To fetch(const void* p) {
 }
 
 // float16 by bits, for sets without a conversion instruction: halves below 2^-14 are found by a float subtraction.
-PVDM_INLINE Vec widen(Halves h) {
+PVDM_INLINE Vec promote(Halves h) {
   const Words w = __builtin_convertvector(h, Words), sign = (w & 0x8000u) << 16, body = w & 0x7fffu;
   const Words normal = (body << 13) + 0x38000000u, special = (body << 13) | 0x7f800000u;
   const Vec tiny = cast<Vec>((body << 13) + 0x38800000u) - cast<Vec>(Words{} + 0x38800000u);
@@ -67,7 +68,7 @@ PVDM_INLINE Vec widen(Halves h) {
   return cast<Vec>(out | sign);
 }
 
-PVDM_INLINE Halves narrow(Vec x) {
+PVDM_INLINE Halves demote(Vec x) {
   const Words u = cast<Words>(x), sign = (u >> 16) & 0x8000u, body = u & 0x7fffffffu;
   const Words rounded = (body - 0x38000000u + 0xfffu + ((body >> 13) & 1u)) >> 13;
   const Vec half = cast<Vec>(Words{} + 0x3f000000u);  // 0.5: its last bit is worth 2^-24, float16's smallest number
@@ -83,23 +84,23 @@ PVDM_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
 // GCC 12 makes three instructions of each of these conversions of 16 bits to 32 and back, so they are written out.
 #if defined(PVDM_ISA_AVX512)
-PVDM_INLINE Words wide(const void* p) { return cast<Words>(_mm512_cvtepu16_epi32(fetch<__m256i>(p))); }
-PVDM_INLINE Halves half(Words w) { return cast<Halves>(_mm512_cvtepi32_epi16(cast<__m512i>(w))); }
+PVDM_INLINE Words promote_bits(const void* p) { return cast<Words>(_mm512_cvtepu16_epi32(fetch<__m256i>(p))); }
+PVDM_INLINE Halves demote_bits(Words w) { return cast<Halves>(_mm512_cvtepi32_epi16(cast<__m512i>(w))); }
 #elif defined(PVDM_ISA_AVX2)
-PVDM_INLINE Words wide(const void* p) { return cast<Words>(_mm256_cvtepu16_epi32(fetch<__m128i>(p))); }
-PVDM_INLINE Halves half(Words w) {  // w below 2^16
+PVDM_INLINE Words promote_bits(const void* p) { return cast<Words>(_mm256_cvtepu16_epi32(fetch<__m128i>(p))); }
+PVDM_INLINE Halves demote_bits(Words w) {  // w below 2^16
   const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(cast<__m256i>(w), cast<__m256i>(w)), 0x08);
   return cast<Halves>(_mm256_castsi256_si128(pairs));
 }
 #else
-PVDM_INLINE Words wide(const void* p) { return __builtin_convertvector(fetch<Halves>(p), Words); }
-PVDM_INLINE Halves half(Words w) { return __builtin_convertvector(w, Halves); }
+PVDM_INLINE Words promote_bits(const void* p) { return __builtin_convertvector(fetch<Halves>(p), Words); }
+PVDM_INLINE Halves demote_bits(Words w) { return __builtin_convertvector(w, Halves); }
 #endif
 
-PVDM_INLINE Vec load(const bf16* p) { return cast<Vec>(wide(p) << 16); }
+PVDM_INLINE Vec load(const bf16* p) { return cast<Vec>(promote_bits(p) << 16); }
 PVDM_INLINE void store(bf16* p, Vec x) {
   const Words u = cast<Words>(x), nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const Halves h = half((u & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : nearest);
+  const Halves h = demote_bits((u & 0x7fffffffu) > 0x7f800000u ? Words{} + 0x7fc0u : nearest);
   memcpy(p, &h, sizeof h);
 }
 
@@ -116,9 +117,9 @@ PVDM_INLINE void store(f16* p, Vec x) {
   memcpy(p, &h, sizeof h);
 }
 #else
-PVDM_INLINE Vec load(const f16* p) { return widen(fetch<Halves>(p)); }
+PVDM_INLINE Vec load(const f16* p) { return promote(fetch<Halves>(p)); }
 PVDM_INLINE void store(f16* p, Vec x) {
-  const Halves h = narrow(x);
+  const Halves h = demote(x);
   memcpy(p, &h, sizeof h);
 }
 #endif
@@ -167,7 +168,7 @@ PVDM_INLINE Vec exp(Vec x) {
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const Vec shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const Vec shifted = x * log2_e + magic, n = shifted - magic;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = splat(1.0f / 720);
   p = p * r + 1.0f / 120;

@@ -1,12 +1,12 @@
 // The geometry that the attention kernels share: rows of a sequence by strides, and blocks of rows by segments.
 #pragma once
+#include "../constants.h"
 #include "attention.h"
 #include "device.cuh"
 
 namespace pvdm::cuda {
 
 constexpr int max_segments = 32;
-constexpr float log2_e = 1.4426950408889634f;
 
 // Rows (L, d) of a tensor (B, sites, L, ..., d) for each (batch, site, head), at one of the parts q, k, v.
 template <class T>

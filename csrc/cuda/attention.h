@@ -8,7 +8,7 @@ namespace pvdm::cuda {
 struct LaunchTarget;
 
 // Attention of sequences: qkv (B, sites, L, 3, heads, d), or keys and values (B, sites, L, 2, heads, d) with
-// query (B, sites, 1, heads, d). Places share nothing. Along L, segments attend to themselves only.
+// query (B, sites, 1, heads, d). Sites share nothing. Along L, segments attend to themselves only.
 struct AttentionInputs {
   TensorView qkv;
   TensorView query;     // no data: every token is a query
@@ -18,16 +18,24 @@ struct AttentionInputs {
   float scale;
 };
 
-// out (B, sites, queries, heads, d); lse (B, sites, heads, queries) f32. `tensor_cores`: which kernel; only for 16 bits.
-void attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse, bool tensor_cores,
-                       const LaunchTarget& target);
+// out (B, sites, queries, heads, d) and its gradient; lse (B, sites, heads, queries) f32; delta like lse is workspace. Gradients
+// like qkv and query.
+struct AttentionGradients {
+  TensorView grad, out, lse, delta, dqkv, dquery;
+};
 
-// Gradients like qkv and query; delta (B, sites, heads, queries) f32 is workspace.
-void attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out, const TensorView& lse,
-                        const TensorView& delta, const TensorView& dqkv, const TensorView& dquery, bool tensor_cores,
-                        const LaunchTarget& target);
+// attention_vector.cu: any dtype, any length, d up to 256, one query a sequence too.
+void vector_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
+                              const LaunchTarget& target);
+void vector_attention_backward(const AttentionInputs& in, const AttentionGradients& gradients, const LaunchTarget& target);
+
+// attention_matrix.cu: 16-bit types by tensor cores, d up to 128, rows of 16 aligned bytes.
+void matrix_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
+                              const LaunchTarget& target);
+void matrix_attention_backward(const AttentionInputs& in, const AttentionGradients& gradients, const LaunchTarget& target);
 
 // The most bytes of shared memory that a launch asks for, beside what is static: with tensor cores, heads of `width`.
-int64_t attention_shared_memory(int64_t width, bool tensor_cores, bool backward);
+int64_t vector_attention_shared();
+int64_t matrix_attention_shared(int64_t width, bool backward);
 
 }  // namespace pvdm::cuda

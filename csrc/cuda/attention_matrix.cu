@@ -3,7 +3,7 @@
 // Four warps own 16 rows each of a block of 64: queries in the forward pass and for dq, keys for dk and dv. The rows of
 // the other side come through shared memory in two stages, copied while the stage before is computed with. Every output
 // has one writer and sums run in the order of the rows: no atomics, the same bits every time.
-#include "attention_kernels.cuh"
+#include "attention.cuh"
 #include "attention_tiles.cuh"
 
 namespace pvdm::cuda {
@@ -51,6 +51,48 @@ struct Stages {
   }
 };
 
+// The softmax so far of the two rows that a lane has a part of, in powers of two.
+struct Softmax {
+  float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+
+  // The scores of keys start ... become weights, and `sum`, of the weighted values so far, fits the new maxima.
+  template <int score_tiles, int sum_tiles>
+  __device__ __forceinline__ void take(float (&score)[score_tiles][4], float (&sum)[sum_tiles][4], float scale, int start,
+                                       int end) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float next = largest[half];
+#pragma unroll
+      for (int n = 0; n < score_tiles; n++)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; i++) {
+          score[n][i] = start + lane_column(n, i) < end ? scaled(score[n][i], scale) : -INFINITY;
+          next = fmaxf(next, score[n][i]);
+        }
+      next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 1));
+      next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 2));
+      const float base = base_of(next), factor = fast_exp2(largest[half] - base);
+      largest[half] = next;
+      total[half] *= factor;
+#pragma unroll
+      for (int n = 0; n < score_tiles; n++)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; i++) total[half] += score[n][i] = fast_exp2(score[n][i] - base);
+#pragma unroll
+      for (int n = 0; n < sum_tiles; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
+    }
+  }
+  // The totals of whole rows, from those of their four lanes.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      total[half] += __shfl_xor_sync(whole_warp, total[half], 1);
+      total[half] += __shfl_xor_sync(whole_warp, total[half], 2);
+    }
+  }
+  __device__ __forceinline__ float log_sum(int half) const { return (largest[half] + log2f(total[half])) / log2_e; }
+};
+
 template <class T, int depth>
 __global__ void __launch_bounds__(matrix_threads)
     matrix_forward(Rows<const T> q, Rows<const T> k, Rows<const T> v, const float* sin, const float* cos, Cut cut,
@@ -75,48 +117,22 @@ __global__ void __launch_bounds__(matrix_threads)
   for (int i = 0; i < depth / 16; i++) queries.left(query[i], warp_row(), 16 * i);
 
   Values<depth> sum = {};
-  float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-  const float factor_of_scores = scale * log2_e;
+  Softmax softmax;
   for (int start = at.begin, s = 0; start < at.end; start += rows, s ^= 1) {
     stages.advance(s, start, sin, cos);
     Values<rows> score;
     multiply_transposed<T, depth, rows>(
         score, [&](uint32_t(&a)[4], int i) { memcpy(a, query[i / 16], 16); }, stages.first(s));
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float next = largest[half];
-#pragma unroll
-      for (int n = 0; n < rows / 8; n++)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; i++) {
-          const bool there = start + lane_column(n, i) < at.end;
-          score[n][i] = there ? scaled(score[n][i], factor_of_scores) : -INFINITY;
-          next = fmaxf(next, score[n][i]);
-        }
-      next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 1));
-      next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 2));
-      const float base = base_of(next), factor = fast_exp2(largest[half] - base);
-      largest[half] = next;
-      total[half] *= factor;
-#pragma unroll
-      for (int n = 0; n < rows / 8; n++)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; i++) total[half] += score[n][i] = fast_exp2(score[n][i] - base);
-#pragma unroll
-      for (int n = 0; n < depth / 8; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
-    }
+    softmax.take(score, sum, scale * log2_e, start, at.end);
     multiply_add<T, depth, rows>(sum, score, stages.second(s));
     __syncthreads();
   }
-  float inverse[2];
+  softmax.finish();
+  const float inverse[2] = {1.0f / softmax.total[0], 1.0f / softmax.total[1]};
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    total[half] += __shfl_xor_sync(whole_warp, total[half], 1);
-    total[half] += __shfl_xor_sync(whole_warp, total[half], 2);
-    inverse[half] = 1.0f / total[half];
     const int row = at.first + warp_row() + lane_row(half);
-    if (threadIdx.x % 4 == 0 && row < at.end)
-      lse.of(at.batch, at.site, at.head)[row] = (largest[half] + log2f(total[half])) / log2_e;
+    if (threadIdx.x % 4 == 0 && row < at.end) lse.of(at.batch, at.site, at.head)[row] = softmax.log_sum(half);
   }
   store_values<T, depth>(sum, out.of(at.batch, at.site, at.head), out.row, at.first + warp_row(), at.end, width, inverse,
                          nullptr, nullptr);
@@ -294,6 +310,7 @@ int64_t matrix_attention_shared(int64_t width, bool backward) {
 
 void matrix_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
                               const LaunchTarget& target) {
+  const DeviceGuard guard(target.device);
   const Work w(in);
   PVDM_WITH_HALF(in.qkv.dtype, T, PVDM_WITH_DEPTH(w.width, depth, {
     constexpr size_t bytes = shared_bytes<depth>(1, stage_rows<depth>);
@@ -305,9 +322,10 @@ void matrix_attention_forward(const AttentionInputs& in, const TensorView& out, 
   check(cudaGetLastError(), "attention (tensor cores)");
 }
 
-void matrix_attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out,
-                               const TensorView& lse, const TensorView& delta, const TensorView& dqkv,
-                               const LaunchTarget& target) {
+void matrix_attention_backward(const AttentionInputs& in, const AttentionGradients& gradients, const LaunchTarget& target) {
+  const DeviceGuard guard(target.device);
+  const TensorView &grad = gradients.grad, &out = gradients.out, &lse = gradients.lse, &delta = gradients.delta;
+  const TensorView& dqkv = gradients.dqkv;
   const Work w(in);
   const float *sin = in.sin.as<float>(), *cos = in.cos.as<float>();
   PVDM_WITH_HALF(in.qkv.dtype, T, PVDM_WITH_DEPTH(w.width, depth, {

@@ -3,7 +3,7 @@
 // A query (or, for dk and dv, a key) belongs to `parts` neighbouring threads with 32 channels each, in packs of eight. A
 // block takes several whole sequences where they are short: what they attend to is staged in shared memory, rotated on the
 // way, a chunk of rows at a time. Each output has one writer; sums run in the order of the rows.
-#include "attention_kernels.cuh"
+#include "attention.cuh"
 
 namespace pvdm::cuda {
 namespace {
@@ -377,6 +377,7 @@ int64_t vector_attention_shared() { return sizeof(float) * shared_floats; }
 
 void vector_attention_forward(const AttentionInputs& in, const TensorView& out, const TensorView& lse,
                               const LaunchTarget& target) {
+  const DeviceGuard guard(target.device);
   const Work w(in);
   const float *sin = in.sin.as<float>(), *cos = in.cos.as<float>();
   PVDM_WITH_TYPE(in.qkv.dtype, T, {
@@ -392,9 +393,10 @@ void vector_attention_forward(const AttentionInputs& in, const TensorView& out, 
   check(cudaGetLastError(), "attention");
 }
 
-void vector_attention_backward(const AttentionInputs& in, const TensorView& grad, const TensorView& out,
-                               const TensorView& lse, const TensorView& delta, const TensorView& dqkv,
-                               const TensorView& dquery, const LaunchTarget& target) {
+void vector_attention_backward(const AttentionInputs& in, const AttentionGradients& gradients, const LaunchTarget& target) {
+  const DeviceGuard guard(target.device);
+  const TensorView &grad = gradients.grad, &out = gradients.out, &lse = gradients.lse, &delta = gradients.delta;
+  const TensorView &dqkv = gradients.dqkv, &dquery = gradients.dquery;
   const Work w(in);
   const float *sin = in.sin.as<float>(), *cos = in.cos.as<float>();
   PVDM_WITH_TYPE(in.qkv.dtype, T, {

@@ -1,6 +1,6 @@
-// The CUDA kernels: bindings_cuda.cpp checks the arguments, csrc/cuda/<op>.cu computes. Nothing here allocates or waits.
+// The CUDA kernels: bindings/cuda/<op>.h has the arguments checked, csrc/cuda/<op>.cu computes. Nothing here allocates or waits.
 #pragma once
-#include "../tensor_view.h"
+#include "../ops/plane_norm.h"
 
 namespace pvdm::cuda {
 struct LaunchTarget;
@@ -28,22 +28,12 @@ void triplane_slice_forward(const TensorView& x, const TensorView& token, const 
 void triplane_slice_backward(const TensorView& grad, const TensorView& dx, const TensorView& dpositions,
                              const TensorView& workspace, int plane, const Layout& layout, const LaunchTarget& target);
 
-// x (B, N, C); weight and bias (C), scale_shift (B, 2C) or none, mean and rstd (B, planes, groups): all f32.
-struct PlaneNormInputs {
-  TensorView x, weight, bias, scale_shift, mean, rstd;
-  Planes planes;
-  int64_t groups;
-  bool activation;
-  int resample;  // 1 doubles sides, -1 halves them
-};
-
 // How many floats of workspace either direction of plane_norm needs.
 int64_t plane_norm_workspace(int64_t batch, int64_t channels, int64_t groups, const Planes& planes);
 
 // -> y (B, N', C); fills mean and rstd.
 void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const TensorView& workspace, float eps,
                         const LaunchTarget& target);
-void plane_norm_backward(const PlaneNormInputs& in, const TensorView& grad, const TensorView& dx,
-                         const TensorView& dweight, const TensorView& dbias, const TensorView& dscale_shift,
-                         const TensorView& workspace, const LaunchTarget& target);
+void plane_norm_backward(const PlaneNormInputs& in, const PlaneNormGradients& gradients, const TensorView& workspace,
+                         const LaunchTarget& target);
 }  // namespace pvdm::cuda

@@ -370,10 +370,11 @@ void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const Te
   check(cudaGetLastError(), "plane_norm");
 }
 
-void plane_norm_backward(const PlaneNormInputs& in, const TensorView& grad, const TensorView& dx,
-                         const TensorView& dweight, const TensorView& dbias, const TensorView& dscale_shift,
-                         const TensorView& workspace, const LaunchTarget& target) {
+void plane_norm_backward(const PlaneNormInputs& in, const PlaneNormGradients& gradients, const TensorView& workspace,
+                         const LaunchTarget& target) {
   const DeviceGuard guard(target.device);
+  const TensorView &grad = gradients.grad, &dx = gradients.dx, &dweight = gradients.dweight, &dbias = gradients.dbias;
+  const TensorView& dscale_shift = gradients.dscale_shift;
   const PlaneTable t = table_of(in.planes);
   const Operands o = operands(in, t);
   const int64_t batch = in.x.size[0];

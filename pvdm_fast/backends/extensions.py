@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-ABI = 3  # raised with every change of a binding's arguments; the extensions carry the number they were built with
+# Raised with every change of a binding's arguments. The build reads it here, and the extensions carry it.
+ABI = 4
 REINSTALL = "install pvdm_fast again (pip install -e . in its source folder)"
 
 

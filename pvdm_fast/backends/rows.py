@@ -13,6 +13,11 @@ def rows_dense(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def parameter(x: Tensor) -> Tensor:
+    """A parameter or statistic as kernels read it: float32, contiguous."""
+    return x.float().contiguous()
+
+
 def matrix(x: Tensor) -> Tensor:
     """A matrix as the vendor's products take it: `x` itself if its rows or its columns are dense and don't overlap,
     else a contiguous copy. oneDNN raises on other weights."""

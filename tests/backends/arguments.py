@@ -54,6 +54,7 @@ class Call:
 def recorded(dtype: torch.dtype) -> list[Call]:
     """The calls of all cases, computed by the reference."""
     calls: list[Call] = []
+    running = ""
     with pytest.MonkeyPatch.context() as patch:
 
         def choose(op: str, name: str, inputs: Any) -> Any:
@@ -62,7 +63,7 @@ def recorded(dtype: torch.dtype) -> list[Call]:
             def noting(direction: str) -> Callable[..., Any]:
                 def run(*arguments: Any) -> Any:
                     kept = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in arguments)
-                    calls.append(Call(case_name, op, direction, kept))
+                    calls.append(Call(running, op, direction, kept))
                     return getattr(module, direction)(*arguments)
 
                 return run
@@ -70,7 +71,7 @@ def recorded(dtype: torch.dtype) -> list[Call]:
             return SimpleNamespace(forward=noting("forward"), backward=noting("backward"))
 
         patch.setattr(choice, "choose", choose)
-        for case_name, case in CASES.items():
+        for running, case in CASES.items():  # noqa: B007, `choose` reads it
             run_with_gradients(case, case.inputs(dtype), dtype)
     return calls
 

@@ -105,10 +105,47 @@ def test_linear_layer(form: Callable[[Tensor], Tensor]) -> None:
 @needs_cpu
 def test_bindings_refuse_what_they_cannot_read() -> None:
     """Whatever a launcher forgets: no memory beside a tensor's is read."""
-    module, planes = extensions.extension("_cpu"), torch.randn(1, 6, 8)
-    dense, out, statistic = torch.ones(8), torch.empty(1, 6, 8), torch.empty(1, 1, 2)
+    module, out, statistic = extensions.extension("_cpu"), torch.empty(1, 6, 8), torch.empty(1, 1, 2)
     for bad in (torch.ones(1).expand(8), torch.ones(16)[::2]):
-        with pytest.raises(ValueError, match="last axis must be dense"):
-            module.plane_norm_forward(
-                planes, dense, bad, None, out, statistic, statistic.clone(), [6, 1], 2, 1e-5, False, 0, 1
-            )
+        for weight, bias in ((bad, torch.ones(8)), (torch.ones(8), bad)):
+            tensors = (torch.randn(1, 6, 8), weight, bias, None, statistic, statistic.clone())
+            with pytest.raises(ValueError, match="last axis must be dense"):
+                module.plane_norm_forward(tensors, out, [6, 1], 2, 1e-5, False, 0, 1)
+
+
+HUGE = 2**63 - 1
+
+
+@needs_cpu
+@pytest.mark.parametrize("planes", [[HUGE, 2, 6, 1], [2**32, 2**32, 6, 1], [HUGE, 1, HUGE, 1, 8, 1], [2**61, 1]])
+def test_products_of_sizes_do_not_wrap(planes: list[int]) -> None:
+    """Around 2^64 is 0: planes whose tokens wrap to those of a tensor would be read far beyond it."""
+    module, x, out = extensions.extension("_cpu"), torch.randn(1, 6, 8), torch.empty(1, 6, 8)
+    statistics = (torch.empty(1, len(planes) // 2, 2) for _ in range(2))
+    with pytest.raises(ValueError, match="more than 2"):
+        module.plane_norm_forward(
+            (x, torch.ones(8), torch.ones(8), None, *statistics), out, planes, 2, 1e-5, False, 0, 1
+        )
+    with pytest.raises(ValueError, match="more than 2"):
+        module.plane_conv_unfold(x, torch.empty(6, 72), planes, 0, 1)
+
+
+@needs_cpu
+@pytest.mark.parametrize("sizes", [(HUGE, 2, 3), (2**32, 2**32, 2**32), (2, 2**62, 1)])
+def test_layouts_do_not_wrap(sizes: tuple[int, int, int], emulated_device: ModuleType) -> None:
+    x = torch.empty(1, 6, 8)
+    for module, target in ((extensions.extension("_cpu"), (1,)), (emulated_device, (0, 0))):
+        workspace = () if len(target) == 1 else (torch.empty(6),)
+        with pytest.raises(ValueError, match="more than 2"):
+            module.triplane_expand_sums(x, torch.empty(1, 6, 8), *workspace, *sizes, *target)
+        with pytest.raises(ValueError, match="more than 2"):
+            module.triplane_slice_forward(x, torch.ones(8), torch.ones(3, 8), x, 0, *sizes, *target)
+    for call in (
+        lambda: emulated_device.triplane_expand_workspace(1, 8, *sizes),
+        lambda: emulated_device.triplane_slice_workspace(1, 8, 0, *sizes),
+        lambda: emulated_device.triplane_expand_workspace(HUGE, 8, 2, 3, 4),
+        lambda: emulated_device.plane_norm_workspace(1, 8, 2, [HUGE, 2, 6, 1]),
+        lambda: emulated_device.plane_norm_workspace(HUGE, 8, 2, [6, 1]),
+    ):
+        with pytest.raises(ValueError, match="more than 2"):
+            call()

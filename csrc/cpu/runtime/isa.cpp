@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
-#if defined(PVDM_HAVE_AMX) && !defined(PVDM_AMX_STAND_IN)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #ifdef __linux__
 #include <sys/syscall.h>
@@ -14,17 +14,18 @@
 namespace pvdm {
 namespace {
 
-constexpr const char* names[] = {"plain", "avx2", "avx512", "avx512bf16", "amx"};
-constexpr Isa all[] = {Isa::plain, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx};
+#define PVDM_QUOTED(isa, ...) #isa,
+#define PVDM_MEMBER(isa, ...) Isa::isa,
+constexpr const char* names[] = {PVDM_ISAS(PVDM_QUOTED)};
+constexpr Isa all[] = {PVDM_ISAS(PVDM_MEMBER)};
 
-#ifdef PVDM_HAVE_AMX
-#ifdef PVDM_AMX_STAND_IN
-bool have_tiles() { return true; }
-#else
+#if defined(__x86_64__)
 // Whether the CPU has tiles and the kernel lets this process use them: Linux keeps their 8 KB a thread back until asked
-// (ARCH_REQ_XCOMP_PERM, for the state of number 18).
+// (ARCH_REQ_XCOMP_PERM, for the state of number 18; from 5.16 on). Children that are forked have the permission too.
 bool have_tiles() {
-#ifdef __linux__
+#if defined(PVDM_AMX_STAND_IN)
+  return true;
+#elif defined(__linux__)
   static const bool have = [] {
     unsigned a, b, c, d = 0;
     constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
@@ -36,59 +37,39 @@ bool have_tiles() {
   return false;
 #endif
 }
-#endif
-#endif
 
-bool usable(Isa isa) {
-  switch (isa) {
-    case Isa::plain:
-      return true;
-    case Isa::avx2:
-#ifdef PVDM_HAVE_AVX2
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-      return false;
-#endif
-    case Isa::amx:
-#ifdef PVDM_HAVE_AMX
-      return usable(Isa::avx512bf16) && have_tiles();
-#else
-      return false;
-#endif
-    case Isa::avx512bf16:
-#ifdef PVDM_HAVE_AVX512BF16
-      return __builtin_cpu_supports("avx512bf16") && usable(Isa::avx512);
-#else
-      return false;
-#endif
-    case Isa::avx512:
-#ifdef PVDM_HAVE_AVX512
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && usable(Isa::avx2);
-#else
-      return false;
-#endif
-  }
-  return false;
+// A set that is a part of others is asked for with each of them.
+bool usable(const std::string& isa) {
+  if (isa == "plain") return true;
+  if (isa == "avx2")
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == "avx512")
+    return usable("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == "avx512bf16") return usable("avx512") && __builtin_cpu_supports("avx512bf16");
+  return isa == "amx" && usable("avx512bf16") && have_tiles();
 }
+#else
+bool usable(const std::string& isa) { return isa == "plain"; }
+#endif
 
 Isa parse(const std::string& name) {
-  for (Isa isa : all) {
-    if (name != isa_name(isa)) continue;
-    if (usable(isa)) return isa;
-    throw std::invalid_argument("PVDM_FAST_CPU_ISA asks for " + name +
-                                ", which this CPU or its system does not have or this build leaves out: unset it.");
-  }
+  for (Isa isa : all)
+    if (name == isa_name(isa) && usable(name)) return isa;
+  for (const char* known : {"plain", "avx2", "avx512", "avx512bf16", "amx"})
+    if (name == known)
+      throw std::invalid_argument("PVDM_FAST_CPU_ISA asks for " + name +
+                                  ", which this CPU or its system does not have or this build leaves out: unset it.");
   throw std::invalid_argument("Unknown instruction set '" + name +
                               "': PVDM_FAST_CPU_ISA is plain, avx2, avx512, avx512bf16 or amx.");
 }
 
 Isa initial() {
   if (const char* asked = std::getenv("PVDM_FAST_CPU_ISA"); asked && *asked) return parse(asked);
-  // amx has to be asked for: no CPU with it has run it yet.
-  for (Isa isa : {Isa::avx512bf16, Isa::avx512, Isa::avx2})
-    if (usable(isa)) return isa;
-  return Isa::plain;
+  Isa best = Isa::plain;
+  for (Isa isa : all)
+    if (usable(isa_name(isa))) best = isa;
+  return best;
 }
 
 std::atomic<Isa>& chosen() {
@@ -105,7 +86,7 @@ void set_isa(const std::string& name) { chosen().store(parse(name)); }
 std::vector<std::string> usable_isas() {
   std::vector<std::string> result;
   for (Isa isa : all)
-    if (usable(isa)) result.push_back(isa_name(isa));
+    if (usable(isa_name(isa))) result.push_back(isa_name(isa));
   return result;
 }
 

@@ -7,11 +7,6 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 
 
-def parameter(x: Tensor) -> Tensor:
-    """A weight as the kernels read it: float32, last axis dense."""
-    return rows_dense(x.float())
-
-
 def rows_of(x: Tensor) -> Tensor:
     """(..., C) as (rows, C), last axis dense: a view where its strides allow it, else a contiguous copy."""
     return rows_dense(x.reshape(-1, x.shape[-1]))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cpu import parameter, rows_of
+from pvdm_fast.backends.cpu import rows_of
 from pvdm_fast.backends.extensions import extension
-from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.backends.rows import parameter
 
 
 def forward(
@@ -20,7 +20,7 @@ def forward(
     total = x.new_empty(0) if residual is None else like.new_empty(x.shape)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    extension("_cpu").add_layer_norm_forward(
+    tensors = (
         rows_of(x),
         None if residual is None else rows_of(residual),
         parameter(weight),
@@ -29,9 +29,8 @@ def forward(
         rows_of(normed),
         mean.view(-1),
         rstd.view(-1),
-        eps,
-        torch.get_num_threads(),
     )
+    extension("_cpu").add_layer_norm_forward(tensors, eps, torch.get_num_threads())
     return total, normed, mean, rstd
 
 
@@ -41,16 +40,16 @@ def backward(
     """Gradients of the sum (so of x and residual alike), weight and bias."""
     dx = total.new_empty(total.shape)
     dweight, dbias = (torch.empty(total.shape[-1], dtype=torch.float32) for _ in range(2))
-    extension("_cpu").add_layer_norm_backward(
+    tensors = (
         rows_of(grad_normed.to(total.dtype)),
         None if grad_total is None else rows_of(grad_total.to(total.dtype)),
         rows_of(total),
         parameter(weight),
-        rows_dense(mean.reshape(-1)),
-        rows_dense(rstd.reshape(-1)),
+        parameter(mean.reshape(-1)),
+        parameter(rstd.reshape(-1)),
         rows_of(dx),
         dweight,
         dbias,
-        torch.get_num_threads(),
     )
+    extension("_cpu").add_layer_norm_backward(tensors, torch.get_num_threads())
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)

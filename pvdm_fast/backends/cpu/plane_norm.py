@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cpu import parameter
 from pvdm_fast.backends.extensions import extension
-from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.backends.rows import parameter, rows_dense
 
 
 def forward(
@@ -29,15 +28,10 @@ def forward(
     y = x.new_empty(batch, tokens, channels)
     mean = torch.empty(batch, len(planes) // 2, groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
+    modulation = None if scale_shift is None else parameter(scale_shift)
     extension("_cpu").plane_norm_forward(
-        rows_dense(x),
-        parameter(weight),
-        parameter(bias),
-        None if scale_shift is None else parameter(scale_shift),
-        y,
-        mean,
-        rstd,
-        *(list(planes), groups, eps, activation, resample),
+        (rows_dense(x), parameter(weight), parameter(bias), modulation, mean, rstd),
+        *(y, list(planes), groups, eps, activation, resample),
         torch.get_num_threads(),
     )
     return y, mean, rstd
@@ -60,18 +54,10 @@ def backward(
     dx = x.new_empty(x.shape)
     dweight, dbias = (torch.empty(x.shape[2], dtype=torch.float32) for _ in range(2))
     dscale_shift = None if scale_shift is None else torch.empty(scale_shift.shape, dtype=torch.float32)
+    modulation = None if scale_shift is None else parameter(scale_shift)
     extension("_cpu").plane_norm_backward(
-        rows_dense(grad.to(x.dtype)),
-        rows_dense(x),
-        parameter(weight),
-        parameter(bias),
-        None if scale_shift is None else parameter(scale_shift),
-        rows_dense(mean),
-        rows_dense(rstd),
-        dx,
-        dweight,
-        dbias,
-        dscale_shift,
+        (rows_dense(x), parameter(weight), parameter(bias), modulation, parameter(mean), parameter(rstd)),
+        (rows_dense(grad.to(x.dtype)), dx, dweight, dbias, dscale_shift),
         *(list(planes), groups, activation, resample),
         torch.get_num_threads(),
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cpu import parameter
 from pvdm_fast.backends.expand_products import products
 from pvdm_fast.backends.extensions import extension
-from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.backends.rows import parameter, rows_dense
 from pvdm_fast.layout import TriplaneLayout
 
 

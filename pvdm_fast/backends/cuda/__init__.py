@@ -12,11 +12,6 @@ def launch_target(x: Tensor) -> tuple[int, int]:
     return device, torch.cuda.current_stream(device).cuda_stream
 
 
-def parameter(x: Tensor) -> Tensor:
-    """A parameter as the kernels read it: float32, contiguous."""
-    return x.float().contiguous()
-
-
 MOST_BLOCKS = 2**31 - 1  # of a launch
 
 

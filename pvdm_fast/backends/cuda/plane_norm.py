@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import launch_refusal, launch_target, parameter
+from pvdm_fast.backends.cuda import launch_refusal, launch_target
 from pvdm_fast.backends.extensions import extension
-from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.backends.rows import parameter, rows_dense
 
 MOST_PLANES = 32  # of the kernels, whose arguments hold all sizes
 MOST_TOKENS = (2**31 - 1) // 4  # of all planes: doubled sides are counted in 32 bits
@@ -21,7 +21,8 @@ def refusal(*inputs: Any) -> str | None:
     where = next(i for i, value in enumerate(inputs) if isinstance(value, (list, tuple)))
     planes, groups = inputs[where], inputs[where + 1]
     batch, _, channels = inputs[0].shape
-    count, tokens = len(planes) // 2, sum(rows * columns for rows, columns in zip(planes[::2], planes[1::2], strict=True))
+    count = len(planes) // 2
+    tokens = sum(rows * columns for rows, columns in zip(planes[::2], planes[1::2], strict=True))
     if count > MOST_PLANES:
         return f"it takes at most {MOST_PLANES} planes, not {count}: use another backend."
     if tokens > MOST_TOKENS:
@@ -54,17 +55,8 @@ def forward(
     rstd = torch.empty_like(mean)
     modulation = None if scale_shift is None else parameter(scale_shift)
     extension("_cuda").plane_norm_forward(
-        *(
-            rows_dense(x),
-            parameter(weight),
-            parameter(bias),
-            modulation,
-            y,
-            mean,
-            rstd,
-            _workspace(x, groups, planes),
-        ),
-        *(list(planes), groups, eps, activation, resample),
+        (rows_dense(x), parameter(weight), parameter(bias), modulation, mean, rstd),
+        *(y, _workspace(x, groups, planes), list(planes), groups, eps, activation, resample),
         *launch_target(x),
     )
     return y, mean, rstd
@@ -89,9 +81,9 @@ def backward(
     modulation = None if scale_shift is None else parameter(scale_shift)
     dscale_shift = None if modulation is None else torch.empty(modulation.shape, dtype=torch.float32, device=x.device)
     extension("_cuda").plane_norm_backward(
-        *(rows_dense(grad.to(x.dtype)), rows_dense(x), parameter(weight), parameter(bias), modulation),
-        *(mean.contiguous(), rstd.contiguous(), dx, dweight, dbias, dscale_shift, _workspace(x, groups, planes)),
-        *(list(planes), groups, activation, resample),
+        (rows_dense(x), parameter(weight), parameter(bias), modulation, parameter(mean), parameter(rstd)),
+        (rows_dense(grad.to(x.dtype)), dx, dweight, dbias, dscale_shift),
+        *(_workspace(x, groups, planes), list(planes), groups, activation, resample),
         *launch_target(x),
     )
     if scale_shift is None or dscale_shift is None:

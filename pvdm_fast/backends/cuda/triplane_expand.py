@@ -10,7 +10,7 @@ from torch import Tensor
 from pvdm_fast.backends.cuda import launch_refusal, launch_target
 from pvdm_fast.backends.expand_products import products
 from pvdm_fast.backends.extensions import extension
-from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.backends.rows import parameter, rows_dense
 from pvdm_fast.layout import TriplaneLayout
 
 
@@ -31,10 +31,8 @@ def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int
     channels = weight.shape[1]
     out = planes.new_empty(planes.shape[0], time * height * width, channels)
     workspace = _workspace(planes, channels, time, height, width)
-    weight, bias = weight.float().contiguous(), bias.float().contiguous()
-    extension("_cuda").triplane_expand_forward(
-        rows_dense(planes), weight, bias, out, workspace, time, height, width, *launch_target(planes)
-    )
+    operands = (rows_dense(planes), parameter(weight), parameter(bias), out, workspace)
+    extension("_cuda").triplane_expand_forward(*operands, time, height, width, *launch_target(planes))
     return out
 
 

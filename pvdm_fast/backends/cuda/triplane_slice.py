@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cuda import launch_refusal, launch_target, parameter
+from pvdm_fast.backends.cuda import launch_refusal, launch_target
 from pvdm_fast.backends.extensions import extension
-from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.backends.rows import parameter, rows_dense
 from pvdm_fast.layout import PLANE_NAMES
 
 

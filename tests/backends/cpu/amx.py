@@ -32,16 +32,16 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     """The extension `_tiles` (tiles.cpp beside this file), with `flags`; its path. What is tested, amx, is compiled as
     for users; of other sets only what it borrows or the choice of a set names is there, and not optimised."""
     include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
-    extension = build_tools.cpu_extension(folder / f"_tiles{sysconfig.get_config_var('EXT_SUFFIX')}", include)
+    sets = {isa: flags_of for isa, flags_of in build_tools.isa_flags().items() if isa in ("plain", "avx512bf16", "amx")}
+    extension = build_tools.cpu_extension(folder / f"_tiles{sysconfig.get_config_var('EXT_SUFFIX')}", include, sets)
     extension.link += " " + " ".join(flags)
     added = f"{STAND_IN} {' '.join(flags)}"
     kept = {
         name: (source, rule, f"{flags_of} {added} {'' if name.endswith('_amx') else '-O0'}")
         for name, (source, rule, flags_of) in extension.objects.items()
-        if name.startswith("runtime_")
-        or (name.startswith("attention_") and name.endswith(("_plain", "_avx512bf16", "_amx")))
+        if name.startswith(("runtime_", "attention_"))
     }
-    tiles = f"{include} {added} -O1 -ftree-vectorize -mavx512f -mfma -DPVDM_HAVE_AVX512BF16 -DPVDM_HAVE_AMX"
+    tiles = f"{include} {added} -O1 -ftree-vectorize -mavx512f -mfma {build_tools.isa_defines(list(sets))}"
     extension.objects = {"tiles": (Path(__file__).with_name("tiles.cpp"), "cxx", tiles), **kept}
     build_tools.run_ninja(extension, folder / "objects")
     return extension.output

@@ -6,7 +6,11 @@ Errors against the float64 reference are at most twice those of eager PyTorch in
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -161,8 +165,8 @@ def test_axial(isa: str, width: int, sizes: tuple[int, int, int]) -> None:
             assert_close(a, e, BFLOAT16_FACTOR * relative_error(p, e), f"gradient of {name}")
 
 
-def test_amx_has_to_be_asked_for(amx_stand_in: ModuleType) -> None:
-    for asked, used in (("", "avx512bf16"), ("amx", "amx")):
+def test_amx_is_taken_by_itself(amx_stand_in: ModuleType) -> None:
+    for asked, used in (("", "amx"), ("avx512bf16", "avx512bf16"), ("amx", "amx")):
         code = "print(module.isa(), 'amx' in module.isas())"
         result = amx.run_apart(amx_stand_in, code, PVDM_FAST_CPU_ISA=asked)
         assert result.stdout.split() == [used, "True"], result.stderr
@@ -184,3 +188,36 @@ def test_tiles_are_released(amx_stand_in: ModuleType, monkeypatch: pytest.Monkey
     run(*inputs(70, 1, 8), [0, 70], 0.3)
     with pytest.raises(RuntimeError, match="no tiles are configured"):
         amx_stand_in.tilezero(0)
+
+
+def in_a_fork(first: bool) -> str:
+    """A program whose forked child computes what its parent does; `first`: before the parent has used a kernel."""
+    return f"""
+import os, sys, torch
+from pvdm_fast.backends import extensions
+from pvdm_fast.backends.cpu import segment_attention
+torch.manual_seed(0)
+qkv = torch.randn(1, 200, 3, 2, 32).bfloat16()
+def compute():
+    out, lse = segment_attention.forward(qkv, [0, 200], 0.2)
+    return out, segment_attention.backward(out, qkv, out, lse, [0, 200], 0.2)
+expected = None if {first} else compute()
+child = os.fork()
+if not child:
+    torch.save(compute(), sys.argv[1])
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+expected = expected or compute()
+assert all(torch.equal(a, b) for a, b in zip(torch.load(sys.argv[1]), expected, strict=True))
+print(extensions.extension("_cpu").isa())
+"""
+
+
+@pytest.mark.skipif("amx" not in SETS, reason="needs a CPU with AMX")
+@pytest.mark.parametrize("first", [True, False])
+def test_tiles_in_a_forked_worker(first: bool, tmp_path: Path) -> None:
+    """The permission to use tiles is the process's: a child has its parent's, or asks for its own."""
+    command = [sys.executable, "-c", in_a_fork(first), str(tmp_path / "child.pt")]
+    environment = {name: value for name, value in os.environ.items() if name != "PVDM_FAST_CPU_ISA"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.stdout.split() == ["amx"], result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
             continue
         target = tmp_path / f"{name}.o"
         common = [*build_tools.CXX_FLAGS.replace("-O3", "-O1").split(), f"-I{ROOT / 'csrc'}"]
-        subprocess.run(["g++", *common, *flags.split(), "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run(["g++", *common, *shlex.split(flags), "-c", str(source), "-o", str(target)], check=True)
         listing = subprocess.run(
             ["nm", "-C", "--defined-only", str(target)], capture_output=True, text=True, check=True
         )

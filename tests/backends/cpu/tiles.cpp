@@ -1,5 +1,5 @@
 // For tests: attention in the instruction set amx, its tile instructions trapped where the CPU has none; and their stand-in.
-#include "bindings_attention.h"
+#include "bindings/cpu/attention.h"
 #include "emulation/tile_trap.h"
 
 #include <string>
@@ -11,7 +11,7 @@ PYBIND11_MODULE(_tiles, m) {
   m.def("isa", [] { return isa_name(current_isa()); });
   m.def("isas", &usable_isas);
   m.def("set_isa", &set_isa);
-  border::bind_attention(m);
+  bindings::bind_attention(m);
   m.def("ldtilecfg", [](const std::string& config) { emulation::ldtilecfg(config.data()); });
   m.def("tilerelease", &emulation::tilerelease);
   m.def("tilezero", &emulation::tilezero);

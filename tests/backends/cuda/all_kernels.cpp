@@ -61,14 +61,15 @@ void norm(Dtype dtype, std::vector<int64_t> sizes, int64_t channels, bool scale_
   const int64_t tokens = planes.offset(planes.count), groups = 2;
   const int64_t after = resample > 0 ? 4 * tokens : resample < 0 ? tokens / 4 : tokens;
   const TensorView none, both = make(f32, {1, 2 * channels});
-  const cuda::PlaneNormInputs in{make(dtype, {1, tokens, channels}), make(f32, {channels}), make(f32, {channels}),
+  const PlaneNormTensors tensors{make(dtype, {1, tokens, channels}), make(f32, {channels}), make(f32, {channels}),
                                  scale_shift ? both : none, make(f32, {1, planes.count, groups}),
-                                 make(f32, {1, planes.count, groups}), planes, groups, scale_shift, resample};
+                                 make(f32, {1, planes.count, groups})};
+  const PlaneNormInputs in{tensors, planes, groups, scale_shift, resample};
   const auto workspace = make(f32, {cuda::plane_norm_workspace(1, channels, groups, planes)});
   const auto y = make(dtype, {1, after, channels});
   cuda::plane_norm_forward(in, y, workspace, 1e-5f, here);
-  cuda::plane_norm_backward(in, y, make(dtype, {1, tokens, channels}), make(f32, {channels}), make(f32, {channels}),
-                            scale_shift ? make(f32, {1, 2 * channels}) : none, workspace, here);
+  cuda::plane_norm_backward(in, {y, make(dtype, {1, tokens, channels}), make(f32, {channels}), make(f32, {channels}),
+                                 scale_shift ? make(f32, {1, 2 * channels}) : none}, workspace, here);
 }
 
 // Several segments, or one rotated (`rotate`), or one query a sequence (`single`).
@@ -80,10 +81,10 @@ void attention(Dtype dtype, std::vector<int64_t> offsets, int64_t width, bool ro
   const cuda::AttentionInputs in{qkv, queried(), table(), table(), offsets.data(),
                                  static_cast<int64_t>(offsets.size()) - 1, 0.3f};
   const auto out = make(dtype, {1, 1, queries, 2, width}), lse = make(f32, {1, 1, 2, queries});
-  cuda::attention_forward(in, out, lse, tensor_cores, here);
+  (tensor_cores ? cuda::matrix_attention_forward : cuda::vector_attention_forward)(in, out, lse, here);
   const TensorView dqkv = make(dtype, {1, 1, tokens, single ? 2 : 3, 2, width});
-  cuda::attention_backward(in, make(dtype, {1, 1, queries, 2, width}), out, lse, make(f32, {1, 1, 2, queries}), dqkv,
-                           queried(), tensor_cores, here);
+  (tensor_cores ? cuda::matrix_attention_backward : cuda::vector_attention_backward)(
+      in, {make(dtype, {1, 1, queries, 2, width}), out, lse, make(f32, {1, 1, 2, queries}), dqkv, queried()}, here);
 }
 
 }  // namespace

@@ -25,7 +25,8 @@ BACKEND = "cuda-emulated"
 def compile_for_host(output: Path, flags: tuple[str, ...], sources: tuple[Path, ...]) -> Path:
     """Compile .cu files (and others) with g++, and link them to `output`."""
     lines = ["-g"] if "-fsanitize" in " ".join(flags) else []  # what sanitizers name
-    command = ["g++", "-std=c++17", "-pthread", "-O1", *lines, "-DPVDM_EMULATE", f"-I{ROOT / 'csrc'}", *flags]
+    command = ["g++", "-std=c++17", "-pthread", "-O1", *lines, "-DPVDM_EMULATE", "-DPVDM_ABI=0"]
+    command += [f"-I{ROOT / 'csrc'}", *flags]
     command += ["-Wno-unknown-pragmas", "-x", "c++", *map(str, sources), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,8 +1,6 @@
-// Checks of the arguments of attention, for every backend's bindings.
+// segment_attention and axial_attention at the border of both native backends.
 #pragma once
-#include <vector>
-
-#include "tensor_checks.h"
+#include "sizes.h"
 
 namespace pvdm {
 
@@ -19,7 +17,7 @@ inline void check_attention(const TensorView& qkv, const TensorView& query, cons
   const int64_t queries = query.data ? 1 : tokens;
   check("qkv", qkv, {batch, sites, tokens, query.data ? 2 : 3, heads, width});
   require(qkv.dtype != Dtype::f64, "qkv must be float32, bfloat16 or float16.");
-  require(batch * sites * tokens * heads * width > 0, "qkv must not be empty.");
+  require(batch > 0 && sites > 0 && tokens > 0 && heads > 0 && width > 0, "qkv must not be empty.");
   check("out", out, {batch, sites, queries, heads, width});
   check("lse", lse, {batch, sites, heads, queries});
   check_float("lse", lse);

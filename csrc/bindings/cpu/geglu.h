@@ -1,0 +1,22 @@
+// geglu on the CPU.
+#pragma once
+#include "../../cpu/kernels.h"
+#include "../../ops/geglu.h"
+#include "../../tensor_caster.h"
+
+namespace pvdm::bindings {
+
+inline void bind_geglu(pybind11::module_& m) {
+  m.def("geglu_forward", [](const TensorView& x, const TensorView& out, int threads) {
+    check_geglu(x, out);
+    const pybind11::gil_scoped_release release;
+    choose_geglu_forward()(x, out, threads);
+  });
+  m.def("geglu_backward", [](const TensorView& grad, const TensorView& x, const TensorView& dx, int threads) {
+    check_geglu_gradients(grad, x, dx);
+    const pybind11::gil_scoped_release release;
+    choose_geglu_backward()(grad, x, dx, threads);
+  });
+}
+
+}  // namespace pvdm::bindings

@@ -1,0 +1,61 @@
+// add_layer_norm at the border of the native backends.
+#pragma once
+#include "sizes.h"
+
+namespace pvdm {
+
+// x (R, C), residual (R, C) of another dtype or none, weight and bias (C) f32 -> total (none without residual) and normed
+// (R, C) of the residual's dtype, mean and rstd (R) f32.
+struct AddLayerNorm {
+  TensorView x, residual, weight, bias, total, normed, mean, rstd;
+};
+
+// grad of normed, extra of total (or none), total (R, C) of one dtype -> dx (R, C) of it; dweight, dbias (C) f32.
+struct AddLayerNormGradients {
+  TensorView grad, extra, total, weight, mean, rstd, dx, dweight, dbias;
+};
+
+// What both directions have.
+inline void check_norm_of_rows(const TensorView& rows, const TensorView& weight, const TensorView& mean,
+                               const TensorView& rstd) {
+  check("The rows", rows, {rows.size[0], rows.size[1]});
+  check("weight", weight, {rows.size[1]});
+  check("mean", mean, {rows.size[0]});
+  check("rstd", rstd, {rows.size[0]});
+  for (const auto* t : {&weight, &mean, &rstd}) check_float("A parameter or statistic", *t);
+}
+
+inline void check(const AddLayerNorm& t) {
+  const int64_t rows = t.x.size[0], channels = t.x.size[1];
+  check_norm_of_rows(t.x, t.weight, t.mean, t.rstd);
+  check("bias", t.bias, {channels});
+  check_float("bias", t.bias);
+  check("normed", t.normed, {rows, channels});
+  check_dense("normed", t.normed);
+  require(t.x.dtype != Dtype::f64 && t.normed.dtype != Dtype::f64, "x must be float32, bfloat16 or float16.");
+  require(!t.residual.data == !t.total.data, "residual and total go together.");
+  if (t.residual.data) {
+    check("residual", t.residual, {rows, channels});
+    check("total", t.total, {rows, channels});
+    check_dense("total", t.total);
+  }
+  require(t.normed.dtype == (t.residual.data ? t.residual : t.x).dtype && (!t.residual.data || t.total.dtype == t.normed.dtype),
+          "The results must have the dtype of the residual, else of x.");
+}
+
+inline void check(const AddLayerNormGradients& t) {
+  const int64_t rows = t.total.size[0], channels = t.total.size[1];
+  check_norm_of_rows(t.total, t.weight, t.mean, t.rstd);
+  check("grad", t.grad, {rows, channels});
+  check("dx", t.dx, {rows, channels});
+  check_dense("dx", t.dx);
+  if (t.extra.data) check("The gradient of the sum", t.extra, {rows, channels});
+  check("dweight", t.dweight, {channels});
+  check("dbias", t.dbias, {channels});
+  for (const auto* each : {&t.dweight, &t.dbias}) check_float("A parameter's gradient", *each);
+  require(t.total.dtype != Dtype::f64 && t.grad.dtype == t.total.dtype && t.dx.dtype == t.total.dtype &&
+              (!t.extra.data || t.extra.dtype == t.total.dtype),
+          "The sum and all gradients of its shape must share a dtype of at most 32 bits.");
+}
+
+}  // namespace pvdm

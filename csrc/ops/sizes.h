@@ -1,0 +1,41 @@
+// Sizes as they come from Python, any whole numbers: their sums and products are checked.
+#pragma once
+#include <initializer_list>
+#include <vector>
+
+#include "../tensor_checks.h"
+
+namespace pvdm {
+
+inline int64_t product(std::initializer_list<int64_t> factors) {
+  int64_t result = 1;
+  for (int64_t factor : factors)
+    require(!__builtin_mul_overflow(result, factor, &result), "The sizes multiply to more than 2^63 - 1.");
+  return result;
+}
+
+inline int64_t sum(int64_t a, int64_t b) {
+  int64_t result;
+  require(!__builtin_add_overflow(a, b, &result), "The sizes add up to more than 2^63 - 1.");
+  return result;
+}
+
+// A video lattice. Whatever is counted of its planes is then below 2^63.
+inline Layout layout_of(int64_t time, int64_t height, int64_t width) {
+  require(time > 0 && height > 0 && width > 0, "The layout's sizes must be positive.");
+  product({3, time, height, width});
+  return {time, height, width};
+}
+
+// (rows, columns, rows, columns, ...), whose memory must live on; also of doubled sides all tokens are below 2^63.
+inline Planes planes_of(const std::vector<int64_t>& sizes) {
+  require(!sizes.empty() && sizes.size() % 2 == 0, "planes must be (rows, columns, rows, columns, ...).");
+  int64_t tokens = 0;
+  for (size_t i = 0; i < sizes.size(); i += 2) {
+    require(sizes[i] > 0 && sizes[i + 1] > 0, "The planes' sizes must be positive.");
+    tokens = sum(tokens, product({4, sizes[i], sizes[i + 1]}));
+  }
+  return {sizes.data(), static_cast<int64_t>(sizes.size() / 2)};
+}
+
+}  // namespace pvdm
