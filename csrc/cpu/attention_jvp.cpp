@@ -85,16 +85,17 @@ struct WithTangents {
       const float *keys = w.keys + 2 * j * width, *values = w.values + 2 * j * padding;
       float* scores = w.scores + part * block_queries;
       // The tangents first: whole panels of rows are written, so that some lie where the scores come.
-      multiply<Floats, 1>(part, vectors, keys, panel, lanes, w.queries, block_queries, {w.scores, block_queries}, 2 * width);
-      multiply<Floats, 1>(part, vectors, keys + width * lanes, panel, lanes, w.queries, block_queries,
-                          {scores, block_queries}, width);
+      multiply<Floats>(part, vectors, Panels{keys, panel, lanes}, {w.queries, block_queries}, {w.scores, block_queries},
+                       2 * width);
+      multiply<Floats>(part, vectors, Panels{keys + width * lanes, panel, lanes}, {w.queries, block_queries},
+                       {scores, block_queries}, width);
       exponentials<Floats>(scores, part, vectors, size * log2_e, first, w.maximum, w.total, w.factor);
       weigh(scores, w.scores, part, vectors, size, first, w);
       const float* factor = first ? nullptr : w.factor;
-      multiply<Floats, 1>(width, vectors, values, lanes, padding, scores, block_queries,
-                          {w.sums, block_queries, !first, factor}, part);
-      multiply<Floats, 1>(width, vectors, values, lanes, padding, w.scores, block_queries,
-                          {w.dsums, block_queries, !first, factor}, 2 * part);
+      multiply<Floats>(width, vectors, Panels{values, lanes, padding}, {scores, block_queries},
+                       {w.sums, block_queries, !first, factor}, part);
+      multiply<Floats>(width, vectors, Panels{values, lanes, padding}, {w.scores, block_queries},
+                       {w.dsums, block_queries, !first, factor}, 2 * part);
     }
     finish(p, at, count, vectors, w);
   }
@@ -127,6 +128,7 @@ struct WithTangents {
   void finish(const Problem& p, int64_t at, int64_t count, int64_t vectors, const Workspace& w) const {
     const auto results = tokens_of<T>(out, p).from(at), tangents = tokens_of<T>(dout, p).from(at);
     float* logs = logs_of(lse, p) + at;
+    const float size = scale < 0 ? -scale : scale;
     for (int64_t v = 0; v < vectors; v++) {
       const Vec total = load(w.total + v * lanes), inverse = 1.0f / total;
       const Vec mean = load(w.mean + v * lanes) * inverse;
@@ -140,7 +142,7 @@ struct WithTangents {
       };
       write(w.sums, results);
       write(w.dsums, tangents);
-      store(logs + v * lanes, (load(w.maximum + v * lanes) + log2(total)) * ln_2, lane_count);
+      store(logs + v * lanes, load(w.maximum + v * lanes) * size + log2(total) * ln_2, lane_count);
     }
   }
 };
