@@ -17,6 +17,7 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import rounded_product, sum_of_products
 from pvdm_fast.kernels.partials import sum_partials
 
 WIDEST = 8192  # columns: beyond, a row no longer fits into a block's registers
@@ -83,7 +84,7 @@ def _forward(
     centred = tl.where(inside, values - mean[:, None], 0.0)
     error = tl.sum(centred, 1) / columns  # of the mean, which matters in rows far from zero
     centred = tl.where(inside, centred - error[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / columns + eps)
+    rstd = tl.rsqrt(sum_of_products(centred, centred, 1) / columns + eps)
     w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
     result = centred * rstd[:, None] * w[None, :] + b[None, :]
@@ -114,9 +115,9 @@ def _backward(
         normed = (t - m[:, None]) * r[:, None]
         dweight += g * normed
         dbias += g
-        g *= w[None, :]  # zero outside, so that no sum needs a mask
+        g = rounded_product(g, w[None, :])  # zero outside, so that no sum needs a mask
         average = tl.sum(g, 1) / columns
-        slope = tl.sum(g * normed, 1) / columns
+        slope = sum_of_products(g, normed, 1) / columns
         result = r[:, None] * (g - average[:, None] - normed * slope[:, None])
         if HAS_TOTAL:
             result += tl.load(

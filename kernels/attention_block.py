@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels import segment_attention
+from pvdm_fast.kernels.attention_common import refuse_width
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import refuse_width
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import dot_precision
+from pvdm_fast.kernels.math import dot_precision, sum_of_products
 
 MOST_TOKENS = 128  # all are in one program
 WIDEST_GROUP = 128  # channels: with all tokens, of a step
@@ -96,7 +96,7 @@ def _normed_qkv(
         x = tl.load(x_rows + channel[None, :, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.sum(tl.sum(x, 2), 0) / count
         deviation = tl.where(mask, x - mean[None, :, None], 0.0)
-        variance = tl.sum(tl.sum(deviation * deviation, 2), 0) / count
+        variance = tl.sum(sum_of_products(deviation, deviation, 2), 0) / count
         gain = tl.load(GAIN + channel, mask=inside, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)[:, None]
         shift = tl.load(SHIFT + channel, mask=inside, other=0.0).to(tl.float32)
         normed = (deviation * gain[None, :, :] + shift[None, :, :]).to(X.dtype.element_ty)

@@ -27,7 +27,7 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import silu
+from pvdm_fast.kernels.math import silu, sum_of_products
 from pvdm_fast.kernels.plane_norm_backward import backward
 from pvdm_fast.kernels.plane_norm_tiles import (
     chunk_config,
@@ -103,7 +103,7 @@ def _moments(x, origin, mask, count):
     deviation = tl.where(mask, x - origin[None, :, None], 0.0)
     mean = tl.sum(tl.sum(deviation, 2), 0) / count
     deviation = tl.where(mask, deviation - mean[None, :, None], 0.0)
-    return mean, tl.sum(tl.sum(deviation * deviation, 2), 0)
+    return mean, tl.sum(sum_of_products(deviation, deviation, 2), 0)
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _join(PARTIALS, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, 
     at = PARTIALS + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
     means = tl.load(at, mask=mask, other=0.0)
     squares = tl.load(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, mask=mask, other=0.0)
-    mean = tl.sum(means * count, 0) / (tokens * WIDTH).to(tl.float32)
+    mean = sum_of_products(means, count, 0) / (tokens * WIDTH).to(tl.float32)
     step = means - mean[None, :]
     return mean, tl.sum(squares + step * step * count, 0)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import silu_derivative
+from pvdm_fast.kernels.math import rounded_product, silu_derivative, sum_of_products
 from pvdm_fast.kernels.plane_norm_tiles import (
     chunk_config,
     constants_of,
@@ -99,7 +99,7 @@ def _normed_and_gradient(
     dz = _load_gradient(GRAD, grad_stride, token, columns, channel, mask, RESAMPLE)
     n = tl.where(mask, (x - mean[None, :, None]) * rstd[None, :, None], 0.0)
     if ACTIVATION:
-        dz = dz * silu_derivative(n * gain[None, :, :] + rest[None, :, :])
+        dz = rounded_product(dz, silu_derivative(n * gain[None, :, :] + rest[None, :, :]))
     return n, dz
 
 
@@ -149,11 +149,13 @@ def _sums(
             x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
         )
         level += tl.sum(dz, 0)
-        tilt += tl.sum(dz * n, 0)
+        tilt += sum_of_products(dz, n, 0)
     _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, GROUPS * WIDTH)
     at = GROUP_SUMS + (b * chunks + chunk) * GROUPS + group
-    tl.store(at, tl.sum(gain * level, 1), mask=group < GROUPS)
-    tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, tl.sum(gain * tilt, 1), mask=group < GROUPS)
+    tl.store(at, sum_of_products(gain, level, 1), mask=group < GROUPS)
+    tl.store(
+        at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, sum_of_products(gain, tilt, 1), mask=group < GROUPS
+    )
 
 
 @triton.jit
@@ -192,9 +194,9 @@ def _input_gradient(
         x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
     )
     if GROUP_SUMS is None:
-        levels, tilts = tl.sum(dz, 0), tl.sum(dz * n, 0)
+        levels, tilts = tl.sum(dz, 0), sum_of_products(dz, n, 0)
         _store_sums(SUMS, b, plane, chunks, levels, tilts, channel, inside, GROUPS * WIDTH)
-        level, tilt = tl.sum(gain * levels, 1), tl.sum(gain * tilts, 1)
+        level, tilt = sum_of_products(gain, levels, 1), sum_of_products(gain, tilts, 1)
     else:
         level, tilt = _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES, GROUPS, SIZE, OWN)
     scale = rstd / (rows * columns * WIDTH).to(tl.float32)
@@ -231,7 +233,7 @@ def _parameter_gradients(
             tl.store(at + channels, level.to(DSCALE_SHIFT.dtype.element_ty), mask=mask)
             scale_shift = SCALE_SHIFT + b[:, None] * scale_shift_stride + channel[None, :]
             scale = 1.0 + tl.load(scale_shift, mask=mask, other=0.0).to(tl.float32)
-            level, tilt = level * scale, tilt * scale
+            level, tilt = rounded_product(level, scale), rounded_product(tilt, scale)
         dweight += tl.sum(tilt, 0)
         dbias += tl.sum(level, 0)
     tl.store(DWEIGHT + channel, dweight.to(DWEIGHT.dtype.element_ty), mask=inside)
