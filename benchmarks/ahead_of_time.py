@@ -85,7 +85,7 @@ def compile_launch(
 
 
 def name_of(kernel: Any) -> str:
-    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__.strip('_')}"
+    return str(kernel.fn.__name__)
 
 
 def dtype_of(arguments: Iterable[Any]) -> str:
@@ -205,7 +205,7 @@ def over_budget(found: Resources, narrow: Iterable[str] = ()) -> list[str]:
     if found.asymmetric:
         problems.append(
             f"{where} fuses {found.asymmetric} products into sums over lanes, which then differ in the last bit: take "
-            "the product with math.rounded_product."
+            "the product with sum_of_products or rounded_product of kernels/math.py."
         )
     if found.registers > most:
         problems.append(f"{where} takes {found.registers} registers a thread, the most is {most}.")

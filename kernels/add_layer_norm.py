@@ -64,7 +64,7 @@ def width_class(columns: int) -> str:
 
 
 @triton.jit
-def _forward(
+def add_layer_norm_forward(
     x, residual, weight, bias, total, normed, mean_out, rstd_out, rows, columns, x_stride, residual_stride, eps,
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def add_layer_norm_backward(
     grad_normed, grad_total, total, weight, mean, rstd, dx, partials,
     rows, columns, normed_stride, grad_total_stride, total_stride,
     HAS_TOTAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -148,7 +148,7 @@ def forward(
     rows, columns = x.shape
     config = FORWARD(x.device, width_class(columns), like.dtype)
     launch(
-        _forward,
+        add_layer_norm_forward,
         (triton.cdiv(rows, config.blocks["ROWS"]),),
         *(x, residual, rows_dense(weight), rows_dense(bias), total, normed, mean, rstd),
         *(rows, columns, x.stride(0), residual.stride(0), eps),
@@ -171,7 +171,7 @@ def backward(
     programs = min(triton.cdiv(rows, config.blocks["ROWS"]), config.blocks["PROGRAMS"])
     partials = torch.empty(programs, 2 * columns, dtype=torch.float32, device=total.device)
     launch(
-        _backward,
+        add_layer_norm_backward,
         (programs,),
         *(grad_normed, added, total, rows_dense(weight), mean.contiguous(), rstd.contiguous(), dx, partials),
         *(rows, columns, grad_normed.stride(0), added.stride(0), total.stride(0)),

@@ -5,8 +5,10 @@ dx = rstd (gain dz - avg(gain dz) - n avg(gain dz n)), averages over a group's t
 the gradients of weight, bias and FiLM, follow from the sums over tokens of dz and of dz n for each channel, which a
 program writes for its tile. The gradient is read at its own resolution. As forward, planes are whole, or in chunks:
 
-- whole: `_input_gradient` (sums and dx from one reading of x and the gradient), `_parameter_gradients`.
-- in chunks: `_sums`, `_input_gradient` (reads again, joins the chunks' sums), `_parameter_gradients`.
+- whole: `plane_norm_backward_dx` (sums and dx from one reading of x and the gradient), then
+  `plane_norm_backward_parameters`.
+- in chunks: `plane_norm_backward_sums`, `plane_norm_backward_dx` (reads again, joins the chunks' sums), then
+  `plane_norm_backward_parameters`.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ def _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, CHANNELS: 
 
 
 @triton.jit
-def _sums(
+def plane_norm_backward_sums(
     X, GRAD, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, SUMS, GROUP_SUMS,
     batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, chunks,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -171,7 +173,7 @@ def _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES: tl.constexpr, GROUPS
 
 
 @triton.jit
-def _input_gradient(
+def plane_norm_backward_dx(
     X, GRAD, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, SUMS, GROUP_SUMS, DX,
     batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, dx_batch_stride, chunks,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
@@ -206,7 +208,7 @@ def _input_gradient(
 
 
 @triton.jit
-def _parameter_gradients(
+def plane_norm_backward_parameters(
     SUMS, WEIGHT, BIAS, SCALE_SHIFT, DWEIGHT, DBIAS, DSCALE_SHIFT, scale_shift_stride, batch, chunks, channels,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -277,10 +279,22 @@ def backward(
         sums = x.new_empty(2, batch, chunks, channels, dtype=torch.float32)
         group_sums = x.new_empty(2, batch, chunks, groups, dtype=torch.float32)
         grid = (chunks, -(-groups // config.blocks["BLOCK_G"]), batch)
-        launch(_sums, grid, x, *inputs, sums, group_sums, *strides, chunks, config=config, TILES=tiles, **constants)
+        launch(
+            plane_norm_backward_sums,
+            grid,
+            x,
+            *inputs,
+            sums,
+            group_sums,
+            *strides,
+            chunks,
+            config=config,
+            TILES=tiles,
+            **constants,
+        )
     grid = (sum(count_chunks(planes, config.blocks["BLOCK_N"])), -(-groups // config.blocks["BLOCK_G"]), batch)
     launch(
-        _input_gradient,
+        plane_norm_backward_dx,
         grid,
         *(x, *inputs, sums, group_sums, dx, *strides, dx.stride(0), chunks),
         config=config,
@@ -290,7 +304,7 @@ def backward(
     )
     config = PARAMETERS(x.device, ANY, x.dtype)
     launch(
-        _parameter_gradients,
+        plane_norm_backward_parameters,
         (-(-channels // config.blocks["BLOCK_C"]),),
         *(sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels),
         config=config,

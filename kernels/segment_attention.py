@@ -14,7 +14,12 @@ from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.attention_common import LOG2_E, padded, refuse_width, strides_of, width_class
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
-from pvdm_fast.kernels.segment_attention_backward import DKDV, DQ, segment_attention_dkdv, segment_attention_dq
+from pvdm_fast.kernels.segment_attention_backward import (
+    DKDV,
+    DQ,
+    segment_attention_backward_dkdv,
+    segment_attention_backward_dq,
+)
 from pvdm_fast.kernels.segment_attention_forward import FORWARD, SEGMENTS, segment_attention_forward
 
 
@@ -83,7 +88,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Seque
     config = DQ(qkv.device, shape_class(qkv), qkv.dtype)
     for grid, (blocks, *bounds) in grids(offsets, batch * heads, config.blocks["BLOCK_M"]):
         launch(
-            segment_attention_dq,
+            segment_attention_backward_dq,
             grid,
             *(grad, qkv, out, lse, delta, written, *scales, blocks, tokens, *bounds, heads, *strides),
             config=config,
@@ -92,7 +97,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Seque
     config = DKDV(qkv.device, shape_class(qkv), qkv.dtype)
     for grid, (blocks, *bounds) in grids(offsets, batch * heads, config.blocks["BLOCK_N"]):
         launch(
-            segment_attention_dkdv,
+            segment_attention_backward_dkdv,
             grid,
             *(grad, qkv, lse, delta, written, *scales, blocks, tokens, *bounds, heads, *strides),
             config=config,

@@ -21,7 +21,7 @@ from pvdm_fast.kernels.segment_attention_forward import BOUNDS, locate, table
 
 
 @triton.jit(do_not_specialize=["blocks", "tokens", *BOUNDS])
-def segment_attention_dq(
+def segment_attention_backward_dq(
     grad, qkv, out, lse, delta, dqkv, scale, scale_log2, blocks, tokens, start, end0, end1, end2, heads,
     grad_strides, strides, d_strides,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -73,7 +73,7 @@ def segment_attention_dq(
 
 
 @triton.jit(do_not_specialize=["blocks", "tokens", *BOUNDS])
-def segment_attention_dkdv(
+def segment_attention_backward_dkdv(
     grad, qkv, lse, delta, dqkv, scale, scale_log2, blocks, tokens, start, end0, end1, end2, heads,
     grad_strides, strides, d_strides,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
