@@ -58,7 +58,8 @@ def _cuda_width(name: str) -> int:
     """How many registers an instruction writes, at most."""
     kind, *parts = name.split(".")
     if kind == "HGMMA":
-        return int(parts[0].split("x")[1]) // 2
+        size = re.search(r"\d+x(\d+)x\d+", name)
+        return int(size[1]) // 2 if size else 128
     if kind == "LDTM":
         return max([int(part[1:]) for part in parts if re.fullmatch(r"x\d+", part)], default=1)
     if kind in ("HMMA", "IMMA", "DMMA") or {"128", "4", "x4"} & set(parts):
