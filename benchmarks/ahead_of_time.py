@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.machine_code import of_amd, of_cuda
 from pvdm_fast.analysis.workload import Call
 from pvdm_fast.backends import choice
 from pvdm_fast.kernels import configs
@@ -35,7 +32,6 @@ TARGETS = {
     "sm120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,8 @@ class Resources:
     num_warps: int
     registers: int
     spilled: int
+    instructions: int
+    asymmetric: int  # sums that lanes may round differently (benchmarks/machine_code.py)
     shared: int
     products: bool  # has a tl.dot
     products_16_bit: bool
@@ -87,7 +85,7 @@ def compile_launch(
 
 
 def name_of(kernel: Any) -> str:
-    return f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__.strip('_')}"
+    return str(kernel.fn.__name__)
 
 
 def dtype_of(arguments: Iterable[Any]) -> str:
@@ -179,7 +177,9 @@ def is_narrow(made: Resources, config: Config, constants: dict[str, Any]) -> boo
 def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config: Config) -> Resources:
     """Read what a compiled kernel takes from its machine code."""
     products = [line for line in compiled.asm["ttir"].splitlines() if re.search(r"= tt\.dot\b", line)]
-    counts: dict[str, Any] = _cuda(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
+    counts: dict[str, Any] = (
+        of_cuda(compiled.asm["cubin"]) if "cubin" in compiled.asm else of_amd(compiled.asm["amdgcn"])
+    )
     blocks = " ".join(f"{name.lower()} {size}" for name, size in config.blocks.items())
     return Resources(
         kernel=kernel,
@@ -194,48 +194,6 @@ def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config:
     )
 
 
-@cache
-def _cuobjdump() -> str:
-    import triton.backends.nvidia
-
-    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
-
-
-def _cuda(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
-    code = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, flags=re.MULTILINE
-    )
-    kinds = Counter(instruction.partition(".")[0] for instruction in code)
-    loads = [instruction for instruction in code if instruction.startswith(("LDG.", "LDGSTS."))]
-    return {
-        "registers": int(usage["REG"]),
-        "spilled": kinds["STL"] + kinds["LDL"] + (int(usage["STACK"]) > 0),
-        "tensor_core_instructions": sum(kinds[kind] for kind in TENSOR_CORES),
-        "loads": len(loads),
-        "wide_loads": sum(".128" in load for load in loads),
-    }
-
-
-def _amd(assembly: str) -> dict[str, int]:
-    def number(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])
-
-    loads = re.findall(r"^\s+(?:global|buffer)_load_(\w+)", assembly, flags=re.MULTILINE)
-    return {
-        "registers": number("vgpr_count"),
-        "spilled": number("vgpr_spill_count") + (number("private_segment_fixed_size") > 0),
-        "tensor_core_instructions": len(re.findall(r"^\s+v_mfma", assembly, flags=re.MULTILINE)),
-        "loads": len(loads),
-        "wide_loads": sum("x4" in load for load in loads),
-    }
-
-
 def over_budget(found: Resources, narrow: Iterable[str] = ()) -> list[str]:
     """What is wrong with a compiled kernel, in sentences; `narrow` are kernels that need no 16-byte loads."""
     where = f"{found.kernel} for {found.architecture}, {found.dtype} ({found.config})"
@@ -244,6 +202,11 @@ def over_budget(found: Resources, narrow: Iterable[str] = ()) -> list[str]:
     problems = []
     if found.spilled:
         problems.append(f"{where} spills registers: make its blocks smaller, or give it more warps.")
+    if found.asymmetric:
+        problems.append(
+            f"{where} fuses {found.asymmetric} products into sums over lanes, which then differ in the last bit: take "
+            "the product with sum_of_products or rounded_product of kernels/math.py."
+        )
     if found.registers > most:
         problems.append(f"{where} takes {found.registers} registers a thread, the most is {most}.")
     if found.shared > limit:

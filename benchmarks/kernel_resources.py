@@ -1,9 +1,9 @@
 """What each Triton kernel takes on each family of GPUs, compiled without one: `python -m benchmarks.kernel_resources`.
 
 Compiles each kernel as the networks launch it, in every configuration that serves sm80, sm90, sm100, sm120 and gfx942,
-and holds it to a budget: no spilled registers, shared memory that the GPU has, tensor cores for 16-bit products,
-16-byte loads where memory is the bound. Also finds entries of the configuration tables that no launch uses. Exit code 1
-where something is over its budget. Speed is not seen. Takes about half an hour of CPU time.
+and holds it to a budget: no spilled registers, sums that all lanes round alike, shared memory that the GPU has, tensor
+cores for 16-bit products, 16-byte loads where memory is the bound. Also finds entries of the configuration tables that
+no launch uses. Exit code 1 where something is over its budget. Speed is not seen. Takes about half an hour of CPU time.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import rounded_product, sum_of_products
 from pvdm_fast.kernels.partials import sum_partials
 
 WIDEST = 8192  # columns: beyond, a row no longer fits into a block's registers
@@ -63,7 +64,7 @@ def width_class(columns: int) -> str:
 
 
 @triton.jit
-def _forward(
+def add_layer_norm_forward(
     x, residual, weight, bias, total, normed, mean_out, rstd_out, rows, columns, x_stride, residual_stride, eps,
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +84,7 @@ def _forward(
     centred = tl.where(inside, values - mean[:, None], 0.0)
     error = tl.sum(centred, 1) / columns  # of the mean, which matters in rows far from zero
     centred = tl.where(inside, centred - error[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / columns + eps)
+    rstd = tl.rsqrt(sum_of_products(centred, centred, 1) / columns + eps)
     w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
     b = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
     result = centred * rstd[:, None] * w[None, :] + b[None, :]
@@ -93,7 +94,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def add_layer_norm_backward(
     grad_normed, grad_total, total, weight, mean, rstd, dx, partials,
     rows, columns, normed_stride, grad_total_stride, total_stride,
     HAS_TOTAL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -114,9 +115,9 @@ def _backward(
         normed = (t - m[:, None]) * r[:, None]
         dweight += g * normed
         dbias += g
-        g *= w[None, :]  # zero outside, so that no sum needs a mask
+        g = rounded_product(g, w[None, :])  # zero outside, so that no sum needs a mask
         average = tl.sum(g, 1) / columns
-        slope = tl.sum(g * normed, 1) / columns
+        slope = sum_of_products(g, normed, 1) / columns
         result = r[:, None] * (g - average[:, None] - normed * slope[:, None])
         if HAS_TOTAL:
             result += tl.load(
@@ -147,7 +148,7 @@ def forward(
     rows, columns = x.shape
     config = FORWARD(x.device, width_class(columns), like.dtype)
     launch(
-        _forward,
+        add_layer_norm_forward,
         (triton.cdiv(rows, config.blocks["ROWS"]),),
         *(x, residual, rows_dense(weight), rows_dense(bias), total, normed, mean, rstd),
         *(rows, columns, x.stride(0), residual.stride(0), eps),
@@ -170,7 +171,7 @@ def backward(
     programs = min(triton.cdiv(rows, config.blocks["ROWS"]), config.blocks["PROGRAMS"])
     partials = torch.empty(programs, 2 * columns, dtype=torch.float32, device=total.device)
     launch(
-        _backward,
+        add_layer_norm_backward,
         (programs,),
         *(grad_normed, added, total, rows_dense(weight), mean.contiguous(), rstd.contiguous(), dx, partials),
         *(rows, columns, grad_normed.stride(0), added.stride(0), total.stride(0)),

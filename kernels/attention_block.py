@@ -1,9 +1,9 @@
 """The cross-plane attention block of few tokens, for inference: three launches instead of six.
 
-1. `_normed_qkv`: GroupNorm in the prologue of the qkv projection. A program holds all tokens, and goes through the
-   channels by whole groups: the tile it multiplies is also all that the statistics of these groups need.
+1. `attention_block_forward_qkv`: GroupNorm in the prologue of the qkv projection. A program holds all tokens, and goes
+   through the channels by whole groups: the tile it multiplies is also all that the statistics of these groups need.
 2. The flash kernel of `segment_attention`.
-3. `_projected`: the output projection, its bias and the residual in the epilogue.
+3. `attention_block_forward_projection`: the output projection, its bias and the residual in the epilogue.
 
 Not one launch: every output channel needs every head, and every head every channel of x. Without waiting for each other
 (which needs atomics, and all programs on the GPU at once) programs could only be one a batch element: at C 1024 each
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels import segment_attention
+from pvdm_fast.kernels.attention_common import refuse_width
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import refuse_width
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import dot_precision
+from pvdm_fast.kernels.math import dot_precision, sum_of_products
 
 MOST_TOKENS = 128  # all are in one program
 WIDEST_GROUP = 128  # channels: with all tokens, of a step
@@ -74,7 +74,7 @@ def refusal(*inputs: Any) -> str | None:
 
 
 @triton.jit
-def _normed_qkv(
+def attention_block_forward_qkv(
     X, GAIN, SHIFT, WEIGHT, BIAS, QKV, tokens, eps, stride_batch, stride_token, C: tl.constexpr, GROUPS: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def _normed_qkv(
         x = tl.load(x_rows + channel[None, :, :], mask=mask, other=0.0).to(tl.float32)
         mean = tl.sum(tl.sum(x, 2), 0) / count
         deviation = tl.where(mask, x - mean[None, :, None], 0.0)
-        variance = tl.sum(tl.sum(deviation * deviation, 2), 0) / count
+        variance = tl.sum(sum_of_products(deviation, deviation, 2), 0) / count
         gain = tl.load(GAIN + channel, mask=inside, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)[:, None]
         shift = tl.load(SHIFT + channel, mask=inside, other=0.0).to(tl.float32)
         normed = (deviation * gain[None, :, :] + shift[None, :, :]).to(X.dtype.element_ty)
@@ -110,7 +110,7 @@ def _normed_qkv(
 
 
 @triton.jit
-def _projected(
+def attention_block_forward_projection(
     A, WEIGHT, BIAS, X, OUT, rows, tokens, stride_batch, stride_token, C: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def forward(
     qkv = torch.empty(batch, tokens, 3 * channels, dtype=x.dtype, device=x.device)
     config = QKV(x.device, "any", x.dtype)
     launch(
-        _normed_qkv,
+        attention_block_forward_qkv,
         (triton.cdiv(3 * channels, config.blocks["OUTPUTS"]), batch),
         *(x, norm_weight.contiguous(), norm_bias.contiguous(), qkv_weight.contiguous(), qkv_bias.contiguous(), qkv),
         *(tokens, eps, *x.stride()[:2]),
@@ -166,7 +166,7 @@ def forward(
     out = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     config = PROJECTION(x.device, "any", x.dtype)
     launch(
-        _projected,
+        attention_block_forward_projection,
         (triton.cdiv(batch * tokens, config.blocks["ROWS"]), triton.cdiv(channels, config.blocks["OUTPUTS"])),
         *(attended, proj_weight.contiguous(), proj_bias.contiguous(), x, out, batch * tokens, tokens),
         *x.stride()[:2],

@@ -18,7 +18,7 @@ from pvdm_fast.kernels import axial_attention_long as long
 from pvdm_fast.kernels import axial_attention_long_backward as long_backward
 from pvdm_fast.kernels import axial_attention_query as single
 from pvdm_fast.kernels import axial_attention_short as short
-from pvdm_fast.kernels.lattice import refuse_width
+from pvdm_fast.kernels.attention_common import refuse_width
 
 
 def refusal(*inputs: Any) -> str | None:

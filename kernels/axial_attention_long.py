@@ -14,8 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.kernels.attention_common import (
+    LOG2_E,
+    log_sum_exp,
+    no_softmax,
+    padded,
+    sequence_offset,
+    softmax_step,
+    strides_of,
+    where_present,
+    width_class,
+)
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import padded, sequence_offset, strides_of, width_class
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.rotation import rotate
@@ -26,7 +36,7 @@ def blocks(queries: int, keys: int, warps: int, stages: int) -> Config:
 
 
 @triton.jit
-def rotate_kernel(
+def axial_attention_rotate(
     x, sin, cos, rotated, x_strides, rotated_strides, x_part, rotated_part, sites, length, heads, parts,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -53,15 +63,15 @@ def rotate_kernel(
 
 
 @triton.jit
-def forward_kernel(
+def axial_attention_long_forward(
     q, k, v, sin, cos, out, lse, q_strides, k_strides, v_strides, out_strides, sites, length, heads, scale,
-    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """q (not rotated yet), k (rotated), v, out: (B, sites, length, heads, HEAD) by strides; lse: contiguous.
 
     Grid: query blocks x (sequence, head), the blocks of one head side by side: they share its keys in the L2.
-    WHOLE: length is a multiple of BLOCK_N.
+    EVEN: length is a multiple of BLOCK_N.
     """
     blocks = tl.cdiv(length, BLOCK_M)
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -82,30 +92,23 @@ def forward_kernel(
     v_pointers = v + sequence_offset(sequence, head, sites, v_strides) + row * v_strides[2] + columns
     k_step = BLOCK_N * k_strides[2].to(tl.int64)
     v_step = BLOCK_N * v_strides[2].to(tl.int64)
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    highest, total = no_softmax(BLOCK_M)
     sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     for start in range(0, length, BLOCK_N):
         present = (start + keys < length)[:, None] & (columns < HEAD)
         k_tile = tl.load(k_pointers, mask=present, other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)  # / ln 2
-        if not WHOLE:
-            scores = tl.where((start + keys < length)[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        decay = tl.exp2(highest - higher)
-        total = total * decay + tl.sum(weights, 1)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = where_present(scores, (start + keys < length)[None, :], float("-inf"), EVEN)
+        weights, decay, highest, total = softmax_step(scores, 1.0, highest, total, 1)
         v_tile = tl.load(v_pointers, mask=present, other=0.0)
         sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums * decay[:, None], input_precision=PRECISION)
-        highest = higher
         k_pointers += k_step
         v_pointers += v_step
     offsets = (
         sequence_offset(sequence, head, sites, out_strides) + rows.to(tl.int64)[:, None] * out_strides[2] + columns
     )
     tl.store(out + offsets, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
-    natural = (highest + tl.log2(total)) * 0.6931471805599453  # ln 2
-    tl.store(lse + pair.to(tl.int64) * length + rows, natural, mask=rows < length)
+    tl.store(lse + pair.to(tl.int64) * length + rows, log_sum_exp(highest, total), mask=rows < length)
 
 
 # A thread holds 16 columns of one or two rows, and as many of both tables.
@@ -153,7 +156,7 @@ def rotated(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     result = result.permute(1, 2, 4, 0, 3, 5)
     config = ROTATE(x.device, width_class(width), x.dtype)
     launch(
-        rotate_kernel,
+        axial_attention_rotate,
         (triton.cdiv(length, config.blocks["BLOCK"]) * batch * sites,),
         *(x, sin, cos, result, strides_of(x.select(3, 0)), strides_of(result.select(3, 0))),
         *(x.stride(3), result.stride(3), sites, length, heads, parts),
@@ -171,7 +174,7 @@ def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, ls
     if sin is not None and cos is not None:
         k = rotated(qkv[:, :, :, 1:2], sin, cos).select(3, 0)
     launch(
-        forward_kernel,
+        axial_attention_long_forward,
         (triton.cdiv(length, config.blocks["BLOCK_M"]) * batch * sites * heads,),
         *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(k), strides_of(v), strides_of(out)),
         *(sites, length, heads, scale),
@@ -179,5 +182,5 @@ def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, ls
         HEAD=width,
         WIDTH=padded(width),
         PRECISION=dot_precision(qkv),
-        WHOLE=length % config.blocks["BLOCK_N"] == 0,
+        EVEN=length % config.blocks["BLOCK_N"] == 0,
     )

@@ -1,8 +1,8 @@
 """Attention of long sequences, backward: queries' gradients, then keys' and values'; each program sums its own rows.
 
 Weights are computed again from the saved log-sum-exp, in both kernels: seven products instead of five, for no atomics
-and no gradient buffers in float32. The first kernel also leaves what the second needs of each query, the mean of its
-weights' gradients. Both rotate their gradients back where they are stored.
+and no gradient buffers in float32. The first kernel also leaves what the second needs of each query, delta. Both
+rotate their gradients back where they are stored.
 """
 
 from __future__ import annotations
@@ -12,22 +12,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.kernels.attention_common import (
+    LOG2_E,
+    delta_of,
+    padded,
+    sequence_offset,
+    strides_of,
+    where_present,
+    width_class,
+)
 from pvdm_fast.kernels.axial_attention_long import blocks, rotated
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import padded, sequence_offset, strides_of, width_class
 from pvdm_fast.kernels.launch import launch
 from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.rotation import rotate_back
 
 
 @triton.jit
-def query_kernel(
-    grad, q, k, v, sin, cos, out, lse, mean, dq, grad_strides, q_strides, k_strides, v_strides, out_strides, dq_strides,
-    sites, length, heads, scale,
-    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+def axial_attention_long_backward_dq(
+    grad, q, k, v, sin, cos, out, lse, delta, dq,
+    grad_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, sites, length, heads, scale,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and mean (B, sites, heads, length); q and k are rotated. Grid and WHOLE as in forward."""
+    """dq, and delta (B, sites, heads, length); q and k are rotated. Grid and EVEN as in forward."""
     blocks = tl.cdiv(length, BLOCK_M)
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     sequence, head = pair // heads, pair % heads
@@ -42,9 +50,9 @@ def query_kernel(
     offsets = sequence_offset(sequence, head, sites, out_strides) + row * out_strides[2] + columns
     out_tile = tl.load(out + offsets, mask=inside, other=0.0)
     statistics = pair.to(tl.int64) * length + rows
-    lse_tile = tl.load(lse + statistics, mask=rows < length, other=0.0) * 1.4426950408889634  # / ln 2
-    mean_tile = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    tl.store(mean + statistics, mean_tile, mask=rows < length)
+    lse_tile = tl.load(lse + statistics, mask=rows < length, other=0.0) * LOG2_E
+    delta_tile = delta_of(grad_tile, out_tile)
+    tl.store(delta + statistics, delta_tile, mask=rows < length)
 
     keys = tl.arange(0, BLOCK_N)
     row = keys.to(tl.int64)[:, None]
@@ -57,12 +65,11 @@ def query_kernel(
         present = (start + keys < length)[:, None] & (columns < HEAD)
         k_tile = tl.load(k_pointers, mask=present, other=0.0)
         v_tile = tl.load(v_pointers, mask=present, other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        weights = tl.exp2(scores - lse_tile[:, None])
-        if not WHOLE:
-            weights = tl.where((start + keys < length)[None, :], weights, 0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+        present = (start + keys < length)[None, :]
+        weights = where_present(tl.exp2(scores - lse_tile[:, None]), present, 0.0, EVEN)
         dweights = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
-        dscores = weights * (dweights - mean_tile[:, None])
+        dscores = weights * (dweights - delta_tile[:, None])
         dq_tile = tl.dot(dscores.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
         k_pointers += k_step
         v_pointers += v_step
@@ -78,14 +85,15 @@ def query_kernel(
 
 
 @triton.jit
-def key_kernel(
-    grad, q, k, v, sin, cos, lse, mean, dk, dv, grad_strides, q_strides, k_strides, v_strides, dk_strides,
+def axial_attention_long_backward_dkdv(
+    grad, q, k, v, sin, cos, lse, delta, dk, dv, grad_strides, q_strides, k_strides, v_strides, dk_strides,
     sites, length, heads, scale,
-    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (of the same strides). A program takes BLOCK_N keys and goes through all queries; scores transposed.
 
-    Queries past the end are zeros with a log-sum-exp, mean and gradient of zero: they add nothing, unmasked.
+    EVEN: length is a multiple of BLOCK_M. Else queries past the end have no weights: finite keys would need no mask.
     """
     blocks = tl.cdiv(length, BLOCK_N)
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -113,13 +121,13 @@ def key_kernel(
         present = exists[:, None] & (columns < HEAD)
         q_tile = tl.load(q_pointers, mask=present, other=0.0)
         grad_tile = tl.load(grad_pointers, mask=present, other=0.0)
-        lse_tile = tl.load(lse + statistics + start + rows, mask=exists, other=0.0) * 1.4426950408889634  # / ln 2
-        mean_tile = tl.load(mean + statistics + start + rows, mask=exists, other=0.0)
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
-        weights = tl.exp2(scores - lse_tile[None, :])
+        lse_tile = tl.load(lse + statistics + start + rows, mask=exists, other=0.0) * LOG2_E
+        delta_tile = tl.load(delta + statistics + start + rows, mask=exists, other=0.0)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2_E)
+        weights = where_present(tl.exp2(scores - lse_tile[None, :]), exists[None, :], 0.0, EVEN)
         dv_tile = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv_tile, input_precision=PRECISION)
         dweights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
-        dscores = weights * (dweights - mean_tile[None, :])
+        dscores = weights * (dweights - delta_tile[None, :])
         dk_tile = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
         q_pointers += q_step
         grad_pointers += grad_step
@@ -198,26 +206,27 @@ def backward(
     (q, k, v), (dq, dk, dv) = qkv.unbind(3), dqkv.unbind(3)
     if sin is not None and cos is not None:
         q, k = rotated(qkv[:, :, :, :2], sin, cos).unbind(3)
-    mean = torch.empty_like(lse)
+    delta = torch.empty_like(lse)
     constants = dict(HEAD=width, WIDTH=padded(width), PRECISION=dot_precision(qkv))
     config = QUERY(qkv.device, width_class(width), qkv.dtype)
     launch(
-        query_kernel,
+        axial_attention_long_backward_dq,
         (triton.cdiv(length, config.blocks["BLOCK_M"]) * batch * sites * heads,),
-        *(grad, q, k, v, sin, cos, out, lse, mean, dq),
+        *(grad, q, k, v, sin, cos, out, lse, delta, dq),
         *(strides_of(x) for x in (grad, q, k, v, out, dq)),
         *(sites, length, heads, scale),
         config=config,
         **constants,
-        WHOLE=length % config.blocks["BLOCK_N"] == 0,
+        EVEN=length % config.blocks["BLOCK_N"] == 0,
     )
     config = KEY(qkv.device, width_class(width), qkv.dtype)
     launch(
-        key_kernel,
+        axial_attention_long_backward_dkdv,
         (triton.cdiv(length, config.blocks["BLOCK_N"]) * batch * sites * heads,),
-        *(grad, q, k, v, sin, cos, lse, mean, dk, dv),
+        *(grad, q, k, v, sin, cos, lse, delta, dk, dv),
         *(strides_of(x) for x in (grad, q, k, v, dk)),
         *(sites, length, heads, scale),
         config=config,
         **constants,
+        EVEN=length % config.blocks["BLOCK_M"] == 0,
     )

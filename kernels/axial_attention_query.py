@@ -16,13 +16,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.kernels.attention_common import (
+    LOG2_E,
+    delta_of,
+    log_sum_exp,
+    no_softmax,
+    padded,
+    sequence_offset,
+    softmax_step,
+    strides_of,
+    width_class,
+)
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import padded, sequence_offset, strides_of, width_class
 from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.math import sum_of_products
 
 
 @triton.jit
-def forward_kernel(
+def axial_attention_query_forward(
     q, k, v, out, lse, q_strides, qkv_strides, out_strides, sites, pairs, heads, length, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -35,10 +46,9 @@ def forward_kernel(
     query = tl.load(
         q + sequence_offset(sequence, head, sites, q_strides)[:, None] + columns[None, :], mask=inside, other=0.0
     )
-    query = query.to(tl.float32) * (scale * 1.4426950408889634)  # / ln 2
+    query = query.to(tl.float32) * (scale * LOG2_E)
     first = sequence_offset(sequence, head, sites, qkv_strides)[None, :, None] + columns[None, None, :]
-    highest = tl.full((PAIRS,), float("-inf"), tl.float32)
-    total = tl.zeros((PAIRS,), tl.float32)
+    highest, total = no_softmax(PAIRS)
     sums = tl.zeros((PAIRS, WIDTH), tl.float32)
     for start in range(0, length, KEYS):
         key = start + tl.arange(0, KEYS)
@@ -46,20 +56,16 @@ def forward_kernel(
         mask = inside[None, :, :] & (key < length)[:, None, None]
         k_tile = tl.load(k + offsets, mask=mask, other=0.0).to(tl.float32)
         v_tile = tl.load(v + offsets, mask=mask, other=0.0).to(tl.float32)
-        scores = tl.where((key < length)[:, None], tl.sum(query[None, :, :] * k_tile, 2), float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 0))
-        weights = tl.exp2(scores - higher[None, :])
-        decay = tl.exp2(highest - higher)
-        total = total * decay + tl.sum(weights, 0)
+        scores = tl.where((key < length)[:, None], sum_of_products(query[None, :, :], k_tile, 2), float("-inf"))
+        weights, decay, highest, total = softmax_step(scores, 1.0, highest, total, 0)
         sums = sums * decay[:, None] + tl.sum(weights[:, :, None] * v_tile, 0)
-        highest = higher
     offsets = sequence_offset(sequence, head, sites, out_strides)[:, None] + columns[None, :]
     tl.store(out + offsets, (sums / total[:, None]).to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + pair.to(tl.int64), (highest + tl.log2(total)) * 0.6931471805599453, mask=exists)  # ln 2
+    tl.store(lse + pair.to(tl.int64), log_sum_exp(highest, total), mask=exists)
 
 
 @triton.jit
-def backward_kernel(
+def axial_attention_query_backward(
     grad, q, k, v, out, lse, dq, dk, dv, grad_strides, q_strides, qkv_strides, out_strides, dq_strides, dqkv_strides,
     sites, pairs, heads, length, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr,
@@ -75,7 +81,7 @@ def backward_kernel(
     offsets = sequence_offset(sequence, head, sites, grad_strides)[:, None] + columns[None, :]
     incoming = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
     offsets = sequence_offset(sequence, head, sites, out_strides)[:, None] + columns[None, :]
-    mean = tl.sum(incoming * tl.load(out + offsets, mask=inside, other=0.0).to(tl.float32), 1)
+    delta = delta_of(incoming, tl.load(out + offsets, mask=inside, other=0.0))
     normalizer = tl.load(lse + pair.to(tl.int64), mask=exists, other=0.0)
     first = sequence_offset(sequence, head, sites, qkv_strides)[None, :, None] + columns[None, None, :]
     dfirst = sequence_offset(sequence, head, sites, dqkv_strides)[None, :, None] + columns[None, None, :]
@@ -86,9 +92,9 @@ def backward_kernel(
         mask = inside[None, :, :] & (key < length)[:, None, None]
         k_tile = tl.load(k + first + row * qkv_strides[2], mask=mask, other=0.0).to(tl.float32)
         v_tile = tl.load(v + first + row * qkv_strides[2], mask=mask, other=0.0).to(tl.float32)
-        scores = (tl.sum(query[None, :, :] * k_tile, 2) - normalizer[None, :]) * 1.4426950408889634  # / ln 2
+        scores = (sum_of_products(query[None, :, :], k_tile, 2) - normalizer[None, :]) * LOG2_E
         weights = tl.where((key < length)[:, None], tl.exp2(scores), 0.0)
-        dscores = weights * (tl.sum(incoming[None, :, :] * v_tile, 2) - mean[None, :])
+        dscores = weights * (sum_of_products(incoming[None, :, :], v_tile, 2) - delta[None, :])
         dv_tile = weights[:, :, None] * incoming[None, :, :]
         dk_tile = dscores[:, :, None] * query[None, :, :]
         dquery += tl.sum(dscores[:, :, None] * k_tile, 0)
@@ -134,7 +140,7 @@ def forward(query: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) 
     k, v = qkv.unbind(3)
     pairs = batch * sites * heads
     launch(
-        forward_kernel,
+        axial_attention_query_forward,
         (triton.cdiv(pairs, config.blocks["PAIRS"]),),
         *(
             query,
@@ -165,7 +171,7 @@ def backward(
     (k, v), (dk, dv) = qkv.unbind(3), dqkv.unbind(3)
     pairs = batch * sites * heads
     launch(
-        backward_kernel,
+        axial_attention_query_backward,
         (triton.cdiv(pairs, config.blocks["PAIRS"]),),
         *(grad, query, k, v, out, lse, dquery, dk, dv),
         *(strides_of(x) for x in (grad, query, k, out, dquery, dk)),

@@ -6,6 +6,8 @@ are 32 KiB forward (q, k, v read once, out written) for 1 MFLOP, so the tensor c
 790 TFLOP/s and 3 TB/s; backward reads q, k, v, grad once and writes dq, dk, dv: 56 KiB for 2.6 MFLOP. One square
 product is what every target's tensor cores take without padding each sequence: of 64 rows, lengths 9, 16, 17 and 33
 use 63, 64, 51 and 33, where a batch of products padded to powers of two would use 36, 64, 34 and 33.
+What isn't finite in one sequence makes sums of the others in its tile NaN too, where a product meets it: 0 times
+infinity. Scores are masked before, so in forward that is values alone.
 Float32 without TF32 has no tensor cores: there tiles are as small as the sequence allows.
 """
 
@@ -16,10 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.kernels.attention_common import (
+    LOG2_E,
+    log_sum_exp,
+    padded,
+    sequence_offset,
+    strides_of,
+    width_class,
+)
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.lattice import padded, sequence_offset, strides_of, width_class
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import dot_precision
+from pvdm_fast.kernels.math import dot_precision, sum_of_products
 from pvdm_fast.kernels.rotation import rotate, rotate_back
 
 LONGEST = 64
@@ -36,7 +45,7 @@ def packed_rows(tile, head, sites, sequences, LENGTH: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def forward_kernel(
+def axial_attention_short_forward(
     q, k, v, sin, cos, out, lse, qkv_strides, out_strides, sites, sequences, heads, scale,
     LENGTH: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +68,7 @@ def forward_kernel(
         cos_tile = tl.load(cos + table, mask=inside, other=0.0)
         q_tile = rotate(q_tile, sin_tile, cos_tile).to(v_tile.dtype)
         k_tile = rotate(k_tile, sin_tile, cos_tile).to(v_tile.dtype)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)  # / ln 2
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
     # Rows that don't exist are a sequence of zeros among themselves: every row keeps a finite maximum.
     scores = tl.where(group[:, None] == group[None, :], scores, float("-inf"))
     highest = tl.max(scores, 1)
@@ -70,11 +79,11 @@ def forward_kernel(
     offsets = (first + position.to(tl.int64) * out_strides[2])[:, None] + columns
     tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=inside)
     lse_rows = (sequence.to(tl.int64) * heads + head) * LENGTH + position
-    tl.store(lse + lse_rows, (highest + tl.log2(total)) * 0.6931471805599453, mask=exists)  # ln 2
+    tl.store(lse + lse_rows, log_sum_exp(highest, total), mask=exists)
 
 
 @triton.jit
-def backward_kernel(
+def axial_attention_short_backward(
     grad, q, k, v, sin, cos, lse, dq, dk, dv, grad_strides, qkv_strides, dqkv_strides, sites, sequences, heads, scale,
     LENGTH: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +102,7 @@ def backward_kernel(
     offsets = (first + position.to(tl.int64) * grad_strides[2])[:, None] + columns
     grad_tile = tl.load(grad + offsets, mask=inside, other=0.0)
     lse_rows = (sequence.to(tl.int64) * heads + head) * LENGTH + position
-    lse_tile = tl.load(lse + lse_rows, mask=exists, other=0.0) * 1.4426950408889634  # / ln 2
+    lse_tile = tl.load(lse + lse_rows, mask=exists, other=0.0) * LOG2_E
     table = position[:, None] * HEAD + columns
     if sin is not None:
         sin_tile = tl.load(sin + table, mask=inside, other=0.0)
@@ -103,13 +112,15 @@ def backward_kernel(
     first = sequence_offset(sequence, head, sites, dqkv_strides)
     offsets = (first + position.to(tl.int64) * dqkv_strides[2])[:, None] + columns
 
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * 1.4426950408889634)
-    weights = tl.where(group[:, None] == group[None, :], tl.exp2(scores - lse_tile[:, None]), 0.0)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+    own = group[:, None] == group[None, :]
+    weights = tl.where(own, tl.exp2(scores - lse_tile[:, None]), 0.0)
     dv_tile = tl.dot(tl.trans(weights.to(v_tile.dtype)), grad_tile, input_precision=PRECISION)
     tl.store(dv + offsets, dv_tile.to(dv.dtype.element_ty), mask=inside)
     dweights = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
-    mean = tl.sum(weights * dweights, 1)
-    dscores = (weights * (dweights - mean[:, None])).to(v_tile.dtype)
+    dweights = tl.where(own, dweights, 0.0)
+    delta = sum_of_products(weights, dweights, 1)
+    dscores = tl.where(own, weights * (dweights - delta[:, None]), 0.0).to(v_tile.dtype)
     dq_tile = tl.dot(dscores, k_tile, input_precision=PRECISION) * scale
     dk_tile = tl.dot(tl.trans(dscores), q_tile, input_precision=PRECISION) * scale
     if sin is not None:
@@ -158,7 +169,7 @@ def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, ls
     config = FORWARD(qkv.device, shape_class(length, width), qkv.dtype)
     q, k, v = qkv.unbind(3)
     launch(
-        forward_kernel,
+        axial_attention_short_forward,
         (triton.cdiv(batch * sites, config.blocks["BLOCK"] // length) * heads,),
         *(q, k, v, sin, cos, out, lse, strides_of(q), strides_of(out), sites, batch * sites, heads, scale),
         config=config,
@@ -174,7 +185,7 @@ def backward(
     config = BACKWARD(qkv.device, shape_class(length, width), qkv.dtype)
     (q, k, v), (dq, dk, dv) = qkv.unbind(3), dqkv.unbind(3)
     launch(
-        backward_kernel,
+        axial_attention_short_backward,
         (triton.cdiv(batch * sites, config.blocks["BLOCK"] // length) * heads,),
         *(grad, q, k, v, sin, cos, lse, dq, dk, dv, strides_of(grad), strides_of(q), strides_of(dq)),
         *(sites, batch * sites, heads, scale),

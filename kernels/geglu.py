@@ -39,7 +39,7 @@ def _tile(rows, half, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, out, rows, half, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def geglu_forward(x, out, rows, half, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column, inside = _tile(rows, half, ROWS, COLUMNS)
     source = x + row * x_stride + column
     value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
@@ -49,7 +49,7 @@ def _forward(x, out, rows, half, x_stride, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def _backward(grad, x, dx, rows, half, grad_stride, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def geglu_backward(grad, x, dx, rows, half, grad_stride, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column, inside = _tile(rows, half, ROWS, COLUMNS)
     source = x + row * x_stride + column
     value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
@@ -75,7 +75,7 @@ def forward(x: Tensor) -> Tensor:
     out = torch.empty(*x.shape[:-1], half, dtype=x.dtype, device=x.device)
     x = _rows_of(x)
     config = FORWARD(x.device, "any", x.dtype)
-    launch(_forward, _grid(len(x), half, config), x, out, len(x), half, x.stride(0), config=config)
+    launch(geglu_forward, _grid(len(x), half, config), x, out, len(x), half, x.stride(0), config=config)
     return out
 
 
@@ -86,7 +86,7 @@ def backward(grad: Tensor, x: Tensor) -> Tensor:
     grad, x = _rows_of(grad), _rows_of(x)
     config = BACKWARD(x.device, "any", x.dtype)
     launch(
-        _backward,
+        geglu_backward,
         _grid(len(x), half, config),
         *(grad, x, dx),
         *(len(x), half, grad.stride(0), x.stride(0)),

@@ -20,6 +20,23 @@ def dot_precision(x: Tensor) -> str:
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y, rounded before anything is added to it.
+
+    For products that are summed over lanes. Each lane adds its own value and a neighbour's. Left to itself the compiler
+    fuses product and sum, so that a lane's own product is exact and its neighbour's rounded: both lanes then hold sums
+    that differ in the last bit, and which of them reaches shared memory is chance. benchmarks/machine_code.py finds it.
+    """
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def sum_of_products(x, y, axis: tl.constexpr):
+    """The sum of x y along an axis, the same bits in every lane; x and y: of one shape."""
+    return tl.sum(rounded_product(x, y), axis)
+
+
+@triton.jit
 def silu(x):
     """x sigmoid(x)."""
     return x / (1.0 + tl.exp(-x))

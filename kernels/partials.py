@@ -27,7 +27,7 @@ def height_class(count: int) -> str:
 
 
 @triton.jit
-def _sum_partials(
+def partials_sum(
     partials, first, second, count, columns, first_columns, second_start, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -52,7 +52,7 @@ def sum_partials(partials: Tensor, first: Tensor, second: Tensor) -> None:
     count, columns = partials.shape
     config = SUM_PARTIALS(partials.device, height_class(count), partials.dtype)
     launch(
-        _sum_partials,
+        partials_sum,
         (triton.cdiv(columns, config.blocks["COLUMNS"]),),
         partials,
         first,

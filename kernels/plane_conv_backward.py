@@ -67,7 +67,7 @@ ARRANGE = ConfigTable(
 
 
 @triton.jit
-def _weight_gradient(
+def plane_conv_backward_dweight(
     X, GRAD, PARTS, batch_stride, stride, channel_stride, grad_batch_stride, grad_stride, grad_channel_stride, rows,
     channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -97,7 +97,7 @@ def _weight_gradient(
 
 
 @triton.jit
-def _arrange(PARTS, OUT, written, channels, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
+def plane_conv_backward_arrange(PARTS, OUT, written, channels, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
     """OUT (written, channels, 9) = the sum of PARTS (COUNT, written, 9, channels); in float32, in order."""
     out, tap = tl.program_id(0).to(tl.int64), tl.arange(0, 16)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -121,7 +121,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[in
     dtype = torch.float32 if parts > 1 else weight.dtype
     pieces = x.new_empty(parts, written, TAPS, channels, dtype=dtype)
     launch(
-        _weight_gradient,
+        plane_conv_backward_dweight,
         (tiles, TAPS, parts),
         *(x, grad, pieces, *x.stride(), *grad.stride(), rows, channels, written, triton.cdiv(steps, parts)),
         config=config,
@@ -132,7 +132,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[in
     out = weight.new_empty(weight.shape)
     config = ARRANGE(x.device, ANY, x.dtype)
     grid = (written, triton.cdiv(channels, config.blocks["BLOCK_C"]))
-    launch(_arrange, grid, pieces, out, written, channels, config=config, COUNT=parts)
+    launch(plane_conv_backward_arrange, grid, pieces, out, written, channels, config=config, COUNT=parts)
     return out
 
 

@@ -139,7 +139,7 @@ def _taps_inside(token, exists, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _convolve(
+def plane_conv_forward(
     X, WEIGHT, BIAS, OUT, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows, channels,
     written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -175,7 +175,7 @@ def _convolve(
 
 
 @triton.jit
-def _add_parts(
+def plane_conv_forward_add(
     PARTS, BIAS, OUT, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """OUT = BIAS + the sum of PARTS (COUNT, elements), elements = rows x written; in float32, in order."""
@@ -208,7 +208,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
     to = out if parts == 1 else x.new_empty(parts, rows, written, dtype=torch.float32)
     outer, tap, inner = weight.stride()
     launch(
-        _convolve,
+        plane_conv_forward,
         (*grid, parts),
         *(x, weight, bias if parts == 1 else None, to, *x.stride()),
         *((outer, tap, inner) if mirrored else (inner, tap, outer)),
@@ -222,7 +222,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
     if parts > 1:
         config = ADD(x.device, ANY, x.dtype)
         grid = (triton.cdiv(out.numel(), config.blocks["BLOCK"]),)
-        launch(_add_parts, grid, to, bias, out, out.numel(), written, config=config, COUNT=parts)
+        launch(plane_conv_forward_add, grid, to, bias, out, out.numel(), written, config=config, COUNT=parts)
     return out
 
 

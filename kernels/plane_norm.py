@@ -5,8 +5,9 @@ padded to a power of two). Two ways, by size:
 
 - whole: a plane's tokens of one or a few groups fit one tile. One launch: x is read once, statistics and result come
   out of the registers.
-- in chunks: `_statistics` writes mean and sum of squared deviations of every chunk and group, then `_apply` reads x
-  again, joins the chunks of its plane (the same sum in every program, in the same order) and writes the result.
+- in chunks: `plane_norm_forward_statistics` writes mean and sum of squared deviations of every chunk and group. Then
+  `plane_norm_forward_apply` reads x again, joins the chunks of its plane (the same sum in every program, in the same
+  order) and writes the result.
 
 Deviations are taken from the plane's first value of the group, an exact number near the mean, so that a mean far above
 the deviation costs no digits.
@@ -27,7 +28,7 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import silu
+from pvdm_fast.kernels.math import silu, sum_of_products
 from pvdm_fast.kernels.plane_norm_backward import backward
 from pvdm_fast.kernels.plane_norm_tiles import (
     chunk_config,
@@ -103,11 +104,11 @@ def _moments(x, origin, mask, count):
     deviation = tl.where(mask, x - origin[None, :, None], 0.0)
     mean = tl.sum(tl.sum(deviation, 2), 0) / count
     deviation = tl.where(mask, deviation - mean[None, :, None], 0.0)
-    return mean, tl.sum(tl.sum(deviation * deviation, 2), 0)
+    return mean, tl.sum(sum_of_products(deviation, deviation, 2), 0)
 
 
 @triton.jit
-def _statistics(
+def plane_norm_forward_statistics(
     X, PARTIALS, batch_stride, stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +147,7 @@ def _join(PARTIALS, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, 
     at = PARTIALS + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
     means = tl.load(at, mask=mask, other=0.0)
     squares = tl.load(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, mask=mask, other=0.0)
-    mean = tl.sum(means * count, 0) / (tokens * WIDTH).to(tl.float32)
+    mean = sum_of_products(means, count, 0) / (tokens * WIDTH).to(tl.float32)
     step = means - mean[None, :]
     return mean, tl.sum(squares + step * step * count, 0)
 
@@ -174,7 +175,7 @@ def _store_resampled(Y, y, begin, tokens, columns, channel, inside, CHANNELS: tl
 
 
 @triton.jit
-def _apply(
+def plane_norm_forward_apply(
     X, WEIGHT, BIAS, SCALE_SHIFT, PARTIALS, Y, MEAN, RSTD,
     batch_stride, stride, scale_shift_stride, y_batch_stride, chunks, eps,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr,
@@ -249,10 +250,20 @@ def forward(
         chunks, own = sum(count_chunks(planes, size)), triton.next_power_of_2(max(count_chunks(planes, size)))
         partials = x.new_empty(2, batch, chunks, groups, dtype=torch.float32)
         grid = (chunks, -(-groups // config.blocks["BLOCK_G"]), batch)
-        launch(_statistics, grid, x, partials, *x.stride()[:2], chunks, config=config, TILES=tiles, **constants)
+        launch(
+            plane_norm_forward_statistics,
+            grid,
+            x,
+            partials,
+            *x.stride()[:2],
+            chunks,
+            config=config,
+            TILES=tiles,
+            **constants,
+        )
     grid = (sum(count_chunks(planes, config.blocks["BLOCK_N"])), -(-groups // config.blocks["BLOCK_G"]), batch)
     launch(
-        _apply,
+        plane_norm_forward_apply,
         grid,
         *(x, rows_dense(weight), rows_dense(bias), scale_shift, partials, y, mean, rstd),
         *(x.stride(0), x.stride(1), 0 if scale_shift is None else scale_shift.stride(0), y.stride(0), chunks, eps),

@@ -5,8 +5,10 @@ dx = rstd (gain dz - avg(gain dz) - n avg(gain dz n)), averages over a group's t
 the gradients of weight, bias and FiLM, follow from the sums over tokens of dz and of dz n for each channel, which a
 program writes for its tile. The gradient is read at its own resolution. As forward, planes are whole, or in chunks:
 
-- whole: `_input_gradient` (sums and dx from one reading of x and the gradient), `_parameter_gradients`.
-- in chunks: `_sums`, `_input_gradient` (reads again, joins the chunks' sums), `_parameter_gradients`.
+- whole: `plane_norm_backward_dx` (sums and dx from one reading of x and the gradient), then
+  `plane_norm_backward_parameters`.
+- in chunks: `plane_norm_backward_sums`, `plane_norm_backward_dx` (reads again, joins the chunks' sums), then
+  `plane_norm_backward_parameters`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import silu_derivative
+from pvdm_fast.kernels.math import rounded_product, silu_derivative, sum_of_products
 from pvdm_fast.kernels.plane_norm_tiles import (
     chunk_config,
     constants_of,
@@ -99,7 +101,7 @@ def _normed_and_gradient(
     dz = _load_gradient(GRAD, grad_stride, token, columns, channel, mask, RESAMPLE)
     n = tl.where(mask, (x - mean[None, :, None]) * rstd[None, :, None], 0.0)
     if ACTIVATION:
-        dz = dz * silu_derivative(n * gain[None, :, :] + rest[None, :, :])
+        dz = rounded_product(dz, silu_derivative(n * gain[None, :, :] + rest[None, :, :]))
     return n, dz
 
 
@@ -128,7 +130,7 @@ def _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, CHANNELS: 
 
 
 @triton.jit
-def _sums(
+def plane_norm_backward_sums(
     X, GRAD, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, SUMS, GROUP_SUMS,
     batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, chunks,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -149,11 +151,13 @@ def _sums(
             x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
         )
         level += tl.sum(dz, 0)
-        tilt += tl.sum(dz * n, 0)
+        tilt += sum_of_products(dz, n, 0)
     _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, GROUPS * WIDTH)
     at = GROUP_SUMS + (b * chunks + chunk) * GROUPS + group
-    tl.store(at, tl.sum(gain * level, 1), mask=group < GROUPS)
-    tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, tl.sum(gain * tilt, 1), mask=group < GROUPS)
+    tl.store(at, sum_of_products(gain, level, 1), mask=group < GROUPS)
+    tl.store(
+        at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, sum_of_products(gain, tilt, 1), mask=group < GROUPS
+    )
 
 
 @triton.jit
@@ -169,7 +173,7 @@ def _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES: tl.constexpr, GROUPS
 
 
 @triton.jit
-def _input_gradient(
+def plane_norm_backward_dx(
     X, GRAD, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, SUMS, GROUP_SUMS, DX,
     batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, dx_batch_stride, chunks,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
@@ -192,9 +196,9 @@ def _input_gradient(
         x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
     )
     if GROUP_SUMS is None:
-        levels, tilts = tl.sum(dz, 0), tl.sum(dz * n, 0)
+        levels, tilts = tl.sum(dz, 0), sum_of_products(dz, n, 0)
         _store_sums(SUMS, b, plane, chunks, levels, tilts, channel, inside, GROUPS * WIDTH)
-        level, tilt = tl.sum(gain * levels, 1), tl.sum(gain * tilts, 1)
+        level, tilt = sum_of_products(gain, levels, 1), sum_of_products(gain, tilts, 1)
     else:
         level, tilt = _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES, GROUPS, SIZE, OWN)
     scale = rstd / (rows * columns * WIDTH).to(tl.float32)
@@ -204,7 +208,7 @@ def _input_gradient(
 
 
 @triton.jit
-def _parameter_gradients(
+def plane_norm_backward_parameters(
     SUMS, WEIGHT, BIAS, SCALE_SHIFT, DWEIGHT, DBIAS, DSCALE_SHIFT, scale_shift_stride, batch, chunks, channels,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -231,7 +235,7 @@ def _parameter_gradients(
             tl.store(at + channels, level.to(DSCALE_SHIFT.dtype.element_ty), mask=mask)
             scale_shift = SCALE_SHIFT + b[:, None] * scale_shift_stride + channel[None, :]
             scale = 1.0 + tl.load(scale_shift, mask=mask, other=0.0).to(tl.float32)
-            level, tilt = level * scale, tilt * scale
+            level, tilt = rounded_product(level, scale), rounded_product(tilt, scale)
         dweight += tl.sum(tilt, 0)
         dbias += tl.sum(level, 0)
     tl.store(DWEIGHT + channel, dweight.to(DWEIGHT.dtype.element_ty), mask=inside)
@@ -275,10 +279,22 @@ def backward(
         sums = x.new_empty(2, batch, chunks, channels, dtype=torch.float32)
         group_sums = x.new_empty(2, batch, chunks, groups, dtype=torch.float32)
         grid = (chunks, -(-groups // config.blocks["BLOCK_G"]), batch)
-        launch(_sums, grid, x, *inputs, sums, group_sums, *strides, chunks, config=config, TILES=tiles, **constants)
+        launch(
+            plane_norm_backward_sums,
+            grid,
+            x,
+            *inputs,
+            sums,
+            group_sums,
+            *strides,
+            chunks,
+            config=config,
+            TILES=tiles,
+            **constants,
+        )
     grid = (sum(count_chunks(planes, config.blocks["BLOCK_N"])), -(-groups // config.blocks["BLOCK_G"]), batch)
     launch(
-        _input_gradient,
+        plane_norm_backward_dx,
         grid,
         *(x, *inputs, sums, group_sums, dx, *strides, dx.stride(0), chunks),
         config=config,
@@ -288,7 +304,7 @@ def backward(
     )
     config = PARAMETERS(x.device, ANY, x.dtype)
     launch(
-        _parameter_gradients,
+        plane_norm_backward_parameters,
         (-(-channels // config.blocks["BLOCK_C"]),),
         *(sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels),
         config=config,

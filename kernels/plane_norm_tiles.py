@@ -18,7 +18,7 @@ from pvdm_fast.kernels.launch import Config
 
 # Programs that keep every multiprocessor of a large GPU busy: 132 of an H100, 148 of a B200, 304 of an MI300X.
 ENOUGH_PROGRAMS = 256
-# Chunks of a plane, at most: what `_apply` joins in one tile.
+# Chunks of a plane, at most: what `plane_norm_forward_apply` joins in one tile.
 MOST_CHUNKS = 64
 
 

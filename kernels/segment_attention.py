@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,10 +11,15 @@ import triton
 from torch import Tensor
 
 from pvdm_fast.backends.rows import rows_dense
-from pvdm_fast.kernels.lattice import refuse_width
+from pvdm_fast.kernels.attention_common import LOG2_E, padded, refuse_width, strides_of, width_class
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
-from pvdm_fast.kernels.segment_attention_backward import DKDV, DQ, segment_attention_dkdv, segment_attention_dq
+from pvdm_fast.kernels.segment_attention_backward import (
+    DKDV,
+    DQ,
+    segment_attention_backward_dkdv,
+    segment_attention_backward_dq,
+)
 from pvdm_fast.kernels.segment_attention_forward import FORWARD, SEGMENTS, segment_attention_forward
 
 
@@ -24,22 +28,17 @@ def refusal(*inputs: Any) -> str | None:
     return refuse_width(inputs[0].shape[-1])
 
 
-def padded(qkv: Tensor) -> int:
-    """The head size that kernels compute with: a power of two, at least the 16 of a tensor core's tile."""
-    return max(16, triton.next_power_of_2(qkv.shape[-1]))
-
-
 def shape_class(qkv: Tensor) -> str:
     """ "d<head size>", the least of 32, 64, 128 and 256 that holds it; and "-few" where there are fewer queries than
     would fill a large GPU with blocks of 128 of them (128 programs): N below 2048 at batch 1 with 8 heads."""
     batch, tokens, _, heads, _ = qkv.shape
-    return f"d{max(32, padded(qkv))}" + ("-few" if batch * heads * tokens < 128 * 128 else "")
+    return width_class(qkv.shape[-1]) + ("-few" if batch * heads * tokens < 128 * 128 else "")
 
 
 def constants(qkv: Tensor, offsets: Sequence[int], config: Config) -> dict[str, Any]:
     """The compile-time arguments of all three kernels. EVEN: all blocks are full, so that nothing needs a mask."""
     blocks = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
-    width = padded(qkv)
+    width = padded(qkv.shape[-1])
     return {
         "HEAD": qkv.shape[-1],
         "WIDTH": width,
@@ -69,8 +68,8 @@ def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, 
         launch(
             segment_attention_forward,
             grid,
-            *(qkv, out, lse, abs(scale) * math.log2(math.e) if sign else 1.0, sign, blocks, tokens, *bounds, heads),
-            *qkv.stride()[:4],
+            *(qkv, out, lse, abs(scale) * LOG2_E.value if sign else 1.0, sign, blocks, tokens, *bounds, heads),
+            strides_of(qkv),
             config=config,
             **constants(qkv, offsets, config),
         )
@@ -84,26 +83,23 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Seque
     written = dqkv if dqkv.stride(-1) == 1 else torch.empty_like(dqkv, memory_format=torch.contiguous_format)
     delta = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
     grad, qkv, out, lse = rows_dense(grad), rows_dense(qkv), out.contiguous(), lse.contiguous()
-    scales = (scale, scale * math.log2(math.e))
-    strides = (heads, *grad.stride()[:3], *qkv.stride()[:4])
-    d_batch, d_token, d_kind, d_head = written.stride()[:4]
+    scales = (scale, scale * LOG2_E.value)
+    strides = strides_of(grad), strides_of(qkv), strides_of(written)
     config = DQ(qkv.device, shape_class(qkv), qkv.dtype)
     for grid, (blocks, *bounds) in grids(offsets, batch * heads, config.blocks["BLOCK_M"]):
         launch(
-            segment_attention_dq,
+            segment_attention_backward_dq,
             grid,
-            *(grad, qkv, out, lse, delta, written, *scales, blocks, tokens, *bounds),
-            *(*strides, d_batch, d_token, d_head),
+            *(grad, qkv, out, lse, delta, written, *scales, blocks, tokens, *bounds, heads, *strides),
             config=config,
             **constants(qkv, offsets, config),
         )
     config = DKDV(qkv.device, shape_class(qkv), qkv.dtype)
     for grid, (blocks, *bounds) in grids(offsets, batch * heads, config.blocks["BLOCK_N"]):
         launch(
-            segment_attention_dkdv,
+            segment_attention_backward_dkdv,
             grid,
-            *(grad, qkv, lse, delta, written, *scales, blocks, tokens, *bounds),
-            *(*strides, d_batch, d_token, d_kind, d_head),
+            *(grad, qkv, lse, delta, written, *scales, blocks, tokens, *bounds, heads, *strides),
             config=config,
             **constants(qkv, offsets, config),
         )

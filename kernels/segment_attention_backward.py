@@ -9,24 +9,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pvdm_fast.kernels.segment_attention_forward import (
-    BOUNDS,
+from pvdm_fast.kernels.attention_common import (
+    LOG2_E,
+    delta_of,
     load_rows,
-    locate,
     scores_by_chunks,
     store_rows,
-    table,
+    where_present,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from pvdm_fast.kernels.segment_attention_forward import BOUNDS, locate, table
 
 
 @triton.jit(do_not_specialize=["blocks", "tokens", *BOUNDS])
-def segment_attention_dq(
+def segment_attention_backward_dq(
     grad, qkv, out, lse, delta, dqkv, scale, scale_log2, blocks, tokens, start, end0, end1, end2, heads,
-    grad_stride_batch, grad_stride_token, grad_stride_head,
-    stride_batch, stride_token, stride_kind, stride_head,
-    d_stride_batch, d_stride_token, d_stride_head,
+    grad_strides, strides, d_strides,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -37,50 +34,48 @@ def segment_attention_dq(
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = problem // heads, problem % heads
     segment_start, segment_end, first = locate(tl.program_id(0) % blocks, start, end0, end1, end2, BLOCK_M)
-    q_base = qkv + batch * stride_batch + head * stride_head
-    k_base, v_base = q_base + stride_kind, q_base + 2 * stride_kind
-    grad_base = grad + batch * grad_stride_batch + head * grad_stride_head
+    q_base = qkv + batch * strides[0] + head * strides[3]
+    k_base, v_base = q_base + strides[2], q_base + 2 * strides[2]
+    grad_base = grad + batch * grad_strides[0] + head * grad_strides[2]
     out_base = out + (batch * tokens * heads + head) * HEAD
-    g = load_rows(grad_base, first, segment_end, grad_stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+    g = load_rows(grad_base, first, segment_end, grad_strides[1], HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
     o = load_rows(out_base, first, segment_end, heads * HEAD, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
     if CHUNK >= WIDTH:
-        q = load_rows(q_base, first, segment_end, stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+        q = load_rows(q_base, first, segment_end, strides[1], HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < segment_end
-    d = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    d = delta_of(g, o)
     tl.store(delta + problem * tokens + rows, d, mask=inside)
     log = tl.load(lse + problem * tokens + rows, mask=inside, other=float("inf")) * LOG2_E
     dq = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     for key in range(segment_start, segment_end, BLOCK_N):
-        k = load_rows(k_base, key, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+        k = load_rows(k_base, key, segment_end, strides[1], HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
         if CHUNK >= WIDTH:
-            v = load_rows(v_base, key, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+            v = load_rows(v_base, key, segment_end, strides[1], HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             dweights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         else:
             scores = scores_by_chunks(
-                q_base, first, stride_token, k_base, key, stride_token, segment_end,
+                q_base, first, strides[1], k_base, key, strides[1], segment_end,
                 HEAD, BLOCK_M, BLOCK_N, WIDTH, CHUNK, EVEN, PRECISION,
             )  # fmt: skip
             dweights = scores_by_chunks(
-                grad_base, first, grad_stride_token, v_base, key, stride_token, segment_end,
+                grad_base, first, grad_strides[1], v_base, key, strides[1], segment_end,
                 HEAD, BLOCK_M, BLOCK_N, WIDTH, CHUNK, EVEN, PRECISION,
             )  # fmt: skip
-        scores = scores * scale_log2 - log[:, None]
-        if not EVEN:  # a key that isn't there scores 0: against scores far below it, that would overflow
-            scores = tl.where((key + tl.arange(0, BLOCK_N) < segment_end)[None, :], scores, float("-inf"))
+        # A key that isn't there scores 0: against scores far below it, its weight would overflow.
+        present = (key + tl.arange(0, BLOCK_N) < segment_end)[None, :]
+        scores = where_present(scores * scale_log2 - log[:, None], present, float("-inf"), EVEN)
         dscores = tl.exp2(scores) * (dweights - d[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    dq_base = dqkv + batch * d_stride_batch + head * d_stride_head
-    store_rows(dq_base, first, segment_end, d_stride_token, dq * scale, HEAD, BLOCK_M, WIDTH)
+    dq_base = dqkv + batch * d_strides[0] + head * d_strides[3]
+    store_rows(dq_base, first, segment_end, d_strides[1], dq * scale, HEAD, BLOCK_M, WIDTH)
 
 
 @triton.jit(do_not_specialize=["blocks", "tokens", *BOUNDS])
-def segment_attention_dkdv(
+def segment_attention_backward_dkdv(
     grad, qkv, lse, delta, dqkv, scale, scale_log2, blocks, tokens, start, end0, end1, end2, heads,
-    grad_stride_batch, grad_stride_token, grad_stride_head,
-    stride_batch, stride_token, stride_kind, stride_head,
-    d_stride_batch, d_stride_token, d_stride_kind, d_stride_head,
+    grad_strides, strides, d_strides,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -88,20 +83,20 @@ def segment_attention_dkdv(
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = problem // heads, problem % heads
     segment_start, segment_end, first = locate(tl.program_id(0) % blocks, start, end0, end1, end2, BLOCK_N)
-    q_base = qkv + batch * stride_batch + head * stride_head
-    grad_base = grad + batch * grad_stride_batch + head * grad_stride_head
-    k_base, v_base = q_base + stride_kind, q_base + 2 * stride_kind
+    q_base = qkv + batch * strides[0] + head * strides[3]
+    grad_base = grad + batch * grad_strides[0] + head * grad_strides[2]
+    k_base, v_base = q_base + strides[2], q_base + 2 * strides[2]
     if CHUNK >= WIDTH:
-        k = load_rows(k_base, first, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
-        v = load_rows(v_base, first, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+        k = load_rows(k_base, first, segment_end, strides[1], HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+        v = load_rows(v_base, first, segment_end, strides[1], HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
     dk = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     dv = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     for query in range(segment_start, segment_end, BLOCK_M):
-        q = load_rows(q_base, query, segment_end, stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
-        g = load_rows(grad_base, query, segment_end, grad_stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+        q = load_rows(q_base, query, segment_end, strides[1], HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+        g = load_rows(grad_base, query, segment_end, grad_strides[1], HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
         rows = query + tl.arange(0, BLOCK_M)
         inside = rows < segment_end
-        # A query that isn't there has an infinite log, so no weights; keys that aren't there fill rows nobody stores.
+        # Keys that aren't there fill rows nobody stores.
         log = tl.load(lse + problem * tokens + rows, mask=inside, other=float("inf")) * LOG2_E
         d = tl.load(delta + problem * tokens + rows, mask=inside, other=0.0)
         if CHUNK >= WIDTH:
@@ -109,20 +104,21 @@ def segment_attention_dkdv(
             dweights = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         else:
             scores = scores_by_chunks(
-                k_base, first, stride_token, q_base, query, stride_token, segment_end,
+                k_base, first, strides[1], q_base, query, strides[1], segment_end,
                 HEAD, BLOCK_N, BLOCK_M, WIDTH, CHUNK, EVEN, PRECISION,
             )  # fmt: skip
             dweights = scores_by_chunks(
-                v_base, first, stride_token, grad_base, query, grad_stride_token, segment_end,
+                v_base, first, strides[1], grad_base, query, grad_strides[1], segment_end,
                 HEAD, BLOCK_N, BLOCK_M, WIDTH, CHUNK, EVEN, PRECISION,
             )  # fmt: skip
-        weights = tl.exp2(scores * scale_log2 - log[None, :])
+        # A query that isn't there has no weights: an infinite log says so, but where a key is infinite.
+        weights = where_present(tl.exp2(scores * scale_log2 - log[None, :]), inside[None, :], 0.0, EVEN)
         dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
         dscores = weights * (dweights - d[None, :])
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
-    dk_base = dqkv + batch * d_stride_batch + head * d_stride_head + d_stride_kind
-    store_rows(dk_base, first, segment_end, d_stride_token, dk * scale, HEAD, BLOCK_N, WIDTH)
-    store_rows(dk_base + d_stride_kind, first, segment_end, d_stride_token, dv, HEAD, BLOCK_N, WIDTH)
+    dk_base = dqkv + batch * d_strides[0] + head * d_strides[3] + d_strides[2]
+    store_rows(dk_base, first, segment_end, d_strides[1], dk * scale, HEAD, BLOCK_N, WIDTH)
+    store_rows(dk_base + d_strides[2], first, segment_end, d_strides[1], dv, HEAD, BLOCK_N, WIDTH)
 
 
 # Reasoned, not measured, as in the forward pass. A program of the second kernel holds two sums of BLOCK_N rows.

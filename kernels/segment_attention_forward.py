@@ -5,6 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pvdm_fast.kernels.attention_common import (
+    load_rows,
+    log_sum_exp,
+    no_softmax,
+    scores_by_chunks,
+    softmax_step,
+    store_rows,
+    where_present,
+)
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config
 
@@ -54,59 +63,13 @@ def locate(block, start, end0, end1, end2, BLOCK: tl.constexpr):
     return segment_start, segment_end, segment_start + (block - before) * BLOCK
 
 
-@triton.jit
-def load_rows(
-    base, first, end, stride, head, ROWS: tl.constexpr, WIDTH: tl.constexpr, DENSE: tl.constexpr, EVEN: tl.constexpr
-):
-    """(ROWS, WIDTH): rows `first`... of a matrix; zeros from row `end` on (EVEN: there are none) and from column `head`
-    on, which WIDTH pads (DENSE: there are none)."""
-    rows, columns = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if EVEN and DENSE:
-        tile = tl.load(pointers)
-    elif EVEN:
-        tile = tl.load(pointers, mask=(columns < head)[None, :], other=0.0)
-    elif DENSE:
-        tile = tl.load(pointers, mask=(rows < end)[:, None], other=0.0)
-    else:
-        tile = tl.load(pointers, mask=(rows < end)[:, None] & (columns < head)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def scores_by_chunks(
-    a_base, a_first, a_stride, b_base, b_first, b_stride, end,
-    HEAD: tl.constexpr, ROWS_A: tl.constexpr, ROWS_B: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(ROWS_A, ROWS_B): rows of a times rows of b, CHUNK columns at a time, each loaded when it is used.
-
-    For wide heads in float32: whole rows as operands that stay over the loop around this would not fit the registers.
-    """
-    products = tl.zeros((ROWS_A, ROWS_B), tl.float32)
-    for column in tl.range(0, WIDTH, CHUNK, loop_unroll_factor=1):
-        a = load_rows(a_base + column, a_first, end, a_stride, HEAD - column, ROWS_A, CHUNK, HEAD == WIDTH, EVEN)
-        b = load_rows(b_base + column, b_first, end, b_stride, HEAD - column, ROWS_B, CHUNK, HEAD == WIDTH, EVEN)
-        products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
-    return products
-
-
-@triton.jit
-def store_rows(base, first, end, stride, tile, HEAD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of `load_rows`, in the dtype of `base`."""
-    rows, columns = first + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = (rows < end)[:, None] & (columns < HEAD)[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["blocks", "tokens", *BOUNDS])
 def segment_attention_forward(
     qkv, out, lse, scale_log2, sign, blocks, tokens, start, end0, end1, end2,
-    heads, stride_batch, stride_token, stride_kind, stride_head, HEAD: tl.constexpr, WIDTH: tl.constexpr,
+    heads, strides, HEAD: tl.constexpr, WIDTH: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """qkv (B, N, 3, heads, HEAD) by strides -> out (B, N, heads, HEAD) and lse (B, heads, N), contiguous.
+    """qkv (B, N, 3, heads, HEAD) by `strides` -> out (B, N, heads, HEAD) and lse (B, heads, N), contiguous.
 
     Grid: blocks of queries x heads x B, the blocks of one head side by side: they share its keys and values in the L2.
     scale_log2 is positive, and sign is that of the scale: the scale may then follow the maximum of a row, and costs no
@@ -115,35 +78,29 @@ def segment_attention_forward(
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = problem // heads, problem % heads
     segment_start, segment_end, first = locate(tl.program_id(0) % blocks, start, end0, end1, end2, BLOCK_M)
-    q_base = qkv + batch * stride_batch + head * stride_head
-    k_base, v_base = q_base + stride_kind, q_base + 2 * stride_kind
+    q_base = qkv + batch * strides[0] + head * strides[3]
+    k_base, v_base = q_base + strides[2], q_base + 2 * strides[2]
     if CHUNK >= WIDTH:
-        q = load_rows(q_base, first, segment_end, stride_token, HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
+        q = load_rows(q_base, first, segment_end, strides[1], HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
         q = (q.to(tl.float32) * sign).to(q.dtype)
-    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    highest, total = no_softmax(BLOCK_M)
     sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     for key in range(segment_start, segment_end, BLOCK_N):
         if CHUNK >= WIDTH:
-            k = load_rows(k_base, key, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+            k = load_rows(k_base, key, segment_end, strides[1], HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         else:
             scores = sign * scores_by_chunks(
-                q_base, first, stride_token, k_base, key, stride_token, segment_end,
+                q_base, first, strides[1], k_base, key, strides[1], segment_end,
                 HEAD, BLOCK_M, BLOCK_N, WIDTH, CHUNK, EVEN, PRECISION,
             )  # fmt: skip
-        if not EVEN:
-            scores = tl.where((key + tl.arange(0, BLOCK_N) < segment_end)[None, :], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - higher[:, None])
-        decay = tl.exp2(highest - higher)
-        total = total * decay + tl.sum(weights, 1)
-        v = load_rows(v_base, key, segment_end, stride_token, HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
+        present = (key + tl.arange(0, BLOCK_N) < segment_end)[None, :]
+        scores = where_present(scores, present, float("-inf"), EVEN)
+        weights, decay, highest, total = softmax_step(scores, scale_log2, highest, total, 1)
+        v = load_rows(v_base, key, segment_end, strides[1], HEAD, BLOCK_N, WIDTH, HEAD == WIDTH, EVEN)
         sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision=PRECISION)
-        highest = higher
     rows = first + tl.arange(0, BLOCK_M)
-    natural = (highest + tl.log2(total)) * 0.6931471805599453  # ln 2
-    tl.store(lse + problem * tokens + rows, natural, mask=rows < segment_end)
+    tl.store(lse + problem * tokens + rows, log_sum_exp(highest, total), mask=rows < segment_end)
     out_base = out + (batch * tokens * heads + head) * HEAD
     store_rows(out_base, first, segment_end, heads * HEAD, sums / total[:, None], HEAD, BLOCK_M, WIDTH)
 

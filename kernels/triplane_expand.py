@@ -98,7 +98,7 @@ def _weights(weight, c, side, channels, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def triplane_expand_forward(
     planes, weight, bias, out, tokens, tokens_in_all, time, height, width, channels, batch_stride, token_stride,
     DEPTH: tl.constexpr, SIDES: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def _forward(
 
 
 @triton.jit
-def _products(
+def triplane_expand_backward_products(
     grad, planes, weight, parts, partials, tokens, tokens_in_all, time, height, width, channels,
     grad_batch_stride, grad_token_stride, planes_batch_stride, planes_token_stride,
     DEPTH: tl.constexpr, SIDES: tl.constexpr, PRECISION: tl.constexpr,
@@ -161,7 +161,7 @@ def _products(
 
 
 @triton.jit
-def _axis_sums(
+def triplane_expand_backward_dplanes(
     parts, dplanes, batches, time, height, width, blocks,
     DEPTH: tl.constexpr, SIDES: tl.constexpr, TOKENS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +214,7 @@ def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int
     config = FORWARD(planes.device, "any", planes.dtype)
     blocks = triton.cdiv(channels, config.blocks["CHANNELS"])
     launch(
-        _forward,
+        triplane_expand_forward,
         (triton.cdiv(batch * tokens, config.blocks["ROWS"]) * blocks,),
         *(planes, weight, bias, out),
         *(tokens, batch * tokens, time, height, width, channels, planes.stride(0), planes.stride(1)),
@@ -236,7 +236,7 @@ def _products_of(
     parts = torch.empty(blocks, batch * tokens, 3 * depth, dtype=torch.float32, device=grad.device)
     partials = torch.empty(shares, (3 * depth + 3) * channels, dtype=torch.float32, device=grad.device)
     launch(
-        _products,
+        triplane_expand_backward_products,
         (shares * blocks,),
         *(grad, planes, weight, parts, partials),
         *(tokens, batch * tokens, *sizes, channels),
@@ -262,7 +262,7 @@ def backward(
     dplanes = torch.empty(batch, layout.num_tokens, depth, dtype=planes.dtype, device=device)
     config = AXIS_SUMS(device, "any", grad.dtype)
     launch(
-        _axis_sums,
+        triplane_expand_backward_dplanes,
         (sum(triton.cdiv(batch * rows * columns, config.blocks["TOKENS"]) for rows, columns in layout.planes),),
         *(parts, dplanes, batch, time, height, width, len(parts)),
         config=config,

@@ -61,7 +61,7 @@ def _gather(plane: str, time: int, height: int, width: int) -> _Gather:
 
 
 @triton.jit
-def _forward(
+def triplane_slice_forward(
     x, token, positions, out, rows, length, channels, inner, outer_step, step, batch_stride, token_stride,
     positions_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def triplane_slice_backward(
     grad, dx, partials, sites_in_all, sites, length, channels, inner, outer_step, step, batch_stride, site_stride,
     row_stride, SITES: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +125,7 @@ def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, 
     config = FORWARD(x.device, "any", x.dtype)
     blocks = batch * triton.cdiv(rows, config.blocks["ROWS"])
     launch(
-        _forward,
+        triplane_slice_forward,
         (blocks * triton.cdiv(channels, config.blocks["COLUMNS"]),),
         *(x, token, positions, out),
         *(rows, gather.length, channels, gather.inner, gather.outer_step, gather.step),
@@ -149,7 +149,7 @@ def backward(
     shares = min(triton.cdiv(batch * sites, blocks["SITES"]), triton.cdiv(blocks["PROGRAMS"], rows))
     partials = torch.empty(shares, rows * channels, dtype=torch.float32, device=grad.device)
     launch(
-        _backward,
+        triplane_slice_backward,
         (shares * rows * triton.cdiv(channels, blocks["COLUMNS"]),),
         *(grad, dx, partials),
         *(batch * sites, sites, gather.length, channels, gather.inner, gather.outer_step, gather.step),

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from benchmarks.ahead_of_time import compile_launch, over_budget, resources
 from pvdm_fast.kernels.launch import Config
+from pvdm_fast.kernels.math import sum_of_products
 
 
 @triton.jit
@@ -25,6 +26,18 @@ def product(x, y, z, M: tl.constexpr, K: tl.constexpr, N: tl.constexpr):
 def square(x, y, stride, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + i, tl.load(x + i * stride) * 2.0)
+
+
+@triton.jit
+def fused_sum(x, y, z, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(z + i, tl.load(x + i) * tl.sum(tl.load(x + i) * tl.load(y + i)))
+
+
+@triton.jit
+def symmetric_sum(x, y, z, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(z + i, tl.load(x + i) * sum_of_products(tl.load(x + i), tl.load(y + i), 0))
 
 
 def compiled(architecture, kernel, tensors, config, *numbers):
@@ -45,6 +58,8 @@ def main():
             "shared memory": compiled(architecture, product, [half] * 3, Config({"M": 128, "K": 512, "N": 256}, 8)),
             "tensor cores": replace(by_hand, products_16_bit=True),
             "good copy": compiled(architecture, square, [single] * 2, Config({"BLOCK": 1024}), 1),
+            "good sum": compiled(architecture, symmetric_sum, [single] * 3, Config({"BLOCK": 128})),
+            "sums over lanes": compiled(architecture, fused_sum, [single] * 3, Config({"BLOCK": 128})),
             "16-byte load": compiled(architecture, square, [single] * 2, Config({"BLOCK": 1024}), 3),
         }
         found[architecture] = {name: over_budget(kernel) for name, kernel in kernels.items()}

@@ -75,7 +75,11 @@ def test_three_launches() -> None:
     arguments = [t.to("meta") for t in inputs(1, 128, 64)]
     with watch(lambda kernel, *_: names.append(kernel.fn.__name__)), assume("sm90"):
         attention_block.forward(*arguments, 8, 32, 1e-5)
-    assert names == ["_normed_qkv", "segment_attention_forward", "_projected"]
+    assert names == [
+        "attention_block_forward_qkv",
+        "segment_attention_forward",
+        "attention_block_forward_projection",
+    ]
 
 
 def block(kind: type[TriplaneAttention] = TriplaneAttention) -> TriplaneAttention:

@@ -148,7 +148,7 @@ def test_vendor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     check(x, weight.to(memory_format=torch.channels_last), bias, grad, ODD)
     check(*draw(ODD, 12, 20, dtype), ODD)
     names = launches(ODD, 20, 12, "interpreter")
-    assert names == ["_weight_gradient", "_arrange"]
+    assert names == ["plane_conv_backward_dweight", "plane_conv_backward_arrange"]
 
 
 def test_choice() -> None:
@@ -173,8 +173,8 @@ def launches(layout: PlaneLayout, channels: int, written: int, architecture: str
 
 def test_launches() -> None:
     """Few tokens: parts, added by a second kernel. Many: one launch for all planes."""
-    alone, shared = ["_convolve"], ["_convolve", "_add_parts"]
-    weight = ["_weight_gradient", "_arrange"]
+    alone, shared = ["plane_conv_forward"], ["plane_conv_forward", "plane_conv_forward_add"]
+    weight = ["plane_conv_backward_dweight", "plane_conv_backward_arrange"]
     assert launches(TriplaneLayout(2, 4, 4), 64, 64, "sm90") == shared + shared + weight
     assert launches(TriplaneLayout(16, 32, 32), 256, 256, "sm90", 8) == alone + alone + weight
 

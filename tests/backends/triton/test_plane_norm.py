@@ -191,7 +191,8 @@ def launches(layout: PlaneLayout, channels: int, modulated: bool = True) -> list
 
 def test_launches() -> None:
     """One launch forward and two backward at every level of the base denoiser but the widest blocks of the first."""
-    few = ["_apply", "_input_gradient", "_parameter_gradients"]
+    few = ["plane_norm_forward_apply", "plane_norm_backward_dx", "plane_norm_backward_parameters"]
     for size, channels in ((32, 256), (32, 512), (16, 1024), (8, 2048), (4, 2048)):
         assert launches(TriplaneLayout(size // 2, size, size), channels) == few
-    assert launches(TriplaneLayout(16, 32, 32), 2048) == ["_statistics", "_apply", "_sums", *few[1:]]
+    chunks = ["plane_norm_forward_statistics", few[0], "plane_norm_backward_sums", *few[1:]]
+    assert launches(TriplaneLayout(16, 32, 32), 2048) == chunks

@@ -146,5 +146,5 @@ def launches(qkv: Tensor, offsets: list[int]) -> list[str]:
 def test_three_planes_in_one_launch() -> None:
     """Forward one launch, backward two, for one segment as for three; and nothing is asked of the tensors' values."""
     qkv = torch.empty(2, 2048, 8, 3, 32, dtype=torch.bfloat16, device="meta").transpose(2, 3)
-    once = ["segment_attention_forward", "segment_attention_dq", "segment_attention_dkdv"]
+    once = ["segment_attention_forward", "segment_attention_backward_dq", "segment_attention_backward_dkdv"]
     assert launches(qkv, [0, 2048]) == launches(qkv, [0, 1024, 1536, 2048]) == once
