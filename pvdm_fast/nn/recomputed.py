@@ -10,18 +10,18 @@ at its defaults: feed-forward 1.22 s (in one piece, all kept: 1.44), time attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pvdm_fast import ops
 from pvdm_fast.backends import choice
 from pvdm_fast.nn.linear import linear, product, weight_gradient
-from pvdm_fast.ops.registry import autocast
+from pvdm_fast.ops.derivatives import transforming
+from pvdm_fast.ops.registry import autocast, statistic
 
 # Bytes of the widest tensor of a piece. A step that is one piece is not recomputed: there is little to save.
 PIECE_ON_CPU = 12 << 20
@@ -60,6 +60,24 @@ def _like(total: Tensor | None, parameter: Tensor) -> Tensor | None:
     return None if total is None else total.to(parameter.dtype)
 
 
+def _feed_forward(
+    values: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, activation: str, backend: str
+) -> Tensor:
+    """In one piece, in operations that autograd records."""
+    hidden = linear(values.to(first.dtype), first, first_bias)
+    return linear(ACTIVATIONS[activation][0](hidden, backend), second, second_bias)
+
+
+def _differentiable(
+    out: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> Iterator[Tensor | None]:
+    """The gradients of `inputs`, where they are needed, as functions of everything that `out` was computed from."""
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+    with torch.autocast(grad.device.type, enabled=False):
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return (next(found) if needed else None for needed in needs)
+
+
 class _FeedForward(torch.autograd.Function):
     """activation(normed @ first.T + bias) @ second.T + bias, by pieces of rows."""
 
@@ -69,20 +87,26 @@ class _FeedForward(torch.autograd.Function):
         first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor,
         eps: float, activation: str, rows: int,
     ) -> Tensor:  # fmt: skip
-        ctx.eps, ctx.activation, ctx.rows, ctx.backend = eps, ACTIVATIONS[activation], rows, choice.requested()
-        ctx.save_for_backward(total, scale, shift, first, first_bias, second)
+        ctx.eps, ctx.activation, ctx.rows, ctx.backend = eps, activation, rows, choice.requested()
+        ctx.save_for_backward(total, scale, shift, first, first_bias, second, second_bias)
+        activate = ACTIVATIONS[activation][0]
         flat = values.flatten(0, -2)
         out = flat.new_empty(len(flat), len(second), dtype=second.dtype)
         for start in range(0, len(flat), rows):
             hidden = product(flat[start : start + rows].to(first.dtype), first, first_bias)
-            out[start : start + rows] = product(ctx.activation[0](hidden, ctx.backend), second, second_bias)
+            out[start : start + rows] = product(activate(hidden, ctx.backend), second, second_bias)
         return out.unflatten(0, values.shape[:-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        total, scale, shift, first, first_bias, second = ctx.saved_tensors
-        forward, backward = ctx.activation
+        total, scale, shift, first, first_bias, second, second_bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            normed = _again(total, scale, shift, ctx.eps, ctx.backend)
+            weights = first, first_bias, second, second_bias
+            out = _feed_forward(normed, *weights, ctx.activation, ctx.backend)
+            dvalues, *dweights = _differentiable(out, (normed, *weights), ctx.needs_input_grad[:1] + ctx.needs_input_grad[4:8], grad)
+            return dvalues, None, None, None, *dweights, None, None, None
+        forward, backward = ACTIVATIONS[ctx.activation]
         stream, grad_rows = total.flatten(0, -2), grad.flatten(0, -2)
         dvalues = torch.empty_like(stream, memory_format=torch.contiguous_format)
         dfirst = dfirst_bias = dsecond = dsecond_bias = None
@@ -124,7 +148,7 @@ def feed_forward(normed: Normed, first: nn.Linear, second: nn.Linear, activation
     values = normed.values
     weights = autocast(first.weight, first.bias, second.weight, second.bias)
     rows = _pieces(values.numel() // values.shape[-1], first.out_features * weights[0].element_size(), values.device)
-    if rows * values.shape[-1] >= values.numel() or torch.compiler.is_compiling():
+    if rows * values.shape[-1] >= values.numel() or torch.compiler.is_compiling() or transforming():
         hidden = linear(values, first.weight, first.bias)
         return linear(ops.geglu(hidden) if activation == "geglu" else F.gelu(hidden), second.weight, second.bias)
     with torch.autocast(values.device.type, enabled=False):
@@ -161,7 +185,7 @@ class _Attention(torch.autograd.Function):
         tokens = values.reshape(groups, time, sites, -1)
         out = tokens.new_empty(groups, time, sites, len(weight) // 3, dtype=weight.dtype)
         lse_shape = (groups, sites, heads, time) if axis == "time" else (groups, 1, heads, sites)
-        lse = tokens.new_empty(lse_shape, dtype=torch.float32)
+        lse = tokens.new_empty(lse_shape, dtype=statistic(weight.dtype))
         for cut in sequences.cut(rows):
             qkv = _qkv(tokens.narrow(*cut), weight, heads)
             part, part_lse = torch.ops.pvdm_fast.axial_attention(
@@ -173,10 +197,16 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         total, scale, shift, weight, sin, cos, out, lse = ctx.saved_tensors
         groups, time, sites, axis = ctx.sequences
+        if torch.is_grad_enabled():
+            normed = _again(total, scale, shift, ctx.eps, ctx.backend)
+            qkv = linear(normed.to(weight.dtype), weight).view(groups, time, sites, 1, 3, ctx.heads, -1)
+            again = torch.ops.pvdm_fast.axial_attention(qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend)[0]
+            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+            dvalues, dweight = _differentiable(again.flatten(3), (normed, weight), needs, grad)
+            return dvalues, None, None, None, dweight, *[None] * 6
         stream = total.reshape(groups, time, sites, -1)
         dvalues = torch.empty_like(stream, memory_format=torch.contiguous_format)
         dweight = None
@@ -222,7 +252,7 @@ def attention(
     (weight,) = autocast(to_qkv)
     tokens = groups * time * sites
     rows = _pieces(tokens, len(weight) * weight.element_size(), weight.device)
-    if rows >= tokens or torch.compiler.is_compiling():
+    if rows >= tokens or torch.compiler.is_compiling() or transforming():
         qkv = linear(normed.values, to_qkv).view(groups, time, sites, 1, 3, heads, -1)
         return ops.axial_attention(qkv, axis, rotation).flatten(3)
     sin, cos = rotation or (None, None)
