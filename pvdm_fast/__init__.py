@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pvdm_fast import _operations
+
 if TYPE_CHECKING:
     from pvdm_fast.backends import use_backend
     from pvdm_fast.diffusion.pipeline import PVDMPipeline
@@ -19,6 +21,9 @@ _HOME = {
     "TriplaneLayout": "pvdm_fast.layout",
     "use_backend": "pvdm_fast.backends",
 }
+
+
+_operations.register_when_used()
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import expect_real, expect_shapes, register, statistic
+from pvdm_fast.ops.registry import expect_dtype, expect_real, expect_shapes, register, statistic
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -32,6 +32,8 @@ def _backward_check(
 ) -> None:
     _check(total, grad_total, weight, weight, 0.0)
     expect_real("add_layer_norm", total, grad_normed, mean, rstd)
+    expect_dtype("add_layer_norm", total.dtype, grad_normed=grad_normed, grad_total=grad_total)
+    expect_dtype("add_layer_norm", statistic(total.dtype), mean=mean, rstd=rstd)
     rows = total.shape[:-1]
     expect_shapes("add_layer_norm", grad_normed=(grad_normed, total.shape), mean=(mean, rows), rstd=(rstd, rows))
 

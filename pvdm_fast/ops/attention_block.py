@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.derivatives import transforming
+from pvdm_fast.ops.derivatives import autocasts, transforming
 from pvdm_fast.ops.registry import expect_real, register_by_reference
 
 # Where launches, not bytes or products, are what takes time. Every program of the fused projection norms all tokens of
@@ -91,7 +91,7 @@ def fuses_attention_block(x: Tensor, weight: Tensor) -> bool:
         and x.shape[0] <= MOST_CLIPS
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x.device.type)
         and choice.serves("triton", "attention_block", choice.requested(), x.device.type, x.dtype)
     )
 

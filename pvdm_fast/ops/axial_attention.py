@@ -14,6 +14,7 @@ from pvdm_fast.ops.derivatives import by_reference, records, split_dual, tangent
 from pvdm_fast.ops.registry import (
     autocast,
     default_scale,
+    expect_dtype,
     expect_real,
     expect_shapes,
     reference,
@@ -44,6 +45,8 @@ def _check(
             )
     if (sin is None) != (cos is None):
         raise ValueError("axial_attention: rotation tables come in pairs, sin and cos.")
+    if qkv.dtype != torch.float64:
+        expect_dtype("axial_attention", torch.float32, sin=sin, cos=cos)
     length = time if axis == "time" else height * width
     for table in (sin, cos):
         if table is not None and (table.shape != (length, head_width) or head_width % 2):
@@ -65,6 +68,8 @@ def _backward_check(
 ) -> None:
     _check(qkv, query, sin, cos, axis, scale)
     expect_real("axial_attention", qkv, grad, out, lse)
+    expect_dtype("axial_attention", qkv.dtype, grad=grad, out=out)
+    expect_dtype("axial_attention", statistic(qkv.dtype), lse=lse)
     shape, logs = _shapes(qkv, query, axis)
     expect_shapes("axial_attention", grad=(grad, shape), out=(out, shape), lse=(lse, logs))
 
@@ -74,6 +79,7 @@ def _jvp_check(
 ) -> None:
     _check(qkv, None, sin, cos, axis, scale)
     expect_real("axial_attention", qkv, tangent)
+    expect_dtype("axial_attention", qkv.dtype, tangent=tangent)
     expect_shapes("axial_attention", tangent=(tangent, tuple(qkv.shape)))
 
 
@@ -191,7 +197,8 @@ def axial_attention(
         qkv: (B, T, H, W, 3, heads, d), any strides. Differentiable. With `query`, keys and values only:
             (B, T, H, W, 2, heads, d).
         axis: "time": a sequence is the T tokens of one site; "space": the H W tokens of one frame.
-        rotation: (sin, cos) tables, each (sequence length, d) float32: q and k become x cos + R(x) sin, where R takes
+        rotation: (sin, cos) tables, each (sequence length, d), taken in float32 (in their own dtype where
+            qkv is float64): q and k become x cos + R(x) sin, where R takes
             each neighbouring pair (a, b) to (-b, a). No gradient (a tangent is taken).
         query: (B, 1, H, W, heads, d): one query a sequence along time instead of T. Differentiable.
         scale: of the scores; None: d ** -0.5.
@@ -212,5 +219,7 @@ def axial_attention(
     sin, cos = rotation if rotation is not None else (None, None)
     (qkv,) = autocast(qkv)
     query = query if query is None else query.to(qkv.dtype)
+    if sin is not None and cos is not None and qkv.dtype != torch.float64:
+        sin, cos = sin.float(), cos.float()
     scale = default_scale(qkv) if scale is None else scale
     return torch.ops.pvdm_fast.axial_attention(qkv, query, sin, cos, axis, scale, choice.requested())[0]

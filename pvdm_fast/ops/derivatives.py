@@ -29,6 +29,11 @@ log = logging.getLogger("pvdm_fast")
 Formula = Callable[..., tuple[Any, ...]]
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. PyTorch raises where it asks that of tensors without memory."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def tangent_of(tensor: Tensor) -> Tensor | None:
     """The tangent that forward-mode AD has attached to `tensor`."""
     return forward_ad.unpack_dual(tensor, level=0).tangent
@@ -71,7 +76,7 @@ def by_reference(op: str, derivative: str, function: Callable[..., Any]) -> Call
         *inputs, _ = arguments
         say(op, derivative)
         device = inputs[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if not autocasts(device):
             return function(*inputs)
         with torch.autocast(device, enabled=False):
             return function(*inputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import autocast, expect_real, expect_shapes, register, tokens_of_planes
+from pvdm_fast.ops.registry import autocast, expect_dtype, expect_real, expect_shapes, register, tokens_of_planes
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> None:
@@ -40,6 +40,7 @@ def _check_weight(x: Tensor, weight: Tensor, bias: torch.dtype, planes: Sequence
 def _backward_check(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]) -> None:
     _check_weight(x, weight, x.dtype, planes)
     expect_real("plane_conv", x, grad)
+    expect_dtype("plane_conv", x.dtype, grad=grad)
     expect_shapes("plane_conv", grad=(grad, (*x.shape[:2], weight.shape[0])))
 
 

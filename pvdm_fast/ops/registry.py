@@ -31,7 +31,7 @@ def _dispatch(op: str, direction: str, check: Callable[..., None]) -> Callable[.
             derivatives.say(op, "its forward-mode derivative")
             function = getattr(reference(op), direction)
         device = inputs[0].device.type
-        if torch.is_autocast_enabled(device):  # the dtypes are settled by now: the kernels must not be cast again
+        if derivatives.autocasts(device):  # the dtypes are settled by now: the kernels must not be cast again
             with torch.autocast(device, enabled=False):
                 return function(*inputs)
         return function(*inputs)
@@ -135,7 +135,7 @@ def register_by_reference(
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not derivatives.autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
@@ -163,6 +163,13 @@ def expect_shapes(op: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must be {tuple(shape)}, not {tuple(tensor.shape)}.")
+
+
+def expect_dtype(op: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless each tensor, given by its name, has `dtype`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"{op}: {name} must be {dtype} here, not {tensor.dtype}.")
 
 
 def default_scale(qkv: Tensor) -> float:

@@ -16,6 +16,7 @@ from pvdm_fast.ops.derivatives import by_reference, records, split_dual
 from pvdm_fast.ops.registry import (
     autocast,
     default_scale,
+    expect_dtype,
     expect_real,
     expect_shapes,
     reference,
@@ -45,6 +46,8 @@ def _backward_check(
     _check(qkv, offsets, scale)
     expect_real("segment_attention", qkv, grad, out, lse)
     batch, tokens, _, heads, width = qkv.shape
+    expect_dtype("segment_attention", qkv.dtype, grad=grad, out=out)
+    expect_dtype("segment_attention", statistic(qkv.dtype), lse=lse)
     shape = (batch, tokens, heads, width)
     expect_shapes("segment_attention", grad=(grad, shape), out=(out, shape), lse=(lse, (batch, heads, tokens)))
 
@@ -52,6 +55,7 @@ def _backward_check(
 def _jvp_check(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> None:
     _check(qkv, offsets, scale)
     expect_real("segment_attention", qkv, tangent)
+    expect_dtype("segment_attention", qkv.dtype, tangent=tangent)
     expect_shapes("segment_attention", tangent=(tangent, tuple(qkv.shape)))
 
 
