@@ -19,7 +19,7 @@ class _AfterTorch:
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
         if name != "torch":
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec: ModuleSpec | None = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             load: Any = spec.loader
@@ -59,4 +59,4 @@ def register_when_used() -> None:
     if "torch" in sys.modules:
         _prepare()
     else:
-        sys.meta_path.insert(0, _AfterTorch())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _AfterTorch())

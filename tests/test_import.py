@@ -28,7 +28,9 @@ def test_import_is_quick() -> None:
     pytest.fail(f"import pvdm_fast took {time} s after torch was imported")
 
 
-@pytest.mark.parametrize("imports", ["import pvdm_fast, torch", "import torch, pvdm_fast", "import pvdm_fast.ops, torch"])
+@pytest.mark.parametrize(
+    "imports", ["import pvdm_fast, torch", "import torch, pvdm_fast", "import pvdm_fast.ops, torch"]
+)
 def test_operations_after_the_import_alone(imports: str) -> None:
     """In either order; and a name that is none is an AttributeError, as in every namespace."""
     code = f"""

@@ -55,7 +55,10 @@ class _Linear(torch.autograd.Function):
         rows = rows_of(grad)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         if torch.is_grad_enabled():  # this is to be differentiated again: in operations that PyTorch can
-            dx, dweight = (rows @ weight).view(x.shape) if needs_x else None, rows.t() @ rows_of(x) if needs_weight else None
+            dx, dweight = (
+                (rows @ weight).view(x.shape) if needs_x else None,
+                rows.t() @ rows_of(x) if needs_weight else None,
+            )
         else:
             dx = gemm.linear(rows, weight.t()).view(x.shape) if needs_x else None
             dweight = gemm.weight_gradient(rows, rows_of(x)) if needs_weight else None

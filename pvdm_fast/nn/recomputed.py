@@ -61,7 +61,13 @@ def _like(total: Tensor | None, parameter: Tensor) -> Tensor | None:
 
 
 def _feed_forward(
-    values: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, activation: str, backend: str
+    values: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    second_bias: Tensor,
+    activation: str,
+    backend: str,
 ) -> Tensor:
     """In one piece, in operations that autograd records."""
     hidden = linear(values.to(first.dtype), first, first_bias)
@@ -76,6 +82,12 @@ def _differentiable(
     with torch.autocast(grad.device.type, enabled=False):
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return (next(found) if needed else None for needed in needs)
+
+
+def _in_one_piece(x: Tensor) -> bool:
+    """Whether nothing is to be cut: compiled code fuses by itself, transforms must see every operation, and
+    what has no memory needs none."""
+    return torch.compiler.is_compiling() or transforming() or x.is_meta
 
 
 class _FeedForward(torch.autograd.Function):
@@ -104,7 +116,9 @@ class _FeedForward(torch.autograd.Function):
             normed = _again(total, scale, shift, ctx.eps, ctx.backend)
             weights = first, first_bias, second, second_bias
             out = _feed_forward(normed, *weights, ctx.activation, ctx.backend)
-            dvalues, *dweights = _differentiable(out, (normed, *weights), ctx.needs_input_grad[:1] + ctx.needs_input_grad[4:8], grad)
+            dvalues, *dweights = _differentiable(
+                out, (normed, *weights), ctx.needs_input_grad[:1] + ctx.needs_input_grad[4:8], grad
+            )
             return dvalues, None, None, None, *dweights, None, None, None
         forward, backward = ACTIVATIONS[ctx.activation]
         stream, grad_rows = total.flatten(0, -2), grad.flatten(0, -2)
@@ -148,7 +162,7 @@ def feed_forward(normed: Normed, first: nn.Linear, second: nn.Linear, activation
     values = normed.values
     weights = autocast(first.weight, first.bias, second.weight, second.bias)
     rows = _pieces(values.numel() // values.shape[-1], first.out_features * weights[0].element_size(), values.device)
-    if rows * values.shape[-1] >= values.numel() or torch.compiler.is_compiling() or transforming():
+    if rows * values.shape[-1] >= values.numel() or _in_one_piece(values):
         hidden = linear(values, first.weight, first.bias)
         return linear(ops.geglu(hidden) if activation == "geglu" else F.gelu(hidden), second.weight, second.bias)
     with torch.autocast(values.device.type, enabled=False):
@@ -203,7 +217,9 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             normed = _again(total, scale, shift, ctx.eps, ctx.backend)
             qkv = linear(normed.to(weight.dtype), weight).view(groups, time, sites, 1, 3, ctx.heads, -1)
-            again = torch.ops.pvdm_fast.axial_attention(qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend)[0]
+            again = torch.ops.pvdm_fast.axial_attention(qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend)[
+                0
+            ]
             needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
             dvalues, dweight = _differentiable(again.flatten(3), (normed, weight), needs, grad)
             return dvalues, None, None, None, dweight, *[None] * 6
@@ -252,7 +268,7 @@ def attention(
     (weight,) = autocast(to_qkv)
     tokens = groups * time * sites
     rows = _pieces(tokens, len(weight) * weight.element_size(), weight.device)
-    if rows >= tokens or torch.compiler.is_compiling() or transforming():
+    if rows >= tokens or _in_one_piece(normed.values):
         qkv = linear(normed.values, to_qkv).view(groups, time, sites, 1, 3, heads, -1)
         return ops.axial_attention(qkv, axis, rotation).flatten(3)
     sin, cos = rotation or (None, None)

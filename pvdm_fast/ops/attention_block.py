@@ -44,9 +44,7 @@ def _check(
     if shapes != expected:
         raise ValueError(f"attention_block: the weights must have shapes {expected}, but have {shapes}.")
     if any(w.dtype != x.dtype for w in weights):
-        raise ValueError(
-            f"attention_block: the weights must be {x.dtype} as x, but are {[w.dtype for w in weights]}."
-        )
+        raise ValueError(f"attention_block: the weights must be {x.dtype} as x, but are {[w.dtype for w in weights]}.")
 
 
 def _flops(direction: str, x: Tensor, *_: Any) -> int:

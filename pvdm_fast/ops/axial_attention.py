@@ -24,9 +24,7 @@ from pvdm_fast.ops.registry import (
 )
 
 
-def _check(
-    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
-) -> None:
+def _check(qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float) -> None:
     expect_real("axial_attention", qkv, query, sin, cos)
     parts = 3 if query is None else 2
     if qkv.dim() != 7 or qkv.shape[4] != parts or qkv.numel() == 0:
@@ -74,9 +72,7 @@ def _backward_check(
     expect_shapes("axial_attention", grad=(grad, shape), out=(out, shape), lse=(lse, logs))
 
 
-def _jvp_check(
-    qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
-) -> None:
+def _jvp_check(qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float) -> None:
     _check(qkv, None, sin, cos, axis, scale)
     expect_real("axial_attention", qkv, tangent)
     expect_dtype("axial_attention", qkv.dtype, tangent=tangent)
@@ -211,8 +207,9 @@ def axial_attention(
             require a gradient.
 
     Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference (on `cpu` jvp is a kernel of its own, of O(N) memory, where only qkv carries a tangent), which a log line says
-        once. `vmap` runs the operation for each element in turn.
+        products and `torch.func` are right on every backend, through the reference, which a log line says once;
+        on `cpu` jvp is a kernel of its own, of O(N) memory, where qkv alone carries a tangent. `vmap` runs the
+        operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """

@@ -50,8 +50,8 @@ def any_tangent(inputs: Sequence[Any]) -> bool:
 
 
 def records(*inputs: Any) -> bool:
-    """Whether autograd records what is computed of `inputs`. A value and its tangent, taken apart for a kernel, are then
-    not enough: a backward pass, run while tangents are there, needs them in the tensors that were saved for it."""
+    """Whether autograd records what is computed of `inputs`. A value and its tangent, taken apart for a kernel, are
+    then not enough: a backward pass, run while tangents are there, needs them in the tensors that were saved for it."""
     torch_c: Any = torch._C
     return bool(torch_c.is_grad_enabled() and torch_c._any_requires_grad(*inputs))
 
@@ -69,8 +69,8 @@ def say(op: str, derivative: str) -> None:
 
 
 def by_reference(op: str, derivative: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which takes an operation's arguments without the backend, as it is called with them; outside autocast,
-    whose dtypes are settled by now."""
+    """`function`, which takes an operation's arguments without the backend, as it is called with them; outside
+    autocast, whose dtypes are settled by now."""
 
     def run(*arguments: Any) -> Any:
         *inputs, _ = arguments
@@ -99,6 +99,8 @@ def pulled_back(function: Callable[..., Any]) -> Formula:
         inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
 
+        vjp: Any = torch.func.vjp  # typed as if it returned an auxiliary value too
+
         def of_wanted(*tensors: Tensor) -> tuple[Tensor, ...]:
             arguments = list(inputs)
             for index, tensor in zip(wanted, tensors, strict=True):
@@ -106,7 +108,7 @@ def pulled_back(function: Callable[..., Any]) -> Formula:
             results = function(*arguments)
             return results if isinstance(results, tuple) else (results,)
 
-        results, pull = torch.func.vjp(of_wanted, *(inputs[index] for index in wanted))
+        results, pull = vjp(of_wanted, *(inputs[index] for index in wanted))
         pairs = zip(results, gradients, strict=True)
         found = pull(tuple(torch.zeros_like(r) if g is None else g.to(r.dtype) for r, g in pairs))
         by_index = dict(zip(wanted, found, strict=True))
@@ -130,6 +132,8 @@ def autograd_kernel(
     # A function of one level: the dispatcher takes `torch.func`'s levels apart before it calls the kernel below. Levels
     # under this one may record, though this one has been recorded and its function runs without gradients.
     class Differentiable(_SingleLevelFunction):
+        apply: Any  # of its base in C++
+
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, keyset = arguments

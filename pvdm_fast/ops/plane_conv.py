@@ -18,7 +18,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> No
     _check_weight(x, weight, bias.dtype, planes)
     expect_real("plane_conv", x, bias)
     if bias.shape != weight.shape[:1]:
-        raise ValueError(f"plane_conv: bias must be ({weight.shape[0]},) as weight's first axis, not {tuple(bias.shape)}.")
+        raise ValueError(
+            f"plane_conv: bias must be ({weight.shape[0]},) as weight's first axis, not {tuple(bias.shape)}."
+        )
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: torch.dtype, planes: Sequence[int]) -> None:
@@ -32,7 +34,9 @@ def _check_weight(x: Tensor, weight: Tensor, bias: torch.dtype, planes: Sequence
             f"{tuple(weight.shape)}."
         )
     if x.dtype != weight.dtype or x.dtype != bias:
-        raise ValueError(f"plane_conv: all must have one dtype, but x is {x.dtype}, weight {weight.dtype}, bias {bias}.")
+        raise ValueError(
+            f"plane_conv: all must have one dtype, but x is {x.dtype}, weight {weight.dtype}, bias {bias}."
+        )
     if tokens_of_planes("plane_conv", planes) != tokens:
         raise ValueError(f"plane_conv: x has {tokens} tokens, which planes of sizes {list(planes)} don't hold.")
 

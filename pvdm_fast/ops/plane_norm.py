@@ -37,9 +37,7 @@ def _check(
             f"that length; they have shapes {tuple(weight.shape)} and {tuple(bias.shape)}."
         )
     if scale_shift is not None and scale_shift.shape != (batch, 2 * channels):
-        raise ValueError(
-            f"plane_norm: scale_shift must be ({batch}, {2 * channels}), not {tuple(scale_shift.shape)}."
-        )
+        raise ValueError(f"plane_norm: scale_shift must be ({batch}, {2 * channels}), not {tuple(scale_shift.shape)}.")
     if tokens_of_planes("plane_norm", planes) != tokens:
         raise ValueError(f"plane_norm: x has {tokens} tokens, which planes of sizes {list(planes)} don't hold.")
     if resample not in (-1, 0, 1) or (resample < 0 and any(size % 2 for size in planes)):

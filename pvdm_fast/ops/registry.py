@@ -6,7 +6,7 @@ The backward pass thereby asks for the same one, whatever thread it runs in and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -155,7 +155,9 @@ def expect_real(op: str, first: Tensor, *others: Tensor | None) -> None:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{op}: tensors must be float32, bfloat16, float16 or float64, not {tensor.dtype}.")
         if tensor.device != device:
-            raise ValueError(f"{op}: all tensors must be on one device, but some are on {device}, some {tensor.device}.")
+            raise ValueError(
+                f"{op}: all tensors must be on one device, but some are on {device}, some {tensor.device}."
+            )
 
 
 def expect_shapes(op: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
@@ -182,7 +184,7 @@ def statistic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def tokens_of_planes(op: str, planes: list[int]) -> int:
+def tokens_of_planes(op: str, planes: Sequence[int]) -> int:
     """The tokens of planes given as (rows, columns, rows, columns, ...). Python's integers don't overflow.
 
     Raises:

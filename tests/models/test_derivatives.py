@@ -113,7 +113,10 @@ def test_hessian_vector_product(name: str) -> None:
         model, run, x, v = network(name, dtype)
         parameters = list(model.parameters())
         generator = torch.Generator().manual_seed(9)
-        change = [v, *(torch.randn(p.shape, generator=generator).to(dtype) * p.detach().abs().mean() for p in parameters)]
+        change = [
+            v,
+            *(torch.randn(p.shape, generator=generator).to(dtype) * p.detach().abs().mean() for p in parameters),
+        ]
         point = [x.requires_grad_(), *parameters]
         first = slope(run, x, parameters)
         second = torch.autograd.grad(sum((g * c).sum() for g, c in zip(first, change, strict=True)), point)
@@ -139,7 +142,7 @@ def test_hessian_vector_product(name: str) -> None:
 
 @both
 def test_gradients_of_each_sample(name: str) -> None:
-    model, run, x, _ = network(name, torch.float32)
+    model, _, x, _ = network(name, torch.float32)
     parameters = {n: p.detach() for n, p in model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:

@@ -158,7 +158,9 @@ def test_transformed() -> None:
     """Forward mode, and a gradient for each sample: as torch's own layer, without a warning."""
     x, weight = torch.randn(4, 512, 96), torch.randn(160, 96)
     change = torch.randn_like(x)
-    assert_close(jvp(lambda x: linear(x, weight), (x,), (change,))[1], change.double() @ weight.double().t(), FLOAT32_ERROR)
+    assert_close(
+        jvp(lambda x: linear(x, weight), (x,), (change,))[1], change.double() @ weight.double().t(), FLOAT32_ERROR
+    )
     each = vmap(grad(lambda w, x: linear(x, w).square().sum()), in_dims=(None, 0))(weight, x)
     assert_close(each[1], 2 * linear(x[1], weight).double().t() @ x[1].double(), FLOAT32_ERROR)
 

@@ -17,9 +17,9 @@ from ops.cases import CASES, Case, as_tuple, leaves, rotation
 from tolerances import FLOAT32_ERROR
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast import ops, use_backend
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import SERVED
 from pvdm_fast.ops import derivatives
@@ -140,9 +140,7 @@ def test_vmap(name: str, backend: str) -> None:
             many[0][n] if d is None else torch.stack([m[n] for m in many], dim=d)
             for n, d in zip(names, dims, strict=True)
         ]
-        expected = [
-            run(*(many[0][n] if d is None else m[n] for n, d in zip(names, dims, strict=True))) for m in many
-        ]
+        expected = [run(*(many[0][n] if d is None else m[n] for n, d in zip(names, dims, strict=True))) for m in many]
         for index, result in enumerate(vmap(run, in_dims=tuple(dims))(*inputs)):
             assert_close(result, torch.stack([e[index] for e in expected]), 1e-6, what)  # strides change sums' order
 
@@ -154,9 +152,7 @@ def test_vmap(name: str, backend: str) -> None:
                    for i in range(len(names))], victim)  # fmt: skip
         inputs = [torch.stack([m[n] for m in many]) for n in names]
         twice = vmap(vmap(run, in_dims=(0,) * len(names)), in_dims=(0,) * len(names))
-        for once, result in zip(
-            vmap(run)(*inputs), twice(*(torch.stack((t, t)) for t in inputs)), strict=True
-        ):
+        for once, result in zip(vmap(run)(*inputs), twice(*(torch.stack((t, t)) for t in inputs)), strict=True):
             assert torch.equal(result, torch.stack((once, once)))
 
 

@@ -1,4 +1,4 @@
-"""`torch.ops.pvdm_fast.*` called by hand: impossible sizes, wrong shapes, dtypes and devices; tensors without memory."""
+"""`torch.ops.pvdm_fast.*` called by hand: impossible sizes, wrong tensors, tensors without memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ops.cases import CASES, as_tuple, leaves
 from ops.test_operations import Recorder
 from torch import Tensor
 
-from pvdm_fast import use_backend
+from pvdm_fast import ops, use_backend
 from pvdm_fast.backends import choice
 
 HUGE = 2**63 - 1
@@ -45,8 +45,9 @@ def assert_refused(function: Any, arguments: list[Any], what: str) -> None:
     try:
         results = function(*arguments)
     except (ValueError, RuntimeError) as error:  # a BackendError is a RuntimeError
-        assert len(str(error)) > 15, what
-        return
+        if len(str(error)) > 15:
+            return
+        raise AssertionError(what) from error
     # What is left unread, or fits after all, may be taken; then the result is right-sized and without a crash.
     assert all(isinstance(r, Tensor) for r in as_tuple(results)), what
 
@@ -73,7 +74,7 @@ def test_planes_whose_product_wraps() -> None:
     for call in calls:
         with pytest.raises(ValueError, match=r"^(plane_conv|plane_norm|triplane_expand): .* tokens"):
             call()
-        with torch.device("meta"), pytest.raises(ValueError):
+        with torch.device("meta"), pytest.raises(ValueError, match="tokens"):
             call()
 
 
@@ -111,7 +112,9 @@ def test_tensors_without_memory(name: str, dtype: torch.dtype) -> None:
             pairs.append((*results, *torch.autograd.grad(results, list(tensors.values()), [r * 2 for r in results])))
     for expected, found in zip(*pairs, strict=True):
         assert found.is_meta
-        assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        strides = zip(found.shape, found.stride(), expected.stride(), strict=True)
+        assert all(size == 1 or a == b for size, a, b in strides)  # an axis of one element has no stride to speak of
 
 
 def _along(name: str, qkv: Tensor) -> Tensor:
@@ -119,8 +122,6 @@ def _along(name: str, qkv: Tensor) -> Tensor:
     axis = name.rpartition("-")[2]
     length = qkv.shape[1] if axis == "time" else qkv.shape[2] * qkv.shape[3]
     tables = torch.empty(2, length, qkv.shape[-1], device="meta")
-    from pvdm_fast import ops
-
     return ops.axial_attention(qkv, axis, (tables[0], tables[1]))
 
 
