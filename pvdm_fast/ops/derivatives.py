@@ -91,13 +91,21 @@ def saves_everything(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
 
-def pulled_back(function: Callable[..., Any]) -> Formula:
+# What a forward pass saves, as backward operations name it. It is made of their other arguments, through which
+# `backward_of_inputs` of the reference takes all of the derivative.
+SAVED = ("out", "lse", "mean", "rstd")
+
+
+def pulled_back(overload: Any, function: Callable[..., Any]) -> Formula:
     """The backward formula of an operation whose value is that of `function`, which PyTorch can differentiate."""
+    own = [argument.name not in SAVED for argument in overload._schema.arguments]
 
     def formula(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
+        wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[index] and own[index]]
+        if not wanted:
+            return (None,) * len(inputs)
 
         vjp: Any = torch.func.vjp  # typed as if it returned an auxiliary value too
 

@@ -106,7 +106,7 @@ def register(
     run = _dispatch(op, "backward", backward_check)
     overload = _define(f"{op}_backward", backward_schema, backward_check, backward_fake, run)
     again = derivatives.by_reference(op, "derivatives of its backward pass", compute_backward)
-    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(again), again)
+    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
 
 
 def register_by_reference(
@@ -129,7 +129,7 @@ def register_by_reference(
 
     overload = _define(name, schema, check, fake, _dispatch(op, direction, check))
     again = derivatives.by_reference(op, "derivatives", compute)
-    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(again), again)
+    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
