@@ -9,15 +9,6 @@ from pvdm_fast.backends.cpu import parameter, rows_of
 from pvdm_fast.backends.extensions import extension
 
 
-def refusal(x: Tensor, residual: Tensor | None, *_: object) -> str | None:
-    """The sum has the residual's dtype. (Backwards, `residual` is the sum's gradient.)"""
-    if residual is not None and residual.dtype == torch.float64:
-        return (
-            "it computes in float32, bfloat16 and float16, and the residual is float64: convert it, or use reference."
-        )
-    return None
-
-
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
