@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pvdm_fast import _operations
+
 if TYPE_CHECKING:
     from pvdm_fast.backends import use_backend
     from pvdm_fast.diffusion.pipeline import PVDMPipeline
@@ -64,6 +66,9 @@ _ELSEWHERE = {
         "stream_video",
     ),
 }
+
+
+_operations.register_when_used()
 
 
 def __getattr__(name: str) -> Any:

@@ -29,3 +29,23 @@ def test_import_is_quick() -> None:
         if float(time) < 0.2:
             return
     pytest.fail(f"import pvdm_fast took {time} s of CPU time after torch was imported")
+
+
+@pytest.mark.parametrize(
+    "imports", ["import pvdm_fast, torch", "import torch, pvdm_fast", "import pvdm_fast.ops, torch"]
+)
+def test_operations_after_the_import_alone(imports: str) -> None:
+    """In either order; and a name that is none is an AttributeError, as in every namespace."""
+    code = f"""
+{imports}
+assert not hasattr(torch.ops.pvdm_fast, "nonsense")
+assert torch.ops.pvdm_fast.geglu(torch.ones(2, 4), "auto").shape == (2, 2)
+assert type(torch.ops.pvdm_fast) is type(torch.ops.aten)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torch_is_not_imported() -> None:
+    """So that a command's --help is quick."""
+    code = "import pvdm_fast, sys; raise SystemExit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -38,12 +38,12 @@ class OwnCalls(Recorder):
 
 
 def own_operation(function: Any) -> tuple[str, str] | None:
-    """The name and direction ("forward" or "backward") of one of this package's operations; None for any other."""
+    """The name and direction ("forward", "backward" or "jvp") of one of this package's operations, else None."""
     if function.namespace != "pvdm_fast":
         return None
     name = name_of(function)
-    op = name.removesuffix("_backward")
-    return op, "forward" if op == name else "backward"
+    op, _, direction = name.rpartition("_")
+    return (op, direction) if direction in ("backward", "jvp") else (name, "forward")
 
 
 def name_of(function: Any) -> str:

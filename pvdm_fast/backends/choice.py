@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from threading import Lock
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -79,7 +80,10 @@ def _check_name(name: str) -> str:
     return name
 
 
-_requested = _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+_default = _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+_requested = _default
+_requests: list[use_backend] = []  # the last counts
+_changing = Lock()
 
 
 def requested() -> str:
@@ -89,6 +93,10 @@ def requested() -> str:
 
 class use_backend:
     """Ask for one backend, for the whole process: `use_backend("cpu")`, or `with use_backend("cpu"): ...`.
+
+    The last request counts, in every thread. A block takes back its own request when it ends, in whatever order the
+    blocks of several threads end: when all have ended, what was asked for before them counts again. A request without
+    `with` counts until the next one.
 
     Args:
         name: "reference", "cpu", "triton", "cuda", or "auto" to choose by device again.
@@ -100,21 +108,29 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _requested
         _check_name(name)
         if name != "auto" and (reason := unavailable(name)):
             raise BackendError(f"Backend {name!r} cannot run here: {reason}")
-        self._previous = _requested
-        _requested = name
+        self.name, self._in_block = name, False
+        # Of those without `with` the last may count again after a block, the ones before never.
+        outside = [request for request in _requests if not request._in_block][:-1]
+        self._change(drop=(*outside, self), add=True)
 
     def __enter__(self) -> use_backend:
+        self._in_block = True
+        self._change(drop=(self,), add=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._change(drop=(self,), add=False)
+
+    def _change(self, drop: Sequence[use_backend], add: bool) -> None:
         global _requested
-        _requested = self._previous
+        with _changing:
+            _requests[:] = [request for request in _requests if request not in drop] + [self] * add
+            _requested = _requests[-1].name if _requests else _default
 
 
 def interpreting() -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.cpu import gemm, rows_of
 from pvdm_fast.nn.plain import readable
+from pvdm_fast.ops.derivatives import transforming
 
 # Smaller products, and those of fewer rows, are left to torch: a call of oneDNN takes 15 us to set up, and one through
 # autograd in Python 10 more. From here on it is 1.2 to 1.8 times as fast, forward and backward together, one thread.
@@ -31,6 +31,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in TENSORS
         and not torch.is_autocast_enabled("cpu")
         and choice.requested() != "reference"
+        and not transforming()
     )
 
 
@@ -51,24 +52,27 @@ class _Linear(torch.autograd.Function):
         return gemm.linear(rows_of(x), weight, bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = rows_of(grad)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            gemm.linear(rows, weight.t()).view(x.shape) if needs_x else None,
-            gemm.weight_gradient(rows, rows_of(x)) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
-        )
+        if torch.is_grad_enabled():  # this is to be differentiated again: in operations that PyTorch can
+            dx, dweight = (
+                (rows @ weight).view(x.shape) if needs_x else None,
+                rows.t() @ rows_of(x) if needs_weight else None,
+            )
+        else:
+            dx = gemm.linear(rows, weight.t()).view(x.shape) if needs_x else None
+            dweight = gemm.weight_gradient(rows, rows_of(x)) if needs_weight else None
+        return dx, dweight, rows.sum(0) if needs_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x (..., K), weight (M, K), which may be a view, bias (M) -> (..., M).
 
     In float32 on the CPU all products, the backward pass's too, are oneDNN's: on an AMD Zen 5 core they take half the
-    time of torch's, which are MKL's (2048 rows, 256 -> 768: 3.9 and 8.4 ms). Small products, compiled code and the
-    reference backend are left to torch. Not differentiable twice.
+    time of torch's, which are MKL's (2048 rows, 256 -> 768: 3.9 and 8.4 ms). Small products, compiled code, the
+    reference backend, forward-mode differentiation, `torch.func` and double backward are left to torch.
     """
     if _by_onednn(x, weight):
         return _Linear.apply(x, weight, bias)

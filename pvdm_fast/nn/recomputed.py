@@ -10,19 +10,19 @@ at its defaults: feed-forward 1.22 s (in one piece, all kept: 1.44), time attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from pvdm_fast import ops
 from pvdm_fast.backends import choice
 from pvdm_fast.nn.linear import Linear, linear, product, weight_gradient
 from pvdm_fast.nn.plain import weight_of, weights_of
-from pvdm_fast.ops.registry import autocast
+from pvdm_fast.ops.derivatives import transforming
+from pvdm_fast.ops.registry import autocast, statistic
 
 # Bytes of the widest tensor of a piece. A step that is one piece is not recomputed: there is little to save.
 PIECE_ON_CPU = 12 << 20
@@ -66,6 +66,36 @@ def _like(total: Tensor | None, parameter: Tensor) -> Tensor | None:
     return None if total is None else total.to(parameter.dtype)
 
 
+def _feed_forward(
+    values: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    second_bias: Tensor,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    """In one piece, in operations that autograd records."""
+    hidden = linear(values.to(first.dtype), first, first_bias)
+    return linear(ACTIVATIONS[activation][0](hidden, backend), second, second_bias)
+
+
+def _differentiable(
+    out: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> Iterator[Tensor | None]:
+    """The gradients of `inputs`, where they are needed, as functions of everything that `out` was computed from."""
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
+    with torch.autocast(grad.device.type, enabled=False):
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return (next(found) if needed else None for needed in needs)
+
+
+def _in_one_piece(x: Tensor) -> bool:
+    """Whether nothing is to be cut: compiled code fuses by itself, transforms must see every operation, and
+    what has no memory needs none."""
+    return torch.compiler.is_compiling() or transforming() or x.is_meta
+
+
 class _FeedForward(torch.autograd.Function):
     """activation(normed @ first.T + bias) @ second.T + bias, by pieces of rows."""
 
@@ -75,20 +105,28 @@ class _FeedForward(torch.autograd.Function):
         first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor,
         eps: float, activation: str, rows: int,
     ) -> Tensor:  # fmt: skip
-        ctx.eps, ctx.activation, ctx.rows, ctx.backend = eps, ACTIVATIONS[activation], rows, choice.requested()
-        ctx.save_for_backward(total, scale, shift, first, first_bias, second)
+        ctx.eps, ctx.activation, ctx.rows, ctx.backend = eps, activation, rows, choice.requested()
+        ctx.save_for_backward(total, scale, shift, first, first_bias, second, second_bias)
+        activate = ACTIVATIONS[activation][0]
         flat = values.flatten(0, -2)
         out = flat.new_empty(len(flat), len(second), dtype=second.dtype)
         for start in range(0, len(flat), rows):
             hidden = product(flat[start : start + rows].to(first.dtype), first, first_bias)
-            out[start : start + rows] = product(ctx.activation[0](hidden, ctx.backend), second, second_bias)
+            out[start : start + rows] = product(activate(hidden, ctx.backend), second, second_bias)
         return out.unflatten(0, values.shape[:-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        total, scale, shift, first, first_bias, second = ctx.saved_tensors
-        forward, backward = ctx.activation
+        total, scale, shift, first, first_bias, second, second_bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            normed = _again(total, scale, shift, ctx.eps, ctx.backend)
+            weights = first, first_bias, second, second_bias
+            out = _feed_forward(normed, *weights, ctx.activation, ctx.backend)
+            dvalues, *dweights = _differentiable(
+                out, (normed, *weights), ctx.needs_input_grad[:1] + ctx.needs_input_grad[4:8], grad
+            )
+            return dvalues, None, None, None, *dweights, None, None, None
+        forward, backward = ACTIVATIONS[ctx.activation]
         stream, grad_rows = total.flatten(0, -2), grad.flatten(0, -2)
         dvalues = torch.empty_like(stream, memory_format=torch.contiguous_format)
         dfirst = dfirst_bias = dsecond = dsecond_bias = None
@@ -129,7 +167,7 @@ def feed_forward(x: Normed | Tensor, first: nn.Module, second: nn.Module, activa
         pass but x.total.
     """
     into, out_of = weights_of(first, Linear), weights_of(second, Linear)
-    if isinstance(x, Normed) and into is not None and out_of is not None and not torch.compiler.is_compiling():
+    if isinstance(x, Normed) and into is not None and out_of is not None and not _in_one_piece(x.values):
         weights = autocast(*into, *out_of)
         tokens = x.values.numel() // x.values.shape[-1]
         rows = _pieces(tokens, len(weights[0]) * weights[0].element_size(), x.values.device)
@@ -171,7 +209,7 @@ class _Attention(torch.autograd.Function):
         tokens = values.reshape(groups, time, sites, -1)
         out = tokens.new_empty(groups, time, sites, len(weight) // 3, dtype=weight.dtype)
         lse_shape = (groups, sites, heads, time) if axis == "time" else (groups, 1, heads, sites)
-        lse = tokens.new_empty(lse_shape, dtype=torch.float32)
+        lse = tokens.new_empty(lse_shape, dtype=statistic(weight.dtype))
         for cut in sequences.cut(rows):
             qkv = _qkv(tokens.narrow(*cut), weight, heads)
             part, part_lse = torch.ops.pvdm_fast.axial_attention(
@@ -183,10 +221,18 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         total, scale, shift, weight, sin, cos, out, lse = ctx.saved_tensors
         groups, time, sites, axis = ctx.sequences
+        if torch.is_grad_enabled():
+            normed = _again(total, scale, shift, ctx.eps, ctx.backend)
+            qkv = linear(normed.to(weight.dtype), weight).view(groups, time, sites, 1, 3, ctx.heads, -1)
+            again = torch.ops.pvdm_fast.axial_attention(qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend)[
+                0
+            ]
+            needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+            dvalues, dweight = _differentiable(again.flatten(3), (normed, weight), needs, grad)
+            return dvalues, None, None, None, dweight, *[None] * 6
         stream = total.reshape(groups, time, sites, -1)
         dvalues = torch.empty_like(stream, memory_format=torch.contiguous_format)
         dweight = None
@@ -234,7 +280,7 @@ def attention(
     """
     groups, time, sites, axis = sequences
     plain = weight_of(to_qkv, Linear)
-    if isinstance(x, Normed) and plain is not None and not torch.compiler.is_compiling():
+    if isinstance(x, Normed) and plain is not None and not _in_one_piece(x.values):
         (weight,) = autocast(plain)
         tokens = groups * time * sites
         rows = _pieces(tokens, len(weight) * weight.element_size(), weight.device)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import expect_real, expect_shapes, register, statistic
+from pvdm_fast.ops.registry import expect_dtype, expect_real, expect_shapes, register, statistic
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> None:
     expect_real("add_layer_norm", x, residual, weight, bias)
+    if residual is not None and residual.dtype == torch.float64:
+        expect_dtype("add_layer_norm", torch.float64, x=x)
     if (
         x.dim() == 0
         or x.numel() == 0
@@ -30,8 +32,10 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps
 def _backward_check(
     grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> None:
-    _check(total, grad_total, weight, weight, 0.0)
     expect_real("add_layer_norm", total, grad_normed, mean, rstd)
+    expect_dtype("add_layer_norm", total.dtype, grad_normed=grad_normed, grad_total=grad_total)
+    _check(total, grad_total, weight, weight, 0.0)
+    expect_dtype("add_layer_norm", statistic(total.dtype), mean=mean, rstd=rstd)
     rows = total.shape[:-1]
     expect_shapes("add_layer_norm", grad_normed=(grad_normed, total.shape), mean=(mean, rows), rstd=(rstd, rows))
 
@@ -110,5 +114,7 @@ def add_layer_norm(
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton.
     """
+    if residual is not None and residual.dtype == torch.float64:
+        x = x.double()  # their sum is float64, which is computed where x is float64
     total, normed, _, _ = torch.ops.pvdm_fast.add_layer_norm(x, residual, weight, bias, eps, choice.requested())
     return (x if residual is None else total), normed

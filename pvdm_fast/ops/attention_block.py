@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.derivatives import transforming
+from pvdm_fast.ops.derivatives import autocasts, transforming
 from pvdm_fast.ops.registry import expect_real, register_by_reference
 
 # Where launches, not bytes or products, are what takes time. Every program of the fused projection norms all tokens of
@@ -44,9 +44,7 @@ def _check(
     if shapes != expected:
         raise ValueError(f"attention_block: the weights must have shapes {expected}, but have {shapes}.")
     if any(w.dtype != x.dtype for w in weights):
-        raise ValueError(
-            f"attention_block: the weights must be {x.dtype} as x, but are {[w.dtype for w in weights]}."
-        )
+        raise ValueError(f"attention_block: the weights must be {x.dtype} as x, but are {[w.dtype for w in weights]}.")
 
 
 def _flops(direction: str, x: Tensor, *_: Any) -> int:
@@ -91,7 +89,7 @@ def fuses_attention_block(x: Tensor, weight: Tensor) -> bool:
         and x.shape[0] <= MOST_CLIPS
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x.device.type)
         and choice.serves("triton", "attention_block", choice.requested(), x.device.type, x.dtype)
     )
 

@@ -14,6 +14,7 @@ from pvdm_fast.ops.derivatives import by_reference, records, split_dual, tangent
 from pvdm_fast.ops.registry import (
     autocast,
     default_scale,
+    expect_dtype,
     expect_real,
     expect_shapes,
     reference,
@@ -23,9 +24,7 @@ from pvdm_fast.ops.registry import (
 )
 
 
-def _check(
-    qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
-) -> None:
+def _check(qkv: Tensor, query: Tensor | None, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float) -> None:
     expect_real("axial_attention", qkv, query, sin, cos)
     parts = 3 if query is None else 2
     if qkv.dim() != 7 or qkv.shape[4] != parts or qkv.numel() == 0:
@@ -44,6 +43,8 @@ def _check(
             )
     if (sin is None) != (cos is None):
         raise ValueError("axial_attention: rotation tables come in pairs, sin and cos.")
+    if qkv.dtype != torch.float64:
+        expect_dtype("axial_attention", torch.float32, sin=sin, cos=cos)
     length = time if axis == "time" else height * width
     for table in (sin, cos):
         if table is not None and (table.shape != (length, head_width) or head_width % 2):
@@ -65,15 +66,16 @@ def _backward_check(
 ) -> None:
     _check(qkv, query, sin, cos, axis, scale)
     expect_real("axial_attention", qkv, grad, out, lse)
+    expect_dtype("axial_attention", qkv.dtype, grad=grad, out=out)
+    expect_dtype("axial_attention", statistic(qkv.dtype), lse=lse)
     shape, logs = _shapes(qkv, query, axis)
     expect_shapes("axial_attention", grad=(grad, shape), out=(out, shape), lse=(lse, logs))
 
 
-def _jvp_check(
-    qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
-) -> None:
+def _jvp_check(qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float) -> None:
     _check(qkv, None, sin, cos, axis, scale)
     expect_real("axial_attention", qkv, tangent)
+    expect_dtype("axial_attention", qkv.dtype, tangent=tangent)
     expect_shapes("axial_attention", tangent=(tangent, tuple(qkv.shape)))
 
 
@@ -191,7 +193,8 @@ def axial_attention(
         qkv: (B, T, H, W, 3, heads, d), any strides. Differentiable. With `query`, keys and values only:
             (B, T, H, W, 2, heads, d).
         axis: "time": a sequence is the T tokens of one site; "space": the H W tokens of one frame.
-        rotation: (sin, cos) tables, each (sequence length, d) float32: q and k become x cos + R(x) sin, where R takes
+        rotation: (sin, cos) tables, each (sequence length, d), taken in float32 (in their own dtype where
+            qkv is float64): q and k become x cos + R(x) sin, where R takes
             each neighbouring pair (a, b) to (-b, a). No gradient (a tangent is taken).
         query: (B, 1, H, W, heads, d): one query a sequence along time instead of T. Differentiable.
         scale: of the scores; None: d ** -0.5.
@@ -204,13 +207,16 @@ def axial_attention(
             require a gradient.
 
     Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference (on `cpu` jvp is a kernel of its own, of O(N) memory, where only qkv carries a tangent), which a log line says
-        once. `vmap` runs the operation for each element in turn.
+        products and `torch.func` are right on every backend, through the reference, which a log line says once;
+        on `cpu` jvp is a kernel of its own, of O(N) memory, where qkv alone carries a tangent. `vmap` runs the
+        operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """
     sin, cos = rotation if rotation is not None else (None, None)
     (qkv,) = autocast(qkv)
     query = query if query is None else query.to(qkv.dtype)
+    if sin is not None and cos is not None and qkv.dtype != torch.float64:
+        sin, cos = sin.float(), cos.float()
     scale = default_scale(qkv) if scale is None else scale
     return torch.ops.pvdm_fast.axial_attention(qkv, query, sin, cos, axis, scale, choice.requested())[0]

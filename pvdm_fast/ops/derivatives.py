@@ -20,13 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 log = logging.getLogger("pvdm_fast")
 
 Formula = Callable[..., tuple[Any, ...]]
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. PyTorch raises where it asks that of tensors without memory."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def tangent_of(tensor: Tensor) -> Tensor | None:
@@ -45,8 +50,8 @@ def any_tangent(inputs: Sequence[Any]) -> bool:
 
 
 def records(*inputs: Any) -> bool:
-    """Whether autograd records what is computed of `inputs`. A value and its tangent, taken apart for a kernel, are then
-    not enough: a backward pass, run while tangents are there, needs them in the tensors that were saved for it."""
+    """Whether autograd records what is computed of `inputs`. A value and its tangent, taken apart for a kernel, are
+    then not enough: a backward pass, run while tangents are there, needs them in the tensors that were saved for it."""
     torch_c: Any = torch._C
     return bool(torch_c.is_grad_enabled() and torch_c._any_requires_grad(*inputs))
 
@@ -64,14 +69,14 @@ def say(op: str, derivative: str) -> None:
 
 
 def by_reference(op: str, derivative: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which takes an operation's arguments without the backend, as it is called with them; outside autocast,
-    whose dtypes are settled by now."""
+    """`function`, which takes an operation's arguments without the backend, as it is called with them; outside
+    autocast, whose dtypes are settled by now."""
 
     def run(*arguments: Any) -> Any:
         *inputs, _ = arguments
         say(op, derivative)
         device = inputs[0].device.type
-        if not torch.is_autocast_enabled(device):
+        if not autocasts(device):
             return function(*inputs)
         with torch.autocast(device, enabled=False):
             return function(*inputs)
@@ -86,13 +91,23 @@ def saves_everything(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
 
-def pulled_back(function: Callable[..., Any]) -> Formula:
+# What a forward pass saves, as backward operations name it. It is made of their other arguments, through which
+# `backward_of_inputs` of the reference takes all of the derivative.
+SAVED = ("out", "lse", "mean", "rstd")
+
+
+def pulled_back(overload: Any, function: Callable[..., Any]) -> Formula:
     """The backward formula of an operation whose value is that of `function`, which PyTorch can differentiate."""
+    own = [argument.name not in SAVED for argument in overload._schema.arguments]
 
     def formula(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if tensor else other for tensor, other in zip(ctx.tensors, ctx.others, strict=True)]
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
+        wanted = [index for index in range(len(inputs)) if ctx.needs_input_grad[index] and own[index]]
+        if not wanted:
+            return (None,) * len(inputs)
+
+        vjp: Any = torch.func.vjp  # typed as if it returned an auxiliary value too
 
         def of_wanted(*tensors: Tensor) -> tuple[Tensor, ...]:
             arguments = list(inputs)
@@ -101,7 +116,7 @@ def pulled_back(function: Callable[..., Any]) -> Formula:
             results = function(*arguments)
             return results if isinstance(results, tuple) else (results,)
 
-        results, pull = torch.func.vjp(of_wanted, *(inputs[index] for index in wanted))
+        results, pull = vjp(of_wanted, *(inputs[index] for index in wanted))
         pairs = zip(results, gradients, strict=True)
         found = pull(tuple(torch.zeros_like(r) if g is None else g.to(r.dtype) for r, g in pairs))
         by_index = dict(zip(wanted, found, strict=True))
@@ -125,6 +140,8 @@ def autograd_kernel(
     # A function of one level: the dispatcher takes `torch.func`'s levels apart before it calls the kernel below. Levels
     # under this one may record, though this one has been recorded and its function runs without gradients.
     class Differentiable(_SingleLevelFunction):
+        apply: Any  # of its base in C++
+
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, keyset = arguments

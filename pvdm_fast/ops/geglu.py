@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import expect_real, expect_shapes, register
+from pvdm_fast.ops.registry import expect_dtype, expect_real, expect_shapes, register
 
 
 def _check(x: Tensor) -> None:
@@ -21,6 +21,7 @@ def _check(x: Tensor) -> None:
 def _backward_check(grad: Tensor, x: Tensor) -> None:
     _check(x)
     expect_real("geglu", x, grad)
+    expect_dtype("geglu", x.dtype, grad=grad)
     expect_shapes("geglu", grad=(grad, (*x.shape[:-1], x.shape[-1] // 2)))
 
 

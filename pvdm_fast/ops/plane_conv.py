@@ -11,14 +11,16 @@ from torch import Tensor
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import autocast, expect_real, expect_shapes, register, tokens_of_planes
+from pvdm_fast.ops.registry import autocast, expect_dtype, expect_real, expect_shapes, register, tokens_of_planes
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> None:
     _check_weight(x, weight, bias.dtype, planes)
     expect_real("plane_conv", x, bias)
     if bias.shape != weight.shape[:1]:
-        raise ValueError(f"plane_conv: bias must be ({weight.shape[0]},) as weight's first axis, not {tuple(bias.shape)}.")
+        raise ValueError(
+            f"plane_conv: bias must be ({weight.shape[0]},) as weight's first axis, not {tuple(bias.shape)}."
+        )
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: torch.dtype, planes: Sequence[int]) -> None:
@@ -32,7 +34,9 @@ def _check_weight(x: Tensor, weight: Tensor, bias: torch.dtype, planes: Sequence
             f"{tuple(weight.shape)}."
         )
     if x.dtype != weight.dtype or x.dtype != bias:
-        raise ValueError(f"plane_conv: all must have one dtype, but x is {x.dtype}, weight {weight.dtype}, bias {bias}.")
+        raise ValueError(
+            f"plane_conv: all must have one dtype, but x is {x.dtype}, weight {weight.dtype}, bias {bias}."
+        )
     if tokens_of_planes("plane_conv", planes) != tokens:
         raise ValueError(f"plane_conv: x has {tokens} tokens, which planes of sizes {list(planes)} don't hold.")
 
@@ -40,6 +44,7 @@ def _check_weight(x: Tensor, weight: Tensor, bias: torch.dtype, planes: Sequence
 def _backward_check(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]) -> None:
     _check_weight(x, weight, x.dtype, planes)
     expect_real("plane_conv", x, grad)
+    expect_dtype("plane_conv", x.dtype, grad=grad)
     expect_shapes("plane_conv", grad=(grad, (*x.shape[:2], weight.shape[0])))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import expect_real, expect_shapes, register, statistic, tokens_of_planes
+from pvdm_fast.ops.registry import expect_dtype, expect_real, expect_shapes, register, statistic, tokens_of_planes
 
 _RESAMPLE = {None: 0, "up": 1, "down": -1}
 
@@ -37,9 +37,7 @@ def _check(
             f"that length; they have shapes {tuple(weight.shape)} and {tuple(bias.shape)}."
         )
     if scale_shift is not None and scale_shift.shape != (batch, 2 * channels):
-        raise ValueError(
-            f"plane_norm: scale_shift must be ({batch}, {2 * channels}), not {tuple(scale_shift.shape)}."
-        )
+        raise ValueError(f"plane_norm: scale_shift must be ({batch}, {2 * channels}), not {tuple(scale_shift.shape)}.")
     if tokens_of_planes("plane_norm", planes) != tokens:
         raise ValueError(f"plane_norm: x has {tokens} tokens, which planes of sizes {list(planes)} don't hold.")
     if resample not in (-1, 0, 1) or (resample < 0 and any(size % 2 for size in planes)):
@@ -64,6 +62,8 @@ def _backward_check(
 ) -> None:
     _check(x, weight, bias, scale_shift, planes, groups, 0.0, activation, resample)
     expect_real("plane_norm", x, grad, mean, rstd)
+    expect_dtype("plane_norm", x.dtype, grad=grad)
+    expect_dtype("plane_norm", statistic(x.dtype), mean=mean, rstd=rstd)
     batch, _, channels = x.shape
     statistics = (batch, len(planes) // 2, groups)
     expect_shapes(

@@ -6,7 +6,7 @@ The backward pass thereby asks for the same one, whatever thread it runs in and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -31,7 +31,7 @@ def _dispatch(op: str, direction: str, check: Callable[..., None]) -> Callable[.
             derivatives.say(op, "its forward-mode derivative")
             function = getattr(reference(op), direction)
         device = inputs[0].device.type
-        if torch.is_autocast_enabled(device):  # the dtypes are settled by now: the kernels must not be cast again
+        if derivatives.autocasts(device):  # the dtypes are settled by now: the kernels must not be cast again
             with torch.autocast(device, enabled=False):
                 return function(*inputs)
         return function(*inputs)
@@ -106,7 +106,7 @@ def register(
     run = _dispatch(op, "backward", backward_check)
     overload = _define(f"{op}_backward", backward_schema, backward_check, backward_fake, run)
     again = derivatives.by_reference(op, "derivatives of its backward pass", compute_backward)
-    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(again), again)
+    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
 
 
 def register_by_reference(
@@ -129,13 +129,13 @@ def register_by_reference(
 
     overload = _define(name, schema, check, fake, _dispatch(op, direction, check))
     again = derivatives.by_reference(op, "derivatives", compute)
-    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(again), again)
+    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not derivatives.autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
@@ -155,7 +155,9 @@ def expect_real(op: str, first: Tensor, *others: Tensor | None) -> None:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{op}: tensors must be float32, bfloat16, float16 or float64, not {tensor.dtype}.")
         if tensor.device != device:
-            raise ValueError(f"{op}: all tensors must be on one device, but some are on {device}, some {tensor.device}.")
+            raise ValueError(
+                f"{op}: all tensors must be on one device, but some are on {device}, some {tensor.device}."
+            )
 
 
 def expect_shapes(op: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
@@ -163,6 +165,13 @@ def expect_shapes(op: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must be {tuple(shape)}, not {tuple(tensor.shape)}.")
+
+
+def expect_dtype(op: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless each tensor, given by its name, has `dtype`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"{op}: {name} must be {dtype} here, not {tensor.dtype}.")
 
 
 def default_scale(qkv: Tensor) -> float:
@@ -175,7 +184,7 @@ def statistic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def tokens_of_planes(op: str, planes: list[int]) -> int:
+def tokens_of_planes(op: str, planes: Sequence[int]) -> int:
     """The tokens of planes given as (rows, columns, rows, columns, ...). Python's integers don't overflow.
 
     Raises:

@@ -16,6 +16,7 @@ from pvdm_fast.ops.derivatives import by_reference, records, split_dual
 from pvdm_fast.ops.registry import (
     autocast,
     default_scale,
+    expect_dtype,
     expect_real,
     expect_shapes,
     reference,
@@ -39,12 +40,12 @@ def _check(qkv: Tensor, offsets: Sequence[int], scale: float) -> None:
         )
 
 
-def _backward_check(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float
-) -> None:
+def _backward_check(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> None:
     _check(qkv, offsets, scale)
     expect_real("segment_attention", qkv, grad, out, lse)
     batch, tokens, _, heads, width = qkv.shape
+    expect_dtype("segment_attention", qkv.dtype, grad=grad, out=out)
+    expect_dtype("segment_attention", statistic(qkv.dtype), lse=lse)
     shape = (batch, tokens, heads, width)
     expect_shapes("segment_attention", grad=(grad, shape), out=(out, shape), lse=(lse, (batch, heads, tokens)))
 
@@ -52,6 +53,7 @@ def _backward_check(
 def _jvp_check(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> None:
     _check(qkv, offsets, scale)
     expect_real("segment_attention", qkv, tangent)
+    expect_dtype("segment_attention", qkv.dtype, tangent=tangent)
     expect_shapes("segment_attention", tangent=(tangent, tuple(qkv.shape)))
 
 
@@ -97,7 +99,9 @@ def _compute(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _flops(direction: str, *inputs: Any) -> int:
     qkv, offsets = inputs[direction == "backward"], inputs[-2]
     batch, _, _, heads, width = qkv.shape
-    forward = sum(costs.attention(batch, stop - start, stop - start, heads * width) for start, stop in pairwise(offsets))
+    forward = sum(
+        costs.attention(batch, stop - start, stop - start, heads * width) for start, stop in pairwise(offsets)
+    )
     return costs.attention_passes(direction, forward)
 
 
@@ -146,8 +150,9 @@ def segment_attention(qkv: Tensor, offsets: Sequence[int] | None = None, scale: 
         ValueError: shapes or offsets that don't fit.
 
     Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference (on `cpu` jvp is a kernel of its own, of O(N) memory, where only qkv carries a tangent), which a log line says
-        once. `vmap` runs the operation for each element in turn.
+        products and `torch.func` are right on every backend, through the reference, which a log line says once;
+        on `cpu` jvp is a kernel of its own, of O(N) memory, where qkv alone carries a tangent. `vmap` runs the
+        operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """

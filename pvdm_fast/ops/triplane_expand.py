@@ -10,7 +10,7 @@ from torch import Tensor
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import autocast, expect_real, expect_shapes, register, tokens_of_lattice
+from pvdm_fast.ops.registry import autocast, expect_dtype, expect_real, expect_shapes, register, tokens_of_lattice
 
 
 def _check(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int, width: int) -> None:
@@ -44,6 +44,7 @@ def _check_weight(planes: Tensor, weight: Tensor, time: int, height: int, width:
 def _backward_check(grad: Tensor, planes: Tensor, weight: Tensor, time: int, height: int, width: int) -> None:
     _check_weight(planes, weight, time, height, width)
     expect_real("triplane_expand", planes, grad)
+    expect_dtype("triplane_expand", planes.dtype, grad=grad)
     expect_shapes("triplane_expand", grad=(grad, (planes.shape[0], time * height * width, weight.shape[1])))
 
 

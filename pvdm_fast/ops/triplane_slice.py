@@ -10,7 +10,7 @@ from torch import Tensor
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import expect_real, expect_shapes, register, tokens_of_lattice
+from pvdm_fast.ops.registry import expect_real, register, tokens_of_lattice
 
 
 def _length(plane: str, time: int, height: int, width: int) -> int:

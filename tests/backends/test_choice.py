@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -40,6 +41,44 @@ def test_restored_after_an_error() -> None:
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert choice.requested() == "auto"
+
+
+def test_blocks_of_two_threads_may_end_in_any_order() -> None:
+    """The last that began counts in all threads; when all have ended, what was asked for before."""
+    use_backend("auto")
+    first, second = use_backend("reference"), use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    assert choice.requested() == "cpu"
+    first.__exit__(None, None, None)
+    assert choice.requested() == "cpu"
+    second.__exit__(None, None, None)
+    assert choice.requested() == "auto"
+
+
+def test_many_threads_leave_nothing_behind() -> None:
+    use_backend("auto")
+
+    def work(index: int) -> None:
+        for _ in range(50):
+            with use_backend("reference" if index % 2 else "cpu"):
+                assert choice.requested() in ("reference", "cpu")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert choice.requested() == "auto"
+
+
+def test_request_without_a_block_is_replaced_by_the_next() -> None:
+    for name in ("reference", "cpu", "auto"):
+        use_backend(name)
+        assert choice.requested() == name
+    with use_backend("reference"):
+        use_backend("cpu")
+        assert choice.requested() == "cpu"
+    assert choice.requested() == "cpu"
+    use_backend("auto")
+    assert len(choice._requests) <= 2
 
 
 def test_unknown_name() -> None:

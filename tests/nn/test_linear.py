@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import assert_close
-from tolerances import OPERATION
+from tolerances import FLOAT32_ERROR, OPERATION
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from pvdm_fast import use_backend
@@ -141,11 +142,27 @@ def test_checkpointed() -> None:
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def test_not_differentiable_twice() -> None:
-    x, weight = leaves(torch.randn(512, 96), torch.randn(160, 96))
-    (dx,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_differentiable_twice() -> None:
+    x, weight, bias = leaves(torch.randn(512, 96), torch.randn(160, 96), torch.randn(160))
+    wide = leaves(x.double(), weight.double(), bias.double())
+
+    def penalty(*inputs: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(linear(*inputs).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum((g / g.norm().detach()).square().sum() for g in first), inputs)
+
+    for actual, expected in zip(penalty(x, weight, bias), penalty(*wide), strict=True):
+        assert_close(actual, expected, FLOAT32_ERROR)
+
+
+def test_transformed() -> None:
+    """Forward mode, and a gradient for each sample: as torch's own layer, without a warning."""
+    x, weight = torch.randn(4, 512, 96), torch.randn(160, 96)
+    change = torch.randn_like(x)
+    assert_close(
+        jvp(lambda x: linear(x, weight), (x,), (change,))[1], change.double() @ weight.double().t(), FLOAT32_ERROR
+    )
+    each = vmap(grad(lambda w, x: linear(x, w).square().sum()), in_dims=(None, 0))(weight, x)
+    assert_close(each[1], 2 * linear(x[1], weight).double().t() @ x[1].double(), FLOAT32_ERROR)
 
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

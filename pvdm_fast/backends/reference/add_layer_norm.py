@@ -12,7 +12,8 @@ def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual: (..., C) -> x + residual (empty without a residual), its LayerNorm, and per row mean and 1 / std
-    (float32, float64 for float64). The norm is taken of the sum as it is stored. Results have the dtype of the residual, else of x."""
+    (float32, float64 for float64). The norm is taken of the sum as it is stored. Results have the dtype of the
+    residual, else of x."""
     total = (x if residual is None else (residual + x).to(residual.dtype)).contiguous()
     tw, w, b = wide(total, weight, bias)
     variance, mean = torch.var_mean(tw, dim=-1, correction=0, keepdim=True)
@@ -40,5 +41,5 @@ def backward(
 def backward_of_inputs(
     grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    variance, mean = torch.var_mean(*wide(total), dim=-1, correction=0)
+    variance, mean = torch.var_mean(wide(total)[0], dim=-1, correction=0)
     return backward(grad_normed, grad_total, total, weight, mean, rstd_of(variance, rstd))

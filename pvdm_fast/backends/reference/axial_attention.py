@@ -116,7 +116,7 @@ def backward_of_inputs(
     axis: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    again = forward(*wide(qkv), query, sin, cos, axis, scale)
+    again = forward(wide(qkv)[0], query, sin, cos, axis, scale)
     return backward(grad, qkv, query, sin, cos, *again, axis, scale)
 
 

@@ -114,6 +114,6 @@ def backward_of_inputs(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    variance, mean = _statistics(*wide(x), PlaneLayout.from_sizes(planes), groups)
+    variance, mean = _statistics(wide(x)[0], PlaneLayout.from_sizes(planes), groups)
     statistics = mean, rstd_of(variance, rstd)
     return backward(grad, x, weight, bias, scale_shift, *statistics, planes, groups, activation, resample)

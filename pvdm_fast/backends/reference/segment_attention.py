@@ -51,7 +51,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Seque
 def backward_of_inputs(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float
 ) -> Tensor:
-    return backward(grad, qkv, *forward(*wide(qkv), offsets, scale), offsets, scale)
+    return backward(grad, qkv, *forward(wide(qkv)[0], offsets, scale), offsets, scale)
 
 
 def jvp(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:

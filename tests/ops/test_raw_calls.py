@@ -1,0 +1,133 @@
+"""`torch.ops.pvdm_fast.*` called by hand: impossible sizes, wrong tensors, tensors without memory."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from ops.cases import CASES, as_tuple, leaves
+from ops.test_operations import Recorder
+from torch import Tensor
+
+from pvdm_fast import ops, use_backend
+from pvdm_fast.backends import choice
+
+HUGE = 2**63 - 1
+SIZES = (HUGE, -HUGE, 2**62, 2**32, 2**31, 0, -1, 1, 2, 3)
+everywhere = pytest.mark.parametrize("name", CASES)
+BACKENDS = [name for name in choice.BACKENDS if choice.unavailable(name) is None]
+
+
+def calls_of(name: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The raw calls of both directions, with their arguments, detached."""
+    case = CASES[name]
+    inputs = leaves(case.inputs(torch.float32))
+    with Recorder() as recorder:
+        results = as_tuple(case.run(**inputs))
+        torch.autograd.grad(results, list(inputs.values()), [torch.randn_like(r) for r in results])
+    return [(f, tuple(a.detach() if isinstance(a, Tensor) else a for a in args)) for f, args in recorder.calls]
+
+
+def sizes_changed(value: Any) -> list[Any]:
+    """Other sizes in place of a size, or of each in a list of them."""
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int):
+        return list(SIZES)
+    if isinstance(value, (list, tuple)) and value and type(value[0]) is int:
+        return [[*value[:i], size, *value[i + 1 :]] for i in range(len(value)) for size in SIZES] + [[], value[:-1]]
+    return []
+
+
+def assert_refused(function: Any, arguments: list[Any], what: str) -> None:
+    try:
+        results = function(*arguments)
+    except (ValueError, RuntimeError) as error:  # a BackendError is a RuntimeError
+        if len(str(error)) > 15:
+            return
+        raise AssertionError(what) from error
+    # What is left unread, or fits after all, may be taken; then the result is right-sized and without a crash.
+    assert all(isinstance(r, Tensor) for r in as_tuple(results)), what
+
+
+@everywhere
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_impossible_sizes(name: str, backend: str) -> None:
+    for function, arguments in calls_of(name):
+        for index, value in enumerate(arguments[:-1]):
+            for other in sizes_changed(value):
+                changed = [*arguments[:index], other, *arguments[index + 1 : -1], backend]
+                assert_refused(function, changed, f"{function} {index} {other}")
+
+
+def test_planes_whose_product_wraps() -> None:
+    """(2^63 - 1) x 2 + 6 x 1 tokens are 4 in 64 bits."""
+    x, weight, bias = torch.randn(1, 4, 5), torch.randn(6, 5, 3, 3), torch.randn(6)
+    planes = [HUGE, 2, 6, 1]
+    calls = (
+        lambda: torch.ops.pvdm_fast.plane_conv(x, weight, bias, planes, "auto"),
+        lambda: torch.ops.pvdm_fast.plane_norm(x, bias[:5], bias[:5], None, planes, 5, 1e-5, True, 0, "auto"),
+        lambda: torch.ops.pvdm_fast.triplane_expand(x, torch.randn(3, 2, 5), torch.randn(3, 2), HUGE, 2, 6, "auto"),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^(plane_conv|plane_norm|triplane_expand): .* tokens"):
+            call()
+        with torch.device("meta"), pytest.raises(ValueError, match="tokens"):
+            call()
+
+
+@everywhere
+def test_wrong_tensors(name: str) -> None:
+    """A tensor of another shape, dtype or device in any place, in either direction."""
+    chosen = random.Random(0)
+    for function, arguments in calls_of(name):
+        for index, value in enumerate(arguments):
+            if not isinstance(value, Tensor):
+                continue
+            for other in (
+                value[..., :-1], value[None], value.flatten(), value[:0], value.long(), value.to(torch.complex64),
+                torch.tensor(1.0), torch.empty(0), value.expand(2, *value.shape), value.double(), value.to("meta"),
+            ):  # fmt: skip
+                backend = chosen.choice(BACKENDS)
+                changed = [*arguments[:index], other, *arguments[index + 1 : -1], backend]
+                assert_refused(function, changed, f"{function} {index} {tuple(other.shape)} {other.dtype} {backend}")
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_without_memory(name: str, dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides of both directions on the meta device: those of the reference's results."""
+    case = CASES[name]
+    inputs = case.inputs(dtype)
+    with use_backend("reference"):
+        real, empty = leaves(inputs), leaves({n: t.to("meta") for n, t in inputs.items()})
+        pairs = []
+        for tensors in (real, empty):
+            if case.op == "axial_attention" and "query" not in case.shapes and tensors is empty:
+                results = as_tuple(_along(name, tensors["qkv"]))
+            else:
+                results = as_tuple(case.run(**tensors))
+            pairs.append((*results, *torch.autograd.grad(results, list(tensors.values()), [r * 2 for r in results])))
+    for expected, found in zip(*pairs, strict=True):
+        assert found.is_meta
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        strides = zip(found.shape, found.stride(), expected.stride(), strict=True)
+        assert all(size == 1 or a == b for size, a, b in strides)  # an axis of one element has no stride to speak of
+
+
+def _along(name: str, qkv: Tensor) -> Tensor:
+    """The case's call, its tables on the meta device too."""
+    axis = name.rpartition("-")[2]
+    length = qkv.shape[1] if axis == "time" else qkv.shape[2] * qkv.shape[3]
+    tables = torch.empty(2, length, qkv.shape[-1], device="meta")
+    return ops.axial_attention(qkv, axis, (tables[0], tables[1]))
+
+
+@everywhere
+def test_statistics_of_float64_are_float64(name: str) -> None:
+    for function, arguments in calls_of(name):
+        wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments[:-1]]
+        for result in as_tuple(function(*wide, "reference")):
+            assert result.dtype == torch.float64
