@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Generator
 from importlib.util import find_spec
+from types import ModuleType
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels 
 
 import pytest
 import torch
+from backends.builds import Builds
+from backends.cuda import emulated
 from hypothesis import HealthCheck, settings
 
 # A machine that is busy with something else is no fault of an example.
@@ -30,6 +33,19 @@ REMEDY = re.compile(r"\b(install|run|rerun|set|unset|use)\b.")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    """What is compiled for tests, kept for later runs (not with `-p no:cacheprovider`)."""
+    kept = getattr(request.config, "cache", None)
+    return Builds(kept.mkdir("builds") if kept else tmp_path_factory.getbasetemp() / "builds")
+
+
+@pytest.fixture(scope="session")
+def emulated_device(builds: Builds) -> ModuleType:
+    """The CUDA kernels built for the host."""
+    return emulated.load(builds.get("emulated", emulated.build))
 
 
 @pytest.hookimpl(wrapper=True)
