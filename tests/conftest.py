@@ -58,8 +58,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def interpreted_in_float16(item: pytest.Item) -> bool:
+    """Whether a test runs a Triton kernel interpreted in float16: the same code as in bfloat16, and takes as long."""
+    given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    triton = "backends/triton/" in item.nodeid or any(value == "triton" for value in given if isinstance(value, str))
+    return triton and any(value is torch.float16 for value in given)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What needs so much memory runs only where it is asked for."""
+    """What needs so much memory, or minutes, runs only where it is asked for."""
+    for item in items:
+        if interpreted_in_float16(item):
+            item.add_marker(pytest.mark.slow)
     reasons = {"huge": "needs 15 GB of memory", "exhaustive": "takes minutes"}
     for name, reason in reasons.items():
         if name in config.getoption("markexpr"):
