@@ -58,18 +58,22 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def interpreted_in_float16(item: pytest.Item) -> bool:
-    """Whether a test runs a Triton kernel interpreted in float16: the same code as in bfloat16, and takes as long."""
+def interpreted_in_16_bits(item: pytest.Item) -> bool:
+    """Whether a test interprets a Triton kernel in 16 bits again: float32 runs all its code, and the operations' own
+    tests run all kernels in bfloat16."""
     given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-    triton = "backends/triton/" in item.nodeid or any(value == "triton" for value in given if isinstance(value, str))
-    return triton and any(value is torch.float16 for value in given)
+    if "backends/triton/" in item.nodeid:
+        return any(value is torch.float16 or value is torch.bfloat16 for value in given)
+    return any(value is torch.float16 for value in given) and any(
+        isinstance(value, str) and value == "triton" for value in given
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What needs so much memory, or minutes, runs only where it is asked for."""
     for item in items:
-        if interpreted_in_float16(item):
+        if interpreted_in_16_bits(item):
             item.add_marker(pytest.mark.slow)
     reasons = {"huge": "needs 15 GB of memory", "exhaustive": "takes minutes"}
     for name, reason in reasons.items():

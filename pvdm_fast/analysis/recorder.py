@@ -38,12 +38,15 @@ class OwnCalls(Recorder):
 
 
 def own_operation(function: Any) -> tuple[str, str] | None:
-    """The name and direction ("forward" or "backward") of one of this package's operations; None for any other."""
+    """The name and direction of one of this package's operations; None for any other.
+
+    Directions are "forward", "backward" (gradients) and "jvp" (tangents).
+    """
     if function.namespace != "pvdm_fast":
         return None
     name = name_of(function)
-    op = name.removesuffix("_backward")
-    return op, "forward" if op == name else "backward"
+    op, _, direction = name.rpartition("_")
+    return (op, direction) if direction in ("backward", "jvp") else (name, "forward")
 
 
 def name_of(function: Any) -> str:
