@@ -142,7 +142,7 @@ def launcher_item(op: str, direction: str, arguments: tuple[Any, ...]) -> Item:
     with Traffic() as glue, watch(lambda kernel, grid, given, *_: moved.append(distinct_bytes(given))):
         getattr(choice.implementation("triton", op), direction)(*inputs)
     return Item(
-        name=op if direction == "forward" else f"{op}_backward",
+        name=op if direction == "forward" else f"{op}_{direction}",
         launches=len(moved) + len(glue.items),
         bytes=sum(moved) + sum(item.bytes for item in glue.items),
         flops=operation_flops(op, direction, inputs),

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Generator
 from importlib.util import find_spec
+from types import ModuleType
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels 
 
 import pytest
 import torch
+from backends.builds import Builds
+from backends.cuda import emulated
 from hypothesis import HealthCheck, settings
 
 # A machine that is busy with something else is no fault of an example.
@@ -32,6 +35,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    """What is compiled for tests, kept for later runs (not with `-p no:cacheprovider`)."""
+    kept = getattr(request.config, "cache", None)
+    return Builds(kept.mkdir("builds") if kept else tmp_path_factory.getbasetemp() / "builds")
+
+
+@pytest.fixture(scope="session")
+def emulated_device(builds: Builds) -> ModuleType:
+    """The CUDA kernels built for the host."""
+    return emulated.load(builds.get("emulated", emulated.build))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A skip says what would run the test: one that doesn't is a failure."""
@@ -42,8 +58,23 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def interpreted_in_16_bits(item: pytest.Item) -> bool:
+    """Whether a test interprets a Triton kernel in 16 bits again: float32 runs all its code, and the operations' own
+    tests run all kernels in bfloat16."""
+    given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+    if "backends/triton/" in item.nodeid:
+        return any(value is torch.float16 or value is torch.bfloat16 for value in given)
+    return any(value is torch.float16 for value in given) and any(
+        isinstance(value, str) and value == "triton" for value in given
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What needs so much memory runs only where it is asked for."""
+    """What needs so much memory, or minutes, runs only where it is asked for."""
+    for item in items:
+        if interpreted_in_16_bits(item):
+            item.add_marker(pytest.mark.slow)
     reasons = {"huge": "needs 15 GB of memory", "exhaustive": "takes minutes"}
     for name, reason in reasons.items():
         if name in config.getoption("markexpr"):

@@ -38,7 +38,10 @@ class OwnCalls(Recorder):
 
 
 def own_operation(function: Any) -> tuple[str, str] | None:
-    """The name and direction ("forward", "backward" or "jvp") of one of this package's operations, else None."""
+    """The name and direction of one of this package's operations; None for any other.
+
+    Directions are "forward", "backward" (gradients) and "jvp" (tangents).
+    """
     if function.namespace != "pvdm_fast":
         return None
     name = name_of(function)

@@ -40,19 +40,6 @@ def poisoned_likes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Builds:
-    """What is compiled for tests, kept for later runs (not with `-p no:cacheprovider`)."""
-    kept = getattr(request.config, "cache", None)
-    return Builds(kept.mkdir("builds") if kept else tmp_path_factory.getbasetemp() / "builds")
-
-
-@pytest.fixture(scope="session")
-def emulated_device(builds: Builds) -> ModuleType:
-    """The CUDA kernels built for the host."""
-    return emulated.load(builds.get("emulated", emulated.build))
-
-
-@pytest.fixture(scope="session")
 def amx_stand_in(builds: Builds) -> ModuleType:
     """Attention in the instruction set amx, with the stand-in of its tiles."""
     amx.skip_where_it_cannot_run(ISAS)

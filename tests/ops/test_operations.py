@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from backends.cuda import emulated
 from comparison import assert_close
-from tolerances import CONV_SUM, OPERATION
+from instruction_sets import ISAS, using
+from tolerances import ATTENTION_16_BIT, CONV_SUM, OPERATION
 from torch import Tensor
 
 from pvdm_fast import use_backend
 from pvdm_fast.analysis.cases import ONE_TOKEN, SMALL, USUAL, Case, as_tuple, leaves, run_with_gradients
 from pvdm_fast.analysis.recorder import OwnCalls
 from pvdm_fast.backends import choice
-from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, SERVED
+from pvdm_fast.backends.choice import ATTENTION, KERNEL_DTYPES, OPERATIONS, SERVED
+from pvdm_fast.backends.cuda import attention
 
 everywhere = pytest.mark.parametrize("name", SMALL)
+HALVES = KERNEL_DTYPES[1:]
 
 
 @pytest.mark.parametrize("table", [SMALL, USUAL, ONE_TOKEN], ids=["small", "usual", "one token"])
@@ -46,12 +52,15 @@ def sliced(tensor: Tensor) -> Tensor:
     return buffer[..., ::2]
 
 
+FORMS = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}
+
+
 @everywhere
-@pytest.mark.parametrize("form", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("form", FORMS)
 def test_registration(name: str, form: str) -> None:
     """opcheck of the operation and its backward, as the public function calls them: schema, fake strides, autograd."""
     case = SMALL[name]
-    change = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}[form]
+    change = FORMS[form]
     inputs = leaves({n: change(t) for n, t in case.inputs(torch.float32).items()})
     with OwnCalls() as recorder:
         results = as_tuple(case.run(**inputs))
@@ -78,29 +87,49 @@ def test_compiles_to_one_graph(name: str) -> None:
         assert_close(tensor, expected[what], OPERATION[torch.float32], what)
 
 
-def servers() -> list[Any]:
-    """(case, backend, dtype) for every backend but the reference that has kernels for the case's operation."""
+TENSOR_CORES = f"{emulated.BACKEND} by tensor cores"
+WAYS = [*(f"cpu {isa}" for isa in ISAS or ["none"]), "triton", "cuda", emulated.BACKEND, TENSOR_CORES]
+
+
+def served() -> list[Any]:
+    """(case, way, dtype): each case by every backend that has kernels for its operation, the CPU's in every instruction
+    set. Attention in 16 bits has two families of CUDA kernels."""
     return [
-        pytest.param(name, backend, dtype, id=f"{name}-{backend}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(name, way, dtype, id=f"{name}-{way}-{str(dtype).removeprefix('torch.')}")
         for name, case in SMALL.items()
-        for backend in choice.BACKENDS
-        if case.op in SERVED[backend]
-        for dtype in KERNEL_DTYPES
+        for way in WAYS
+        for dtype in (HALVES if way == TENSOR_CORES else KERNEL_DTYPES)
+        if case.op in (ATTENTION if way == TENSOR_CORES else SERVED[way.partition(" ")[0].removesuffix("-emulated")])
     ]
 
 
-def tolerance_of(op: str, what: str, dtype: torch.dtype) -> float:
+@pytest.fixture
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Makes one of `WAYS` possible, and gives its name."""
+    backend, _, detail = request.param.partition(" ")
+    if backend == emulated.BACKEND:
+        module = request.getfixturevalue("emulated_device")
+        with emulated.registered(module), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "MATRIX_LENGTH", 1 if detail else 1 << 30)
+            yield request.param
+    elif reason := choice.unavailable(backend):
+        pytest.skip(reason)
+    else:
+        with using(detail) if detail else nullcontext():
+            yield request.param
+
+
+def tolerance_of(op: str, what: str, dtype: torch.dtype, way: str) -> float:
+    if way == TENSOR_CORES:
+        return ATTENTION_16_BIT[dtype]
     return (CONV_SUM if op == "plane_conv" and "gradient" in what else OPERATION)[dtype]
 
 
-@pytest.mark.parametrize(("name", "backend", "dtype"), servers())
-@pytest.mark.parametrize("form", ["contiguous", "transposed", "sliced"])
-def test_backend_equals_reference(name: str, backend: str, dtype: torch.dtype, form: str) -> None:
+@pytest.mark.parametrize(("name", "way", "dtype"), served(), indirect=["way"])
+@pytest.mark.parametrize("form", FORMS)
+def test_backend_equals_reference(name: str, way: str, dtype: torch.dtype, form: str) -> None:
     """Every backend, forward and every gradient, against the float64 reference on the same rounded inputs."""
-    if reason := choice.unavailable(backend):
-        pytest.skip(reason)
-    case = SMALL[name]
-    change = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}[form]
+    case, change, backend = SMALL[name], FORMS[form], way.partition(" ")[0]
     inputs = {n: change(t) for n, t in case.inputs(dtype).items()}
     with use_backend("reference"):
         expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
@@ -111,7 +140,7 @@ def test_backend_equals_reference(name: str, backend: str, dtype: torch.dtype, f
     for what, tensor in actual.items():
         assert tensor.dtype == dtype
         assert torch.equal(tensor, again[what]), f"{what} differs on a second run"
-        assert_close(tensor.cpu(), expected[what], tolerance_of(case.op, what, dtype), what)
+        assert_close(tensor.cpu(), expected[what], tolerance_of(case.op, what, dtype, way), what)
 
 
 @everywhere

@@ -13,7 +13,7 @@ from pvdm_fast.analysis.cases import BATCH, LATTICE, LAYOUT, ONE_TOKEN, SMALL, C
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import SERVED
 
-WIDTHS = (8, 16, 24, 32, 40, 64, 80, *(pytest.param(width, marks=pytest.mark.slow) for width in (128, 256)))
+WIDTHS = (8, 24, 64, *(pytest.param(width, marks=pytest.mark.slow) for width in (16, 32, 40, 80, 128, 256)))
 KERNELS = [name for name in choice.BACKENDS if name != "reference" and choice.unavailable(name) is None]
 SITES = LATTICE[1] * LATTICE[2]
 ATTENTIONS = {

@@ -189,6 +189,7 @@ def test_it_can_be_switched_on_on_resuming(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_16_bits_with_everything(precision: str, lpips_file: Path, tmp_path: Path) -> None:
     """LPIPS, both discriminators, the penalty, and accumulated batches."""
     run = tmp_path / "run"

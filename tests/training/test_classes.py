@@ -125,6 +125,7 @@ def test_what_does_not_fit() -> None:
         to_release(Denoiser(**SIZES, num_classes=2))
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph_and_samples_the_same() -> None:
     """With classes, positions and the prediction v, by the pass that sampling takes."""
     torch._dynamo.reset()

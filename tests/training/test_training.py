@@ -87,6 +87,7 @@ def test_an_interrupted_run_continues_exactly(
     assert same_weights(run, finished, "denoiser")
 
 
+@pytest.mark.slow
 def test_steps_after_the_last_checkpoint_are_taken_again(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run(
     assert checkpoint.newest_good(run / "checkpoints")[0] is not None
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_larger_batch(tmp_path: Path) -> None:
     # without noise on the latent, which is drawn for each forward pass
     options = ["--stage", "autoencoder", "--autoencoder-steps", "2", "--autoencoder-latent-noise", "0"]
@@ -188,6 +190,7 @@ def test_16_bits_train_both_stages(precision: str, tmp_path: Path) -> None:
     assert len(losses(run, "diffusion")) == 3
 
 
+@pytest.mark.slow
 def test_the_stages_can_be_run_one_after_the_other(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(run, *steps(8), "--stage", "autoencoder") == 0
@@ -254,6 +257,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert checkpoint.newest_good(run / "checkpoints")[0] is not None
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path: Path) -> None:
     """The scalars of the records also reach TensorBoard's event files."""
     pytest.importorskip("tensorboard", reason="TensorBoard is an extra: pip install -e '.[tensorboard]'")

@@ -1,4 +1,7 @@
-"""The backend "cuda-emulated" (`emulated.registered`): operations and whole networks on the CUDA kernels."""
+"""The backend "cuda-emulated" (`emulated.registered`): automatic choice, and whole networks on the CUDA kernels.
+
+Single operations are in tests/ops/test_operations.py.
+"""
 
 from __future__ import annotations
 
@@ -12,52 +15,23 @@ from backends.cuda import emulated
 from comparison import assert_close, relative_error
 from golden_tools import GoldenCase, load_case
 from models.test_golden import check_gradients
-from ops.test_operations import sliced, tolerance_of, transposed
-from tolerances import ATTENTION_16_BIT, GOLDEN_NETWORK, NETWORK_16_BIT
+from tolerances import GOLDEN_NETWORK, NETWORK_16_BIT
 
 from pvdm_fast import TriplaneLayout, ops, use_backend
-from pvdm_fast.analysis.cases import SMALL, run_with_gradients
 from pvdm_fast.backends import choice
-from pvdm_fast.backends.choice import ATTENTION, KERNEL_DTYPES, SERVED, BackendError
+from pvdm_fast.backends.choice import SERVED, BackendError
 from pvdm_fast.backends.cuda import attention
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
-FORMS = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def device(emulated_device: ModuleType) -> Iterator[ModuleType]:
     with emulated.registered(emulated_device):
         yield emulated_device
-
-
-def kernels() -> list[tuple[str, torch.dtype, bool]]:
-    """(case, dtype, whether by tensor cores), which are for attention in 16 bits."""
-    served = [(name, case.op) for name, case in SMALL.items() if case.op in SERVED["cuda"]]
-    halves = [(name, dtype, True) for name, op in served if op in ATTENTION for dtype in KERNEL_DTYPES[1:]]
-    return [(name, dtype, False) for name, _ in served for dtype in KERNEL_DTYPES] + halves
-
-
-@pytest.mark.parametrize(("name", "dtype", "matrix"), kernels())
-@pytest.mark.parametrize("form", FORMS)
-def test_equals_reference(
-    monkeypatch: pytest.MonkeyPatch, name: str, form: str, dtype: torch.dtype, matrix: bool
-) -> None:
-    """As tests/ops/test_operations.py tests every backend, through the registered operation; also by tensor cores."""
-    case = SMALL[name]
-    monkeypatch.setattr(attention, "MATRIX_LENGTH", 1 if matrix else 1 << 30)
-    inputs = {n: FORMS[form](t) for n, t in case.inputs(dtype).items()}
-    with use_backend("reference"):
-        expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
-    with use_backend(emulated.BACKEND):
-        actual = run_with_gradients(case, inputs, dtype)
-        again = run_with_gradients(case, inputs, dtype)
-    for what, tensor in actual.items():
-        assert tensor.dtype == dtype and torch.equal(tensor, again[what])
-        assert_close(tensor, expected[what], ATTENTION_16_BIT[dtype] if matrix else tolerance_of(case.op, what, dtype))
 
 
 def served() -> dict[str, str]:
