@@ -22,6 +22,9 @@ from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_model
 
 MODELS = ("autoencoder", "denoiser")
+# Options of diffusers' loading that change nothing where the files are at hand, as safetensors.
+DOWNLOADING = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"}
+DOWNLOADING |= {"low_cpu_mem_usage", "use_safetensors"}
 
 
 @dataclass
@@ -56,15 +59,25 @@ class PVDMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
         """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``.
 
-        ``options`` are diffusers'; of a run's folder ``torch_dtype`` and the parts, for example ``scheduler=``. Raises
-        UserError where a run lacks a model.
+        ``options`` are diffusers'. For a run's folder they are ``dtype`` (or ``torch_dtype``), the parts, for example
+        ``scheduler=``, and those that say how to download, which nothing needs here. Raises UserError for others, and
+        where a run lacks a model.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir() or (folder / "model_index.json").is_file():
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         parts = {name: options.pop(name, None) for name in (*MODELS, "scheduler")}
+        dtypes = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
+        dtype = next((value for value in dtypes if value is not None), torch.float32)
+        if not isinstance(dtype, torch.dtype):
+            raise UserError(f"dtype must be one of torch's, such as torch.bfloat16, not {dtype!r}")
+        if unknown := sorted(options.keys() - DOWNLOADING):
+            raise UserError(
+                f"{', '.join(unknown)}: not known for the folder of a run; load it without, and save it with "
+                "save_pretrained to have all options of diffusers"
+            )
         scheduler = parts["scheduler"] or make_scheduler("ddim")
-        models = [parts[name] or load_part(folder, name, **options) for name in MODELS]
+        models = [parts[name] or load_part(folder, name, dtype) for name in MODELS]
         return cls(autoencoder=models[0], denoiser=models[1], scheduler=scheduler)
 
     @torch.no_grad()

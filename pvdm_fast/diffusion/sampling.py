@@ -166,7 +166,7 @@ SEEDS = -(2**63), 2**64 - 1  # what torch.Generator takes
 
 
 def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
 def _is_finite(value: object) -> bool:

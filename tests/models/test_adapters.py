@@ -16,12 +16,6 @@ from pvdm_fast.nn import recomputed
 peft = pytest.importorskip("peft", reason="pip install peft transformers")
 
 ATTENTION = {"autoencoder": ["to_qkv"], "denoiser": ["qkv", "proj_out"]}
-# Every layer that LoRA knows: linear ones, and the 1x1 and 3x3 convolutions.
-EVERYTHING = {
-    "autoencoder": r".*\.(to_qkv|to_out\.0|net\.0|net\.3|to_patch_embedding)|(pre|post)_(xy|yt|xt)",
-    "denoiser": r".*\.(qkv|proj_out|in_layers\.2|out_layers\.3|skip_connection|emb_layers\.1)|time_embed\.[02]|out\.2"
-    r"|input_blocks\.0\.0",
-}
 NETWORKS = pytest.mark.parametrize("network", ["autoencoder", "denoiser"])
 
 
@@ -50,6 +44,12 @@ def inputs(model: Any, batch: int = 2) -> tuple[Tensor, ...]:
     return torch.randn(batch, 4, model.layout.num_tokens, generator=generator), torch.full((batch,), 500)
 
 
+def adaptable(model: nn.Module) -> list[str]:
+    """All layers that LoRA can adapt: linear ones, and the 1x1 and 3x3 convolutions."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+
 def adapted(network: str, targets: Any, **options: Any) -> Any:
     return peft.get_peft_model(make(network), peft.LoraConfig(r=2, target_modules=targets, **options))
 
@@ -62,7 +62,7 @@ def test_training(network: str, how: str, tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(recomputed, "PIECE_ON_CPU", 1024)
     base = make(network)
     given = inputs(base)
-    model = adapted(network, EVERYTHING[network] if how == "everything" else ATTENTION[network])
+    model = adapted(network, adaptable(base) if how == "everything" else ATTENTION[network])
     if how == "checkpointing":
         model.get_base_model().enable_gradient_checkpointing()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -70,7 +70,7 @@ def test_training(network: str, how: str, tmp_path: Path, monkeypatch: pytest.Mo
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in trained}
     with torch.no_grad():
         target = torch.zeros_like(base(*given).sample)
-        assert_close(model(*given).sample, base(*given).sample, 1e-5)  # a new adapter is nothing
+        assert_close(model(*given).sample, base(*given).sample, 1e-4)  # a new adapter is nothing; other sums' order
     optimizer = torch.optim.Adam(trained.values(), lr=1e-2)
     losses = []
     for _ in range(8):
