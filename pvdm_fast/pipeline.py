@@ -1,5 +1,12 @@
 """The sampling functions under the name that they had before `pvdm_fast.diffusion.sampling`."""
 
-from pvdm_fast.diffusion.sampling import NoiseSource, check_pair, sample_latents, sample_video, stream_video
+from pvdm_fast.diffusion.sampling import (
+    NoiseSource,
+    SamplingOptions,
+    check_pair,
+    sample_latents,
+    sample_video,
+    stream_video,
+)
 
-__all__ = ["NoiseSource", "check_pair", "sample_latents", "sample_video", "stream_video"]
+__all__ = ["NoiseSource", "SamplingOptions", "check_pair", "sample_latents", "sample_video", "stream_video"]

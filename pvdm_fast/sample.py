@@ -179,7 +179,7 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from pvdm_fast.data.continuation import last_clip
     from pvdm_fast.diffusion.pipeline import class_numbers
-    from pvdm_fast.diffusion.sampling import stream_video
+    from pvdm_fast.diffusion.sampling import SamplingOptions, stream_video
     from pvdm_fast.jobs.progress import make_bar
 
     autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
@@ -187,27 +187,25 @@ def _sample(options: argparse.Namespace) -> None:
     frames = size["frames"] if options.frames is None else options.frames
     condition = options.condition and last_clip(options.condition, **size, stride=options.stride)
     labels = None if options.label is None else class_numbers(denoiser, options.label, options.clips)
+    wanted = SamplingOptions(
+        clips=options.clips,
+        frames=frames,
+        steps=options.steps,
+        scheduler=options.scheduler,
+        guidance=options.guidance,
+        eta=options.eta,
+        seed=options.seed,
+        condition=condition,
+        labels=labels,
+        cuda_graph=options.cuda_graph,
+    )
     with make_bar("sampling", options.steps) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        pieces = stream_video(
-            autoencoder,
-            denoiser,
-            clips=options.clips,
-            frames=frames,
-            steps=options.steps,
-            scheduler=options.scheduler,
-            guidance=options.guidance,
-            eta=options.eta,
-            seed=options.seed,
-            condition=condition,
-            labels=labels,
-            cuda_graph=options.cuda_graph,
-            progress=progress,
-        )
+        pieces = stream_video(autoencoder, denoiser, wanted, progress=progress)
         write(options.out, pieces, options.clips, frames, options.fps)
     print(f"{options.clips} videos of {frames} frames, {size['height']}x{size['width']}, written to {options.out}")
 

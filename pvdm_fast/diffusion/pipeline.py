@@ -1,6 +1,7 @@
 """Sampling as a diffusers pipeline: ``PVDMPipeline.from_pretrained(run)(num_frames=128).frames``."""
 
 # No `from __future__ import annotations` here: diffusers reads the types of the pipeline's parts from its signature.
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,16 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from pvdm_fast.data.continuation import fit_clip, last_clip
-from pvdm_fast.diffusion.sampling import NoiseSource, check_pair, sample_video
+from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, check_pair, sample_video
 from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs import numbers
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_model
 
 MODELS = ("autoencoder", "denoiser")
-# Options of diffusers' loading that say where files come from; a run's folder is there.
-DOWNLOADING = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors"}
+# Options of diffusers' loading that change nothing where the files are at hand, as safetensors.
+DOWNLOADING = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"}
+DOWNLOADING |= {"low_cpu_mem_usage", "use_safetensors"}
 
 
 @dataclass
@@ -128,24 +129,21 @@ class PVDMPipeline(DiffusionPipeline):
             shown = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
             return (callback_on_step_end(self, step, timestep, shown) or {}).get("latents", latents)
 
-        frames = self.denoiser.layout.time if num_frames is None else numbers.FRAMES.checked("num_frames", num_frames)
-        steps = numbers.SAMPLING_STEPS.checked("num_inference_steps", num_inference_steps)
-        guidance = numbers.real(-1000, 1001).checked("guidance_scale", guidance_scale) - 1
-        with self.progress_bar(total=steps * -(-frames // self.denoiser.layout.time)) as bar:
-            video = sample_video(
-                self.autoencoder,
-                self.denoiser,
-                clips=batch_size,
-                frames=frames,
-                steps=steps,
-                scheduler=self.scheduler,
-                guidance=max(0.0, guidance),
-                eta=eta,
-                seed=NoiseSource(generator),
-                condition=None if condition is None else self._condition(condition),
-                labels=None if class_labels is None else class_numbers(self.denoiser, class_labels, batch_size),
-                on_step=on_step,
-            )
+        # From here on the names are this package's, not diffusers'.
+        options = SamplingOptions(
+            clips=batch_size,
+            frames=self.denoiser.layout.time if num_frames is None else num_frames,
+            steps=num_inference_steps,
+            scheduler=self.scheduler,
+            guidance=max(0.0, guidance_scale - 1) if math.isfinite(guidance_scale) else guidance_scale,
+            eta=eta,
+            seed=NoiseSource(generator),
+            condition=None if condition is None else self._condition(condition),
+            labels=None if class_labels is None else class_numbers(self.denoiser, class_labels, batch_size),
+        )
+        rounds = math.ceil(options.frames / self.denoiser.layout.time)
+        with self.progress_bar(total=options.steps * rounds) as bar:
+            video = sample_video(self.autoencoder, self.denoiser, options, on_step=on_step)
         self.maybe_free_model_hooks()
         result = self.video_processor.postprocess_video(video, output_type)
         return PVDMPipelineOutput(frames=result) if return_dict else (result,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,23 +113,70 @@ def _scheduler_step(
     return scheduler.step(predicted, timestep, latent, **options).prev_sample
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """What is sampled, and how: checked here, and carried as one thing from the command or the pipeline to the loop.
+
+    Args:
+        clips: number of videos B.
+        frames: their length; the last piece is cut to fit.
+        steps: number of denoising steps a clip, 1 to 1000.
+        scheduler: "ddim", "ddpm", "dpm++" or "unipc", or a scheduler.
+        guidance: weight w of :mod:`pvdm_fast.diffusion.guidance`; 0 is none.
+        eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
+        seed: decides everything: the same seed gives the same videos on the same machine. Or where noise comes from.
+        condition: video (B or 1, 3, T, H, W) in [-1, 1] of the model's size that the samples continue; it isn't
+            repeated in them. Without it the first clip has no condition.
+        labels: classes (B,) int64, for a denoiser with classes; None: of no class.
+        cuda_graph: capture the denoiser's pass as a CUDA graph and replay it in every step. Not yet run on a GPU.
+
+    Raises:
+        UserError: a number out of range, or an unknown scheduler.
+    """
+
+    clips: int
+    frames: int
+    steps: int = 50
+    scheduler: str | Any = "ddim"
+    guidance: float = 0.0
+    eta: float = 1.0
+    seed: int | NoiseSource = 0
+    condition: Tensor | None = None
+    labels: Tensor | None = None
+    cuda_graph: bool = False
+
+    def __post_init__(self) -> None:
+        from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES
+
+        for name, number in RANGES.items():
+            object.__setattr__(self, name, number.checked(NAMES.get(name, name), getattr(self, name)))
+        if not isinstance(self.seed, NoiseSource):
+            numbers.SEED.checked("the seed", self.seed)
+        if isinstance(self.scheduler, str) and self.scheduler not in SCHEDULER_NAMES:
+            raise UserError(
+                f"there is no scheduler called {self.scheduler!r}: choose one of {', '.join(SCHEDULER_NAMES)}"
+            )
+
+
+RANGES = {
+    "clips": numbers.VIDEOS,
+    "frames": numbers.FRAMES,
+    "steps": numbers.SAMPLING_STEPS,
+    "guidance": numbers.GUIDANCE,
+    "eta": numbers.ETA,
+}
+NAMES = {"steps": "the number of sampling steps"}
+
+
 @torch.no_grad()
 def stream_video(
     autoencoder: Autoencoder,
     denoiser: Denoiser,
+    options: SamplingOptions | None = None,
     *,
-    clips: int,
-    frames: int,
-    steps: int = 50,
-    scheduler: str | Any = "ddim",
-    guidance: float = 0.0,
-    eta: float = 1.0,
-    seed: int | NoiseSource = 0,
-    condition: Tensor | None = None,
-    labels: Tensor | None = None,
-    cuda_graph: bool = False,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    **fields: Any,
 ) -> Iterator[Tensor]:
     """Videos of any length in pieces: the model's clips one after the other, each conditioned on the one before.
 
@@ -136,15 +184,8 @@ def stream_video(
 
     Args:
         autoencoder, denoiser: a matching pair in eval mode, on one device.
-        clips: number of videos B.
-        frames: their length; the last piece is cut to fit.
-        steps, guidance, eta: as for `sample_latents`.
-        scheduler: "ddim", "ddpm", "dpm++" or "unipc", or a scheduler.
-        seed: decides everything: the same seed gives the same videos on the same machine. Or where noise comes from.
-        condition: video (B or 1, 3, T, H, W) in [-1, 1] of the model's size that the samples continue; it isn't
-            repeated in them. Without it the first clip has no condition.
-        labels: classes (B,) int64, for a denoiser with classes; None: of no class.
-        cuda_graph: capture the denoiser's pass as a CUDA graph and replay it in every step. Not yet run on a GPU.
+        options: what to sample, and how.
+        fields: of :class:`SamplingOptions`, written out where there are no ``options``.
         progress: called as ``progress(steps done, steps in all)``.
         on_step: called as ``on_step(steps done before, timestep, latent)``; returns the latent to go on with.
 
@@ -154,22 +195,20 @@ def stream_video(
     Raises:
         UserError: the two models don't belong together, or a number is out of range; a CUDA graph without a GPU.
     """
-
-    clips, frames = numbers.VIDEOS.checked("clips", clips), numbers.FRAMES.checked("frames", frames)
-    steps = numbers.SAMPLING_STEPS.checked("the number of sampling steps", steps)
-    guidance, eta = numbers.GUIDANCE.checked("guidance", guidance), numbers.ETA.checked("eta", eta)
+    wanted = SamplingOptions(**fields) if options is None else replace(options, **fields)
+    steps, frames = wanted.steps, wanted.frames
     device = next(denoiser.parameters()).device
-    sampler = _checked_scheduler(scheduler)
-    _check_request(autoencoder, denoiser, clips, condition, labels)
-    predict = graphed_prediction(denoiser) if cuda_graph else predict_noise
-    noise = seed if isinstance(seed, NoiseSource) else NoiseSource(seed)
+    sampler = _checked_scheduler(wanted.scheduler)
+    _check_request(autoencoder, denoiser, wanted)
+    predict = graphed_prediction(denoiser) if wanted.cuda_graph else predict_noise
+    noise = wanted.seed if isinstance(wanted.seed, NoiseSource) else NoiseSource(int(wanted.seed))
     layout = denoiser.layout
-    shape = (clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
+    shape = (wanted.clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
     rounds = math.ceil(frames / layout.time)
     latent: Tensor | None = None
-    if condition is not None:
-        latent = autoencoder.encode(condition.to(device, autoencoder.dtype)).latent.float().expand(shape)
-    labels = None if labels is None else labels.to(device)
+    if wanted.condition is not None:
+        latent = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float().expand(shape)
+    labels = None if wanted.labels is None else wanted.labels.to(device)
     for index in range(rounds):
 
         def after_step(step: int, timestep: int, latent: Tensor, before: int = index * steps) -> Tensor:
@@ -187,8 +226,8 @@ def stream_video(
             noise=noise,
             condition=latent,
             labels=labels,
-            guidance=guidance,
-            eta=eta,
+            guidance=wanted.guidance,
+            eta=wanted.eta,
             predict=predict,
             on_step=after_step,
         )
@@ -196,9 +235,11 @@ def stream_video(
         yield video[:, :, : frames - index * layout.time]
 
 
-def sample_video(autoencoder: Autoencoder, denoiser: Denoiser, **options: Any) -> Tensor:
-    """All of `stream_video`, with its arguments: videos (B, 3, frames, H, W) float32 in [-1, 1], on the CPU."""
-    return torch.cat(list(stream_video(autoencoder, denoiser, **options)), dim=2)
+def sample_video(
+    autoencoder: Autoencoder, denoiser: Denoiser, options: SamplingOptions | None = None, **more: Any
+) -> Tensor:
+    """All of :func:`stream_video`, with its arguments: videos (B, 3, frames, H, W) float32 in [-1, 1], on the CPU."""
+    return torch.cat(list(stream_video(autoencoder, denoiser, options, **more)), dim=2)
 
 
 def _checked_scheduler(scheduler: str | Any) -> Any:
@@ -214,14 +255,9 @@ def _checked_scheduler(scheduler: str | Any) -> Any:
     return scheduler
 
 
-def _check_request(
-    autoencoder: Autoencoder,
-    denoiser: Denoiser,
-    clips: int,
-    condition: Tensor | None,
-    labels: Tensor | None,
-) -> None:
-    """Raises UserError where something cannot be sampled."""
+def _check_request(autoencoder: Autoencoder, denoiser: Denoiser, options: SamplingOptions) -> None:
+    """Raises UserError where these models cannot sample that."""
+    clips, condition, labels = options.clips, options.condition, options.labels
     check_pair(autoencoder, denoiser)
     if condition is not None:
         size = (3, *(int(autoencoder.config[name]) for name in ("frames", "height", "width")))

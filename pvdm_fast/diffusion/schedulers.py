@@ -38,22 +38,42 @@ def release_times(steps: int) -> list[int]:
     return torch.linspace(-1, TRAIN_STEPS - 1, steps + 1).int().flip(0).tolist()
 
 
-class ReleaseDDIMScheduler(DDIMScheduler):
+class _ReleaseLevels:
+    """The release's noise levels in a scheduler of diffusers, rounded once from float64.
+
+    Diffusers multiplies them up in float32, 9.9e-6 off at the end. ValueError where a configuration names others.
+    """
+
+    def _take_levels(self) -> None:
+        config: Any = self.config  # type: ignore[attr-defined]
+        if any(config[name] != value for name, value in _BETAS.items()):
+            raise ValueError(f"{type(self).__name__} has the noise levels of {_BETAS} and no others.")
+        schedule = NoiseSchedule.create()
+        self.betas, self.alphas, self.alphas_cumprod = schedule.betas, 1 - schedule.betas, schedule.alphas_cumprod
+
+
+class _ReleaseSolverLevels(_ReleaseLevels):
+    """The same for diffusers' solvers, with what they derive from the levels."""
+
+    def _take_levels(self) -> None:
+        super()._take_levels()
+        self.alpha_t, self.sigma_t = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        self.lambda_t = self.alpha_t.log() - self.sigma_t.log()
+        self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
+
+
+class ReleaseDDIMScheduler(_ReleaseLevels, DDIMScheduler):
     """DDIM on the release's times, also where the number of steps doesn't divide 1000.
 
     Diffusers walks in equal strides; the release goes from each of its times to the next one. At time -1 the clean
-    prediction itself is returned. The noise levels are the release's, rounded once from float64; ValueError where the
-    configuration names others.
+    prediction itself is returned.
     """
 
     @functools.wraps(DDIMScheduler.__init__)  # type: ignore[misc]  # its arguments are what a configuration can hold
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        if any(self.config[name] != value for name, value in _BETAS.items()):
-            raise ValueError(f"ReleaseDDIMScheduler has the noise levels of {_BETAS} and no others.")
-        schedule = NoiseSchedule.create()
-        self.betas, self.alphas_cumprod = schedule.betas, schedule.alphas_cumprod
-        self._levels: list[float] = schedule.alphas_cumprod.tolist()
+        DDIMScheduler.__init__(self, *arguments, **options)
+        self._take_levels()
+        self._levels: list[float] = self.alphas_cumprod.tolist()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Fix the times to visit; raises UserError when there are more steps than noise levels."""
@@ -93,6 +113,8 @@ class ReleaseDDIMScheduler(DDIMScheduler):
         if next_time >= 0:
             next_level = self._levels[next_time]
             sigma = eta * ((1 - level / next_level) * (1 - next_level) / (1 - level)) ** 0.5
+            if sigma**2 > 1 - next_level:
+                raise UserError(f"eta {eta} adds more noise than the level after step {timestep} has: 1 is DDPM's")
             previous = next_level**0.5 * clean + (1 - next_level - sigma**2) ** 0.5 * model_output
             if eta > 0:
                 if variance_noise is None:
@@ -105,13 +127,36 @@ class ReleaseDDIMScheduler(DDIMScheduler):
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=clean)
 
 
-class ReleaseDDPMScheduler(DDPMScheduler):
+class ReleaseDDPMScheduler(_ReleaseLevels, DDPMScheduler):
     """Diffusers' DDPM on the release's times: for numbers of steps that divide 1000 this is its "trailing" spacing."""
+
+    @functools.wraps(DDPMScheduler.__init__)  # type: ignore[misc]
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        DDPMScheduler.__init__(self, *arguments, **options)
+        self._take_levels()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Fix the times to visit; raises UserError when there are more steps than noise levels."""
         super().set_timesteps(timesteps=release_times(num_inference_steps)[:-1], device=device)
         self.num_inference_steps = num_inference_steps
+
+
+class ReleaseDPMSolverScheduler(_ReleaseSolverLevels, DPMSolverMultistepScheduler):
+    """Diffusers' DPM-Solver++ with the release's noise levels."""
+
+    @functools.wraps(DPMSolverMultistepScheduler.__init__)  # type: ignore[misc]
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        DPMSolverMultistepScheduler.__init__(self, *arguments, **options)
+        self._take_levels()
+
+
+class ReleaseUniPCScheduler(_ReleaseSolverLevels, UniPCMultistepScheduler):
+    """Diffusers' UniPC with the release's noise levels."""
+
+    @functools.wraps(UniPCMultistepScheduler.__init__)  # type: ignore[misc]
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        UniPCMultistepScheduler.__init__(self, *arguments, **options)
+        self._take_levels()
 
 
 def make_scheduler(name: str) -> SchedulerMixin:
@@ -126,7 +171,7 @@ def make_scheduler(name: str) -> SchedulerMixin:
     if name == "ddpm":
         return ReleaseDDPMScheduler(**_BETAS, variance_type="fixed_small", clip_sample=True)
     if name == "dpm++":
-        return DPMSolverMultistepScheduler(**_BETAS, prediction_type="sample", use_lu_lambdas=True)
+        return ReleaseDPMSolverScheduler(**_BETAS, prediction_type="sample", use_lu_lambdas=True)
     if name == "unipc":
-        return UniPCMultistepScheduler(**_BETAS, prediction_type="sample", use_exponential_sigmas=True)
+        return ReleaseUniPCScheduler(**_BETAS, prediction_type="sample", use_exponential_sigmas=True)
     raise UserError(f"there is no scheduler called {name!r}: choose one of {', '.join(SCHEDULER_NAMES)}")

@@ -158,20 +158,16 @@ def measure_samples(
 
 def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:
     """The samples of these numbers, (B, 3, frames, H, W) in [-1, 1]; their noise depends on seed and numbers alone."""
-    from pvdm_fast.diffusion.sampling import sample_video
+    from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 
     assert subject.denoiser is not None
-    return sample_video(
-        subject.autoencoder,
-        subject.denoiser,
+    options = SamplingOptions(
         clips=len(numbers),
         frames=frames,
-        steps=sampling["steps"],
-        scheduler=sampling["scheduler"],
-        guidance=sampling["guidance"],
-        eta=sampling["eta"],
         seed=stable_hash("sample", sampling["seed"], numbers.start) % 2**63,
+        **{name: sampling[name] for name in ("steps", "scheduler", "guidance", "eta")},
     )
+    return sample_video(subject.autoencoder, subject.denoiser, options)
 
 
 def _show(folder: Path, numbers: Sequence[int], videos: Tensor, fps: float) -> None:

@@ -146,7 +146,7 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
     def _expand(self, tokens: Tensor) -> Tensor:
         """Packed planes (B, N, D) -> the lattice (B, T H W, C) of the sums of their `post_*` layers."""
         posts = [getattr(self, f"post_{name}") for name in PLANE_NAMES]
-        layers = [weights for post in posts if (weights := weights_of(post, nn.Conv2d, POINTWISE_2D))]
+        layers = [layer for layer in (weights_of(post, nn.Conv2d, POINTWISE_2D) for post in posts) if layer is not None]
         if len(layers) == len(posts):
             weight = torch.stack([layer.weight.flatten(1) for layer in layers])
             return ops.triplane_expand(tokens, self.layout, weight, torch.stack([layer.bias for layer in layers]))

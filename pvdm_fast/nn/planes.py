@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +35,22 @@ class PlaneNorm(nn.GroupNorm):
 
 
 class PlaneConv(nn.Conv2d):
-    """3x3 convolution of each plane with shared weights: see `pvdm_fast.ops.plane_conv`."""
+    """3x3 convolution of each plane with shared weights: see `pvdm_fast.ops.plane_conv`.
 
-    def __init__(self, channels: int, out_channels: int, *, zero: bool = False) -> None:
-        super().__init__(channels, out_channels, 3, padding=1)
-        assert self.bias is not None
+    With a kernel_size given it takes the arguments of nn.Conv2d. That is how peft makes the factors of an adapter: as
+    further layers of the adapted one's class.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, kernel_size: Any = None, *options: Any, zero: bool = False, **more: Any
+    ) -> None:
+        if kernel_size is None:
+            super().__init__(channels, out_channels, 3, padding=1)
+        else:
+            super().__init__(channels, out_channels, kernel_size, *options, **more)
         if zero:
             nn.init.zeros_(self.weight)
-            nn.init.zeros_(self.bias)
+            nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, layout: PlaneLayout | None = None) -> Tensor:
         """x: (B, N, C) packed tokens of `layout` -> (B, N, C'); without a layout as nn.Conv2d."""

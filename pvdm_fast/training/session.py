@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from pvdm_fast.diffusion.sampling import sample_video
+from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
@@ -209,15 +209,13 @@ def show(trainer: Trainer) -> dict[str, float]:
                 rows.append(("held-out clip", originals[index]))
             rows.append(("held-out latents, decoded" if cached else "its reconstruction", reconstructions[index]))
         if isinstance(stage, DiffusionStage):
-            samples = sample_video(
-                autoencoder,
-                stage.model,
+            options = SamplingOptions(
                 clips=previews.SHOWN_CLIPS,
                 frames=2 * frames,
                 steps=config.diffusion.sampling_steps,
                 seed=config.seed,
-                progress=lambda done, total: trainer.stop.check(),
             )
+            samples = sample_video(autoencoder, stage.model, options, progress=lambda done, total: trainer.stop.check())
             rows += [(f"sample, {2 * frames} frames", video) for video in samples[:4]]
 
     def write() -> None:

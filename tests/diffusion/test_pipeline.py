@@ -259,6 +259,40 @@ def test_export_to_video(pipeline: PVDMPipeline, tmp_path: Path) -> None:
     assert np.abs(decoded.mean((1, 2, 3)) / 255 - frames.mean((1, 2, 3))).max() < 0.05
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_options_of_loading(pipeline: PVDMPipeline, tmp_path: Path, saved: bool) -> None:
+    """A run's folder takes diffusers' options as a saved pipeline does, or says which one it doesn't."""
+    if saved:
+        pipeline.save_pretrained(tmp_path)
+    else:
+        pipeline.autoencoder.save_pretrained(tmp_path / "autoencoder")
+        pipeline.denoiser.save_pretrained(tmp_path / "denoiser")
+    for options in ({"dtype": torch.bfloat16}, {"torch_dtype": torch.bfloat16}):
+        assert PVDMPipeline.from_pretrained(tmp_path, **options).denoiser.dtype == torch.bfloat16
+    assert PVDMPipeline.from_pretrained(tmp_path, local_files_only=True, use_safetensors=True).dtype == torch.float32
+    if not saved:
+        with pytest.raises(UserError, match="device_map: not known for the folder of a run"):
+            PVDMPipeline.from_pretrained(tmp_path, device_map="balanced")
+        with pytest.raises(UserError, match="dtype must be one of torch's"):
+            PVDMPipeline.from_pretrained(tmp_path, dtype="half")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "between 1 and 1000"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"num_frames": 0}, "at least 1"),
+        ({"eta": float("nan")}, "eta must be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance must be a finite number"),
+        ({"guidance_scale": float("inf")}, "guidance must be a finite number"),
+    ],
+)
+def test_numbers_out_of_range(pipeline: PVDMPipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline(**options)
+
+
 def test_a_folder_without_models(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trained autoencoder"):
         PVDMPipeline.from_pretrained(tmp_path)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparison import assert_close
@@ -14,7 +17,7 @@ from tolerances import GOLDEN_NETWORK
 from torch import Tensor, nn
 
 from pvdm_fast.diffusion.guidance import predict_noise
-from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_video
+from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, sample_latents, sample_video
 from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES, make_scheduler, release_times
 from pvdm_fast.errors import UserError
 from pvdm_fast.layout import TriplaneLayout
@@ -84,7 +87,24 @@ def test_ddpm_is_diffusers_own_where_the_steps_divide_1000() -> None:
             scheduler.step(predicted, timestep, latent, generator=torch.Generator().manual_seed(1)).prev_sample
             for scheduler in (ours, theirs)
         ]
-        assert torch.equal(*steps)
+        assert_close(*steps, 2e-5)  # diffusers multiplies the levels up in float32
+
+
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_every_sampler_has_the_exact_noise_levels(name: str, tmp_path: Path) -> None:
+    """Those of the release, rounded once: before and after being saved, and in what is derived from them."""
+    schedule, golden = NoiseSchedule.create(), load_case("diffusion_small").tensors["alphas_cumprod"]
+    made = make_scheduler(name)
+    made.save_pretrained(tmp_path)
+    for scheduler in (made, type(made).from_pretrained(tmp_path)):
+        assert torch.equal(scheduler.alphas_cumprod, golden)
+        assert torch.equal(scheduler.betas, schedule.betas)
+        if hasattr(scheduler, "lambda_t"):
+            exact = golden.double()
+            assert_close(scheduler.sigmas, ((1 - exact) / exact).sqrt(), 1e-6)
+            assert_close(scheduler.lambda_t, (exact / (1 - exact)).log() / 2, 1e-5)
+    with pytest.raises(ValueError, match="noise levels"):
+        type(made).from_config({**made.config, "beta_end": 0.02})
 
 
 def test_the_ddpm_posterior_is_the_release_s() -> None:
@@ -92,7 +112,7 @@ def test_the_ddpm_posterior_is_the_release_s() -> None:
     scheduler = make_scheduler("ddpm")
     scheduler.set_timesteps(1000)
     variance = torch.stack([scheduler._get_variance(time) for time in range(1, 1000)])
-    assert torch.allclose(variance, golden[1:], rtol=2e-3)  # diffusers multiplies its products in float32
+    assert torch.allclose(variance, golden[1:], rtol=2e-3)  # a difference of two levels, in float32
 
 
 class OracleDenoiser(nn.Module):
@@ -203,7 +223,49 @@ def test_models_that_do_not_belong_together_are_refused() -> None:
         sample_video(FlatAutoencoder(small), ChainDenoiser(large), clips=1, frames=4)  # type: ignore[arg-type]
 
 
-def test_no_frames_are_refused() -> None:
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "message"),
+    [
+        ("clips", (0, -1, 1.5, True, "2"), "whole numbers of at least 1"),
+        ("frames", (0, -4, NAN, None), "whole numbers of at least 1"),
+        ("steps", (0, 1001, -1, 2.5), "between 1 and 1000"),
+        ("eta", (-0.1, NAN, INFINITE, "1"), "eta must be a finite number"),
+        ("guidance", (NAN, INFINITE, -INFINITE, None), "guidance must be a finite number"),
+        ("seed", (2**64, -(2**63) - 1, 0.5, None), "seed must be a whole number"),
+        ("scheduler", ("euler",), "no scheduler called 'euler'"),
+    ],
+)
+def test_options_out_of_range_are_refused(field: str, values: tuple[Any, ...], message: str) -> None:
+    good: dict[str, Any] = dict(clips=1, frames=4)
     layout = TriplaneLayout(4, 2, 3)
-    with pytest.raises(UserError, match="at least 1"):
-        sample_video(FlatAutoencoder(layout), ChainDenoiser(layout), clips=1, frames=0)  # type: ignore[arg-type]
+    for value in values:
+        with pytest.raises(UserError, match=message):
+            SamplingOptions(**{**good, field: value})
+        with pytest.raises(UserError, match=message):
+            sample_video(FlatAutoencoder(layout), ChainDenoiser(layout), **{**good, field: value})  # type: ignore[arg-type]
+
+
+def test_options_are_one_thing_or_written_out() -> None:
+    layout = TriplaneLayout(4, 2, 3)
+    models: Any = FlatAutoencoder(layout), ChainDenoiser(layout)
+    options = SamplingOptions(clips=2, frames=6, steps=3, seed=7, guidance=np.float32(0.5), eta=0)
+    written_out = sample_video(*models, clips=2, frames=6, steps=3, seed=7, guidance=0.5, eta=0)
+    assert torch.equal(sample_video(*models, options), written_out)
+    assert sample_video(*models, options, frames=np.int64(3)).shape[2] == 3, "and changed for one call"
+    for seed in (-(2**63), 2**64 - 1):
+        assert SamplingOptions(clips=1, frames=1, seed=seed).seed == seed
+
+
+def test_more_noise_than_there_is_is_refused() -> None:
+    with pytest.raises(UserError, match=r"eta 3\.0 adds more noise"):
+        sample_latents(
+            OracleDenoiser(torch.zeros(1, 4, 12)),  # type: ignore[arg-type]
+            make_scheduler("ddim"),
+            (1, 4, 12),
+            steps=5,
+            noise=NoiseSource(0),
+            eta=3.0,
+        )
