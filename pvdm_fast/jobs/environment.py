@@ -6,7 +6,7 @@ Of the environment variables that torchrun and accelerate set, these are honoure
 - TORCHELASTIC_MAX_RESTARTS: whether torchrun starts the job again after a failure.
 
 Accelerate's own settings (ACCELERATE_..., FSDP_... and so on) stay without effect: precision, accumulation and sharding
-are options of the command. Those that ask for another way to train (DeepSpeed, accelerate's FSDP, Megatron-LM) are
+are options of the command; so do MPI's counts of processes, and MPLBACKEND. Those that ask for another way to train (DeepSpeed, accelerate's FSDP, Megatron-LM) are
 refused.
 """
 
@@ -22,6 +22,7 @@ from pvdm_fast.errors import UserError
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What accelerate reads beside these, its own settings and MPI's counts of processes.
 WITHOUT_EFFECT = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
+FOR_DRAWING = "MPLBACKEND"  # a notebook sets it for what it starts; Matplotlib fails at names it doesn't know
 REFUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 
 
@@ -103,7 +104,7 @@ def only_the_launcher() -> Iterator[None]:
                 f"ACCELERATE_USE_{name} is set, but accelerate's {name} is not supported: start with --multi_gpu or "
                 "torchrun, shard with --fsdp, and unset this variable"
             )
-    hidden = {name: value for name, value in os.environ.items() if name.startswith(WITHOUT_EFFECT)}
+    hidden = {name: value for name, value in os.environ.items() if name.startswith((*WITHOUT_EFFECT, FOR_DRAWING))}
     if not place.launched:
         hidden |= {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     for name in hidden:

@@ -45,6 +45,19 @@ def test_a_run_resumes_from_another_working_folder(
     assert "of 4 in" in capsys.readouterr().out
 
 
+def test_a_run_that_names_its_data_by_a_relative_path_is_asked_for_it(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs of earlier versions: a folder of that name here may hold other data."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("data: synthetic:shapes", "data: films"))
+    assert main(["--resume", str(run)]) == 2
+    assert "as films: give the whole path with --data" in capsys.readouterr().err
+    assert main(["--resume", str(run), "--data", "synthetic:shapes"]) == 0
+
+
 def test_which_options_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"data": "a", "autoencoder_from": "../b", "lpips_weights": "c.pth", "seed": 3}
