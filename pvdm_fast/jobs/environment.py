@@ -6,8 +6,8 @@ Of the environment variables that torchrun and accelerate set, these are honoure
 - TORCHELASTIC_MAX_RESTARTS: whether torchrun starts the job again after a failure.
 
 Accelerate's own settings (ACCELERATE_..., FSDP_... and so on) stay without effect: precision, accumulation and sharding
-are options of the command; so do MPI's counts of processes, and MPLBACKEND. Those that ask for another way to train (DeepSpeed, accelerate's FSDP, Megatron-LM) are
-refused.
+are options of the command. So do MPI's counts of processes, and MPLBACKEND. Accelerate's variables that ask for another
+way to train (DeepSpeed, accelerate's FSDP, Megatron-LM) are refused.
 """
 
 from __future__ import annotations
@@ -116,18 +116,26 @@ def only_the_launcher() -> Iterator[None]:
 
 
 @contextmanager
-def plain_torch() -> Iterator[None]:
-    """PyTorch's own defaults, whatever the calling program set: float32 on the CPU, with gradients."""
+def plain_defaults() -> Iterator[None]:
+    """New tensors are float32 and on the CPU, whatever the calling program made the default."""
     import torch
 
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
-    if device != torch.device("cpu"):
+    if device.type != "cpu":
         torch.set_default_device(None)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        yield
     finally:
         torch.set_default_dtype(dtype)
-        if device != torch.device("cpu"):
+        if device.type != "cpu":
             torch.set_default_device(device)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """PyTorch's own defaults, and gradients, whatever the calling program set."""
+    import torch
+
+    with plain_defaults(), torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -107,6 +107,19 @@ def test_the_scheduler_alone() -> None:
         scheduler.set_timesteps(1001)
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++", "unipc"])
+def test_samples_don_t_depend_on_the_default_dtype(name: str, models: tuple[Autoencoder, Denoiser]) -> None:
+    options: dict[str, Any] = dict(clips=1, frames=4, steps=3, scheduler=name)
+    expected = sample_video(*models, **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        video = sample_video(*models, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert video.dtype == torch.float32
+    torch.testing.assert_close(video, expected, rtol=0, atol=1e-6)  # tables that follow the default round otherwise
+
+
 def test_noise_is_float32_whatever_the_default_is() -> None:
     expected = NoiseSource(3)((2, 5))
     torch.set_default_dtype(torch.float64)
