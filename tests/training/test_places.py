@@ -82,6 +82,14 @@ def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (tmp_path / "a:b.mp4").stat().st_size > 0
 
 
+def test_a_run_folder_that_is_not_utf8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its models could be written, but not read."""
+    run = tmp_path / os.fsdecode(b"caf\xe9")
+    assert main([*SMALL, *steps(1), "--run", str(run)]) == 2
+    assert "name must be UTF-8" in capsys.readouterr().err
+    assert not run.exists()
+
+
 @pytest.mark.parametrize(("name", "kind"), [("autoencoder", Autoencoder), ("denoiser", Denoiser)])
 def test_a_model_saved_over_the_run_s_own(
     name: str, kind: type, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
