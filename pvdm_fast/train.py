@@ -9,7 +9,7 @@ from pvdm_fast.jobs.command import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 (a user's error), 3 (a loss that is not finite), 130 or 143 (stopped)."""
+    """Run the command line; returns 0, 2 (a user's error), 3 (a loss that isn't finite), or 128 + a signal's number."""
 
     def train() -> None:
         from pvdm_fast.training.options import parse

@@ -49,35 +49,37 @@ def shared_batch(items: list[Item] | DataError) -> Batch | DataError:
     batch, deadline = collate(items), time.monotonic() + ROOM_SECONDS
     size = batch["video"].nbytes
     while True:
+        free, whole = _room()
         try:
-            if _room() > size:
+            if free > size:
                 batch["video"].share_memory_()
                 return batch
         except RuntimeError:
             pass  # another worker was quicker
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or whole < size:
             return no_room(size)
         time.sleep(0.2)
 
 
-def _room() -> float:
-    """Bytes that are free in shared memory; infinite where it is no file system."""
+def _room() -> tuple[float, float]:
+    """Bytes of shared memory that are free, and in all; infinite where it is no file system."""
     try:
         facts = os.statvfs(SHARED_MEMORY)
     except OSError:
-        return float("inf")
-    return facts.f_bavail * facts.f_frsize
+        return float("inf"), float("inf")
+    return facts.f_bavail * facts.f_frsize, facts.f_blocks * facts.f_frsize
+
+
+def _free() -> str:
+    return f"{SHARED_MEMORY} has {_room()[0] / 1e6:.1f} MB free"
 
 
 def no_room(size: int) -> DataError:
-    return DataError(
-        f"a batch of clips takes {size / 1e6:.1f} MB of shared memory, but {SHARED_MEMORY} has {_room() / 1e6:.1f} MB "
-        f"free: {REMEDY}"
-    )
+    return DataError(f"a batch of clips takes {size / 1e6:.1f} MB of shared memory, but {_free()}: {REMEDY}")
 
 
 def cannot_start(workers: int, error: OSError | RuntimeError) -> DataError:
-    reason = getattr(error, "strerror", None) or f"{SHARED_MEMORY} has {_room() / 1e6:.1f} MB free"
+    reason = getattr(error, "strerror", None) or _free()
     return DataError(f"cannot start {workers} data workers: {reason}; {REMEDY}")
 
 
@@ -96,7 +98,7 @@ class Patience:
         elif time.monotonic() - self.since > LOST_SECONDS:
             raise DataError(
                 f"no batch of clips came for {LOST_SECONDS:g} s, while no data worker had a file in hand "
-                f"({SHARED_MEMORY} has {_room() / 1e6:.1f} MB free): {REMEDY}"
+                f"({_free()}): {REMEDY}"
             )
 
 

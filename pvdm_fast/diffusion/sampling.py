@@ -15,6 +15,7 @@ from pvdm_fast.diffusion.cuda_graph import graphed_prediction
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs import numbers
+from pvdm_fast.jobs.environment import plain_defaults
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -84,11 +85,13 @@ def sample_latents(
     steps = numbers.SAMPLING_STEPS.checked("the number of sampling steps", steps)
     guidance, eta = numbers.GUIDANCE.checked("guidance", guidance), numbers.ETA.checked("eta", eta)
     device = next(denoiser.parameters()).device
-    scheduler.set_timesteps(steps, device=device)
+    with plain_defaults():  # what diffusers' schedulers compute with
+        scheduler.set_timesteps(steps, device=device)
     latent = noise(shape).to(device)
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
         predicted = predict(denoiser, latent, timestep, condition, guidance, labels).float()
-        latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
+        with plain_defaults():
+            latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
         if on_step is not None:
             latent = on_step(index, timestep, latent)
     return latent

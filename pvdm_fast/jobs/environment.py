@@ -6,8 +6,8 @@ Of the environment variables that torchrun and accelerate set, these are honoure
 - TORCHELASTIC_MAX_RESTARTS: whether torchrun starts the job again after a failure.
 
 Accelerate's own settings (ACCELERATE_..., FSDP_... and so on) stay without effect: precision, accumulation and sharding
-are options of the command. Those that ask for another way to train (DeepSpeed, accelerate's FSDP, Megatron-LM) are
-refused.
+are options of the command. So do MPI's counts of processes, and MPLBACKEND. Accelerate's variables that ask for another
+way to train (DeepSpeed, accelerate's FSDP, Megatron-LM) are refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pvdm_fast.errors import UserError
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What accelerate reads beside these, its own settings and MPI's counts of processes.
 WITHOUT_EFFECT = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
+FOR_DRAWING = "MPLBACKEND"  # a notebook sets it for what it starts; Matplotlib fails at names it doesn't know
 REFUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 
 
@@ -103,7 +104,7 @@ def only_the_launcher() -> Iterator[None]:
                 f"ACCELERATE_USE_{name} is set, but accelerate's {name} is not supported: start with --multi_gpu or "
                 "torchrun, shard with --fsdp, and unset this variable"
             )
-    hidden = {name: value for name, value in os.environ.items() if name.startswith(WITHOUT_EFFECT)}
+    hidden = {name: value for name, value in os.environ.items() if name.startswith((*WITHOUT_EFFECT, FOR_DRAWING))}
     if not place.launched:
         hidden |= {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     for name in hidden:
@@ -115,18 +116,26 @@ def only_the_launcher() -> Iterator[None]:
 
 
 @contextmanager
-def plain_torch() -> Iterator[None]:
-    """PyTorch's own defaults, whatever the calling program set: float32 on the CPU, with gradients."""
+def plain_defaults() -> Iterator[None]:
+    """New tensors are float32 and on the CPU, whatever the calling program made the default."""
     import torch
 
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     torch.set_default_dtype(torch.float32)
-    if device != torch.device("cpu"):
+    if device.type != "cpu":
         torch.set_default_device(None)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        yield
     finally:
         torch.set_default_dtype(dtype)
-        if device != torch.device("cpu"):
+        if device.type != "cpu":
             torch.set_default_device(device)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """PyTorch's own defaults, and gradients, whatever the calling program set."""
+    import torch
+
+    with plain_defaults(), torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def write_samples(path: Path, samples: Tensor, fps: float) -> None:
 
 def write_picture(path: Path, rows: list[tuple[str, Tensor]]) -> None:
     """A PNG with one row of frames for each (label, video (3, T, H, W)), evenly chosen over time."""
+    with _own_style():
+        _write_picture(path, rows)
+
+
+def _write_picture(path: Path, rows: list[tuple[str, Tensor]]) -> None:
     from matplotlib.figure import Figure
 
     strips = [(label, _strip(video)) for label, video in rows]
@@ -58,6 +64,11 @@ def write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
     Where discriminators took part, whose terms can be negative, the autoencoder's is the loss of pixels, and what they
     said has a picture of its own.
     """
+    with _own_style():
+        _write_loss_curves(path, records)
+
+
+def _write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     found: dict[tuple[str, str], tuple[array[float], array[float]]] = {}
@@ -94,6 +105,16 @@ def _draw(axes: Any, steps: Sequence[float], values: Sequence[float], name: str,
         axes.plot(
             steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour, label=name
         )
+
+
+@contextmanager
+def _own_style() -> Iterator[None]:
+    """Matplotlib's own defaults: what the user's matplotlibrc says, for example to call LaTeX, can end a run."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
 
 
 def _save_figure(figure: Any, path: Path) -> None:

@@ -37,9 +37,15 @@ class RunFolder:
         """A new folder; without ``path`` it is runs/DATE-TIME.
 
         Raises:
-            UserError: the folder already holds something, or cannot be written.
+            UserError: the folder already holds something, has a name that is not UTF-8, or cannot be written.
         """
         run = RunFolder(path or _unused(Path("runs") / time.strftime("%Y%m%d-%H%M%S")))
+        try:
+            str(run.path).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"the run folder's name must be UTF-8, and {run.path} is not: safetensors needs it"
+            ) from None
         try:
             if run.config.exists():
                 raise UserError(f"{run.path} already holds a run: continue it with --resume, or name another")

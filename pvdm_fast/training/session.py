@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -122,6 +123,11 @@ def resumed_config(resume: Path, request: Request) -> TrainConfig:
     """The run's own configuration, with the changes that are harmless; raises UserError for others."""
     config = RunFolder.existing(resume).read_config()
     values = {key: get(config, key) for key in OPTIONS}
+    if "data" not in request.changes and with_absolute_places(values)["data"] != os.path.normpath(config.data):
+        raise UserError(
+            f"the run names its data from the folder that it was started in, as {config.data}: give the whole path "
+            "with --data"
+        )
     for key, value in request.changes.items():
         if value != values[key] and not OPTIONS[key].metadata["resumable"]:
             raise UserError(f"{flag(OPTIONS[key])} cannot change when a run is resumed; start a new run for that")

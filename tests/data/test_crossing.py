@@ -22,7 +22,7 @@ SENTENCE = r"/dev/shm has .* MB free\)?: give the container more .*--shm-size.*f
 
 
 def test_no_room_in_shared_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossing, "_room", lambda: 0.0)
+    monkeypatch.setattr(crossing, "_room", lambda: (0.0, 1e9))
     monkeypatch.setattr(crossing, "ROOM_SECONDS", 0.3)
     with pytest.raises(DataError, match=f"a batch of clips takes 0.0 MB of shared memory, but {SENTENCE}") as error:
         take(make_loader(Probe("none"), batch_size=2, workers=2), 3)
@@ -31,8 +31,15 @@ def test_no_room_in_shared_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatc
 
 def test_room_that_comes_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = time.time()
-    monkeypatch.setattr(crossing, "_room", lambda: 1e9 * (time.time() > before + 1))
+    monkeypatch.setattr(crossing, "_room", lambda: (1e9 * (time.time() > before + 1), 1e9))
     assert len(take(make_loader(Probe("none"), batch_size=2, workers=1), 3)) == 3
+
+
+def test_a_batch_larger_than_all_of_it_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossing, "_room", lambda: (1.0, 1.0))
+    monkeypatch.setattr(crossing, "ROOM_SECONDS", 600)
+    with pytest.raises(DataError, match=SENTENCE):
+        take(make_loader(Probe("none"), batch_size=2, workers=1), 3)
 
 
 class Slow(Probe):

@@ -100,6 +100,7 @@ STRAY = {
     "ACCELERATE_USE_CPU": "nonsense",
     "OMPI_COMM_WORLD_SIZE": "4",
     "PMI_SIZE": "2",
+    "MPLBACKEND": "nonsense",
     "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
 }
@@ -152,3 +153,15 @@ def test_gradients_are_taken_whatever_the_caller_switched_off() -> None:
         with plain_torch():
             assert torch.is_grad_enabled()
         assert not torch.is_grad_enabled()
+
+
+def test_the_user_s_style_of_drawing_changes_nothing(tmp_path: Path) -> None:
+    """LaTeX that isn't there would end the run at its first picture."""
+    import matplotlib
+
+    from pvdm_fast.training.previews import write_loss_curves, write_picture
+
+    with matplotlib.rc_context({"text.usetex": True, "savefig.format": "nothing", "font.size": 1e9}):
+        write_picture(tmp_path / "a.png", [("a", torch.zeros(3, 2, 4, 4))])
+        write_loss_curves(tmp_path / "b.png", [{"stage": "autoencoder", "step": 1, "loss": 1.0}])
+    assert (tmp_path / "a.png").is_file() and (tmp_path / "b.png").is_file()

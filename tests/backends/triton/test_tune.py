@@ -178,7 +178,9 @@ def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].startswith("2 entries, ")
 
 
-@pytest.mark.parametrize(("option", "message"), [(["--size", "huge"], "huge"), (["--batch", "0"], "--batch is 0")])
+@pytest.mark.parametrize(
+    ("option", "message"), [(["--size", "huge"], "huge"), (["--batch", "0"], "--batch must be at least 1, not 0")]
+)
 def test_wrong_options(option: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([*option, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
