@@ -17,6 +17,7 @@ _SUFFIX_LIST = (
 )
 VIDEO_SUFFIXES = frozenset(_SUFFIX_LIST.split())
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g(?P<group>\d+)_c\d+$")
+RUN_FILES = ("metrics.jsonl", "trainer.lock", "results.json", "checkpoints")
 NAMED = 3  # folders and kinds of files named in a sentence
 
 

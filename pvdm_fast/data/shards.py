@@ -106,7 +106,7 @@ def scan(shard: Path) -> tuple[Place, ...]:
 @cache
 def _scan(shard: Path, size: int, changed: int) -> tuple[Place, ...]:
     try:
-        with file_clock(shard), _Headers(open_regular(shard)) as file:
+        with file_clock(shard), _Headers(open_regular(shard)) as file:  # type: ignore[arg-type]
             return tuple(_samples(file, size))
     except Exception as error:  # whatever damaged headers provoke: of tarfile, numbers that are none, endless chains
         raise DataError(
@@ -149,9 +149,9 @@ def _samples(file: BinaryIO, size: int) -> Iterator[Place]:
                 key, begin, suffixes = found, member.offset, []
             suffixes.append(suffix.lower())
             end = min(last, size)
-        file.seek(archive.offset)  # type: ignore[attr-defined]
+        file.seek(archive.offset)
         if file.read(_BLOCK).strip(b"\0"):
-            raise tarfile.ReadError(f"a damaged header at byte {archive.offset}")  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"a damaged header at byte {archive.offset}")
     if key is not None:
         yield key, begin, end, tuple(suffixes)
 

@@ -237,7 +237,7 @@ class _Screen:
 
         # Not frame.side_data, which the frame keeps, a ring of references: frames would stay until the collector came,
         # with the threads that scaled them, and in a forked worker it would wait for threads that are not there.
-        found = SideDataContainer(frame).get(Type.DISPLAYMATRIX)
+        found = SideDataContainer(frame).get(Type.DISPLAYMATRIX)  # type: ignore[call-arg]  # its stubs lack it
         if found is not None:
             a, b, _, c, d = np.frombuffer(bytes(found), np.int32)[:5].tolist()
             self.matrix = (a, b, c, d)
@@ -253,7 +253,9 @@ class _Screen:
             height = round(height / self.pixel)
         if width * height > MAX_PIXELS:
             raise UnreadableVideo(f"frames of {width} x {height} pixels")
-        square = {} if self.pixel == 1 else {"width": width, "height": height, "interpolation": "BICUBIC"}
+        square: dict[str, Any] = (
+            {} if self.pixel == 1 else {"width": width, "height": height, "interpolation": "BICUBIC"}
+        )
         if frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components):
             return self._turned(over_black(frame.to_ndarray(format="rgba", **square)))
         return self._turned(frame.to_ndarray(format="rgb24", **square))
