@@ -67,7 +67,9 @@ class Listing:
 
     def left_out(self) -> str:
         """What else lies there, the most frequent first, or nothing."""
-        kinds = [counted(number, kind) for kind, number in self.others.most_common()]
+        kinds = [
+            counted(number, kind) for kind, number in sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        ]
         return ", ".join(kinds[:NAMED]) + (f" and {len(kinds) - NAMED} more kinds" if len(kinds) > NAMED else "")
 
 

@@ -8,6 +8,7 @@ other. So the order is a function of the draw number as for any other data, and 
 from __future__ import annotations
 
 import io
+import math
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from pvdm_fast.data.listing import VIDEO_SUFFIXES, Video
 from pvdm_fast.jobs.reading import file_clock, open_regular
 
 SHUFFLED_SHARDS = 16  # at a time: what a rank reads from at one time
-MAX_SHARDS = 1_000_000
+MAX_SHARDS = 100_000
 MAX_HEADER = 1 << 20  # bytes: long names and PAX records; the longest path has 4096
 _BLOCK = 512
 _BRACES = re.compile(r"\{.*\}")
@@ -66,8 +67,10 @@ def list_shards(source: str | Path) -> list[Path] | None:
         library()
         from braceexpand import braceexpand
 
-        shards = [Path(name) for name in islice(braceexpand(text), MAX_SHARDS + 1)]
-        if len(shards) > MAX_SHARDS:
+        ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", text)
+        many = math.prod(abs(int(last) - int(first)) + 1 for first, last in ends) > MAX_SHARDS
+        shards = [] if many else [Path(name) for name in islice(braceexpand(text), MAX_SHARDS + 1)]
+        if many or len(shards) > MAX_SHARDS:
             raise DataError(f"{text} stands for more than {MAX_SHARDS} shards")
     elif path.suffix == ".tar":
         shards = [path]

@@ -223,7 +223,7 @@ def test_what_lies_beside_the_videos_is_counted(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "b.mp4", "c.txt", "d.txt", "e.json", "thumbs/1.jpg")
     (tmp_path / "f.mp4").symlink_to("nowhere.mp4")
     found = find_videos(tmp_path, "train")
-    assert found.left_out == "2 .txt files, 1 broken link or device, 1 .json file and 1 more kinds"
+    assert found.left_out == "2 .txt files, 1 .json file, 1 broken link or device and 1 more kinds"
 
 
 def test_one_stray_video_does_not_hide_the_frame_folders(tmp_path: Path) -> None:
