@@ -141,8 +141,17 @@ def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
         find_videos(tmp_path, "validation")
 
 
-PAIRS = [("train", "val"), ("Train", "Test"), ("training", "validation"), ("TRAIN", "valid"), ("sky_train", "sky_test"),
-         ("train_256", "val_256"), ("kinetics400_train", "kinetics400_val"), ("train_set", "test-set"), ("train", "held_out")]  # fmt: skip
+PAIRS = [
+    ("train", "val"),
+    ("Train", "Test"),
+    ("training", "validation"),
+    ("TRAIN", "valid"),
+    ("sky_train", "sky_test"),
+    ("train_256", "val_256"),
+    ("kinetics400_train", "kinetics400_val"),
+    ("train_set", "test-set"),
+    ("train", "held_out"),
+]
 
 
 @pytest.mark.parametrize("above", ["", "kinetics/", "a/b/"])
