@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvdm_fast.errors import UserError
+from pvdm_fast.errors import UserError, printable
 from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
@@ -115,7 +115,10 @@ def encode(arguments: argparse.Namespace) -> None:
     device = torch.device("cpu")
     if arguments.device == "auto" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    print(f"{datasets['train'].description}; {len(shards)} shards to encode on {device}", flush=True)
+    left_out = f"; left out: {datasets['train'].left_out}" if datasets["train"].left_out else ""
+    print(
+        printable(f"{datasets['train'].description}{left_out}; {len(shards)} shards to encode on {device}"), flush=True
+    )
     autoencoder.eval().requires_grad_(False).to(device)
     for split, dataset in datasets.items():
         mine = [shard for shard in shards if shard.split == split]
@@ -205,6 +208,7 @@ def claim(out: Path, settings: Settings) -> None:
     """Write the settings of a new folder; raises UserError where it holds anything made with others."""
     from pvdm_fast.data.latents import SETTINGS
     from pvdm_fast.jobs.files import flush
+    from pvdm_fast.jobs.reading import read_json_object
 
     path = out / SETTINGS
     try:
@@ -216,7 +220,7 @@ def claim(out: Path, settings: Settings) -> None:
                 temporary.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
                 flush(temporary)
                 os.link(temporary, path)  # fails where another process was first
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use the folder {out}: {getattr(error, 'strerror', None) or error}") from error
     for name, asked in asdict(settings).items():

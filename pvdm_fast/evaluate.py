@@ -93,6 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
 def run_evaluation(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, print the scores."""
     request = parse(arguments)
+    from pvdm_fast.errors import printable
     from pvdm_fast.evaluation.report import score_rows
     from pvdm_fast.evaluation.session import evaluate
 
@@ -103,8 +104,8 @@ def run_evaluation(arguments: Sequence[str] | None = None) -> None:
     width = max(len(name) for name, _, _ in rows)
     print("\n".join(f"{name:<{width}}  {value:>18}  {of}" for name, value, of in rows))
     for line in (*results["missing"], *results["caveats"]):
-        print(f"- {line}")
-    print(f"written: {folder / 'evaluation.json'} and {folder / 'report.html'}")
+        print(printable(f"- {line}"))
+    print(printable(f"written: {folder / 'evaluation.json'} and {folder / 'report.html'}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ from pvdm_fast.data.errors import DataError, UnreadableVideo
 from pvdm_fast.data.frame_folders import list_frames, read_picture
 from pvdm_fast.data.transforms import fit, to_video
 from pvdm_fast.data.video_reader import IndexMismatch, counted_index, packet_index, read_frames
+from pvdm_fast.data.watch import reading
+from pvdm_fast.jobs.reading import READ_TIMEOUT
 
 
 def last_clip(path: str | Path, *, frames: int, height: int, width: int, stride: int = 1) -> torch.Tensor:
@@ -26,8 +28,11 @@ def last_clip(path: str | Path, *, frames: int, height: int, width: int, stride:
         raise DataError(f"the step between the frames of the given video must be at least 1, not {stride}")
     if not path.exists():
         raise DataError(f"there is no video {path}")
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f"cannot continue {path}: it is a pipe or a device, not a video file or a folder of frames")
     try:
-        return fit_clip(_last_frames(path, frames, stride), height, width)
+        with reading(str(path), READ_TIMEOUT):
+            return fit_clip(_last_frames(path, frames, stride), height, width)
     except UnreadableVideo as reason:
         raise DataError(f"cannot continue {path}: {reason}") from reason
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from pvdm_fast.data.shards import Sample, library, read_sample, scan
+from pvdm_fast.jobs.reading import open_regular, parse_json
 
 CONTAINERS = ("safetensors", "tar")
 _ABOUT = "__about__"  # the library leaves members with such names out of samples
@@ -36,8 +38,10 @@ class SafetensorsShard(LatentShard):
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
 
+        with open_regular(path):
+            pass
         self._file = safe_open(path, "pt")
-        self.about = json.loads(self._file.metadata()["about"])
+        self.about = _about(self._file.metadata()["about"])
         self.shape = tuple(self._file.get_slice("latents").get_shape())
 
     def clip(self, row: int) -> torch.Tensor:
@@ -47,18 +51,37 @@ class SafetensorsShard(LatentShard):
 
 class TarShard(LatentShard):
     def __init__(self, path: Path) -> None:
-        with tarfile.open(path, "r:") as archive:
+        places = scan(path)  # which refuses sizes that go beyond the file
+        with open_regular(path) as shard, tarfile.open(fileobj=shard, mode="r:") as archive:
             first = archive.next()
             file = archive.extractfile(first) if first is not None and first.name == _ABOUT else None
             if file is None:
                 raise ValueError("it doesn't begin with what it holds")
-            self.about = json.loads(file.read())
-        self._samples = [Sample(path, key, False, begin, end) for key, begin, end, _ in scan(path)]
+            self.about = _about(file.read())
+        self._samples = [Sample(path, key, False, begin, end) for key, begin, end, _ in places]
         self.shape = (len(self._samples), *self.clip(0).shape)
 
     def clip(self, row: int) -> torch.Tensor:
-        array = np.load(io.BytesIO(read_sample(self._samples[row])["npy"]), allow_pickle=False)
-        return torch.from_numpy(array.astype(np.float32, copy=False))
+        return torch.from_numpy(_array(read_sample(self._samples[row])["npy"]).astype(np.float32, copy=False))
+
+
+def _array(content: bytes) -> np.ndarray:
+    """The array of a .npy file, whose header must fit its bytes: np.load would take memory for what it says first."""
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("its .npy is not of version 1.0")
+    shape, fortran, kind = np.lib.format.read_array_header_1_0(file)
+    rest = content[file.tell() :]
+    if kind.hasobject or math.prod(shape) * kind.itemsize != len(rest):
+        raise ValueError(f"its .npy says {shape} of {kind}, but has {len(rest)} bytes")
+    return np.frombuffer(rest, kind).reshape(shape, order="F" if fortran else "C").copy()
+
+
+def _about(text: str | bytes) -> dict[str, Any]:
+    about = parse_json(text)
+    if not isinstance(about, dict):
+        raise ValueError("it doesn't say what it holds")
+    return about
 
 
 def open_shard(path: Path) -> LatentShard:

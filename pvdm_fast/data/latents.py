@@ -19,8 +19,9 @@ import torch
 from pvdm_fast.data.clips import ClipDataset, ClipSpec, Item, Skipped
 from pvdm_fast.data.draws import epoch_order
 from pvdm_fast.data.errors import DataError
-from pvdm_fast.data.latent_shards import LatentShard, open_shard
+from pvdm_fast.data.latent_shards import CONTAINERS, LatentShard, open_shard
 from pvdm_fast.data.watch import reading
+from pvdm_fast.jobs.reading import UnreadableFile, read_json, read_json_object
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder
@@ -30,6 +31,7 @@ SETTINGS, INDEX = "settings.json", "index.json"
 SPLITS = ("train", "test")
 MOMENTS = ("sum", "squares", "minimum", "maximum")
 OPEN_SHARDS = 64
+SETTINGS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,20 @@ class Settings:
     shard_clips: int
     container: str
     format: str = FORMAT
+
+    def check(self) -> None:
+        """Raises ValueError for values that no folder of latents can have."""
+        for name, kind in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if type(value).__name__ != kind.type:
+                raise ValueError(f"its {name} is {value!r:.50}, not of the type {kind.type}")
+            if kind.type == "int" and ((value < 1 and name not in ("seed", "train_clips", "test_clips")) or value < 0):
+                raise ValueError(f"its {name} is {value}")
+        if self.container not in CONTAINERS:
+            raise ValueError(f"its container is {self.container!r:.50}")
+
+    def shard_count(self, split: str) -> int:
+        return -(-int(getattr(self, f"{split}_clips")) // self.shard_clips)
 
     def shards(self) -> Iterator[Shard]:
         for split in SPLITS:
@@ -99,31 +115,59 @@ def shard_problem(path: Path, shard: Shard, settings: Settings) -> str | None:
         return f"it cannot be read ({error})"
     if found.about.get("settings") != settings.hash():
         return "it was written with other settings"
-    expected = (len(shard.draws), settings.windows, settings.channels, settings.tokens)
+    count = len(shard.draws)
+    if any(len(found.about.get(name, ())) != count for name in ("names", "labels")):
+        return "it doesn't name its clips"
+    expected = (count, settings.windows, settings.channels, settings.tokens)
     return None if found.shape == expected else f"it holds {found.shape} instead of {expected}"
 
 
 def read_index(root: Path) -> Settings:
     """The settings of a complete folder of latents; raises :class:`DataError` where it is none."""
+    return _read_index(root)[0]
+
+
+def _read_index(root: Path) -> tuple[Settings, list[str]]:
+    """Settings and labels. What they say is compared with the files that are there before anything follows from it."""
+    place = root / INDEX
     try:
-        index = json.loads((root / INDEX).read_text(encoding="utf-8"))
-        if index["settings"]["format"] != FORMAT:
-            raise DataError(f"{root / INDEX} is of the format {index['settings']['format']!r}, not {FORMAT!r}")
-        return Settings(**index["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read {root / INDEX}: {error}; make the latents with pvdm_fast.encode") from error
+        index = read_json_object(place)
+        settings = index["settings"]
+        if settings["format"] != FORMAT:
+            raise DataError(f"{place} is of the format {settings['format']!r:.100}, not {FORMAT!r}")
+        found, labels = Settings(**settings), index["labels"]
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise ValueError("its labels are no names")
+        found.check()
+        shards = sum(found.shard_count(split) for split in SPLITS)
+        there = sum(item.suffix == f".{found.container}" for item in root.iterdir())
+        if shards > there:
+            raise ValueError(f"it lists {shards} shards, but {there} are there")
+        return found, labels
+    except OSError as error:
+        raise DataError(f"cannot read {place}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {place}: {error!s:.200}; make the latents with pvdm_fast.encode") from error
 
 
 def read_labels(root: Path) -> list[str]:
     """The classes in a folder of latents, in the order of their numbers; raises DataError where it has no index."""
-    read_index(root)
-    labels: list[str] = json.loads((root / INDEX).read_text(encoding="utf-8"))["labels"]
-    return labels
+    return _read_index(root)[1]
 
 
 def is_latents(root: Path) -> bool:
-    """Whether a folder was written by ``python -m pvdm_fast.encode``; raises DataError where it isn't finished."""
-    if not (root / SETTINGS).is_file():
+    """Whether a folder was written by ``python -m pvdm_fast.encode``; raises DataError where it isn't finished.
+
+    A settings.json of something else, beside videos perhaps, makes no latents of a folder.
+    """
+    try:
+        settings = read_json(root / SETTINGS, SETTINGS_BYTES)
+        ours = isinstance(settings, dict) and str(settings.get("format")).startswith(FORMAT.rpartition(" ")[0])
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    except (OSError, UnreadableFile):
+        ours = (root / INDEX).is_file()
+    if not ours:
         return False
     if not (root / INDEX).is_file():
         raise DataError(f"the latents in {root} are not complete: run the same pvdm_fast.encode command again")
@@ -170,11 +214,11 @@ class LatentClips(ClipDataset):
             with reading(str(path), self.spec.read_timeout):
                 opened = _opened(path, self._hash)
                 latents = opened.clip(row)
+                name, label = opened.about["names"][row], opened.about["labels"][row]
         except Exception as error:  # whatever a damaged file provokes
             problem = shard_problem(path, shard, self.settings) or error
             raise DataError(f"the shard {path} cannot be used: {problem}; delete it and encode again") from error
-        about = opened.about
-        return {"video": latents, "name": about["names"][row], "label": about["labels"][row], "skipped": []}
+        return {"video": latents, "name": name, "label": label, "skipped": []}
 
 
 @lru_cache(OPEN_SHARDS)

@@ -26,7 +26,8 @@ LIST_BYTES = 64 << 20
 # "val", "Training_set", "sky_test", "train_256": a split's name, and what commonly stands before and after it.
 _SPLIT_NAME = re.compile(
     r"(?:(?:sky|kinetics\d*|k[467]00|ucf(?:101)?|videos?|clips?|frames?)[_\- ]?)?"
-    r"(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|eval(?:uation)?|dev|held[_\- ]?out))"
+    r"(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)"
+    r"|(?P<val>val(?:id(?:ation)?)?|eval(?:uation)?|dev|held[_\- ]?out))"
     r"(?:[_\- ]?(?:set|split|videos?|clips?|frames?|data))?(?:[_\- ]?\d+(?:x\d+)?p?)?",
     re.IGNORECASE,
 )
@@ -130,11 +131,11 @@ def _split_by_folders(videos: list[Video], split: str) -> Found | None:
     members: dict[str, list[Video]] = {"train": [], "test": [], "": []}
     names: dict[str, dict[str, None]] = {which: {} for which in members}
     for video, parts in zip(videos, folders, strict=True):
-        depth = next((depth for depth in range(len(parts)) if tuple(parts[:depth]) in parents), None)
+        place = next((number for number in range(len(parts)) if tuple(parts[:number]) in parents), None)
         which, name = "", "elsewhere"
-        if depth is not None:
-            name, role = "/".join(parts[: depth + 1]) + "/", _role(parts[depth])
-            if role == "val" and "test" not in parents[tuple(parts[:depth])]:
+        if place is not None:
+            name, role = "/".join(parts[: place + 1]) + "/", _role(parts[place])
+            if role == "val" and "test" not in parents[tuple(parts[:place])]:
                 role = "test"
             which = role if role in SPLITS else ""
         members[which].append(video)

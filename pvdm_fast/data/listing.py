@@ -17,6 +17,7 @@ _SUFFIX_LIST = (
 )
 VIDEO_SUFFIXES = frozenset(_SUFFIX_LIST.split())
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g(?P<group>\d+)_c\d+$")
+RUN_FILES = ("metrics.jsonl", "trainer.lock", "results.json", "checkpoints")
 NAMED = 3  # folders and kinds of files named in a sentence
 
 
@@ -66,7 +67,9 @@ class Listing:
 
     def left_out(self) -> str:
         """What else lies there, the most frequent first, or nothing."""
-        kinds = [counted(number, kind) for kind, number in self.others.most_common()]
+        kinds = [
+            counted(number, kind) for kind, number in sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+        ]
         return ", ".join(kinds[:NAMED]) + (f" and {len(kinds) - NAMED} more kinds" if len(kinds) > NAMED else "")
 
 

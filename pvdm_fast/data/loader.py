@@ -221,9 +221,11 @@ def make_loader(
     """Endless batches of draws ``start_draw``, ``start_draw + 1``, ...; the same ones for any number of workers.
 
     ``rank`` and ``world`` share each global batch of ``batch_size * world`` clips among processes: the next draw to
-    resume from is ``start_draw + batch_size * world * batches``. With ``pixels`` the clips are left as uint8, as they cross
-    from the workers, for :func:`~pvdm_fast.data.transforms.to_float` on the GPU. Neither the loader nor the workers touch the global
+    resume from is ``start_draw + batch_size * world * batches``. Neither the loader nor the workers touch the global
     random states.
+
+    With ``pixels`` the clips are left as uint8, as they cross from the workers, for
+    :func:`~pvdm_fast.data.transforms.to_float` on the GPU.
 
     A worker that dies is replaced, and what it had in hand is read again, so that no batch is lost or repeated; a line
     on stderr names the process and the file. A file that took longer than the dataset's ``read_timeout``, crashed its

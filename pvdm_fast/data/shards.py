@@ -8,6 +8,7 @@ other. So the order is a function of the draw number as for any other data, and 
 from __future__ import annotations
 
 import io
+import math
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from pvdm_fast.data.listing import VIDEO_SUFFIXES, Video
 from pvdm_fast.jobs.reading import file_clock, open_regular
 
 SHUFFLED_SHARDS = 16  # at a time: what a rank reads from at one time
-MAX_SHARDS = 1_000_000
+MAX_SHARDS = 100_000
 MAX_HEADER = 1 << 20  # bytes: long names and PAX records; the longest path has 4096
 _BLOCK = 512
 _BRACES = re.compile(r"\{.*\}")
@@ -66,8 +67,10 @@ def list_shards(source: str | Path) -> list[Path] | None:
         library()
         from braceexpand import braceexpand
 
-        shards = [Path(name) for name in islice(braceexpand(text), MAX_SHARDS + 1)]
-        if len(shards) > MAX_SHARDS:
+        ends = re.findall(r"\{(-?\d+)\.\.(-?\d+)", text)
+        many = math.prod(abs(int(last) - int(first)) + 1 for first, last in ends) > MAX_SHARDS
+        shards = [] if many else [Path(name) for name in islice(braceexpand(text), MAX_SHARDS + 1)]
+        if many or len(shards) > MAX_SHARDS:
             raise DataError(f"{text} stands for more than {MAX_SHARDS} shards")
     elif path.suffix == ".tar":
         shards = [path]
@@ -106,7 +109,7 @@ def scan(shard: Path) -> tuple[Place, ...]:
 @cache
 def _scan(shard: Path, size: int, changed: int) -> tuple[Place, ...]:
     try:
-        with file_clock(shard), _Headers(open_regular(shard)) as file:
+        with file_clock(shard), _Headers(open_regular(shard)) as file:  # type: ignore[arg-type]
             return tuple(_samples(file, size))
     except Exception as error:  # whatever damaged headers provoke: of tarfile, numbers that are none, endless chains
         raise DataError(
@@ -149,9 +152,9 @@ def _samples(file: BinaryIO, size: int) -> Iterator[Place]:
                 key, begin, suffixes = found, member.offset, []
             suffixes.append(suffix.lower())
             end = min(last, size)
-        file.seek(archive.offset)  # type: ignore[attr-defined]
+        file.seek(archive.offset)
         if file.read(_BLOCK).strip(b"\0"):
-            raise tarfile.ReadError(f"a damaged header at byte {archive.offset}")  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"a damaged header at byte {archive.offset}")
     if key is not None:
         yield key, begin, end, tuple(suffixes)
 

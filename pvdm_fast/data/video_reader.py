@@ -222,7 +222,8 @@ class _Screen:
     """Shows a stream's frames as its file says: square pixels, transparent ones over black, turned and mirrored.
 
     A display matrix turns by quarters and mirrors: phones store what was filmed lying down, front cameras what a mirror
-    would show. It takes column x and row y to column a x + c y and row b x + d y. Some streams say it at key frames only.
+    would show. It takes column x and row y to column a x + c y and row b x + d y. Some streams have it at key frames
+    only.
     """
 
     def __init__(self, stream: VideoStream) -> None:
@@ -232,9 +233,11 @@ class _Screen:
 
     def look(self, frame: VideoFrame) -> None:
         """Take note of what a frame says, whether it is wanted or not."""
-        from av.sidedata.sidedata import Type
+        from av.sidedata.sidedata import SideDataContainer, Type
 
-        found = frame.side_data.get(Type.DISPLAYMATRIX)
+        # Not frame.side_data, which the frame keeps, a ring of references: frames would stay until the collector came,
+        # with the threads that scaled them, and in a forked worker it would wait for threads that are not there.
+        found = SideDataContainer(frame).get(Type.DISPLAYMATRIX)  # type: ignore[call-arg]  # its stubs lack it
         if found is not None:
             a, b, _, c, d = np.frombuffer(bytes(found), np.int32)[:5].tolist()
             self.matrix = (a, b, c, d)
@@ -250,7 +253,9 @@ class _Screen:
             height = round(height / self.pixel)
         if width * height > MAX_PIXELS:
             raise UnreadableVideo(f"frames of {width} x {height} pixels")
-        square = {} if self.pixel == 1 else {"width": width, "height": height, "interpolation": "BICUBIC"}
+        square: dict[str, Any] = (
+            {} if self.pixel == 1 else {"width": width, "height": height, "interpolation": "BICUBIC"}
+        )
         if frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components):
             return self._turned(over_black(frame.to_ndarray(format="rgba", **square)))
         return self._turned(frame.to_ndarray(format="rgb24", **square))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 from collections.abc import Iterable, Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from pvdm_fast.errors import printable
 from pvdm_fast.evaluation.curves import curves
 
 NAMED_FILES = 20
@@ -57,6 +58,11 @@ onClick("play", video => video.play());
 onClick("pause", video => video.pause());
 onClick("restart", video => { video.currentTime = 0; video.play(); });
 """
+
+
+def escape(text: str) -> str:
+    """A text inside the page, as :func:`printable` shows it: file names may hold what UTF-8 cannot."""
+    return html.escape(printable(text))
 
 
 def write_report(path: Path, document: dict[str, Any], videos: dict[str, Path], records: list[dict[str, Any]]) -> None:

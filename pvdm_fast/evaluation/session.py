@@ -50,6 +50,7 @@ class Evaluation:
     datasets: dict[int, ClipDataset]
     protocol: Protocol
     folder: Path
+    records: list[dict[str, Any]]  # of training, as it stood at the start: read before the work, not after it
 
     @property
     def samples(self) -> int:
@@ -143,7 +144,8 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
     }
     protocol = make_protocol(request, subject, datasets[subject.frames], network, processes)
     folder = request.out or request.run / "evaluation"
-    return Evaluation(request, processes, subject, network, datasets, protocol, folder)
+    records = subject.run.read_metrics()
+    return Evaluation(request, processes, subject, network, datasets, protocol, folder, records)
 
 
 def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -249,6 +251,6 @@ def write(evaluation: Evaluation, result: dict[str, Any], outcomes: dict[str, Ou
             name: outcomes[name].folder for name in ("reconstruction", "samples") if name in outcomes
         }
         with whole_file(folder / "report.html") as temporary:
-            write_report(temporary, document, videos, evaluation.subject.run.read_metrics())
+            write_report(temporary, document, videos, evaluation.records)
     except OSError as error:
         raise UserError(f"cannot write the results to {folder}: {error.strerror or error}") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation.moments import moments
 from pvdm_fast.jobs.files import whole_file
+from pvdm_fast.jobs.reading import file_clock, parse_json
 
 
 @dataclass
@@ -47,10 +48,12 @@ class Tally:
     def _load(self) -> None:
         advice = f"remove the folder {self.path.parent} to measure again"
         try:
-            with safe_open(self.path, "pt") as file:
+            with file_clock(self.path), safe_open(self.path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                self.unreadable = json.loads((file.metadata() or {})["unreadable"])
+                self.unreadable = parse_json((file.metadata() or {})["unreadable"])
             done = tensors.pop("done").bool()
+            if not isinstance(self.unreadable, dict):
+                raise ValueError("its list of unreadable files is none")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"the statistics {self.path} cannot be read ({error}): {advice}") from error
         if done.shape != self.done.shape:

@@ -12,7 +12,7 @@ import torch
 
 from pvdm_fast.backends import choice
 from pvdm_fast.data import open_dataset
-from pvdm_fast.errors import UserError
+from pvdm_fast.errors import UserError, printable
 from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import check_latents, empty_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
@@ -35,7 +35,7 @@ class Plan:
     lines: list[tuple[str, str]]
 
     def text(self, run: Path) -> str:
-        return "\n".join(f"{label:<10} {text}" for label, text in [*self.lines, ("run folder", str(run))])
+        return "\n".join(printable(f"{label:<10} {text}") for label, text in [*self.lines, ("run folder", str(run))])
 
 
 def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accelerator) -> Plan:
@@ -68,6 +68,8 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
         ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
         ("data", data.description),
     ]
+    if data.left_out:
+        lines.append(("left out", data.left_out))
     if "autoencoder" in stages:
         lines += check_second_phase(config, height, width)
     return Plan(stages, lines)
@@ -112,7 +114,7 @@ def summary(run: RunFolder) -> str:
         lines.append(f"sample with: python -m pvdm_fast.sample {run.path} --out samples.mp4")
     else:
         lines.append(f"train the denoiser with: python -m pvdm_fast.train --resume {run.path} --stage diffusion")
-    return "\n".join(lines + _unreadable(results))
+    return "\n".join(printable(line) for line in lines + _unreadable(results))
 
 
 def _unreadable(results: dict[str, Any]) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pvdm_fast.data import find_classes
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.layouts import find_videos
 
@@ -136,3 +139,133 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match='"train" or "test"'):
         find_videos(tmp_path, "validation")
+
+
+PAIRS = [
+    ("train", "val"),
+    ("Train", "Test"),
+    ("training", "validation"),
+    ("TRAIN", "valid"),
+    ("sky_train", "sky_test"),
+    ("train_256", "val_256"),
+    ("kinetics400_train", "kinetics400_val"),
+    ("train_set", "test-set"),
+    ("train", "held_out"),
+]
+
+
+@pytest.mark.parametrize("above", ["", "kinetics/", "a/b/"])
+@pytest.mark.parametrize(("train", "held_out"), PAIRS)
+def test_folders_named_as_splits(tmp_path: Path, train: str, held_out: str, above: str) -> None:
+    touch(tmp_path, *(f"{above}{train}/c{number}/a.mp4" for number in range(3)), f"{above}{held_out}/c0/a.mp4")
+    assert names(tmp_path, "train") == [f"{above}{train}/c{number}/a.mp4" for number in range(3)]
+    assert names(tmp_path, "test") == [f"{above}{held_out}/c0/a.mp4"]
+    for split in ("train", "test"):
+        said = find_videos(tmp_path, split).description
+        assert f"3 videos in the train split ({above}{train}/)" in said
+        assert f"1 video in the test split ({above}{held_out}/)" in said
+        assert "hash" not in said
+
+
+def test_validation_videos_are_in_neither_split_beside_a_test_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.mp4", "val/b.mp4", "test/c.mp4", "d.mp4")
+    assert (names(tmp_path, "train"), names(tmp_path, "test")) == (["train/a.mp4"], ["test/c.mp4"])
+    assert "2 videos in neither (elsewhere, val/)" in find_videos(tmp_path, "train").description
+
+
+def test_classes_that_sound_like_splits_are_none(tmp_path: Path) -> None:
+    touch(
+        tmp_path, *(f"{name}/{n}.mp4" for name in ("train", "bus", "trainers", "testing eggs", "value") for n in "ab")
+    )
+    assert "by a hash of the names" in find_videos(tmp_path, "train").description
+    assert len(names(tmp_path, "train")) + len(names(tmp_path, "test")) == 10
+
+
+def test_split_folders_of_ucf_come_before_the_hash(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"train/{name}" for name in UCF[4:]), *(f"test/{name}" for name in UCF[:4]))
+    assert names(tmp_path, "test") == [f"test/{name}" for name in UCF[:4]]
+
+
+def test_a_stray_file_leaves_the_official_lists_in_force(tmp_path: Path) -> None:
+    touch(tmp_path, *UCF, "intro.mp4")
+    write_lists(tmp_path)
+    assert names(tmp_path, "train") == LISTED["trainlist01.txt"]
+    said = find_videos(tmp_path, "train").description
+    assert "24 videos of 33" in said and "5 other videos in neither list, left out" in said
+    assert find_classes(tmp_path) == ["Archery", "Bowling"]
+
+
+def test_official_lists_name_converted_videos_and_each_once(tmp_path: Path) -> None:
+    touch(tmp_path, *(name.replace(".avi", ".mp4") for name in UCF))
+    write_lists(tmp_path)
+    (tmp_path / "testlist01.txt").write_text(f"{UCF[0]}\n" * 60_000)
+    assert names(tmp_path, "test") == [UCF[0].replace(".avi", ".mp4")]
+
+
+def test_lists_of_other_data_are_not_applied(tmp_path: Path) -> None:
+    write_lists(tmp_path)
+    touch(tmp_path / "mine", "a.mp4", "b.mp4", "c.mp4")
+    assert "by a hash" in find_videos(tmp_path / "mine", "train").description
+
+
+def test_a_stray_file_leaves_groups_together(tmp_path: Path) -> None:
+    touch(tmp_path, *UCF, "intro.mp4")
+    train, test = names(tmp_path, "train"), names(tmp_path, "test")
+    assert not {name.rsplit("_", 1)[0] for name in train} & {name.rsplit("_", 1)[0] for name in test}
+    with pytest.raises(DataError, match=r"unlike intro\.mp4"):
+        find_classes(tmp_path)
+
+
+def test_runs_and_evaluations_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4", "config.yaml")
+    touch(
+        tmp_path,
+        *(f"runs/1/{name}" for name in ("config.yaml", "trainer.lock", "samples.mp4", "x/clip.mp4", "grid.png")),
+    )
+    touch(tmp_path, *(f"ev/{name}" for name in ("evaluation.json", "report.html", "statistics/clip-1.mp4")))
+    assert sorted(names(tmp_path, "train") + names(tmp_path, "test")) == ["a.mp4", "b.mp4"]
+    assert find_videos(tmp_path, "train").left_out == "2 run folders, 1 .yaml file"
+    assert names(tmp_path / "runs" / "1" / "x", "train") == ["clip.mp4"], "named by itself it is taken"
+
+
+def test_what_lies_beside_the_videos_is_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "a.mp4", "b.mp4", "c.txt", "d.txt", "e.json", "thumbs/1.jpg")
+    (tmp_path / "f.mp4").symlink_to("nowhere.mp4")
+    found = find_videos(tmp_path, "train")
+    assert found.left_out == "2 .txt files, 1 .json file, 1 broken link or device and 1 more kinds"
+
+
+def test_one_stray_video_does_not_hide_the_frame_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "preview.mp4", *(f"clip{clip}/{frame}.png" for clip in range(4) for frame in range(3)))
+    found = names(tmp_path, "train") + names(tmp_path, "test")
+    assert sorted(found) == [f"clip{clip}" for clip in range(4)]
+    assert find_videos(tmp_path, "test").left_out == "1 video file"
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root everything can be read, so the system's answer is put in its place."""
+    touch(tmp_path, "open/a.mp4", "open/b.mp4", "closed/c.mp4")
+    scandir, is_file = os.scandir, Path.is_file
+
+    def refuse(path: object, *rest: Any) -> Any:
+        if mode == 0 and str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path, *rest)  # type: ignore[call-overload]
+
+    def refuse_file(path: Path) -> bool:
+        if mode and path.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(Path, "is_file", refuse_file)
+    for split in ("train", "test"):
+        said = find_videos(tmp_path, split).description
+        assert "1 folder could not be listed" in said and "closed (Permission denied)" in said
+
+
+def test_a_pipe_is_no_data(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe or a device"):
+        find_videos(tmp_path / "pipe", "train")
