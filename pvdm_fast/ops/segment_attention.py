@@ -57,7 +57,7 @@ def segment_attention(qkv: Tensor, offsets: Sequence[int] | None = None, scale: 
         (B, N, heads, d), contiguous.
 
     Large scores: float32 rounds a score s by 6e-8 |s|, which a softmax feels absolutely. Rows of -inf give NaN. The cpu
-    kernels are as exact as the formula in float32 at any size. The cuda kernels compute the probabilities of the backward
+    kernels are as exact as the formula in float32 at any size. The cuda kernels compute probabilities of the backward
     pass from a log-sum-exp in float32, which makes them wrong by up to 2e-7 |s|.
 
     Raises:
