@@ -97,17 +97,24 @@ def _amd_registers(operand: str) -> set[int]:
 
 
 def amd_asymmetric(code: Iterable[Instruction]) -> int:
-    """The same of AMD's: what crosses lanes there is a permutation, a swizzle or a DPP move."""
+    """The same of AMD's: what crosses lanes there is a permutation, a swizzle or a DPP move.
+
+    Sums end in such a move there too, and may then be added to any product: counted are only products that were also
+    taken by themselves, to cross.
+    """
     crossed: set[int] = set()
+    products: set[frozenset[str]] = set()
     count = 0
     for name, operands in code:
         if not operands:
             continue
-        if AMD_FUSED.match(name):
-            addend = (
-                operands[0] if name.startswith(("v_fmac", "v_pk_fmac")) else operands[3] if len(operands) > 3 else ""
-            )
-            count += bool(_amd_registers(addend) & crossed)
+        if name.startswith(("v_mul_f32", "v_pk_mul_f32")) and len(operands) > 2:
+            products.add(frozenset(operand.split()[0] for operand in operands[1:3]))
+        if AMD_FUSED.match(name) and len(operands) > 2:
+            in_place = name.startswith(("v_fmac", "v_pk_fmac"))
+            addend = operands[0] if in_place else operands[3] if len(operands) > 3 else ""
+            product = frozenset(operand.split()[0] for operand in operands[1:3])
+            count += bool(_amd_registers(addend) & crossed) and product in products
         copied = name.startswith("v_mov_b32") and _amd_registers(operands[1]) & crossed
         if copied or AMD_CROSSING.match(name):
             crossed |= _amd_registers(operands[0])

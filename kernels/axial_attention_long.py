@@ -32,6 +32,7 @@ from pvdm_fast.kernels.rotation import rotate
 
 
 def blocks(queries: int, keys: int, warps: int, stages: int) -> Config:
+    """A configuration of blocks of queries and keys."""
     return Config({"BLOCK_M": queries, "BLOCK_N": keys}, warps, stages)
 
 

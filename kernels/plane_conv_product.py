@@ -54,6 +54,7 @@ def shape_class(rows: int, channels: int, written: int, dtype: torch.dtype) -> s
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
+    """A configuration of tiles of m x n results, k steps of the inner axis at a time."""
     return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
 
 
