@@ -104,7 +104,7 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     """The models of a run in eval mode, in float32 or bfloat16; raises UserError where one is missing."""
     import torch
 
-    from pvdm_fast.backends.cpu.precision import bfloat16_serves
+    from pvdm_fast.backends.precision import bfloat16_serves
     from pvdm_fast.diffusion.pipeline import MODELS, load_part
 
     place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"

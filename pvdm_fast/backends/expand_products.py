@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from pvdm_fast.backends.cpu import gemm
+from pvdm_fast.backends import gemm
 from pvdm_fast.layout import TriplaneLayout
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cpu.precision import bfloat16_serves
+from pvdm_fast.backends.precision import bfloat16_serves
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.training.config import TrainConfig

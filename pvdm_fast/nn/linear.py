@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvdm_fast.backends import choice
-from pvdm_fast.backends.cpu import gemm, rows_of
+from pvdm_fast.backends import choice, gemm
+from pvdm_fast.backends.cpu import rows_of
 from pvdm_fast.nn.plain import readable
 from pvdm_fast.ops.derivatives import transforming
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pvdm_fast.backends.cpu.precision import bfloat16_serves
+from pvdm_fast.backends.precision import bfloat16_serves
 from pvdm_fast.data import find_classes
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.files import whole_file

@@ -15,8 +15,7 @@ from comparison import assert_close
 from tolerances import OPERATION
 from torch import Tensor
 
-from pvdm_fast.backends import choice, extensions
-from pvdm_fast.backends.cpu import gemm
+from pvdm_fast.backends import choice, extensions, gemm
 from pvdm_fast.nn import linear
 
 ISAS = extensions.extension("_cpu").isas() if extensions.availability("cpu") is None else []

@@ -16,7 +16,7 @@ from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from pvdm_fast import use_backend
-from pvdm_fast.backends.cpu import gemm
+from pvdm_fast.backends import gemm
 from pvdm_fast.nn import linear as module
 from pvdm_fast.nn.linear import Linear, linear
 

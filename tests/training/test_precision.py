@@ -9,8 +9,8 @@ import pytest
 import torch
 from training.small import SMALL, losses, steps
 
-from pvdm_fast.backends.cpu import precision
-from pvdm_fast.backends.cpu.gemm import compute_dtype
+from pvdm_fast.backends import precision
+from pvdm_fast.backends.gemm import compute_dtype
 from pvdm_fast.sample import load_models
 from pvdm_fast.sample import main as sample_main
 from pvdm_fast.train import main

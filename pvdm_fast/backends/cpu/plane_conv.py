@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cpu.gemm import compute_dtype, linear
 from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.gemm import compute_dtype, linear
 from pvdm_fast.backends.rows import rows_dense
 
 TAPS = 9

@@ -15,8 +15,8 @@ from tolerances import CONV_SUM, OPERATION
 from torch import Tensor
 
 from pvdm_fast import ops
-from pvdm_fast.backends import extensions
-from pvdm_fast.backends.cpu import gemm, plane_conv
+from pvdm_fast.backends import extensions, gemm
+from pvdm_fast.backends.cpu import plane_conv
 from pvdm_fast.backends.reference import plane_conv as reference
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.cpu.precision import cpu_multiplies_bfloat16
+from pvdm_fast.backends.precision import cpu_multiplies_bfloat16
 from pvdm_fast.backends.rows import matrix, vector
 
 
