@@ -1,9 +1,9 @@
 """Random calls of every operation, both directions, on every backend and CPU instruction set, against the reference.
 
 Sizes are odd or single, tensors lie in memory in every way that PyTorch allows (transposed, sliced, expanded,
-overlapping), dtypes are mixed where an operation takes mixtures, and values are ordinary, 1e4 times as large
-(attention's scores are), or hold NaN and infinities. Where the reference is finite a result must be right; where the reference is NaN or infinite, a
-result must not be finite.
+overlapping), dtypes are mixed where an operation takes mixtures, and values are ordinary, 1e4 times as large (for
+attention its scores), or hold NaN and infinities. Where the reference is finite a result must be right; where the
+reference is NaN or infinite, a result must not be finite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
     ("axial_attention", "triton", "nan"),
     ("axial_attention", "triton", "inf"),
     ("axial_attention", "triton", "-inf"),
-    # oneDNN's bfloat16 product of an odd number of terms reads one of the next row, times 0. So does PyTorch's F.linear.
+    # oneDNN's bfloat16 product of an odd number of terms reads one of the next row, times 0: so does F.linear.
     ("plane_conv", "cpu", "nan"),
     ("plane_conv", "cpu", "inf"),
     ("plane_conv", "cpu", "-inf"),
