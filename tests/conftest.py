@@ -27,6 +27,16 @@ if find_spec("triton"):
 
     interpreter.install()
 
+# The files that take longest go first: with --dist loadfile one that begins last keeps a single process at work.
+LONGEST = (
+    "backends/triton/test_networks.py",
+    "backends/triton/test_ahead_of_time.py",
+    "backends/cuda/test_cuda_networks.py",
+    "backends/cpu/test_cpu_build.py",
+    "ops/test_operations.py",
+    "training/test_processes.py",
+    "training/test_training.py",
+)
 REMEDY = re.compile(r"\b(install|run|rerun|set|unset|use)\b.")
 
 
@@ -69,9 +79,15 @@ def interpreted_in_16_bits(item: pytest.Item) -> bool:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the files of most tests
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What needs so much memory, or minutes, runs only where it is asked for."""
+    """What needs so much memory, or minutes, runs only where it is asked for; the longest files come first."""
+    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONGEST))
     for item in items:
         if interpreted_in_16_bits(item):
             item.add_marker(pytest.mark.slow)
