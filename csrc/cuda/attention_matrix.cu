@@ -6,6 +6,8 @@
 #include "attention.cuh"
 #include "attention_tiles.cuh"
 
+#include <cfloat>
+
 namespace pvdm::cuda {
 namespace {
 
@@ -51,9 +53,10 @@ struct Stages {
   }
 };
 
-// The softmax so far of the two rows that a lane has a part of, in powers of two.
+// The softmax so far of the two rows that a lane has a part of, in powers of two. The largest score begins finite: a row
+// of -inf then has weights of 0, and no -inf - -inf. (With base_of instead, 8 bytes spill on sm_80.)
 struct Softmax {
-  float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+  float largest[2] = {-FLT_MAX, -FLT_MAX}, total[2] = {0, 0};
 
   // The scores of keys start ... become weights, and `sum`, of the weighted values so far, fits the new maxima.
   template <int score_tiles, int sum_tiles>
@@ -71,13 +74,13 @@ struct Softmax {
         }
       next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 1));
       next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 2));
-      const float base = base_of(next), factor = fast_exp2(largest[half] - base);
+      const float factor = fast_exp2(largest[half] - next);
       largest[half] = next;
       total[half] *= factor;
 #pragma unroll
       for (int n = 0; n < score_tiles; n++)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; i++) total[half] += score[n][i] = fast_exp2(score[n][i] - base);
+        for (int i = 2 * half; i < 2 * half + 2; i++) total[half] += score[n][i] = fast_exp2(score[n][i] - next);
 #pragma unroll
       for (int n = 0; n < sum_tiles; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
     }

@@ -95,7 +95,9 @@ def find_classes(root: Path) -> list[str]:
 
     Raises `DataError` unless every video is named as in UCF-101.
     """
-    if is_latents(root):
+    if str(root).startswith("synthetic:"):
+        labels, nameless = set(), "rendered scenes"
+    elif is_latents(root):
         labels = set(read_labels(root))
         nameless = "" if labels else "the latents"
     else:

@@ -57,7 +57,7 @@ def check_infinite(backend: str, dtype: torch.dtype, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", INFINITE)
-def test_infinite_scores_on_the_cpu(cpu_isa: str, dtype: torch.dtype, kind: str) -> None:
+def test_infinite_scores_on_the_cpu(isa: str, dtype: torch.dtype, kind: str) -> None:
     check_infinite("cpu", dtype, kind)
 
 
@@ -92,7 +92,7 @@ def errors(backend: str, qkv: Tensor, scale: float) -> dict[str, tuple[float, fl
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("scale", [1.0, -1.0])
-def test_large_logits_on_the_cpu(cpu_isa: str, dtype: torch.dtype, size: float, scale: float) -> None:
+def test_large_logits_on_the_cpu(isa: str, dtype: torch.dtype, size: float, scale: float) -> None:
     """Within four roundings of the dtype where a query sees one key, as the formula is; else as float32 scores allow:
     each is rounded by 6e-8 of itself (times the square root of its 32 terms), which a softmax feels absolutely."""
     rounding = {torch.float32: 3e-7, torch.bfloat16: 4e-3}[dtype]

@@ -53,7 +53,7 @@ def check_all(backend: str, op: str) -> None:
 
 @needs_cpu
 @pytest.mark.parametrize("op", choice.SERVED["cpu"])
-def test_cpu(cpu_isa: str, op: str) -> None:
+def test_cpu(isa: str, op: str) -> None:
     check_all("cpu", op)
 
 

@@ -144,7 +144,7 @@ def test_a_small_shared_memory(tmp_path: Path) -> None:
     """The real thing: 1 MB, as in a container, and batches of 1.5 MB."""
     code = (
         "from pvdm_fast.data.loader import make_loader; from pvdm_fast.data import open_dataset\n"
-        "d = open_dataset('synthetic:shapes', frames=4, height=128, width=128)\n"
+        "d = open_dataset('synthetic:shapes', frames=4, height=256, width=256)\n"
         "next(iter(make_loader(d, batch_size=2, workers=2)))"
     )
     mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"

@@ -271,16 +271,17 @@ def test_options_of_loading(pipeline: PVDMPipeline, tmp_path: Path, saved: bool)
         assert PVDMPipeline.from_pretrained(tmp_path, **options).denoiser.dtype == torch.bfloat16
     assert PVDMPipeline.from_pretrained(tmp_path, local_files_only=True, use_safetensors=True).dtype == torch.float32
     if not saved:
-        with pytest.raises(UserError, match="device_map: not known for the folder of a run"):
+        with pytest.raises(UserError, match="a run's folder is loaded without device_map"):
             PVDMPipeline.from_pretrained(tmp_path, device_map="balanced")
-        with pytest.raises(UserError, match="dtype must be one of torch's"):
+        with pytest.raises(UserError, match="torch_dtype must be one of PyTorch's floating dtypes"):
             PVDMPipeline.from_pretrained(tmp_path, dtype="half")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_inference_steps": 0}, "between 1 and 1000"),
+        ({"num_inference_steps": 0}, "steps must be at least 1, not 0"),
+        ({"num_inference_steps": 1001}, "steps must be at most 1000, not 1001"),
         ({"batch_size": 0}, "at least 1"),
         ({"num_frames": 0}, "at least 1"),
         ({"eta": float("nan")}, "eta must be a finite number"),

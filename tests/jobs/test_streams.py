@@ -57,7 +57,7 @@ def test_letters_that_ascii_lacks_are_escaped(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr == b"error: cannot read the config file /no/f\\xeelm\\udce9.yaml: No such file or directory\n"
+    assert result.stderr == b"error: cannot read the config file /no/f\\xeelm\\xe9.yaml: No such file or directory\n"
 
 
 class Failing(io.StringIO):

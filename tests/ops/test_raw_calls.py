@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from ops.cases import CASES, as_tuple, leaves
-from ops.test_operations import Recorder
 from torch import Tensor
 
 from pvdm_fast import ops, use_backend
+from pvdm_fast.analysis.recorder import OwnCalls
 from pvdm_fast.backends import choice
 
 HUGE = 2**63 - 1
@@ -24,7 +24,7 @@ def calls_of(name: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """The raw calls of both directions, with their arguments, detached."""
     case = CASES[name]
     inputs = leaves(case.inputs(torch.float32))
-    with Recorder() as recorder:
+    with OwnCalls() as recorder:
         results = as_tuple(case.run(**inputs))
         torch.autograd.grad(results, list(inputs.values()), [torch.randn_like(r) for r in results])
     return [(f, tuple(a.detach() if isinstance(a, Tensor) else a for a in args)) for f, args in recorder.calls]

@@ -49,7 +49,7 @@ def test_samples_follow_the_class_they_were_trained_with(monkeypatch: pytest.Mon
     generator = torch.Generator().manual_seed(0)
     names = NAMES * 8
     video = torch.tensor([-0.7, 0.7] * 8)[:, None, None, None, None].expand(-1, 3, 4, 8, 8)
-    for _ in range(120):
+    for _ in range(200):
         loss = stage.loss(stage.model, video, generator, classes=names)
         optimizer.zero_grad()
         loss.backward()

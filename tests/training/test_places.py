@@ -164,5 +164,5 @@ def test_a_report_names_files_that_are_not_utf8(finished: Path, tmp_path: Path) 
     }  # fmt: skip
     document = {"results": results, "protocol": {"sampling": {}}, "run": str(finished)}
     write_report(tmp_path / "report.html", document, {}, [])
-    assert "caf\\udce9.mp4: is no video" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "caf\\xe9.mp4: is no video" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert json.loads(json.dumps(name)) == name

@@ -240,6 +240,6 @@ def test_border_refuses() -> None:
     with pytest.raises(ValueError, match="share a dtype"):
         module.geglu_backward(rows[:, :3].bfloat16(), rows, torch.empty(4, 6), 1)
     with pytest.raises(ValueError, match="go together"):
-        module.add_layer_norm_forward(rows, rows, row, row, None, rows, torch.empty(4), torch.empty(4), 1e-5, 1)
+        module.add_layer_norm_forward((rows, rows, row, row, None, rows, torch.empty(4), torch.empty(4)), 1e-5, 1)
     with pytest.raises(ValueError, match="plane must be"):
         module.triplane_slice_forward(rows, row, rows, rows, 3, 1, 1, 1, 1)

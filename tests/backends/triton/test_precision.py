@@ -24,6 +24,7 @@ def new_switch() -> None:
 
 
 def every_product() -> None:
+    MATMUL.fp32_precision = "none"  # as it is before anybody sets it: follow the switch of all products
     torch.backends.fp32_precision = "tf32"
 
 
