@@ -23,9 +23,8 @@ from pvdm_fast.backends.cpu import (
     triplane_slice,
 )
 
-if "amx" in sys.argv:  # the CPU's own tiles, if it has them: without the permission only some of their instructions trap
-    "amx" in sys.argv
-):  # where the CPU has AMX, its own tiles: without the permission only some of their instructions trap
+if "amx" in sys.argv:
+    # The CPU's own tiles, if it has them: without the permission only some of their instructions trap.
     ctypes.CDLL(None).syscall(158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, the state of the tiles
 
 spec = importlib.util.spec_from_file_location(Path(sys.argv[1]).name.partition(".")[0], sys.argv[1])
