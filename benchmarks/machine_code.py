@@ -100,7 +100,7 @@ def amd_asymmetric(code: Iterable[Instruction]) -> int:
     """The same of AMD's: what crosses lanes there is a permutation, a swizzle or a DPP move.
 
     Sums end in such a move there too, and may then be added to any product: counted are only products that were also
-    taken by themselves, to cross.
+    taken by themselves, to cross, of the same values. What is subtracted is a row's largest score, no part of a sum.
     """
     crossed: set[int] = set()
     products: set[frozenset[str]] = set()
@@ -114,12 +114,17 @@ def amd_asymmetric(code: Iterable[Instruction]) -> int:
             in_place = name.startswith(("v_fmac", "v_pk_fmac"))
             addend = operands[0] if in_place else operands[3] if len(operands) > 3 else ""
             product = frozenset(operand.split()[0] for operand in operands[1:3])
-            count += bool(_amd_registers(addend) & crossed) and product in products
+            subtracted = addend.startswith("-") or re.search(r"neg_lo:\[\d,\d,1\]", ",".join(operands))
+            count += bool(_amd_registers(addend) & crossed) and product in products and not subtracted
+        if not name.startswith(("v_", "ds_", "global_load", "buffer_load")):
+            continue
+        written = _amd_registers(operands[0])
+        products = {pair for pair in products if not any(_amd_registers(factor) & written for factor in pair)}
         copied = name.startswith("v_mov_b32") and _amd_registers(operands[1]) & crossed
         if copied or AMD_CROSSING.match(name):
-            crossed |= _amd_registers(operands[0])
-        elif name.startswith(("v_", "ds_read", "global_load", "buffer_load")):
-            crossed -= _amd_registers(operands[0])
+            crossed |= written
+        elif not name.startswith("ds_write"):
+            crossed -= written
     return count
 
 
