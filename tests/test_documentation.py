@@ -132,10 +132,12 @@ def test_yaml_parses(path: Path) -> None:
 
 def test_ci_runs_every_python_that_is_promised() -> None:
     workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
-    (job,) = workflow["jobs"].values()
+    job = workflow["jobs"]["ci"]
     assert job["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12", "3.13"]
     assert 'requires-python = ">=3.10"' in read("pyproject.toml")
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    wheel = [step["run"] for step in workflow["jobs"]["wheel"]["steps"] if "run" in step]
+    assert [command.split()[:2] for command in wheel] == [[".ci/wheels", "build"], [".ci/wheels", "try"]]
 
 
 def test_faults_are_reported_with_what_the_machine_says() -> None:
