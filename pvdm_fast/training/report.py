@@ -90,7 +90,7 @@ def _machine(accelerator: Accelerator) -> str:
 
 
 def _backends(device: torch.device) -> str:
-    """Operations by the backend that serves them, for example ``cpu: plane_norm; reference: the other 7``."""
+    """Operations by the backend that serves them, for example ``cpu: plane_norm; plain PyTorch: 7 more``."""
     if choice.requested() != "auto":
         return f"{choice.requested()}, as asked for"
     serving: dict[str, list[str]] = {}
@@ -98,7 +98,7 @@ def _backends(device: torch.device) -> str:
         serving.setdefault(str(row["auto"]), []).append(operation)
     plain = serving.pop("reference", [])
     parts = [f"{name}: {', '.join(operations)}" for name, operations in serving.items()]
-    return "; ".join([*parts, f"plain PyTorch: {len(plain)} more"])
+    return "; ".join([*parts, *([f"plain PyTorch: {len(plain)} more"] if plain else [])])
 
 
 def summary(run: RunFolder) -> str:
