@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.analysis.flops import attention, attention_block, conv, linear
 from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.ops.costs import attention, attention_block, conv, linear
 
 PROJECTION_HEADS = 4
 

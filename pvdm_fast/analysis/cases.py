@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pvdm_fast import ops
-from pvdm_fast.analysis import flops
 from pvdm_fast.layout import PLANE_NAMES, PlaneLayout, TriplaneLayout
+from pvdm_fast.ops import costs
 
 BATCH = 2
 Draw = Callable[[int, tuple[int, ...]], Tensor]
@@ -101,7 +101,7 @@ def rotation(length: int, width: int) -> Tables:
 def segment_attention(offsets: Sequence[int], heads: int, width: int, batch: int = BATCH) -> Case:
     shapes = {"qkv": (batch, offsets[-1], 3, heads, width)}
     products = sum(
-        flops.attention(batch, stop - start, stop - start, heads * width) for start, stop in pairwise(offsets)
+        costs.attention(batch, stop - start, stop - start, heads * width) for start, stop in pairwise(offsets)
     )
     return Case("segment_attention", shapes, lambda qkv: ops.segment_attention(qkv, offsets), products)
 
@@ -117,14 +117,14 @@ def axial_attention(
         turned = None if tables is None else (tables[0].to(qkv.device), tables[1].to(qkv.device))
         return ops.axial_attention(qkv, axis, turned)
 
-    products = flops.attention(batch * sequences, length, length, heads * width)
+    products = costs.attention(batch * sequences, length, length, heads * width)
     return Case("axial_attention", {"qkv": (batch, *lattice, 3, heads, width)}, run, products)
 
 
 def single_query(lattice: tuple[int, int, int], heads: int, width: int, batch: int = BATCH) -> Case:
     """Axial attention along time of one query a sequence."""
     shapes = {"qkv": (batch, *lattice, 2, heads, width), "query": (batch, 1, *lattice[1:], heads, width)}
-    products = flops.attention(batch * lattice[1] * lattice[2], 1, lattice[0], heads * width)
+    products = costs.attention(batch * lattice[1] * lattice[2], 1, lattice[0], heads * width)
     return Case("axial_attention", shapes, lambda qkv, query: ops.axial_attention(qkv, "time", query=query), products)
 
 
@@ -160,7 +160,7 @@ def plane_norm(
 
 def plane_conv(layout: PlaneLayout, channels: int, outputs: int, batch: int = BATCH) -> Case:
     shapes = {"x": (batch, layout.num_tokens, channels), "weight": (outputs, channels, 3, 3), "bias": (outputs,)}
-    products = flops.conv(batch * layout.num_tokens, channels, outputs)
+    products = costs.conv(batch * layout.num_tokens, channels, outputs)
     return Case("plane_conv", shapes, lambda x, weight, bias: ops.plane_conv(x, layout, weight, bias), products)
 
 
@@ -183,7 +183,7 @@ def triplane_expand(layout: TriplaneLayout, depth: int, channels: int, batch: in
     def run(planes: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ops.triplane_expand(planes, layout, weight, bias)
 
-    return Case("triplane_expand", shapes, run, flops.linear(batch * layout.num_tokens, depth, channels))
+    return Case("triplane_expand", shapes, run, costs.linear(batch * layout.num_tokens, depth, channels))
 
 
 def geglu(tokens: tuple[int, ...], channels: int) -> Case:

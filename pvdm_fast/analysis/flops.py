@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pvdm_fast.analysis.recorder import Recorder, own_operation
-from pvdm_fast.ops.costs import attention, attention_block, conv, linear
 from pvdm_fast.ops.registry import FLOPS
-
-__all__ = ["FlopCount", "attention", "attention_block", "conv", "linear", "operation_flops"]
 
 
 def operation_flops(op: str, direction: str, inputs: Sequence[Any]) -> int:

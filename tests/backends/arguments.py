@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import CASES, run_with_gradients
 from torch import Tensor
 
+from pvdm_fast.analysis.cases import SMALL, run_with_gradients
 from pvdm_fast.backends import choice
 
 LOGS = {"segment_attention": 3, "axial_attention": 6}  # where backward takes the log-sum-exp of the scores
@@ -71,7 +71,7 @@ def recorded(dtype: torch.dtype) -> list[Call]:
             return SimpleNamespace(forward=noting("forward"), backward=noting("backward"))
 
         patch.setattr(choice, "choose", choose)
-        for running, case in CASES.items():  # noqa: B007, `choose` reads it
+        for running, case in SMALL.items():  # noqa: B007, `choose` reads it
             run_with_gradients(case, case.inputs(dtype), dtype)
     return calls
 

@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close, relative_error
-from ops.cases import CASES, Case, as_tuple, leaves, rotation
 from tolerances import FLOAT32_ERROR
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from pvdm_fast import ops, use_backend
+from pvdm_fast.analysis.cases import SMALL, Case, as_tuple, leaves, rotation
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import SERVED
 from pvdm_fast.ops import derivatives
 
-everywhere = pytest.mark.parametrize("name", CASES)
+everywhere = pytest.mark.parametrize("name", SMALL)
 BACKENDS = [name for name in choice.BACKENDS if name != "cuda"]
 on_backends = pytest.mark.parametrize(
-    ("name", "backend"), [(n, b) for n, case in CASES.items() for b in BACKENDS if case.op in SERVED[b]]
+    ("name", "backend"), [(n, b) for n, case in SMALL.items() for b in BACKENDS if case.op in SERVED[b]]
 )
 
 
@@ -58,7 +58,7 @@ def draws(case: Case, dtype: torch.dtype, seed: int) -> tuple[Tensor, ...]:
 
 @everywhere
 def test_formulas_against_finite_differences(name: str) -> None:
-    case = CASES[name]
+    case = SMALL[name]
     inputs = tuple(leaves(case.inputs(torch.float64)).values())
 
     def run(*tensors: Tensor) -> Any:
@@ -112,7 +112,7 @@ def test_every_derivative_on_every_backend(name: str, backend: str) -> None:
     """In float32, to 1e-5 of the float64 formulas."""
     if reason := choice.unavailable(backend):
         pytest.skip(reason)
-    case = CASES[name]
+    case = SMALL[name]
     with use_backend("reference"):
         expected = found(case, torch.float64)
     with use_backend(backend):
@@ -130,7 +130,7 @@ def test_every_derivative_on_every_backend(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_vmap(name: str, backend: str) -> None:
     """Over all inputs, over each alone, from any axis, and twice: as in a loop."""
-    case = CASES[name]
+    case = SMALL[name]
     names = list(case.shapes)
     many = [case.inputs(torch.float32, seed) for seed in range(3)]
     run = lambda *tensors: as_tuple(case.run(**dict(zip(names, tensors, strict=True))))  # noqa: E731
@@ -160,7 +160,7 @@ def test_vmap(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradients_of_each_sample(name: str, backend: str) -> None:
     """vmap of grad, over the inputs with a batch, with weights shared: as in a loop."""
-    case = CASES[name]
+    case = SMALL[name]
     inputs = case.inputs(torch.float32)
     batched = [n for n, shape in case.shapes.items() if shape[0] == 2 and n not in ("weight", "positions")]
     dims = tuple(0 if n in batched else None for n in inputs)
@@ -183,7 +183,7 @@ def test_gradients_of_each_sample(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", ["geglu", "segment_attention-planes", "plane_conv", "add_layer_norm"])
 def test_jacobians_and_hessians(name: str) -> None:
     """Of the first numbers of an input, by every composition."""
-    case = CASES[name]
+    case = SMALL[name]
     inputs = draws(case, torch.float64, 0)
 
     def of_few(values: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def test_what_goes_through_the_reference_is_said_once(caplog: pytest.LogCaptureF
 @everywhere
 def test_derivatives_stay_outside_autocast(name: str) -> None:
     """Their dtypes are those of the operation's inputs, whose casts are the public function's."""
-    case = CASES[name]
+    case = SMALL[name]
     inputs, change = draws(case, torch.float32, 0), draws(case, torch.float32, 1)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import CASES, as_tuple, leaves
 from torch import Tensor
 
 from pvdm_fast import ops, use_backend
+from pvdm_fast.analysis.cases import SMALL, as_tuple, leaves
 from pvdm_fast.analysis.recorder import OwnCalls
 from pvdm_fast.backends import choice
 
 HUGE = 2**63 - 1
 SIZES = (HUGE, -HUGE, 2**62, 2**32, 2**31, 0, -1, 1, 2, 3)
-everywhere = pytest.mark.parametrize("name", CASES)
+everywhere = pytest.mark.parametrize("name", SMALL)
 BACKENDS = [name for name in choice.BACKENDS if choice.unavailable(name) is None]
 
 
 def calls_of(name: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """The raw calls of both directions, with their arguments, detached."""
-    case = CASES[name]
+    case = SMALL[name]
     inputs = leaves(case.inputs(torch.float32))
     with OwnCalls() as recorder:
         results = as_tuple(case.run(**inputs))
@@ -99,7 +99,7 @@ def test_wrong_tensors(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_tensors_without_memory(name: str, dtype: torch.dtype) -> None:
     """Shapes, dtypes and strides of both directions on the meta device: those of the reference's results."""
-    case = CASES[name]
+    case = SMALL[name]
     inputs = case.inputs(dtype)
     with use_backend("reference"):
         real, empty = leaves(inputs), leaves({n: t.to("meta") for n, t in inputs.items()})

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from comparison import assert_close
-from ops.cases import rotation
 from tolerances import OPERATION
 from torch import Tensor
 from torch.func import jvp
 
 from pvdm_fast import ops, use_backend
+from pvdm_fast.analysis.cases import rotation
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.cpu import axial_attention, segment_attention
 from pvdm_fast.backends.extensions import extension
