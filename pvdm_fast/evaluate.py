@@ -74,11 +74,11 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     Raises:
         UserError: an unknown option, a value out of range, or a run that doesn't say what it was trained on.
     """
+    given = vars(make_parser().parse_args(arguments))
     from pvdm_fast.errors import UserError
     from pvdm_fast.evaluation.protocol import Request
     from pvdm_fast.training.run_folder import RunFolder
 
-    given = vars(make_parser().parse_args(arguments))
     run = RunFolder(given["run"])
     if run.config.is_file():
         config = run.read_config()
