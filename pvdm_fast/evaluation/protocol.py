@@ -21,6 +21,7 @@ from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.subject import Subject
+from pvdm_fast.jobs import numbers
 from pvdm_fast.jobs.processes import Processes
 
 METRICS = {
@@ -32,6 +33,19 @@ METRICS = {
     "number of clips, as in StyleGAN-V and cd-fvd; called FVD only for the I3D network of StyleGAN-V",
 }
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "av")
+RANGES = {  # of a request's numbers, for the command line and for Python
+    "clips": numbers.VIDEOS,
+    "samples": numbers.whole(0, 10_000_000),
+    "frames": numbers.FRAMES,
+    "stride": numbers.STRIDE,
+    "seed": numbers.SEED,
+    "steps": numbers.SAMPLING_STEPS,
+    "eta": numbers.ETA,
+    "guidance": numbers.GUIDANCE,
+    "batch_size": numbers.BATCH,
+    "workers": numbers.WORKERS,
+    "save_every": numbers.VIDEOS,
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,10 @@ class Request:
     save_every: int = 64
 
     def __post_init__(self) -> None:
+        for name, number in RANGES.items():
+            value = getattr(self, name)
+            for item in value if name == "frames" else [] if value is None else [value]:
+                number.checked(f"--{name.replace('_', '-')}", item)
         for name, known in (("split", SPLITS), ("device", ("auto", "cpu")), ("dtype", ("fp32", "bf16"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
