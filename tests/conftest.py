@@ -7,6 +7,7 @@ import re
 from collections.abc import Generator
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +44,21 @@ REMEDY = re.compile(r"\b(install|run|rerun|set|unset|use)\b.")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float32_switches() -> Generator[Any, None, None]:
+    """PyTorch's switches for float32 products, put back afterwards as they were.
+
+    Both generations of them: reading the older one (`allow_tf32`) raises where the newer ones contradict it, and every
+    later test of the process would meet that.
+    """
+    matmul = torch.backends.cuda.matmul
+    older, newer = matmul.allow_tf32, (matmul.fp32_precision, torch.backends.fp32_precision)
+    yield matmul
+    matmul.allow_tf32 = older
+    matmul.fp32_precision, torch.backends.fp32_precision = newer
+    assert matmul.allow_tf32 == older
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,14 +28,7 @@ def every_product() -> None:
     torch.backends.fp32_precision = "tf32"
 
 
-@pytest.fixture
-def restored() -> Iterator[None]:
-    before = MATMUL.fp32_precision, torch.backends.fp32_precision
-    yield
-    MATMUL.fp32_precision, torch.backends.fp32_precision = before
-
-
-@pytest.mark.usefixtures("restored")
+@pytest.mark.usefixtures("float32_switches")
 @pytest.mark.parametrize("switch", [old_switch, new_switch, every_product])
 def test_either_switch(switch: Callable[[], None]) -> None:
     x = torch.empty(1)
@@ -50,7 +43,7 @@ def test_either_switch(switch: Callable[[], None]) -> None:
         assert dot_precision(x) == "ieee"
 
 
-@pytest.mark.usefixtures("restored")
+@pytest.mark.usefixtures("float32_switches")
 def test_16_bits_never_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pvdm_fast.kernels.math.tf32_allowed", lambda: pytest.fail("asked"))
     assert dot_precision(torch.empty(1, dtype=torch.bfloat16)) == "ieee"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -63,17 +63,9 @@ def test_thin_lattices(sizes: Sizes) -> None:
     check(*draw(TriplaneLayout(*sizes), 8, 4, torch.float32, batch=3), sizes)
 
 
-@pytest.fixture
-def tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@pytest.mark.usefixtures("tf32")
-def test_tf32_where_allowed() -> None:
+def test_tf32_where_allowed(float32_switches: Any) -> None:
     """PyTorch's own switch; the biases stay float32."""
+    float32_switches.fp32_precision = "tf32"
     planes, weight, bias, _ = draw(LAYOUT, 16, 4, torch.float32)
     exact = reference.forward(*wide(planes, weight, bias), *sizes_of(LAYOUT))
     error = relative_error(triplane_expand.forward(planes, weight, bias, *sizes_of(LAYOUT)), exact)
