@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/call_key.h"
 #include "bindings/cpu/add_layer_norm.h"
 #include "bindings/cpu/attention.h"
 #include "bindings/cpu/attention_jvp.h"
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return pvdm::isa_name(pvdm::current_isa()); });
   m.def("isas", &pvdm::usable_isas);
   m.def("set_isa", &pvdm::set_isa);
+  pvdm::bindings::bind_call_key(m);
   pvdm::bindings::bind_add_layer_norm(m);
   pvdm::bindings::bind_attention(m);
   pvdm::bindings::bind_attention_jvp(m);

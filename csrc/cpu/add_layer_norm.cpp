@@ -74,8 +74,10 @@ void forward(const AddLayerNorm& tensors, float eps, int threads) {
       const float first = sum / static_cast<float>(channels);
       float shift, r;
       moments(row, first, channels, eps, &shift, &r);
-      mean.as<float>()[i] = first + shift;
-      rstd.as<float>()[i] = r;
+      if (mean.data) {
+        mean.as<float>()[i] = first + shift;
+        rstd.as<float>()[i] = r;
+      }
       R* out = normed.as<R>() + i * channels;
       for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
         store(out + c, (load(row + c) - first - shift) * r * load(w + c, count) + load(b + c, count), count);

@@ -4,30 +4,49 @@
 
 namespace pvdm {
 
-// x (R, C), residual (R, C) of another dtype or none, weight and bias (C) f32 -> total (none without residual) and normed
-// (R, C) of the residual's dtype, mean and rstd (R) f32.
+// x (..., C) as rows (R, C), residual (R, C) of another dtype or none, weight and bias (C) f32 -> total (none without residual) and normed
+// (R, C) of the residual's dtype, mean and rstd (R) f32, or neither.
 struct AddLayerNorm {
   TensorView x, residual, weight, bias, total, normed, mean, rstd;
+  AddLayerNorm rows() const {
+    return {rows_of("x", x),         rows_of("residual", residual), weight,                     bias,
+            rows_of("total", total), rows_of("normed", normed),     rows_of("mean", mean, 0), rows_of("rstd", rstd, 0)};
+  }
 };
 
-// grad of normed, extra of total (or none), total (R, C) of one dtype -> dx (R, C) of it; dweight, dbias (C) f32.
+// grad of normed, extra of total (or none), total (..., C) as rows (R, C) of one dtype -> dx (R, C) of it; dweight, dbias (C) f32.
 struct AddLayerNormGradients {
   TensorView grad, extra, total, weight, mean, rstd, dx, dweight, dbias;
+  AddLayerNormGradients rows() const {
+    return {rows_of("grad", grad),     rows_of("grad_total", extra), rows_of("total", total),
+            weight,                    rows_of("mean", mean, 0),     rows_of("rstd", rstd, 0),
+            rows_of("dx", dx),         dweight,                      dbias};
+  }
 };
 
 // What both directions have.
-inline void check_norm_of_rows(const TensorView& rows, const TensorView& weight, const TensorView& mean,
-                               const TensorView& rstd) {
+inline void check_parameter_of_rows(const TensorView& rows, const TensorView& weight) {
   check("The rows", rows, {rows.size[0], rows.size[1]});
   check("weight", weight, {rows.size[1]});
-  check("mean", mean, {rows.size[0]});
-  check("rstd", rstd, {rows.size[0]});
-  for (const auto* t : {&weight, &mean, &rstd}) check_float("A parameter or statistic", *t);
+  check_float("weight", weight);
+}
+
+inline void check_norm_of_rows(const TensorView& rows, const TensorView& weight, const TensorView& mean,
+                               const TensorView& rstd) {
+  check_parameter_of_rows(rows, weight);
+  for (const auto* t : {&mean, &rstd}) {
+    check("A statistic", *t, {rows.size[0]});
+    check_float("A statistic", *t);
+  }
 }
 
 inline void check(const AddLayerNorm& t) {
   const int64_t rows = t.x.size[0], channels = t.x.size[1];
-  check_norm_of_rows(t.x, t.weight, t.mean, t.rstd);
+  require(!t.mean.data == !t.rstd.data, "mean and rstd go together.");
+  if (t.mean.data)
+    check_norm_of_rows(t.x, t.weight, t.mean, t.rstd);
+  else
+    check_parameter_of_rows(t.x, t.weight);
   check("bias", t.bias, {channels});
   check_float("bias", t.bias);
   check("normed", t.normed, {rows, channels});

@@ -20,6 +20,28 @@ inline int64_t sum(int64_t a, int64_t b) {
   return result;
 }
 
+// (..., C) as (rows, C), and (...) as (rows) where `kept` is 0: the axes before the last `kept` must lie at one stride.
+inline TensorView rows_of(const char* name, const TensorView& t, int kept = 1) {
+  if (!t.data || t.dims == kept + 1) return t;
+  TensorView rows = t;
+  rows.dims = kept + 1;
+  rows.size[0] = 1;
+  rows.stride[0] = t.dims > kept && kept ? t.size[t.dims - 1] : 1;
+  bool first = true;
+  for (int i = t.dims - 1 - kept; i >= 0; i--) {
+    if (t.size[i] == 1) continue;
+    require(first || t.stride[i] == rows.stride[0] * rows.size[0], name, " has rows that do not lie at one stride.");
+    if (first) rows.stride[0] = t.stride[i];
+    first = false;
+    rows.size[0] *= t.size[i];
+  }
+  if (kept) {
+    rows.size[1] = t.dims ? t.size[t.dims - 1] : 1;
+    rows.stride[1] = t.dims ? t.stride[t.dims - 1] : 1;
+  }
+  return rows;
+}
+
 // A video lattice. Whatever is counted of its planes is then below 2^63.
 inline Layout layout_of(int64_t time, int64_t height, int64_t width) {
   require(time > 0 && height > 0 && width > 0, "The layout's sizes must be positive.");

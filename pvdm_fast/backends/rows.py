@@ -5,6 +5,7 @@ The bindings check the same and raise, so that a launcher that forgets one of th
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +16,18 @@ def rows_dense(x: Tensor) -> Tensor:
 
 def parameter(x: Tensor) -> Tensor:
     """A parameter or statistic as kernels read it: float32, contiguous."""
-    return x.float().contiguous()
+    # Asking takes half as long as `x.float().contiguous()`, which also returns x.
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def empty_as(x: Tensor) -> Tensor:
+    """Contiguous memory in the shape and dtype of `x`; `x.new_empty(x.shape)` takes twice as long, 1.7 µs."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes 0.7 µs where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def matrix(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
+from pvdm_fast.backends.rows import as_dtype
 from pvdm_fast.ops import costs
 from pvdm_fast.ops.registry import expect_dtype, expect_real, expect_shapes, register, statistic
 
@@ -70,13 +71,11 @@ def _backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, *
         grad_normed = torch.zeros_like(total)
     if not ctx.has_residual:
         grad_total = None
-    dtotal, dweight, dbias = torch.ops.pvdm_fast.add_layer_norm_backward(
-        grad_normed, grad_total, total, weight, mean, rstd, ctx.backend
-    )
-    return dtotal.to(ctx.x_dtype), dtotal if ctx.has_residual else None, dweight, dbias, None, None
+    dtotal, dweight, dbias = _backwards(grad_normed, grad_total, total, weight, mean, rstd, ctx.backend)
+    return as_dtype(dtotal, ctx.x_dtype), dtotal if ctx.has_residual else None, dweight, dbias, None, None
 
 
-register(
+_forwards, _backwards = register(
     "add_layer_norm",
     schema="(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -116,5 +115,5 @@ def add_layer_norm(
     """
     if residual is not None and residual.dtype == torch.float64:
         x = x.double()  # their sum is float64, which is computed where x is float64
-    total, normed, _, _ = torch.ops.pvdm_fast.add_layer_norm(x, residual, weight, bias, eps, choice.requested())
+    total, normed, _, _ = _forwards(x, residual, weight, bias, eps, choice.requested())
     return (x if residual is None else total), normed

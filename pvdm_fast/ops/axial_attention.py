@@ -109,9 +109,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    dqkv, dquery = torch.ops.pvdm_fast.axial_attention_backward(
-        grad, *ctx.saved_tensors, ctx.axis, ctx.scale, ctx.backend
-    )
+    dqkv, dquery = _backwards(grad, *ctx.saved_tensors, ctx.axis, ctx.scale, ctx.backend)
     return dqkv, dquery if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
@@ -136,7 +134,7 @@ def _forward_mode(
         run = by_reference("axial_attention", "its forward-mode derivative", _compute)
         return run(qkv, query, sin, cos, axis, scale, backend)
     primal, tangent = split_dual(qkv)
-    out, lse, dout = torch.ops.pvdm_fast.axial_attention_jvp(primal, tangent, sin, cos, axis, scale, backend)
+    out, lse, dout = _jvp(primal, tangent, sin, cos, axis, scale, backend)
     return forward_ad.make_dual(out, dout, level=0), lse
 
 
@@ -153,7 +151,7 @@ def _flops(direction: str, *inputs: Any) -> int:
     return costs.attention_passes(direction, costs.attention(batch * sequences, queries, length, heads * size))
 
 
-register(
+_forwards, _backwards = register(
     "axial_attention",
     schema="(Tensor qkv, Tensor? query, Tensor? sin, Tensor? cos, str axis, float scale, str backend)"
     " -> (Tensor, Tensor)",
@@ -168,7 +166,7 @@ register(
     flops=_flops,
     forward_mode=_forward_mode,
 )
-register_by_reference(
+_jvp = register_by_reference(
     "axial_attention",
     "axial_attention_jvp",
     "jvp",
@@ -219,4 +217,4 @@ def axial_attention(
     if sin is not None and cos is not None and qkv.dtype != torch.float64:
         sin, cos = sin.float(), cos.float()
     scale = default_scale(qkv) if scale is None else scale
-    return torch.ops.pvdm_fast.axial_attention(qkv, query, sin, cos, axis, scale, choice.requested())[0]
+    return _forwards(qkv, query, sin, cos, axis, scale, choice.requested())[0]

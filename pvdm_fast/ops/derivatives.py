@@ -34,6 +34,21 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+class without_autocast:
+    """A block with autocast off for a type of device: 1 µs, where `torch.autocast(device, enabled=False)` takes 5."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.was_on = device, autocasts(device)
+
+    def __enter__(self) -> None:
+        if self.was_on:
+            torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *_: object) -> None:
+        if self.was_on:
+            torch.set_autocast_enabled(self.device, True)
+
+
 def tangent_of(tensor: Tensor) -> Tensor | None:
     """The tangent that forward-mode AD has attached to `tensor`."""
     return forward_ad.unpack_dual(tensor, level=0).tangent
@@ -75,10 +90,7 @@ def by_reference(op: str, derivative: str, function: Callable[..., Any]) -> Call
     def run(*arguments: Any) -> Any:
         *inputs, _ = arguments
         say(op, derivative)
-        device = inputs[0].device.type
-        if not autocasts(device):
-            return function(*inputs)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(inputs[0].device.type):
             return function(*inputs)
 
     return run
@@ -125,54 +137,67 @@ def pulled_back(overload: Any, function: Callable[..., Any]) -> Formula:
     return formula
 
 
-def autograd_kernel(
-    overload: Any, setup_context: Callable[..., None], formula: Formula, with_tangents: Callable[..., Any]
-) -> Callable[..., Any]:
-    """The kernel of `overload` for the autograd keys.
+def differentiable(name: str, setup_context: Callable[..., None], formula: Formula) -> Any:
+    """A `torch.autograd.Function` of an operation, applied to its arguments and to the function that computes them.
 
     Args:
         setup_context, formula: as of `torch.library.register_autograd`.
-        with_tangents: takes the operation's arguments where one carries a tangent.
     """
-    torch_c: Any = torch._C
-    below, after_autograd = torch_c._AutoDispatchBelowAutograd, torch_c._after_autograd_keyset
 
-    # A function of one level: the dispatcher takes `torch.func`'s levels apart before it calls the kernel below. Levels
-    # under this one may record, though this one has been recorded and its function runs without gradients.
+    # A function of one level: the dispatcher takes `torch.func`'s levels apart before this is applied.
     class Differentiable(_SingleLevelFunction):
         apply: Any  # of its base in C++
 
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            *inputs, keyset = arguments
-            if torch_c._are_functorch_transforms_active():
-                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below():
-                    output = overload.redispatch(keyset & after_autograd, *inputs)
-            else:
-                with below():
-                    output = overload.redispatch(keyset & after_autograd, *inputs)
+            *inputs, run = arguments
+            output = run(*inputs)
             ctx.set_materialize_grads(False)
             setup_context(ctx, tuple(inputs), output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-            if all(g is None for g in gradients):  # nothing flows back: autograd was asked not to make zeros for it
-                return (None,) * len(ctx.needs_input_grad)
-            return *formula(ctx, *gradients), None
+            for gradient in gradients:
+                if gradient is not None:
+                    return *formula(ctx, *gradients), None
+            return (None,) * len(ctx.needs_input_grad)  # nothing flows back: autograd was asked to make no zeros for it
 
-    Differentiable.__name__ = f"{overload._opname}Differentiable"
+    Differentiable.__name__ = f"{name}Differentiable"
+    return Differentiable
+
+
+def autograd_kernel(overload: Any, function: Any, with_tangents: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel of `overload` for the autograd keys.
+
+    Args:
+        function: its `differentiable`.
+        with_tangents: takes the operation's arguments where one carries a tangent.
+    """
+    torch_c: Any = torch._C
+    below, after_autograd = torch_c._AutoDispatchBelowAutograd, torch_c._after_autograd_keyset
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
+        keys = keyset & after_autograd
+
+        def run(*inputs: Any) -> Any:
+            with below():
+                return overload.redispatch(keys, *inputs)
+
+        def run_under_transforms(*inputs: Any) -> Any:
+            # Levels under this one may record, though it has been recorded itself and its function runs without
+            # gradients.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return run(*inputs)
+
         if forward_ad._current_level >= 0 and any_tangent(arguments):
             return with_tangents(*arguments)
-        if torch_c.is_grad_enabled() and torch_c._any_requires_grad(*arguments):  # `records`, in line
-            if not torch_c._are_functorch_transforms_active():
-                return Differentiable.apply(*arguments, keyset)
-            with enable_single_level_autograd_function():
-                return Differentiable.apply(*arguments, keyset)
-        with below():
-            return overload.redispatch(keyset & after_autograd, *arguments)
+        if not records(*arguments):
+            return run(*arguments)
+        if not torch_c._are_functorch_transforms_active():
+            return function.apply(*arguments, run)
+        with enable_single_level_autograd_function():
+            return function.apply(*arguments, run_under_transforms)
 
     return kernel
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
@@ -39,10 +38,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.pvdm_fast.geglu_backward(grad, *ctx.saved_tensors, ctx.backend), None
+    return _backwards(grad, *ctx.saved_tensors, ctx.backend), None
 
 
-register(
+_forwards, _backwards = register(
     "geglu",
     schema="(Tensor x, str backend) -> Tensor",
     backward_schema="(Tensor grad, Tensor x, str backend) -> Tensor",
@@ -74,4 +73,4 @@ def geglu(x: Tensor) -> Tensor:
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton.
     """
-    return torch.ops.pvdm_fast.geglu(x, choice.requested())
+    return _forwards(x, choice.requested())

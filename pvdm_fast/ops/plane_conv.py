@@ -73,13 +73,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    dx, dweight, dbias = torch.ops.pvdm_fast.plane_conv_backward(
-        grad, *ctx.saved_tensors, ctx.planes, needs, ctx.backend
-    )
+    dx, dweight, dbias = _backwards(grad, *ctx.saved_tensors, ctx.planes, needs, ctx.backend)
     return dx if needs[0] else None, dweight if needs[1] else None, dbias, None, None
 
 
-register(
+_forwards, _backwards = register(
     "plane_conv",
     schema="(Tensor x, Tensor weight, Tensor bias, int[] planes, str backend) -> Tensor",
     backward_schema="(Tensor grad, Tensor x, Tensor weight, int[] planes, bool[2] needs,"
@@ -116,4 +114,4 @@ def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor) -> 
     if x.dim() == 3 and x.numel() > 0:
         layout.check(x)
     x, weight, bias = autocast(x, weight, bias)
-    return torch.ops.pvdm_fast.plane_conv(x, weight, bias, layout.sizes, choice.requested())
+    return _forwards(x, weight, bias, layout.sizes, choice.requested())

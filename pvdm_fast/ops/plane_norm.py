@@ -108,13 +108,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    dx, dweight, dbias, dscale_shift = torch.ops.pvdm_fast.plane_norm_backward(
+    dx, dweight, dbias, dscale_shift = _backwards(
         grad, *ctx.saved_tensors, ctx.planes, ctx.groups, ctx.activation, ctx.resample, ctx.backend
     )
     return dx, dweight, dbias, dscale_shift if ctx.needs_input_grad[3] else None, *[None] * 6
 
 
-register(
+_forwards, _backwards = register(
     "plane_norm",
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor? scale_shift, int[] planes, int groups,"
     " float eps, bool activation, int resample, str backend) -> (Tensor, Tensor, Tensor)",
@@ -177,4 +177,4 @@ def plane_norm(
     if resample == "down":
         layout.downsample(2)
     arguments = (layout.sizes, groups, eps, activation, _RESAMPLE[resample], choice.requested())
-    return torch.ops.pvdm_fast.plane_norm(x, weight, bias, scale_shift, *arguments)[0]
+    return _forwards(x, weight, bias, scale_shift, *arguments)[0]

@@ -7,7 +7,6 @@ The backward pass thereby asks for the same one, whatever thread it runs in and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import derivatives
+from pvdm_fast.ops.operation import Operation, choosing
 
 _library = torch.library.Library("pvdm_fast", "DEF")
 
@@ -23,20 +23,13 @@ FLOPS: dict[str, Callable[..., int]] = {}
 
 
 def _dispatch(op: str, direction: str, check: Callable[..., None]) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
-        *inputs, backend = arguments
-        check(*inputs)
-        function = getattr(choice.choose(op, backend, inputs), direction, None)
-        if function is None:  # forward-mode derivatives have few kernels
-            derivatives.say(op, "its forward-mode derivative")
-            function = getattr(reference(op), direction)
-        device = inputs[0].device.type
-        if derivatives.autocasts(device):  # the dtypes are settled by now: the kernels must not be cast again
-            with torch.autocast(device, enabled=False):
-                return function(*inputs)
-        return function(*inputs)
+    run = choosing(op, direction)
 
-    return run
+    def checked(*arguments: Any) -> Any:
+        check(*arguments[:-1])
+        return run(*arguments)
+
+    return checked
 
 
 def _define(name: str, schema: str, check: Callable[..., None], fake: Callable[..., Any], run: Any) -> Any:
@@ -54,14 +47,16 @@ def _define(name: str, schema: str, check: Callable[..., None], fake: Callable[.
     return overload
 
 
-def _differentiate(overload: Any, setup_context: Any, formula: Any, with_tangents: Any) -> None:
-    kernel = derivatives.autograd_kernel(overload, setup_context, formula, with_tangents)
+def _differentiate(overload: Any, setup_context: Any, formula: Any, with_tangents: Any) -> Any:
+    function = derivatives.differentiable(overload._opname, setup_context, formula)
+    kernel = derivatives.autograd_kernel(overload, function, with_tangents)
     _library.impl(overload._opname, kernel, "Autograd", with_keyset=True)
+    return function
 
 
 def reference(op: str) -> Any:
     """The reference's module of an operation."""
-    return import_module(f"{choice.PACKAGE['reference']}.{op}")
+    return choice.implementation("reference", op)
 
 
 def register(
@@ -77,7 +72,7 @@ def register(
     backward: Callable[..., Any],
     flops: Callable[..., int],
     forward_mode: Callable[..., Any] | None = None,
-) -> None:
+) -> tuple[Operation, Operation]:
     """Define `op` and `<op>_backward` with their schemas, checks, fakes (which state the strides) and derivatives.
 
     Args:
@@ -87,6 +82,9 @@ def register(
         flops: cost(direction, *arguments without the backend), direction "forward" or "backward".
         forward_mode: takes all arguments where one of them carries a tangent. None: the reference is computed, in
             operations that PyTorch differentiates.
+
+    Returns:
+        Both, to be called from here with their schemas' arguments.
     """
     FLOPS[op] = flops
 
@@ -101,12 +99,14 @@ def register(
 
     overload = _define(op, schema, check, fake, _dispatch(op, "forward", check))
     with_tangents = forward_mode or derivatives.by_reference(op, "its forward-mode derivative", compute)
-    _differentiate(overload, setup_context, backward, with_tangents)
+    function = _differentiate(overload, setup_context, backward, with_tangents)
+    forwards = Operation(op, "forward", overload, check, function)
 
     run = _dispatch(op, "backward", backward_check)
     overload = _define(f"{op}_backward", backward_schema, backward_check, backward_fake, run)
     again = derivatives.by_reference(op, "derivatives of its backward pass", compute_backward)
-    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
+    function = _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
+    return forwards, Operation(op, "backward", overload, backward_check, function)
 
 
 def register_by_reference(
@@ -118,7 +118,7 @@ def register_by_reference(
     check: Callable[..., None],
     fake: Callable[..., Any],
     flops: Callable[..., int],
-) -> None:
+) -> Operation:
     """Define `name`, which runs the function `direction` of the modules of `op`, and whose derivatives of any order are
     those of the reference. `check` and `fake` take the arguments without the trailing backend."""
     FLOPS.setdefault(op, flops)
@@ -129,11 +129,14 @@ def register_by_reference(
 
     overload = _define(name, schema, check, fake, _dispatch(op, direction, check))
     again = derivatives.by_reference(op, "derivatives", compute)
-    _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
+    function = _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
+    return Operation(op, direction, overload, check, function)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
+    if not torch._C._is_any_autocast_enabled():  # quicker to ask than for a device
+        return tensors
     device = tensors[0].device.type
     if not derivatives.autocasts(device):
         return tensors

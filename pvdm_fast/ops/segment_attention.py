@@ -74,7 +74,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    dqkv = torch.ops.pvdm_fast.segment_attention_backward(grad, *ctx.saved_tensors, ctx.offsets, ctx.scale, ctx.backend)
+    dqkv = _backwards(grad, *ctx.saved_tensors, ctx.offsets, ctx.scale, ctx.backend)
     return dqkv, None, None, None
 
 
@@ -87,7 +87,7 @@ def _forward_mode(qkv: Tensor, offsets: Sequence[int], scale: float, backend: st
     if records(qkv):
         return by_reference("segment_attention", "its forward-mode derivative", _compute)(qkv, offsets, scale, backend)
     primal, tangent = split_dual(qkv)
-    out, lse, dout = torch.ops.pvdm_fast.segment_attention_jvp(primal, tangent, offsets, scale, backend)
+    out, lse, dout = _jvp(primal, tangent, offsets, scale, backend)
     return forward_ad.make_dual(out, dout, level=0), lse
 
 
@@ -105,7 +105,7 @@ def _flops(direction: str, *inputs: Any) -> int:
     return costs.attention_passes(direction, forward)
 
 
-register(
+_forwards, _backwards = register(
     "segment_attention",
     schema="(Tensor qkv, int[] offsets, float scale, str backend) -> (Tensor, Tensor)",
     backward_schema="(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int[] offsets, float scale, str backend)"
@@ -119,7 +119,7 @@ register(
     flops=_flops,
     forward_mode=_forward_mode,
 )
-register_by_reference(
+_jvp = register_by_reference(
     "segment_attention",
     "segment_attention_jvp",
     "jvp",
@@ -160,4 +160,4 @@ def segment_attention(qkv: Tensor, offsets: Sequence[int] | None = None, scale: 
     if offsets is None:
         offsets = [0, qkv.shape[1]] if qkv.dim() > 1 else []
     scale = default_scale(qkv) if scale is None else scale
-    return torch.ops.pvdm_fast.segment_attention(qkv, offsets, scale, choice.requested())[0]
+    return _forwards(qkv, offsets, scale, choice.requested())[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
@@ -75,11 +74,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradients = torch.ops.pvdm_fast.triplane_expand_backward(grad, *ctx.saved_tensors, *ctx.sizes, ctx.backend)
+    gradients = _backwards(grad, *ctx.saved_tensors, *ctx.sizes, ctx.backend)
     return *gradients, None, None, None, None
 
 
-register(
+_forwards, _backwards = register(
     "triplane_expand",
     schema="(Tensor planes, Tensor weight, Tensor bias, int time, int height, int width, str backend) -> Tensor",
     backward_schema="(Tensor grad, Tensor planes, Tensor weight, int time, int height, int width, str backend)"
@@ -116,6 +115,4 @@ def triplane_expand(planes: Tensor, layout: TriplaneLayout, weight: Tensor, bias
     if planes.dim() == 3 and planes.numel() > 0:
         layout.check(planes)
     planes, weight, bias = autocast(planes, weight, bias)
-    return torch.ops.pvdm_fast.triplane_expand(
-        planes, weight, bias, layout.time, layout.height, layout.width, choice.requested()
-    )
+    return _forwards(planes, weight, bias, layout.time, layout.height, layout.width, choice.requested())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
@@ -71,11 +70,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradients = torch.ops.pvdm_fast.triplane_slice_backward(grad, *ctx.saved_tensors, *ctx.where, ctx.backend)
+    gradients = _backwards(grad, *ctx.saved_tensors, *ctx.where, ctx.backend)
     return *gradients, None, None, None, None, None
 
 
-register(
+_forwards, _backwards = register(
     "triplane_slice",
     schema="(Tensor x, Tensor token, Tensor positions, str plane, int time, int height, int width, str backend)"
     " -> Tensor",
@@ -112,6 +111,4 @@ def triplane_slice(x: Tensor, layout: TriplaneLayout, plane: str, token: Tensor,
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """
-    return torch.ops.pvdm_fast.triplane_slice(
-        x, token, positions, plane, layout.time, layout.height, layout.width, choice.requested()
-    )
+    return _forwards(x, token, positions, plane, layout.time, layout.height, layout.width, choice.requested())

@@ -12,7 +12,7 @@ inline void check_rows(const char* name, const TensorView& t) {
   const int64_t pack = t.dtype == Dtype::f32 ? 4 : 8;
   bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.size[t.dims - 1] % 8 == 0;
   for (int i = 0; i < t.dims - 1; i++) aligned = aligned && (t.size[i] <= 1 || t.stride[i] % pack == 0);
-  require(aligned, std::string(name) + " must have rows of a multiple of 8 at 16-byte boundaries.");
+  require(aligned, name, " must have rows of a multiple of 8 at 16-byte boundaries.");
 }
 
 inline cuda::AttentionInputs attention_inputs(const TensorView& qkv, const TensorView& query, const TensorView& sin,
