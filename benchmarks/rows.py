@@ -88,9 +88,14 @@ def scaling_path(device: str) -> Path:
     return RESULTS / f"{machine.name(device)}.scaling.jsonl"
 
 
+def call_path(device: str) -> Path:
+    """The file of this machine's rows of `benchmarks.call`."""
+    return RESULTS / f"{machine.name(device)}.call.jsonl"
+
+
 def all_paths() -> list[Path]:
-    """The files of every machine's rows, but those of scaling."""
-    return sorted(path for path in RESULTS.glob("*.jsonl") if not path.name.endswith(".scaling.jsonl"))
+    """The files of every machine's rows of cases: those of other benchmarks have a further suffix."""
+    return sorted(path for path in RESULTS.glob("*.jsonl") if path.suffixes == [".jsonl"])
 
 
 def peaks_path(device: str) -> Path:

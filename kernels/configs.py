@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pvdm_fast.backends.choice import KERNEL_DTYPES
 from pvdm_fast.errors import UserError
 from pvdm_fast.kernels.launch import Config
 
@@ -20,6 +21,7 @@ SHARED_MEMORY = {"sm80": 163, "sm90": 227, "sm100": 227, "sm120": 99, "gfx942": 
 REMEDY = "delete the file, or write it anew with python -m pvdm_fast.tune"
 ANY = "*"
 Key = tuple[str, str, str]  # architecture, shape class, dtype ("float32", "bfloat16", "float16"); each may be ANY
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES}
 TABLES: dict[str, ConfigTable] = {}
 _assumed: str | None = None
 
@@ -104,7 +106,7 @@ class ConfigTable:
         TABLES[name] = self
 
     def __call__(self, device: torch.device, shape_class: str, dtype: torch.dtype) -> Config:
-        key = (architecture(device), shape_class, str(dtype).removeprefix("torch."))
+        key = (architecture(device), shape_class, NAMES[dtype])
         if key not in self.asked:
             self.asked[key] = self._tuned_entry(key) or self.entries[self.entry_of(key)]
         return self.asked[key]

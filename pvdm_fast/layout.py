@@ -30,6 +30,15 @@ class PlaneLayout:
     def __post_init__(self) -> None:
         if not self.planes or not all(_is_size(size) for plane in self.planes for size in plane):
             raise ValueError(f"A layout needs planes whose sizes are whole numbers of at least 1, not {self.planes}.")
+        self._measure()
+
+    def _measure(self) -> None:
+        """Keep what every call of an operation asks for."""
+        offsets = [0]
+        for rows, columns in self.planes:
+            offsets.append(offsets[-1] + rows * columns)
+        object.__setattr__(self, "_offsets", tuple(offsets))
+        object.__setattr__(self, "_sizes", tuple(size for plane in self.planes for size in plane))
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[int]) -> PlaneLayout:
@@ -37,17 +46,16 @@ class PlaneLayout:
         return cls(tuple(zip(sizes[::2], sizes[1::2], strict=True)))
 
     @property
-    def sizes(self) -> list[int]:
+    def sizes(self) -> tuple[int, ...]:
         """(rows, columns, rows, columns, ...)."""
-        return [size for plane in self.planes for size in plane]
+        sizes: tuple[int, ...] = self._sizes  # type: ignore[attr-defined]
+        return sizes
 
     @property
     def offsets(self) -> tuple[int, ...]:
         """Start of each plane in the packed axis, and its end."""
-        offsets = [0]
-        for rows, columns in self.planes:
-            offsets.append(offsets[-1] + rows * columns)
-        return tuple(offsets)
+        offsets: tuple[int, ...] = self._offsets  # type: ignore[attr-defined]
+        return offsets
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +121,7 @@ class TriplaneLayout(PlaneLayout):
                 raise ValueError(f"TriplaneLayout: {name} is {size!r}, but must be a whole number of at least 1.")
             object.__setattr__(self, name, size)
         object.__setattr__(self, "planes", ((height, width), (time, width), (time, height)))
+        self._measure()
 
     def __repr__(self) -> str:
         return f"TriplaneLayout(time={self.time}, height={self.height}, width={self.width})"

@@ -28,6 +28,8 @@ if find_spec("triton"):
 
     interpreter.install()
 
+from pvdm_fast.ops import operation  # noqa: E402
+
 # The files that take longest go first: with --dist loadfile one that begins last keeps a single process at work.
 LONGEST = (
     "backends/triton/test_networks.py",
@@ -42,8 +44,9 @@ REMEDY = re.compile(r"\b(install|run|rerun|set|unset|use)\b.")
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_start() -> None:
     torch.manual_seed(0)
+    operation.forget()  # which backends were chosen: tests change what there is to choose from
 
 
 @pytest.fixture

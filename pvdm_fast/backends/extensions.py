@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +50,16 @@ def extension(name: str) -> ModuleType:
     if module.abi != ABI:
         raise ExtensionError(f"pvdm_fast.{name} was built from other sources than these: {REINSTALL}.")
     return module
+
+
+@cache
+def call_key() -> Callable[..., bytes | None]:
+    """What makes the key of a call's arguments (csrc/bindings/call_key.h); without the extension no call has one."""
+    try:
+        key: Callable[..., bytes | None] = extension("_cpu").call_key
+    except ExtensionError:
+        return lambda *arguments: None
+    return key
 
 
 @cache

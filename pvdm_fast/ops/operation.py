@@ -12,7 +12,6 @@ PyTorch is older than 2.10.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,15 +26,6 @@ _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_ena
 _any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
 _is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _operations: list[Operation] = []
-
-
-@cache
-def _call_key() -> Callable[..., bytes | None]:
-    try:
-        key: Callable[..., bytes | None] = extensions.extension("_cpu").call_key
-    except extensions.ExtensionError:
-        return lambda *arguments: None
-    return key
 
 
 class Operation:
@@ -56,7 +46,7 @@ class Operation:
     def __call__(self, *arguments: Any) -> Any:
         if _is_compiling():
             return self._overload(*arguments)
-        key = _call_key()(*arguments)
+        key = extensions.call_key()(*arguments)
         if key is None:
             return self._overload(*arguments)
         run = self._runs.get(key) or self._prepare(key, arguments)
@@ -114,6 +104,5 @@ def serving(op: str, direction: str, module: Any) -> Callable[..., Any]:
 
 def forget() -> None:
     """Drop what was prepared, where tests change what there is to choose from."""
-    _call_key.cache_clear()
     for operation in _operations:
         operation._runs.clear()

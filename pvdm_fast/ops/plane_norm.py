@@ -175,6 +175,8 @@ def plane_norm(
     if x.dim() == 3 and x.numel() > 0:
         layout.check(x)
     if resample == "down":
-        layout.downsample(2)
+        for size in layout.sizes:
+            if size % 2:
+                layout.downsample(2)  # says which size it is
     arguments = (layout.sizes, groups, eps, activation, _RESAMPLE[resample], choice.requested())
     return _forwards(x, weight, bias, scale_shift, *arguments)[0]
