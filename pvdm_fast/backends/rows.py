@@ -11,7 +11,8 @@ from torch import Tensor
 
 def rows_dense(x: Tensor) -> Tensor:
     """`x` itself if its last axis is dense, else a contiguous copy. Kernels take any other strides, zero included."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+    # Asked in the order of what is most frequent: a shape takes 0.1 us to make.
+    return x if x.is_contiguous() or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def parameter(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.backends.extensions import extension
-from pvdm_fast.backends.rows import parameter, rows_dense
+from pvdm_fast.backends.rows import as_dtype, empty_as, parameter, rows_dense
 
 
 def forward(
@@ -24,8 +24,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, planes, groups) float32."""
     batch, tokens, channels = x.shape
-    tokens = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
-    y = x.new_empty(batch, tokens, channels)
+    if resample == 0:
+        y = empty_as(x)
+    else:
+        y = x.new_empty(batch, tokens * 4 if resample > 0 else tokens // 4, channels)
     mean = torch.empty(batch, len(planes) // 2, groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     modulation = None if scale_shift is None else parameter(scale_shift)
@@ -51,16 +53,17 @@ def backward(
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, and of scale_shift (empty where there is none)."""
-    dx = x.new_empty(x.shape)
-    dweight, dbias = (torch.empty(x.shape[2], dtype=torch.float32) for _ in range(2))
+    dx = empty_as(x)
+    dweight, dbias = torch.empty_like(weight, dtype=torch.float32), torch.empty_like(bias, dtype=torch.float32)
     dscale_shift = None if scale_shift is None else torch.empty(scale_shift.shape, dtype=torch.float32)
     modulation = None if scale_shift is None else parameter(scale_shift)
     extension("_cpu").plane_norm_backward(
         (rows_dense(x), parameter(weight), parameter(bias), modulation, parameter(mean), parameter(rstd)),
-        (rows_dense(grad.to(x.dtype)), dx, dweight, dbias, dscale_shift),
+        (rows_dense(as_dtype(grad, x.dtype)), dx, dweight, dbias, dscale_shift),
         *(list(planes), groups, activation, resample),
         torch.get_num_threads(),
     )
+    dweight, dbias = as_dtype(dweight, weight.dtype), as_dtype(dbias, bias.dtype)
     if scale_shift is None or dscale_shift is None:
-        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), x.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale_shift.to(scale_shift.dtype)
+        return dx, dweight, dbias, x.new_empty(0)
+    return dx, dweight, dbias, as_dtype(dscale_shift, scale_shift.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.backends.extensions import extension
-from pvdm_fast.backends.rows import parameter, rows_dense
+from pvdm_fast.backends.rows import as_dtype, parameter, rows_dense
 from pvdm_fast.layout import PLANE_NAMES
 
 
@@ -29,4 +29,4 @@ def backward(
     dpositions = torch.empty(positions.shape, dtype=torch.float32)
     where = (PLANE_NAMES.index(plane), time, height, width)
     extension("_cpu").triplane_slice_backward(rows_dense(grad), dx, dpositions, *where, torch.get_num_threads())
-    return dx, dpositions[-1].to(token.dtype, copy=True), dpositions.to(positions.dtype)
+    return dx, dpositions[-1].to(token.dtype, copy=True), as_dtype(dpositions, positions.dtype)
