@@ -19,7 +19,8 @@ struct Workspace {
   }
 };
 
-// Scores -> probabilities, in place. As all of them are here, their log-sum-exp, which is rounded, isn't asked for.
+// Turns scores into probabilities, in place. All scores of the query are here, so the saved (rounded) log-sum-exp isn't
+// needed.
 void softmax(float* scores, int64_t count) {
   for (int64_t j = count; j < padded(count); j++) scores[j] = minus_infinity;
   Vec top = splat(minus_infinity), total = {};
@@ -66,7 +67,7 @@ struct Single {
     multiply_row(padding / lanes, w.ds, w.keys, padding, w.dquery, p.count);
     const auto to = tokens_of<T>(dquery, p), dkeys = tokens_of<T>(dqkv, p, 0), dvalues = tokens_of<T>(dqkv, p, 1);
     write_rows(w.dquery, 1, width, scale, Rotation{}, to);
-    for (int64_t j = 0; j < p.count; j++) {  // outer products; the query here carries the scale
+    for (int64_t j = 0; j < p.count; j++) {  // outer products; the packed query includes the scale
       write_rows(w.query, 1, width, w.ds[j], Rotation{}, dkeys.from(j));
       write_rows(w.grad, 1, width, w.p[j], Rotation{}, dvalues.from(j));
     }

@@ -1,4 +1,4 @@
-// The element-wise half of attention: exponentials on base 2, running maxima and sums, lane by lane.
+// The element-wise half of attention: base-2 exponentials, running maxima and sums, lane by lane.
 #pragma once
 #include "attention_pack.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 constexpr float minus_infinity = -__builtin_inff();
 
-// NaN in the second wins, so that it spreads.
+// If b is NaN, the result is NaN. So NaN spreads.
 PVDM_INLINE Vec larger(Vec a, Vec b) {
 #if defined(PVDM_ISA_AVX512)
   return cast<Vec>(_mm512_max_ps(cast<__m512>(a), cast<__m512>(b)));
@@ -28,8 +28,8 @@ PVDM_INLINE Vec smaller(Vec a, Vec b) {
 #endif
 }
 
-// 2^x for x <= about 0; 0 from below 2^-126 on, where numbers are slow. Relative error 1e-7; 8e-5 where the result is
-// rounded to bf16 anyway.
+// 2^x for x <= about 0. Below 2^-126, where denormals are slow, the result is 0. Relative error 1e-7, or 8e-5 where the
+// result is rounded to bf16 anyway.
 template <class Op>
 PVDM_INLINE Vec exp2(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
@@ -49,7 +49,7 @@ PVDM_INLINE Vec exp2(Vec x) {
     p = p * r + 1.00000012f;
   }
 #if defined(PVDM_ISA_AVX512)
-  const __mmask16 seen = _mm512_cmp_ps_mask(cast<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // and NaN
+  const __mmask16 seen = _mm512_cmp_ps_mask(cast<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // keeps NaN
   return cast<Vec>(_mm512_maskz_scalef_ps(seen, cast<__m512>(p), cast<__m512>(whole)));
 #else
   const Ints result = cast<Ints>(p) + (cast<Ints>(shifted) << 23), unseen = x < splat(-126.0f);
@@ -57,7 +57,7 @@ PVDM_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-// log2 of a positive normal number, within 2e-7 absolutely or relatively; NaN and infinity give NaN.
+// log2 of a positive normal number, within 2e-7 (absolute or relative). NaN and infinity give NaN.
 PVDM_INLINE Vec log2(Vec x) {
   const Ints bits = cast<Ints>(x) - 0x3f3504f3;  // the mantissa then lies between sqrt(1/2) and sqrt(2)
   const Vec exponent = __builtin_convertvector(bits >> 23, Vec);
@@ -67,13 +67,13 @@ PVDM_INLINE Vec log2(Vec x) {
   return exponent + t * series * (2 * log2_e) + (x - x);
 }
 
-// A probability from its logarithm, computed again: rounding must not make it more than 1 (scores of 1e9 would overflow).
+// A probability from its recomputed logarithm. Rounding must not make it more than 1: scores of 1e9 would overflow.
 template <class Op>
 PVDM_INLINE Vec probability(Vec log) {
   return exp2<Op>(smaller(Vec{}, log));
 }
 
-// All bits set in the first `count` lanes, none in the others; and what is left of a vector there.
+// A mask with all bits set in the first `count` lanes.
 PVDM_INLINE Ints first_lanes(int count) {
   Ints mask;
   for (int i = 0; i < lanes; i++) mask[i] = i < count ? -1 : 0;
@@ -87,16 +87,17 @@ PVDM_INLINE float sum_of(Vec x) {
   return sum;
 }
 
-// A maximum as scores are compared with it: where all are -inf so far, their difference would be NaN.
+// The maximum to subtract from scores. Where all scores so far are -inf it is 0, because -inf - -inf is NaN.
 PVDM_INLINE Vec base_of(Vec top) { return top == minus_infinity ? Vec{} : top; }
 
-// A block of scores becomes probabilities, in place, relative to the maximum so far. Keys x queries, rows of
-// block_queries; `vectors` of queries. maximum (unscaled), total: of each query; factor: what earlier sums must be
-// multiplied with. Pairs: rows 2i and 2i + 1 end up side by side in row i. Then come the zeros that the next product wants.
+// Turns a block of scores into probabilities, in place, relative to the running maximum. The block is keys x queries in
+// rows of block_queries, `vectors` vectors of queries wide. maximum (unscaled) and total: per query. factor: what
+// earlier sums must be multiplied with. With bf16 pairs, row i of the result holds rows 2i and 2i + 1 side by side. The
+// zeros that the next product needs follow.
 //
-// The difference is taken before it is scaled: the largest score's is exactly 0. A maximum that is scaled first is rounded
-// otherwise than the scores are: at 1e6 its probability would be 1.04, which bf16 rounds again, and a gradient that should
-// be 0 (dP - D, where D has the result) would be noise.
+// The difference is taken before it is scaled, so the largest score gives exactly 2^0. If the maximum were scaled
+// first, it would be rounded differently from the scores. At scores of 1e6 its probability would be 1.04. bf16 would
+// round that again, and a gradient that should be 0 (dP - D, where D comes from the result) would be noise.
 template <class Op>
 void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, bool first, float* maximum, float* total,
                   float* factor) {

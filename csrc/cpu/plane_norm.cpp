@@ -1,4 +1,5 @@
-// plane_norm, forward: one pass over x for the statistics, one to write. Formula: pvdm_fast/backends/reference/plane_norm.py.
+// plane_norm, forward: one pass over x for the statistics, one that writes. Formula:
+// pvdm_fast/backends/reference/plane_norm.py.
 #include "plane_norm.h"
 
 namespace pvdm::PVDM_ISA {
@@ -21,8 +22,8 @@ void accumulate(const T* x, int64_t stride, const float* shift, float* sum, floa
   }
 }
 
-// Mean and sum of squared deviations of each channel over a chunk. Values are taken relative to the chunk's first token,
-// so that a mean far above the deviation costs no digits. work: 3 padded rows; result: 2 padded rows.
+// Mean and sum of squared deviations of each channel over a chunk. Values are taken relative to the chunk's first
+// token, so that a mean far above the deviation costs no digits. work: 3 padded rows. result: 2 padded rows.
 template <class T>
 void chunk_moments(const T* x, int64_t stride, int64_t tokens, int64_t channels, float* work, double* result) {
   const int64_t padding = padded(channels);
@@ -44,7 +45,8 @@ void chunk_moments(const T* x, int64_t stride, int64_t tokens, int64_t channels,
   }
 }
 
-// Joins the moments of a plane's chunks and a group's channels into mean and variance. moments: of the first chunk.
+// Combines the moments of a plane's chunks and a group's channels into mean and variance. moments: those of the first
+// chunk.
 void group_moments(const double* moments, int64_t tokens, int64_t padding, int64_t first, int64_t width, double* mean,
                    double* variance) {
   const double count = static_cast<double>(tokens * width);
@@ -64,7 +66,7 @@ void group_moments(const double* moments, int64_t tokens, int64_t padding, int64
   *variance = squares > 0 || squares != squares ? squares / count : 0;
 }
 
-// z = (x - origin) * slope + rest; origin is the rounded mean, whose rounding error goes into rest.
+// z = (x - origin) * slope + rest. origin is the rounded mean, and rest includes its rounding error.
 struct Affine {
   const float *origin, *slope, *rest;
   template <class T, bool activation>
@@ -73,7 +75,7 @@ struct Affine {
   }
 };
 
-// Writes the tokens of one chunk. With resample -1 the chunk counts output tokens, else input tokens.
+// Writes the tokens of one chunk. With resample -1 the chunk counts output tokens, otherwise input tokens.
 template <class T, bool activation>
 void write_chunk(const T* x, int64_t stride, const Affine& affine, T* y, int64_t channels, const Chunk& chunk,
                  int64_t columns, int resample) {
@@ -114,7 +116,7 @@ void all_moments(const PlaneNormInputs& in, const Chunks& chunks, double* moment
   });
 }
 
-// Statistics of one batch element, and the three rows of parameters of each of its planes.
+// Statistics of one batch element, and three rows of parameters for each of its planes.
 void prepare(const PlaneNormInputs& in, const double* moments, const Chunks& chunks, int64_t b, double eps,
              float* parameters) {
   const int64_t channels = in.x.size[2], padding = padded(channels), width = channels / in.groups;

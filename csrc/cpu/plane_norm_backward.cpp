@@ -1,7 +1,7 @@
-// plane_norm, backward: one pass over x and grad for the sums, one to write dx; the normed values are computed again.
+// plane_norm, backward: one pass over x and grad for the sums, one that writes dx. Normed values are recomputed.
 //
-// With n = (x - mean) rstd, z = n slope + rest (weight, bias and FiLM folded), dz the gradient of z:
-// dx = rstd (slope dz - avg(slope dz) - n avg(slope dz n)), averages over a group's tokens and channels.
+// With n = (x - mean) rstd, z = n slope + rest (weight, bias and FiLM folded), dz the gradient of z: dx = rstd (slope
+// dz - avg(slope dz) - n avg(slope dz n)), averaged over a group's tokens and channels.
 #include "plane_norm.h"
 
 namespace pvdm::PVDM_ISA {
@@ -9,7 +9,7 @@ namespace {
 
 enum Row { mean_row, rstd_row, slope_row, rest_row, gain_row, level_row, tilt_row, row_count };
 
-// The gradient of one plane, read as if at the resolution of x: the transpose of the resampling.
+// The gradient of one plane, read as if it had the resolution of x: the transpose of the resampling.
 template <class T>
 struct PlaneGrad {
   const T* data;
@@ -86,7 +86,7 @@ void write_chunk(const PlaneGrad<T>& grad, const T* x, int64_t stride, const Chu
     }
 }
 
-// Rows of every (batch element, plane), as far as they are known before the sums.
+// For every (batch element, plane), the rows that are known before the sums.
 void prepare(const PlaneNormInputs& in, float* parameters) {
   const int64_t channels = in.x.size[2], padding = padded(channels), planes = in.planes.count;
   for (int64_t b = 0; b < in.x.size[0]; b++)
@@ -102,7 +102,7 @@ void prepare(const PlaneNormInputs& in, float* parameters) {
       }
 }
 
-// From the chunks' sums: the gradients of weight, bias and FiLM, and the remaining rows. Chunks are added in order.
+// From the chunks' sums: gradients of weight, bias and FiLM, and the remaining rows. Chunks are added in order.
 void combine(const PlaneNormInputs& in, const double* sums, const Chunks& chunks, const TensorView& dscale_shift,
              float* parameters, double* dweight, double* dbias, double* totals) {
   const int64_t channels = in.x.size[2], padding = padded(channels), width = channels / in.groups;

@@ -1,4 +1,4 @@
-// From three planes to a lattice and back; the formulas are in pvdm_fast/backends/reference/triplane_expand.py.
+// triplane_expand: from three planes to a lattice and back. Formula: pvdm_fast/backends/reference/triplane_expand.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"
@@ -18,7 +18,7 @@ void transpose_weight(const TensorView& weight, int64_t padding, float* out) {
             c < channels ? weight.as<float>()[p * weight.stride[0] + c * weight.stride[1] + d * weight.stride[2]] : 0;
 }
 
-// One to four tokens: out[token] = x[token] @ weight + bias, all rows padded.
+// One to four tokens: out[token] = x[token] @ weight + bias. All rows are padded.
 template <class T>
 void project_tokens(const T* const* x, int count, const float* weight, const float* bias, int64_t depth,
                     int64_t padding, float* values, float* out) {
@@ -35,7 +35,7 @@ void project_tokens(const T* const* x, int count, const float* weight, const flo
   }
 }
 
-// All tokens of one batch element, each with its plane's weights.
+// All tokens of one batch element, each with the weight of its plane.
 template <class T>
 void project(const T* planes, int64_t stride, const float* weight, const float* bias, int64_t depth, int64_t padding,
              const Layout& layout, int threads, float* values, float* out) {
@@ -56,7 +56,7 @@ void project(const T* planes, int64_t stride, const float* weight, const float* 
   });
 }
 
-// out[t, h, w] = xy[h, w] + yt[t, w] + xt[t, h]: units (h, t), so that a row of xy stays in cache for all t.
+// out[t, h, w] = xy[h, w] + yt[t, w] + xt[t, h]. Units are (h, t), so that a row of xy stays in cache for all t.
 template <class T>
 void broadcast_sum(const float* projected, int64_t channels, int64_t padding, const Layout& layout, int threads,
                    T* out) {
@@ -77,7 +77,7 @@ void broadcast_sum(const float* projected, int64_t channels, int64_t padding, co
   });
 }
 
-// The three sums of one slice of `vectors` registers of channels. `count` is below lanes in the last, cut one only.
+// The three sums for `vectors` registers of channels. Only in the last slice `count` may be below the number of lanes.
 template <class T, int vectors>
 void sum_slice(const T* grad, int64_t stride, float* sums, int64_t channels, const Layout& layout, int count) {
   float *xy = sums, *yt = sums + layout.offset(1) * channels, *xt = sums + layout.offset(2) * channels;
@@ -117,7 +117,7 @@ void triplane_expand_forward(const TensorView& planes, const TensorView& weight,
   })
 }
 
-// A thread owns slices of channels, so each sum has one owner and one order, whatever the number of threads.
+// A thread owns slices of channels. So each sum has one owner and a fixed order, for any number of threads.
 void triplane_expand_sums(const TensorView& grad, const TensorView& sums, const Layout& layout, int threads) {
   constexpr int wide = 4;
   const int64_t batch = grad.size[0], channels = grad.size[2];

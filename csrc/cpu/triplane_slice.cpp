@@ -1,5 +1,5 @@
-// triplane_slice: sequences along one axis of a lattice, a token at their end, positions added; and the way back, which
-// reads the gradient once. Formula: pvdm_fast/backends/reference/triplane_slice.py.
+// triplane_slice: sequences along one axis of a lattice, with a token appended and positions added. Backward reads the
+// gradient once. Formula: pvdm_fast/backends/reference/triplane_slice.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"
@@ -7,7 +7,8 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-constexpr int64_t chunk_sequences = 64;  // summed in float before doubles; results don't depend on the thread count
+// sequences summed in float, then added in double; so results don't depend on the thread count
+constexpr int64_t chunk_sequences = 64;
 
 // Where the sequences of one plane lie in the lattice: element l of sequence `site` is token start(site) + l step().
 struct Sequences {
@@ -23,7 +24,7 @@ struct Sequences {
   }
 };
 
-// ahead: what will be read next; its rows are far apart, which the CPU's own prefetching does not follow.
+// ahead: the row to prefetch. Rows are too far apart for the CPU's own prefetching.
 template <class T>
 void add_row(const T* x, const T* ahead, const float* positions, T* out, int64_t channels) {
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
@@ -32,7 +33,8 @@ void add_row(const T* x, const T* ahead, const float* positions, T* out, int64_t
   });
 }
 
-// Copies a row of the gradient (the token's has no place to go) and adds it to the sum of its position.
+// Adds a row of the gradient to the sum of its position, and copies it to dx if `copied` (the token's row has no place
+// there).
 template <class T, bool copied>
 void take_row(const T* grad, T* dx, const T* ahead, float* sum, int64_t channels) {
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
@@ -50,7 +52,7 @@ void triplane_slice_forward(const TensorView& x, const TensorView& token, const 
   const Sequences sequences{layout, plane};
   const int64_t channels = x.size[2], padding = padded(channels), length = sequences.length(), step = sequences.step();
   const int64_t sites = sequences.sites(), units = x.size[0] * sites;
-  const Buffer rows((length + 1) * padding * 4);  // the positions, the token added to the last
+  const Buffer rows((length + 1) * padding * 4);  // positions, with the token added to the last
   for (int64_t l = 0; l <= length; l++)
     for (int64_t c = 0; c < padding; c++)
       rows.floats()[l * padding + c] = c >= channels ? 0

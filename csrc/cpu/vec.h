@@ -1,6 +1,6 @@
-// A vector of floats in the widest registers of the instruction set this file is compiled for, and its conversions from
-// and to the storage types. Everything is in that set's namespace and inlined: no symbol of one set can stand in for
-// another's.
+// A vector of floats in the widest registers of the instruction set that this file is compiled for. Also its
+// conversions from and to the storage types. Everything is inlined in the set's namespace, so the linker can't mix up
+// the sets. Names follow Highway where they mean the same.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -8,7 +8,7 @@
 #include "../constants.h"
 #include "../tensor_view.h"
 #if defined(PVDM_ISA_AMX)
-#define PVDM_ISA_AVX512BF16  // and everything of it
+#define PVDM_ISA_AVX512BF16  // includes everything of AVX-512
 #endif
 #if defined(PVDM_ISA_AVX512BF16)
 #define PVDM_ISA_AVX512
@@ -41,7 +41,7 @@ struct f16 {
   uint16_t bits;
 };
 
-PVDM_INLINE Vec splat(float x) { return x - Vec{}; }  // x + 0 would not be folded: it changes -0
+PVDM_INLINE Vec splat(float x) { return x - Vec{}; }  // x + 0 would not be folded, because it changes -0
 
 template <class To, class From>
 PVDM_INLINE To cast(const From& from) {
@@ -58,7 +58,7 @@ PVDM_INLINE To fetch(const void* p) {
   return to;
 }
 
-// float16 by bits, for sets without a conversion instruction: halves below 2^-14 are found by a float subtraction.
+// float16 by bit operations, for sets without a conversion instruction. A float subtraction handles values below 2^-14.
 PVDM_INLINE Vec promote(Halves h) {
   const Words w = __builtin_convertvector(h, Words), sign = (w & 0x8000u) << 16, body = w & 0x7fffu;
   const Words normal = (body << 13) + 0x38000000u, special = (body << 13) | 0x7f800000u;
@@ -82,7 +82,7 @@ PVDM_INLINE Halves demote(Vec x) {
 PVDM_INLINE Vec load(const float* p) { return fetch<Vec>(p); }
 PVDM_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof x); }
 
-// GCC 12 makes three instructions of each of these conversions of 16 bits to 32 and back, so they are written out.
+// Intrinsics, because GCC 12 makes three instructions of each of these conversions between 16 and 32 bits.
 #if defined(PVDM_ISA_AVX512)
 PVDM_INLINE Words promote_bits(const void* p) { return cast<Words>(_mm512_cvtepu16_epi32(fetch<__m256i>(p))); }
 PVDM_INLINE Halves demote_bits(Words w) { return cast<Halves>(_mm512_cvtepi32_epi16(cast<__m512i>(w))); }
@@ -125,7 +125,7 @@ PVDM_INLINE void store(f16* p, Vec x) {
 #endif
 
 #if defined(PVDM_ISA_AVX512)
-// As the general ones below; there, a detour through memory costs about 20 cycles.
+// AVX-512 versions of the general functions below, whose detour through memory costs about 20 cycles.
 PVDM_INLINE Vec load(const float* p, int count) {
   if (count >= lanes) return load(p);
   return cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
@@ -147,7 +147,7 @@ PVDM_INLINE void store(bf16* p, Vec x, int count) {
 }
 #endif
 
-// The first `count` lanes only; the others read as zero and are not touched in memory.
+// Only the first `count` lanes. The others load as zero, and their memory is not touched.
 template <class T>
 PVDM_INLINE Vec load(const T* p, int count) {
   if (count >= lanes) return load(p);
@@ -163,7 +163,7 @@ PVDM_INLINE void store(T* p, Vec x, int count) {
   for (int i = 0; i < count; i++) p[i] = part[i];
 }
 
-// exp, within 2 ulp on [-87, 88], clamped outside; NaN stays NaN. exp(x) = 2^n p(r), r in [-ln 2 / 2, ln 2 / 2].
+// exp, within 2 ulp on [-87, 88] and clamped outside. NaN stays NaN. exp(x) = 2^n p(r), r in [-ln 2 / 2, ln 2 / 2].
 PVDM_INLINE Vec exp(Vec x) {
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;
@@ -186,8 +186,8 @@ PVDM_INLINE int count_at(int64_t c, int64_t channels) {
   return channels - c < lanes ? static_cast<int>(channels - c) : lanes;
 }
 
-// body(c, count) for every register of a row. The count is a constant but for the last, so that nothing in the loop asks
-// for it and the compiler keeps constants in registers. Give the body PVDM_BODY.
+// Calls body(c, count) for every register of a row. The count is a constant except in the last call. So the loop
+// doesn't test it, and the compiler keeps constants in registers. Mark the body with PVDM_BODY.
 #define PVDM_BODY __attribute__((always_inline))
 template <class F>
 PVDM_INLINE void for_registers(int64_t channels, const F& body) {
@@ -196,7 +196,7 @@ PVDM_INLINE void for_registers(int64_t channels, const F& body) {
   if (c < channels) body(c, static_cast<int>(channels - c));
 }
 
-// Calls body(T{}) with the storage type of a dtype.
+// Runs the code with T as the storage type of a dtype.
 #define PVDM_WITH_TYPE(dtype, T, ...)   \
   switch (dtype) {                      \
     case Dtype::f32: {                  \

@@ -1,21 +1,22 @@
-// add_layer_norm at the border of the native backends.
+// add_layer_norm: arguments and checks of the native backends.
 #pragma once
 #include "sizes.h"
 
 namespace pvdm {
 
-// x (R, C), residual (R, C) of another dtype or none, weight and bias (C) f32 -> total (none without residual) and normed
-// (R, C) of the residual's dtype, mean and rstd (R) f32.
+// x (R, C), residual (R, C) of another dtype or none, weight and bias (C) f32 -> total (none without residual) and
+// normed (R, C) in the residual's dtype, or x's without one; mean and rstd (R) f32.
 struct AddLayerNorm {
   TensorView x, residual, weight, bias, total, normed, mean, rstd;
 };
 
-// grad of normed, extra of total (or none), total (R, C) of one dtype -> dx (R, C) of it; dweight, dbias (C) f32.
+// grad of normed, extra of total (or none), and total (R, C), all of one dtype -> dx (R, C) in that dtype; dweight,
+// dbias (C) f32.
 struct AddLayerNormGradients {
   TensorView grad, extra, total, weight, mean, rstd, dx, dweight, dbias;
 };
 
-// What both directions have.
+// Checks what both directions have.
 inline void check_norm_of_rows(const TensorView& rows, const TensorView& weight, const TensorView& mean,
                                const TensorView& rstd) {
   check("The rows", rows, {rows.size[0], rows.size[1]});
