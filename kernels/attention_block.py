@@ -75,17 +75,17 @@ def refusal(*inputs: Any) -> str | None:
 
 @triton.jit
 def attention_block_forward_qkv(
-    X, GAIN, SHIFT, WEIGHT, BIAS, QKV, tokens, eps, stride_batch, stride_token, C: tl.constexpr, GROUPS: tl.constexpr,
+    x, norm_weight, norm_bias, weight, bias, qkv, tokens, eps, stride_batch, stride_token, C: tl.constexpr, GROUPS: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """X (B, N, C) by strides -> QKV (B, N, 3 C). Grid: blocks of outputs x B. TOKENS holds N, WIDTH a group's
+    """x (B, N, C) by strides -> qkv (B, N, 3 C). Grid: blocks of outputs values B. TOKENS holds N, WIDTH a group's
     channels; as many groups at a time as make CHANNELS, or one."""
     STEP: tl.constexpr = (CHANNELS + WIDTH - 1) // WIDTH
     b = tl.program_id(1).to(tl.int64)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     token, place = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
-    x_rows = X + b * stride_batch + token.to(tl.int64)[:, None, None] * stride_token
-    weight_rows = WEIGHT + output.to(tl.int64)[:, None, None] * C
+    x_rows = x + b * stride_batch + token.to(tl.int64)[:, None, None] * stride_token
+    weight_rows = weight + output.to(tl.int64)[:, None, None] * C
     count = tokens * (C // GROUPS)
     sums = tl.zeros((TOKENS, OUTPUTS), tl.float32)
     for first in range(0, GROUPS, STEP):
@@ -93,43 +93,43 @@ def attention_block_forward_qkv(
         channel = group[:, None] * (C // GROUPS) + place[None, :]
         inside = (group < GROUPS)[:, None] & (place < C // GROUPS)[None, :]
         mask = (token < tokens)[:, None, None] & inside[None, :, :]
-        x = tl.load(x_rows + channel[None, :, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(tl.sum(x, 2), 0) / count
-        deviation = tl.where(mask, x - mean[None, :, None], 0.0)
+        values = tl.load(x_rows + channel[None, :, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(tl.sum(values, 2), 0) / count
+        deviation = tl.where(mask, values - mean[None, :, None], 0.0)
         variance = tl.sum(sum_of_products(deviation, deviation, 2), 0) / count
-        gain = tl.load(GAIN + channel, mask=inside, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)[:, None]
-        shift = tl.load(SHIFT + channel, mask=inside, other=0.0).to(tl.float32)
-        normed = (deviation * gain[None, :, :] + shift[None, :, :]).to(X.dtype.element_ty)
+        gain = tl.load(norm_weight + channel, mask=inside, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)[:, None]
+        shift = tl.load(norm_bias + channel, mask=inside, other=0.0).to(tl.float32)
+        normed = (deviation * gain[None, :, :] + shift[None, :, :]).to(x.dtype.element_ty)
         outside = (output < 3 * C)[:, None, None] & inside[None, :, :]
-        weight = tl.load(weight_rows + channel[None, :, :], mask=outside, other=0.0)
-        normed, weight = tl.reshape(normed, (TOKENS, STEP * WIDTH)), tl.reshape(weight, (OUTPUTS, STEP * WIDTH))
-        sums = tl.dot(normed, tl.trans(weight), sums, input_precision=PRECISION)
-    sums += tl.load(BIAS + output, mask=output < 3 * C, other=0.0).to(tl.float32)[None, :]
-    to = QKV + (b * tokens + token)[:, None] * (3 * C) + output[None, :]
-    tl.store(to, sums.to(QKV.dtype.element_ty), mask=(token < tokens)[:, None] & (output < 3 * C)[None, :])
+        w = tl.load(weight_rows + channel[None, :, :], mask=outside, other=0.0)
+        normed, w = tl.reshape(normed, (TOKENS, STEP * WIDTH)), tl.reshape(w, (OUTPUTS, STEP * WIDTH))
+        sums = tl.dot(normed, tl.trans(w), sums, input_precision=PRECISION)
+    sums += tl.load(bias + output, mask=output < 3 * C, other=0.0).to(tl.float32)[None, :]
+    to = qkv + (b * tokens + token)[:, None] * (3 * C) + output[None, :]
+    tl.store(to, sums.to(qkv.dtype.element_ty), mask=(token < tokens)[:, None] & (output < 3 * C)[None, :])
 
 
 @triton.jit
 def attention_block_forward_projection(
-    A, WEIGHT, BIAS, X, OUT, rows, tokens, stride_batch, stride_token, C: tl.constexpr, PRECISION: tl.constexpr,
+    attended, weight, bias, x, out, rows, tokens, stride_batch, stride_token, C: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """OUT = X + A WEIGHT' + BIAS. A and OUT (B N, C) contiguous, X (B, N, C) by strides. Grid: rows x outputs."""
+    """out = x + attended weight' + bias. attended and out (B N, C) contiguous, x (B, N, C) by strides. Grid: rows x_rows outputs."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for first in range(0, C, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         at = (row < rows)[:, None] & (channel < C)[None, :]
-        a = tl.load(A + row[:, None] * C + channel[None, :], mask=at, other=0.0)
+        a = tl.load(attended + row[:, None] * C + channel[None, :], mask=at, other=0.0)
         at = (output < C)[:, None] & (channel < C)[None, :]
-        weight = tl.load(WEIGHT + output.to(tl.int64)[:, None] * C + channel[None, :], mask=at, other=0.0)
-        sums = tl.dot(a, tl.trans(weight), sums, input_precision=PRECISION)
+        w = tl.load(weight + output.to(tl.int64)[:, None] * C + channel[None, :], mask=at, other=0.0)
+        sums = tl.dot(a, tl.trans(w), sums, input_precision=PRECISION)
     mask = (row < rows)[:, None] & (output < C)[None, :]
-    x = X + (row // tokens)[:, None] * stride_batch + (row % tokens)[:, None] * stride_token + output[None, :]
-    sums += tl.load(BIAS + output, mask=output < C, other=0.0).to(tl.float32)[None, :]
-    sums += tl.load(x, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + row[:, None] * C + output[None, :], sums.to(OUT.dtype.element_ty), mask=mask)
+    x_rows = x + (row // tokens)[:, None] * stride_batch + (row % tokens)[:, None] * stride_token + output[None, :]
+    sums += tl.load(bias + output, mask=output < C, other=0.0).to(tl.float32)[None, :]
+    sums += tl.load(x_rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * C + output[None, :], sums.to(out.dtype.element_ty), mask=mask)
 
 
 def forward(

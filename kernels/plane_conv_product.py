@@ -141,21 +141,21 @@ def _taps_inside(token, exists, PLANES: tl.constexpr):
 
 @triton.jit
 def plane_conv_forward(
-    X, WEIGHT, BIAS, OUT, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows, channels,
+    x, weight, bias, out, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows, channels,
     written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of OUT (parts, rows, written): of one part's `steps` steps of the inner axis, 9 x channels / BLOCK_K.
+    """One tile of out (parts, rows, written): of one part's `steps` steps of the inner axis, 9 x_rows channels / BLOCK_K.
 
-    weight_in, weight_tap, weight_out: strides of WEIGHT along x's channels, the taps and the written channels.
+    weight_in, weight_tap, weight_out: strides of weight along x_rows's channels, the taps and the written channels.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
     token = row % TOKENS
     bits, columns = _taps_inside(token, row < rows, PLANES)
-    x = X + (row // TOKENS).to(tl.int64) * batch_stride + token.to(tl.int64) * stride
-    weight = WEIGHT + column.to(tl.int64) * weight_out
+    x_rows = x + (row // TOKENS).to(tl.int64) * batch_stride + token.to(tl.int64) * stride
+    weight_columns = weight + column.to(tl.int64) * weight_out
     blocks = tl.cdiv(channels, BLOCK_K)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(part * steps, tl.minimum((part + 1) * steps, 9 * blocks)):
@@ -163,31 +163,31 @@ def plane_conv_forward(
         channel = (step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
         shift = ((tap // 3 - 1) * columns + (tap % 3 - 1)).to(tl.int64) * stride
         mask = ((bits >> tap) & 1 != 0)[:, None] & (channel < channels)[None, :]
-        a = tl.load((x + shift)[:, None] + (channel * channel_stride)[None, :], mask=mask, other=0.0)
+        a = tl.load((x_rows + shift)[:, None] + (channel * channel_stride)[None, :], mask=mask, other=0.0)
         place = 8 - tap if MIRRORED else tap
         mask = (channel < channels)[:, None] & (column < written)[None, :]
-        b = tl.load(weight[None, :] + (channel * weight_in + place * weight_tap)[:, None], mask=mask, other=0.0)
+        b = tl.load(weight_columns[None, :] + (channel * weight_in + place * weight_tap)[:, None], mask=mask, other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    if BIAS is not None:
-        total += tl.load(BIAS + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
-    at = OUT + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
+    if bias is not None:
+        total += tl.load(bias + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
+    at = out + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
     mask = (row < rows)[:, None] & (column < written)[None, :]
-    tl.store(at, total.to(OUT.dtype.element_ty), mask=mask)
+    tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def plane_conv_forward_add(
-    PARTS, BIAS, OUT, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    parts, bias, out, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """OUT = BIAS + the sum of PARTS (COUNT, elements), elements = rows x written; in float32, in order."""
+    """out = bias + the sum of parts (COUNT, elements), elements = rows x written; in float32, in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(COUNT):
-        total += tl.load(PARTS + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
-    if BIAS is not None:
-        total += tl.load(BIAS + at % written, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=mask)
+        total += tl.load(parts + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + at % written, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
 ADD = ConfigTable(

@@ -109,15 +109,15 @@ def _moments(x, origin, mask, count):
 
 @triton.jit
 def plane_norm_forward_statistics(
-    X, PARTIALS, batch_stride, stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    x, partials, batch_stride, stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """PARTIALS (2, B, chunks, G) of chunks of TILES tiles: mean from the plane's first value, and squares around it."""
+    """partials (2, B, chunks, G) of chunks of TILES tiles: mean from the plane's first value, and squares around it."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     _, first, rows, columns, start = chunk_of(chunk, PLANES, TILES * BLOCK_N)
     group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
-    x = X + b * batch_stride + first.to(tl.int64) * stride
-    origin = tl.load(x + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
+    x_plane = x + b * batch_stride + first.to(tl.int64) * stride
+    origin = tl.load(x_plane + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
     tokens = rows * columns
     mean, squares = tl.zeros([BLOCK_G], tl.float32), tl.zeros([BLOCK_G], tl.float32)
     count = 0.0
@@ -126,25 +126,25 @@ def plane_norm_forward_statistics(
         token = begin + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None, None] & inside[None, :, :]
         here = tl.maximum(tl.minimum(tokens - begin, BLOCK_N), 0).to(tl.float32) * WIDTH
-        values = load_tile(x, stride, token, channel, mask)
+        values = load_tile(x_plane, stride, token, channel, mask)
         tile_mean, tile_squares = _moments(values, origin, mask, tl.maximum(here, 1.0))
         step, total = tile_mean - mean, count + here
         mean += step * (here / total)
         squares += tile_squares + step * step * (count * here / total)
         count = total
-    at = PARTIALS + (b * chunks + chunk) * GROUPS + group
+    at = partials + (b * chunks + chunk) * GROUPS + group
     tl.store(at, mean, mask=group < GROUPS)
     tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, squares, mask=group < GROUPS)
 
 
 @triton.jit
-def _join(PARTIALS, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+def _join(partials, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
           SIZE: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
     """Mean (from the plane's first value) and sum of squares of a plane's groups (G), from its `own` <= OWN chunks."""
     k = tl.arange(0, OWN)
     mask = (k < own)[:, None] & (group < GROUPS)[None, :]
     count = tl.maximum(tl.minimum(tokens - k * SIZE, SIZE), 0).to(tl.float32)[:, None] * WIDTH
-    at = PARTIALS + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
+    at = partials + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
     means = tl.load(at, mask=mask, other=0.0)
     squares = tl.load(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, mask=mask, other=0.0)
     mean = sum_of_products(means, count, 0) / (tokens * WIDTH).to(tl.float32)
@@ -153,37 +153,37 @@ def _join(PARTIALS, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, 
 
 
 @triton.jit
-def _store_resampled(Y, y, begin, tokens, columns, channel, inside, CHANNELS: tl.constexpr, RESAMPLE: tl.constexpr,
+def _store_resampled(y, values, begin, tokens, columns, channel, inside, CHANNELS: tl.constexpr, RESAMPLE: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """Writes a tile: a plane's tokens from `begin` on (downwards, square by square). Y: of the resampled plane."""
+    """Writes a tile: a plane's tokens from `begin` on (downwards, square by square). y: of the resampled plane."""
     n = begin + tl.arange(0, BLOCK_N)
     if RESAMPLE < 0:
         quarter: tl.constexpr = BLOCK_N // 4
-        y = tl.sum(tl.reshape(y, [quarter, 4, BLOCK_G, BLOCK_W]), 1) * 0.25
+        values = tl.sum(tl.reshape(values, [quarter, 4, BLOCK_G, BLOCK_W]), 1) * 0.25
         n = begin // 4 + tl.arange(0, quarter)
         tokens = tokens // 4
     mask = (n < tokens)[:, None, None] & inside[None, :, :]
     if RESAMPLE > 0:
         n = n // columns * 4 * columns + n % columns * 2
-    at = Y + n.to(tl.int64)[:, None, None] * CHANNELS + channel[None, :, :]
-    y = y.to(Y.dtype.element_ty)
-    tl.store(at, y, mask=mask)
+    at = y + n.to(tl.int64)[:, None, None] * CHANNELS + channel[None, :, :]
+    values = values.to(y.dtype.element_ty)
+    tl.store(at, values, mask=mask)
     if RESAMPLE > 0:
-        tl.store(at + CHANNELS, y, mask=mask)
-        tl.store(at + 2 * columns * CHANNELS, y, mask=mask)
-        tl.store(at + (2 * columns + 1) * CHANNELS, y, mask=mask)
+        tl.store(at + CHANNELS, values, mask=mask)
+        tl.store(at + 2 * columns * CHANNELS, values, mask=mask)
+        tl.store(at + (2 * columns + 1) * CHANNELS, values, mask=mask)
 
 
 @triton.jit
 def plane_norm_forward_apply(
-    X, WEIGHT, BIAS, SCALE_SHIFT, PARTIALS, Y, MEAN, RSTD,
+    x, weight, bias, scale_shift, partials, y, mean_out, rstd_out,
     batch_stride, stride, scale_shift_stride, y_batch_stride, chunks, eps,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr,
     SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Norms and writes one tile; statistics from the tile itself where PARTIALS is None: it is then a whole plane.
+    """Norms and writes one tile; statistics from the tile itself where partials is None: it is then a whole plane.
 
-    chunks, SIZE, OWN: of PARTIALS: chunks in all, tokens of one, and of one plane at most (padded).
+    chunks, SIZE, OWN: of partials: chunks in all, tokens of one, and of one plane at most (padded).
     """
     b = tl.program_id(2).to(tl.int64)
     plane, first, rows, columns, start = chunk_of(tl.program_id(0), PLANES, BLOCK_N)
@@ -196,26 +196,26 @@ def plane_norm_forward_apply(
         square, half = n // 4, columns // 2
         token = (square // half * 2 + n % 4 // 2) * columns + square % half * 2 + n % 2
     mask = (n < tokens)[:, None, None] & inside[None, :, :]
-    x = X + b * batch_stride + first.to(tl.int64) * stride
-    values = load_tile(x, stride, token, channel, mask)
-    origin = tl.load(x + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
-    if PARTIALS is None:
+    x_plane = x + b * batch_stride + first.to(tl.int64) * stride
+    values = load_tile(x_plane, stride, token, channel, mask)
+    origin = tl.load(x_plane + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
+    if partials is None:
         mean, squares = _moments(values, origin, mask, (tokens * WIDTH).to(tl.float32))
     else:
         initial, own = chunks_of(plane, PLANES, SIZE)
-        mean, squares = _join(PARTIALS, b, chunks, initial, own, tokens, group, GROUPS, WIDTH, SIZE, OWN)
+        mean, squares = _join(partials, b, chunks, initial, own, tokens, group, GROUPS, WIDTH, SIZE, OWN)
     rstd = tl.rsqrt(squares / (tokens * WIDTH).to(tl.float32) + eps)
     at = (b * (len(PLANES) // 2) + plane) * GROUPS + group
     if tl.program_id(0) == start:
-        tl.store(MEAN + at, origin + mean, mask=group < GROUPS)
-        tl.store(RSTD + at, rstd, mask=group < GROUPS)
-    gain, rest = load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
-    y = ((values - origin[None, :, None]) - mean[None, :, None]) * (rstd[:, None] * gain)[None, :, :] + rest[None, :, :]
+        tl.store(mean_out + at, origin + mean, mask=group < GROUPS)
+        tl.store(rstd_out + at, rstd, mask=group < GROUPS)
+    gain, rest = load_affine(weight, bias, scale_shift, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
+    result = ((values - origin[None, :, None]) - mean[None, :, None]) * (rstd[:, None] * gain)[None, :, :] + rest[None, :, :]
     if ACTIVATION:
-        y = silu(y)
+        result = silu(result)
     written = first * 4 if RESAMPLE > 0 else first // 4 if RESAMPLE < 0 else first
     _store_resampled(
-        Y + b * y_batch_stride + written.to(tl.int64) * (GROUPS * WIDTH), y, begin, tokens, columns, channel, inside,
+        y + b * y_batch_stride + written.to(tl.int64) * (GROUPS * WIDTH), result, begin, tokens, columns, channel, inside,
         GROUPS * WIDTH, RESAMPLE, BLOCK_N, BLOCK_G, BLOCK_W,
     )  # fmt: skip
 

@@ -82,20 +82,21 @@ def group_tile(GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr,
 
 
 @triton.jit
-def load_tile(X, stride, token, channel, mask):
-    """(N, G, W) values in float32, 0 outside the mask. X: the batch element's, stride: of tokens."""
+def load_tile(x, stride, token, channel, mask):
+    """(N, G, W) values in float32, 0 outside the mask. x: the batch element's, stride: of tokens."""
     at = token.to(tl.int64)[:, None, None] * stride + channel[None, :, :]
-    return tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, CHANNELS: tl.constexpr):
+def load_affine(weight, bias, scale_shift, b, scale_shift_stride, channel, inside, CHANNELS: tl.constexpr):
     """weight (1 + scale) and bias (1 + scale) + shift, each (G, W) in float32."""
-    gain = tl.load(WEIGHT + channel, mask=inside, other=0.0).to(tl.float32)
-    rest = tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)
-    if SCALE_SHIFT is not None:
-        scale_shift = SCALE_SHIFT + b * scale_shift_stride + channel
-        scale = 1.0 + tl.load(scale_shift, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    rest = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    if scale_shift is not None:
+        at = scale_shift + b * scale_shift_stride + channel
+        scale = 1.0 + tl.load(at, mask=inside, other=0.0).to(tl.float32)
         gain = gain * scale
-        rest = rest * scale + tl.load(scale_shift + CHANNELS, mask=inside, other=0.0).to(tl.float32)
+        rest = rest * scale + tl.load(at + CHANNELS, mask=inside, other=0.0).to(tl.float32)
     return gain, rest
+

@@ -24,12 +24,12 @@ template <class X, class R>
 float add_row(const X* x, const R* residual, R* total, int64_t channels, float* row) {
   Vec sum = {};
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-    Vec v = load(x + c, count);
+    Vec v = load_n(x + c, count);
     if (residual) {
       R rounded[lanes];
-      store(rounded, v + load(residual + c, count));
+      store(rounded, v + load_n(residual + c, count));
       v = load(rounded);
-      store(total + c, v, count);
+      store_n(total + c, v, count);
     }
     store(row + c, v);
     sum += v;
@@ -81,7 +81,7 @@ void forward(const AddLayerNorm& tensors, float eps, int threads) {
       rstd.as<float>()[i] = r;
       R* out = normed.as<R>() + i * channels;
       for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-        store(out + c, (load(row + c) - first - shift) * r * load(w + c, count) + load(b + c, count), count);
+        store_n(out + c, (load(row + c) - first - shift) * r * load_n(w + c, count) + load_n(b + c, count), count);
       });
     }
   });
@@ -93,7 +93,7 @@ void backward_row(const T* grad, const T* extra, const T* total, const float* we
                   int64_t channels, T* dx, float* dweight, float* dbias) {
   Vec level = {}, tilt = {};
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-    const Vec g = load(grad + c, count), normed = (load(total + c, count) - mean) * rstd;
+    const Vec g = load_n(grad + c, count), normed = (load_n(total + c, count) - mean) * rstd;
     const Vec dn = g * load(weight + c);  // zero beyond the channels, because g is
     level += dn;
     tilt += dn * normed;
@@ -102,10 +102,10 @@ void backward_row(const T* grad, const T* extra, const T* total, const float* we
   });
   const float share = 1.0f / static_cast<float>(channels), a = total_of(level) * share, b = total_of(tilt) * share;
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-    const Vec normed = (load(total + c, count) - mean) * rstd;
-    Vec d = (load(grad + c, count) * load(weight + c) - (a + normed * b)) * rstd;
-    if (extra) d += load(extra + c, count);
-    store(dx + c, d, count);
+    const Vec normed = (load_n(total + c, count) - mean) * rstd;
+    Vec d = (load_n(grad + c, count) * load(weight + c) - (a + normed * b)) * rstd;
+    if (extra) d += load_n(extra + c, count);
+    store_n(dx + c, d, count);
   });
 }
 

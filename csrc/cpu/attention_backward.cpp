@@ -63,7 +63,7 @@ void weights(const Workspace& w, int64_t query, int64_t count, int64_t keys, flo
   const int64_t vectors = (count + lanes - 1) / lanes;
   pad_weights<Op>(w, keys, vectors);
   for (int64_t v = 0; v < vectors; v++) {
-    const Ints there = first_lanes(count_at(v * lanes, count));
+    const Ints there = first_n(count_at(v * lanes, count));
     const Vec top = load(w.tops + query + v * lanes), log = load(w.logs + query + v * lanes);
     const Vec delta = load(w.deltas + query + v * lanes);
     for (int64_t j = 0; j < keys; j++) {
@@ -73,7 +73,7 @@ void weights(const Workspace& w, int64_t query, int64_t count, int64_t keys, flo
 #if defined(PVDM_ISA_AVX512BF16)
       if constexpr (Op::step == 2) {
         const auto halves = [&](float* to, Vec x) {
-          const __m256bh rounded = _mm512_cvtneps_pbh(cast<__m512>(x));
+          const __m256bh rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(x));
           memcpy(reinterpret_cast<char*>(to) + at * 2, &rounded, sizeof rounded);
         };
         halves(w.p_pairs, p);
@@ -117,7 +117,7 @@ struct Backward {
       pack_panel<Op>(queries.from(n), count, width, turn.from(n), w.queries_across + at, block_queries);
       pack_panel<Op>(grads.from(n), count, width, Rotation{}, w.grads_across + at, block_queries);
       store(w.tops + n, Vec{});
-      store(w.logs + n, load(logs + n, count) * log2_e);
+      store(w.logs + n, load_n(logs + n, count) * log2_e);
       for (int i = 0; i < count; i++) large = large || logs[n + i] > exact_logs || logs[n + i] < -exact_logs;
       Vec products[lanes] = {}, sum = {};
       for (int i = 0; i < count; i++)

@@ -92,7 +92,7 @@ struct Forward {
       const int lane_count = count_at(v * lanes, count);
       write_columns(w.sums + v * lanes, block_queries, lane_count, width, 1.0f / total, Rotation{},
                     results.from(v * lanes));
-      store(logs + v * lanes, top * size + log2(total) * ln_2, lane_count);
+      store_n(logs + v * lanes, top * size + log2(total) * ln_2, lane_count);
     }
   }
 
@@ -105,7 +105,7 @@ struct Forward {
     for (int64_t j = 0; j < all; j += lanes) multiply_row(1, w.queries, w.keys + j * width, lanes, w.scores + j, width);
     for (int64_t j = keys; j < all; j++) w.scores[j] = minus_infinity;
     Vec top = splat(minus_infinity), total = {};
-    for (int64_t j = 0; j < all; j += lanes) top = larger(top, load(w.scores + j));
+    for (int64_t j = 0; j < all; j += lanes) top = max(top, load(w.scores + j));
     float maximum = top[0];
     for (int i = 1; i < lanes; i++) maximum = top[i] > maximum ? top[i] : maximum;
     const Vec base = base_of(splat(maximum));
@@ -114,10 +114,10 @@ struct Forward {
       store(w.scores + j, p);
       total += p;
     }
-    const Vec sum = splat(sum_of(total)), inverse = 1.0f / sum;
+    const Vec sum = splat(reduce_sum(total)), inverse = 1.0f / sum;
     multiply_row(padding / lanes, w.scores, w.values, padding, w.sums, keys);
-    for (int64_t c = 0; c < width; c += lanes) store(results.data + c, load(w.sums + c) * inverse, count_at(c, width));
-    store(logs, (splat(maximum) + log2(sum)) * ln_2, 1);
+    for (int64_t c = 0; c < width; c += lanes) store_n(results.data + c, load(w.sums + c) * inverse, count_at(c, width));
+    store_n(logs, (splat(maximum) + log2(sum)) * ln_2, 1);
   }
 };
 

@@ -142,7 +142,7 @@ struct WithTangents {
       };
       write(w.sums, results);
       write(w.dsums, tangents);
-      store(logs + v * lanes, load(w.maximum + v * lanes) * size + log2(total) * ln_2, lane_count);
+      store_n(logs + v * lanes, load(w.maximum + v * lanes) * size + log2(total) * ln_2, lane_count);
     }
   }
 };

@@ -63,7 +63,7 @@ PVDM_INLINE void transpose(Vec (&x)[lanes]) {
 // Numbers c ... c + count of token n; rotated if `turned`.
 template <bool turned, class T>
 PVDM_INLINE Vec piece(const Tokens<const T>& x, int64_t n, int64_t c, int count, const Rotation& rotation) {
-  const Vec value = load(x.at(n) + c, count);
+  const Vec value = load_n(x.at(n) + c, count);
   if (!turned) return value;
   const int64_t at = n * rotation.stride + c;
   return value * load(rotation.cos + at) + swap_neighbours(value) * load(rotation.sin + at);
@@ -94,9 +94,9 @@ PVDM_INLINE Vec along(const Tokens<const T>& x, int64_t n, int64_t k, int64_t wi
   if constexpr (Op::step == 2) {
     const int64_t first = 2 * k, second = first + lanes;
     const Vec low = piece<turned>(x, n, first, whole ? lanes : count_at(first, width), rotation);
-    if (!whole && second >= width) return cast<Vec>(_mm512_cvtne2ps_pbh(__m512{}, cast<__m512>(low)));
+    if (!whole && second >= width) return bit_cast<Vec>(_mm512_cvtne2ps_pbh(__m512{}, bit_cast<__m512>(low)));
     const Vec high = piece<turned>(x, n, second, whole ? lanes : count_at(second, width), rotation);
-    return cast<Vec>(_mm512_cvtne2ps_pbh(cast<__m512>(high), cast<__m512>(low)));
+    return bit_cast<Vec>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
   }
 #endif
   return piece<turned>(x, n, k, whole ? lanes : count_at(k, width), rotation);
@@ -107,8 +107,8 @@ PVDM_INLINE Vec along(const Tokens<const T>& x, int64_t n, int64_t k, int64_t wi
 PVDM_INLINE Vec paired(Vec low, Vec high) {
   static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = cast<__m512i>(_mm512_cvtne2ps_pbh(cast<__m512>(high), cast<__m512>(low)));
-  return cast<Vec>(_mm512_permutexvar_epi16(fetch<__m512i>(order), both));
+  const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
+  return bit_cast<Vec>(_mm512_permutexvar_epi16(fetch<__m512i>(order), both));
 }
 #endif
 
@@ -180,7 +180,7 @@ PVDM_INLINE void pack_panels(const Tokens<const T>& x, int64_t count, int64_t wi
 template <class Op>
 PVDM_INLINE void negate(float* data, int64_t count) {
   const uint32_t signs = Op::step == 2 ? 0x80008000u : 0x80000000u;
-  for (int64_t i = 0; i < count; i += lanes) store(data + i, cast<Vec>(fetch<Words>(data + i) ^ signs));
+  for (int64_t i = 0; i < count; i += lanes) store(data + i, bit_cast<Vec>(fetch<Words>(data + i) ^ signs));
 }
 
 template <class Op, bool turned, class T>
@@ -249,7 +249,7 @@ PVDM_INLINE void write_all_rows(const float* from, int64_t count, int64_t width,
     for (; c + lanes <= width; c += lanes, from += lanes)
       store(to.at(n) + c, unrotated<turned>(load(from) * scale, n, c, rotation));
     if (c == width) continue;
-    store(to.at(n) + c, unrotated<turned>(load(from) * scale, n, c, rotation), count_at(c, width));
+    store_n(to.at(n) + c, unrotated<turned>(load(from) * scale, n, c, rotation), count_at(c, width));
     from += lanes;
   }
 }
@@ -276,7 +276,7 @@ PVDM_INLINE void write_all_columns(const float* from, int64_t stride, int64_t co
 #pragma GCC unroll 16
       for (int n = 0; n < lanes; n++) store(to.at(n) + c, unrotated<turned>(square[n], n, c, rotation));
     } else {
-      for (int n = 0; n < count; n++) store(to.at(n) + c, unrotated<turned>(square[n], n, c, rotation), count_at(c, width));
+      for (int n = 0; n < count; n++) store_n(to.at(n) + c, unrotated<turned>(square[n], n, c, rotation), count_at(c, width));
     }
   }
 }

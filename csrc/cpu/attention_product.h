@@ -41,16 +41,16 @@ struct Pairs {
   static constexpr int step = 2, depth = 1;
   using Session = NoSession;
   PVDM_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
-    return cast<Vec>(_mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(a), cast<__m512bh>(b)));
+    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
   }
 };
 #endif
 
 PVDM_INLINE Vec broadcast(const float* p) {
 #if defined(PVDM_ISA_AVX512)
-  return cast<Vec>(_mm512_set1_ps(*p));
+  return bit_cast<Vec>(_mm512_set1_ps(*p));
 #elif defined(PVDM_ISA_AVX2)
-  return cast<Vec>(_mm256_set1_ps(*p));
+  return bit_cast<Vec>(_mm256_set1_ps(*p));
 #else
   return splat(*p);
 #endif

@@ -24,7 +24,7 @@ struct Workspace {
 void softmax(float* scores, int64_t count) {
   for (int64_t j = count; j < padded(count); j++) scores[j] = minus_infinity;
   Vec top = splat(minus_infinity), total = {};
-  for (int64_t j = 0; j < count; j += lanes) top = larger(top, load(scores + j));
+  for (int64_t j = 0; j < count; j += lanes) top = max(top, load(scores + j));
   float maximum = top[0];
   for (int i = 1; i < lanes; i++) maximum = top[i] > maximum ? top[i] : maximum;
   for (int64_t j = 0; j < count; j += lanes) {
@@ -32,7 +32,7 @@ void softmax(float* scores, int64_t count) {
     store(scores + j, p);
     total += p;
   }
-  const float inverse = 1.0f / sum_of(total);
+  const float inverse = 1.0f / reduce_sum(total);
   for (int64_t j = 0; j < count; j += lanes) store(scores + j, load(scores + j) * inverse);
 }
 
@@ -57,7 +57,7 @@ struct Single {
       store(w.grad + c, g);
       store(w.query + c, piece(queries, 0, c, width) * scale);
     }
-    const float delta = sum_of(products);
+    const float delta = reduce_sum(products);
     for (int64_t j = 0; j < p.count; j += lanes) {
       multiply_row(1, w.query, w.keys_across + j * width, lanes, w.p + j, width);
       multiply_row(1, w.grad, w.values_across + j * width, lanes, w.ds + j, width);

@@ -36,21 +36,21 @@ PVDM_INLINE Two high(Two a, Two b) { return PVDM_PICK(Two, a, b, 1, 3); }
 // Transposes four vectors.
 PVDM_INLINE void transpose(Four* v) {
   const Four a = low(v[0], v[1]), b = low(v[2], v[3]), c = high(v[0], v[1]), d = high(v[2], v[3]);
-  v[0] = cast<Four>(low(cast<Two>(a), cast<Two>(b)));
-  v[1] = cast<Four>(high(cast<Two>(a), cast<Two>(b)));
-  v[2] = cast<Four>(low(cast<Two>(c), cast<Two>(d)));
-  v[3] = cast<Four>(high(cast<Two>(c), cast<Two>(d)));
+  v[0] = bit_cast<Four>(low(bit_cast<Two>(a), bit_cast<Two>(b)));
+  v[1] = bit_cast<Four>(high(bit_cast<Two>(a), bit_cast<Two>(b)));
+  v[2] = bit_cast<Four>(low(bit_cast<Two>(c), bit_cast<Two>(d)));
+  v[3] = bit_cast<Four>(high(bit_cast<Two>(c), bit_cast<Two>(d)));
 }
 // Transposes eight vectors.
 PVDM_INLINE void transpose(Eight* v) {
   Four lower[4], upper[4];  // pairs of rows: columns 0-3, columns 4-7
   for (int i = 0; i < 4; i++) {
-    lower[i] = cast<Four>(low(v[2 * i], v[2 * i + 1]));
-    upper[i] = cast<Four>(high(v[2 * i], v[2 * i + 1]));
+    lower[i] = bit_cast<Four>(low(v[2 * i], v[2 * i + 1]));
+    upper[i] = bit_cast<Four>(high(v[2 * i], v[2 * i + 1]));
   }
   transpose(lower);
   transpose(upper);
-  for (int i = 0; i < 4; i++) v[i] = cast<Eight>(lower[i]), v[4 + i] = cast<Eight>(upper[i]);
+  for (int i = 0; i < 4; i++) v[i] = bit_cast<Eight>(lower[i]), v[4 + i] = bit_cast<Eight>(upper[i]);
 }
 
 // The vector that moves a storage type.
@@ -96,15 +96,15 @@ void unfold_token(const E* const* from, int64_t channels, E* out) {
 }
 
 PVDM_INLINE void add(float* to, Four bits) {
-  const Floats sum = fetch<Floats>(to) + cast<Floats>(bits);
+  const Floats sum = fetch<Floats>(to) + bit_cast<Floats>(bits);
   memcpy(to, &sum, sizeof sum);
 }
 PVDM_INLINE void add(float* to, Eight bits) {  // a bfloat16 is the upper half of a float
-  add(to, cast<Four>(low(Eight{}, bits)));
-  add(to + 4, cast<Four>(high(Eight{}, bits)));
+  add(to, bit_cast<Four>(low(Eight{}, bits)));
+  add(to + 4, bit_cast<Four>(high(Eight{}, bits)));
 }
-PVDM_INLINE float value(uint32_t bits) { return cast<float>(bits); }
-PVDM_INLINE float value(uint16_t bits) { return cast<float>(static_cast<uint32_t>(bits) << 16); }
+PVDM_INLINE float value(uint32_t bits) { return bit_cast<float>(bits); }
+PVDM_INLINE float value(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
 // The transpose: to[k][c] += in[c][k] for the channels from first to last.
 template <class E>

@@ -13,7 +13,7 @@ void accumulate(const T* x, int64_t stride, const float* shift, float* sum, floa
     Vec s = load(sum + c), q = load(square + c);
     const Vec origin = load(shift + c);
     for (int i = 0; i < tokens; i++) {
-      const Vec d = load(x + i * stride + c, count) - origin;
+      const Vec d = load_n(x + i * stride + c, count) - origin;
       s += d;
       q += d * d;
     }
@@ -29,7 +29,7 @@ void chunk_moments(const T* x, int64_t stride, int64_t tokens, int64_t channels,
   const int64_t padding = padded(channels);
   float *shift = work, *sum = work + padding, *square = sum + padding;
   for (int64_t c = 0; c < padding; c += lanes)
-    store(shift + c, c < channels ? load(x + c, count_at(c, channels)) : Vec{});
+    store(shift + c, c < channels ? load_n(x + c, count_at(c, channels)) : Vec{});
   for (int64_t i = 0; i < 2 * padding; i++) sum[i] = 0, result[i] = 0;
   for (int64_t n = 0; n < tokens;) {
     const int64_t stop = n + exact_tokens < tokens ? n + exact_tokens : tokens;
@@ -71,7 +71,7 @@ struct Affine {
   const float *origin, *slope, *rest;
   template <class T, bool activation>
   inline __attribute__((always_inline)) Vec at(const T* x, int64_t c, int count) const {
-    return activated<activation>((load(x + c, count) - load(origin + c)) * load(slope + c) + load(rest + c));
+    return activated<activation>((load_n(x + c, count) - load(origin + c)) * load(slope + c) + load(rest + c));
   }
 };
 
@@ -88,12 +88,12 @@ void write_chunk(const T* x, int64_t stride, const Affine& affine, T* y, int64_t
       } else if (resample > 0) {
         const Vec value = affine.template at<T, activation>(x + n * stride, c, count);
         for (int64_t k = 0; k < 4; k++)
-          store(y + ((2 * i + k / 2) * 2 * columns + 2 * j + k % 2) * channels + c, value, count);
+          store_n(y + ((2 * i + k / 2) * 2 * columns + 2 * j + k % 2) * channels + c, value, count);
       } else {
         Vec sum = {};
         for (int64_t k = 0; k < 4; k++)
           sum += affine.template at<T, activation>(x + ((2 * i + k / 2) * 2 * columns + 2 * j + k % 2) * stride, c, count);
-        store(y + n * channels + c, sum * 0.25f, count);
+        store_n(y + n * channels + c, sum * 0.25f, count);
       }
     }
   }

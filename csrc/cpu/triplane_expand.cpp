@@ -23,7 +23,7 @@ template <class T>
 void project_tokens(const T* const* x, int count, const float* weight, const float* bias, int64_t depth,
                     int64_t padding, float* values, float* out) {
   for (int i = 0; i < tokens_at_once; i++)
-    for (int64_t d = 0; d < depth; d++) values[i * depth + d] = load(x[i < count ? i : 0] + d, 1)[0];
+    for (int64_t d = 0; d < depth; d++) values[i * depth + d] = load_n(x[i < count ? i : 0] + d, 1)[0];
   for (int64_t c = 0; c < padding; c += lanes) {
     Vec sum[tokens_at_once];
     for (auto& s : sum) s = load(bias + c);
@@ -71,7 +71,7 @@ void broadcast_sum(const float* projected, int64_t channels, int64_t padding, co
         T* to = out + ((t * layout.height + h) * width + w) * channels;
         int64_t c = 0;
         for (; c + lanes <= channels; c += lanes) store(to + c, load(a + c) + load(b + c) + load(last + c));
-        if (c < channels) store(to + c, load(a + c) + load(b + c) + load(last + c), count_at(c, channels));
+        if (c < channels) store_n(to + c, load(a + c) + load(b + c) + load(last + c), count_at(c, channels));
       }
     }
   });
@@ -88,13 +88,13 @@ void sum_slice(const T* grad, int64_t stride, float* sums, int64_t channels, con
         const T* g = grad + ((t * layout.height + h) * layout.width + w) * stride;
         float *over_time = xy + (h * layout.width + w) * channels, *over_height = yt + (t * layout.width + w) * channels;
         for (int v = 0; v < vectors; v++) {
-          const Vec x = load(g + v * lanes, count);
+          const Vec x = load_n(g + v * lanes, count);
           row[v] += x;
-          store(over_time + v * lanes, t ? load(over_time + v * lanes, count) + x : x, count);
-          store(over_height + v * lanes, h ? load(over_height + v * lanes, count) + x : x, count);
+          store_n(over_time + v * lanes, t ? load_n(over_time + v * lanes, count) + x : x, count);
+          store_n(over_height + v * lanes, h ? load_n(over_height + v * lanes, count) + x : x, count);
         }
       }
-      for (int v = 0; v < vectors; v++) store(xt + (t * layout.height + h) * channels + v * lanes, row[v], count);
+      for (int v = 0; v < vectors; v++) store_n(xt + (t * layout.height + h) * channels + v * lanes, row[v], count);
     }
 }
 

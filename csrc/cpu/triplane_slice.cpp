@@ -29,7 +29,7 @@ template <class T>
 void add_row(const T* x, const T* ahead, const float* positions, T* out, int64_t channels) {
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
     __builtin_prefetch(ahead + c);
-    store(out + c, load(x + c, count) + load(positions + c), count);
+    store_n(out + c, load_n(x + c, count) + load(positions + c), count);
   });
 }
 
@@ -39,8 +39,8 @@ template <class T, bool copied>
 void take_row(const T* grad, T* dx, const T* ahead, float* sum, int64_t channels) {
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
     if (copied) __builtin_prefetch(ahead + c, 1);
-    const Vec g = load(grad + c, count);
-    if (copied) store(dx + c, g, count);
+    const Vec g = load_n(grad + c, count);
+    if (copied) store_n(dx + c, g, count);
     store(sum + c, load(sum + c) + g);
   });
 }
@@ -67,7 +67,7 @@ void triplane_slice_forward(const TensorView& x, const TensorView& token, const 
         add_row(from + l * stride, from + (l + 1 < length ? l + 1 : l) * stride, rows.floats() + l * padding,
                 to + l * channels, channels);
       for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-        store(to + length * channels + c, load(rows.floats() + length * padding + c), count);
+        store_n(to + length * channels + c, load(rows.floats() + length * padding + c), count);
       });
     }
   }))
