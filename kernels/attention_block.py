@@ -1,14 +1,14 @@
-"""The cross-plane attention block of few tokens, for inference: three launches instead of six.
+"""The cross-plane attention block for few tokens, for inference: three launches instead of six.
 
-1. `attention_block_forward_qkv`: GroupNorm in the prologue of the qkv projection. A program holds all tokens, and goes
-   through the channels by whole groups: the tile it multiplies is also all that the statistics of these groups need.
+1. `attention_block_forward_qkv`: GroupNorm in the prologue of the qkv projection. A program holds all tokens and goes
+   through the channels by whole groups. So the tile that it multiplies is also all that these groups' statistics need.
 2. The flash kernel of `segment_attention`.
-3. `attention_block_forward_projection`: the output projection, its bias and the residual in the epilogue.
+3. `attention_block_forward_projection`: the output projection, with bias and residual in the epilogue.
 
-Not one launch: every output channel needs every head, and every head every channel of x. Without waiting for each other
-(which needs atomics, and all programs on the GPU at once) programs could only be one a batch element: at C 1024 each
-then reads 8 MiB of weights, 75 us at the 110 GB/s that one multiprocessor gets, and at N 128 multiplies 1.1 GFLOP,
-some 200 us; the launches that are saved take 10.
+Why not one launch? Every output channel needs every head, and every head needs every channel of x. If programs don't
+wait for each other (which needs atomics, and all programs on the GPU at once), there can only be one per batch element.
+At C 1024 each would read 8 MiB of weights: 75 us at the 110 GB/s of one multiprocessor. At N 128 it would multiply 1.1
+GFLOP: about 200 us. The saved launches take 10 us.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision, sum_of_products
 
-MOST_TOKENS = 128  # all are in one program
-WIDEST_GROUP = 128  # channels: with all tokens, of a step
-# OUTPUTS: of the projection, a program's. At batch 1 and C 1024, 96 programs read the weights of qkv, 64 the others.
-# CHANNELS: of a step. Reasoned, not measured.
+MOST_TOKENS = 128  # one program holds all tokens
+WIDEST_GROUP = 128  # channels: a step holds a whole group of all tokens
+# OUTPUTS: output channels per program. At batch 1 and C 1024, 96 programs read the weights of qkv, and 64 those of the
+# projection. CHANNELS: per step. Reasoned, not measured.
 QKV = ConfigTable(
     "attention_block_qkv",
     {
@@ -63,7 +63,7 @@ PROJECTION = ConfigTable(
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments are beyond the kernels."""
+    """Why the kernels don't take these arguments, or None."""
     x, heads, groups = inputs[0], inputs[7], inputs[8]
     (_, tokens, channels), per_group = x.shape, x.shape[2] // groups
     if tokens > MOST_TOKENS:
@@ -75,11 +75,15 @@ def refusal(*inputs: Any) -> str | None:
 
 @triton.jit
 def attention_block_forward_qkv(
-    x, norm_weight, norm_bias, weight, bias, qkv, tokens, eps, stride_batch, stride_token, C: tl.constexpr, GROUPS: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, norm_weight, norm_bias, weight, bias, qkv, tokens, eps, stride_batch, stride_token,
+    C: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """x (B, N, C) by strides -> qkv (B, N, 3 C). Grid: blocks of outputs values B. TOKENS holds N, WIDTH a group's
-    channels; as many groups at a time as make CHANNELS, or one."""
+    """x (B, N, C) by strides -> qkv (B, N, 3 C). Grid: blocks of outputs x B.
+
+    TOKENS: N, padded. WIDTH: channels of a group, padded. A step takes as many groups as fit CHANNELS, but at least
+    one.
+    """
     STEP: tl.constexpr = (CHANNELS + WIDTH - 1) // WIDTH
     b = tl.program_id(1).to(tl.int64)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -114,7 +118,10 @@ def attention_block_forward_projection(
     attended, weight, bias, x, out, rows, tokens, stride_batch, stride_token, C: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """out = x + attended weight' + bias. attended and out (B N, C) contiguous, x (B, N, C) by strides. Grid: rows x_rows outputs."""
+    """out = x + attended weight' + bias. Grid: rows x outputs.
+
+    attended and out: (B N, C) contiguous. x: (B, N, C) by strides.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
@@ -144,7 +151,7 @@ def forward(
     groups: int,
     eps: float,
 ) -> Tensor:
-    """x: (B, N, C) -> (B, N, C), of one dtype with the weights; see `pvdm_fast.ops.attention_block`."""
+    """x: (B, N, C) -> (B, N, C), in the dtype of the weights. See `pvdm_fast.ops.attention_block`."""
     x = rows_dense(x)
     batch, tokens, channels = x.shape
     constants = {"C": channels, "PRECISION": dot_precision(x)}

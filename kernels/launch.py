@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: on its tensors' device, blocks and warps from a table; and how it is watched."""
+"""How a Triton kernel is launched: on its tensors' device, with blocks and warps from a table. Also how to watch launches."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _watcher: Watcher | None = None
 
 @contextmanager
 def watch(watcher: Watcher) -> Iterator[None]:
-    """Hand every launch to `watcher(kernel, grid, arguments, config, constants)` instead of running it.
+    """Pass every launch to `watcher(kernel, grid, arguments, config, constants)` instead of running it.
 
-    This is how kernels are compiled for devices that aren't here, and how launches are counted: tensors may be on the
+    This is how kernels are compiled for devices that aren't here, and how launches are counted. Tensors may be on the
     meta device.
     """
     global _watcher
@@ -45,7 +45,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, 
 
 
 def options(config: Config, constants: dict[str, Any]) -> dict[str, Any]:
-    """All keyword arguments of a launch. Products and sums are fused, whatever the default of Triton's version."""
+    """All keyword arguments of a launch. Multiply-adds are always fused, whatever this Triton version's default."""
     compiler = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return {**constants, **config.blocks, **compiler}
 
@@ -53,7 +53,7 @@ def options(config: Config, constants: dict[str, Any]) -> dict[str, Any]:
 def run(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, constants: dict[str, Any]
 ) -> None:
-    """What `launch` does when nobody watches."""
+    """What `launch` does when there is no watcher."""
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

@@ -1,7 +1,7 @@
-"""Gradients of `plane_conv`: of x the mirrored convolution, of the weight a product along the tokens, by taps.
+"""Gradients of `plane_conv`. That of x is the mirrored convolution, that of the weight a product along the tokens.
 
-The weight's gradient takes rows (B N) as the inner axis: programs of few tiles share it, and a second kernel adds their
-parts in order and writes the result in the weight's own order, the taps innermost.
+The inner axis of the weight's gradient are the rows (B N). If there are few tiles, programs share this axis. A second
+kernel adds their parts in order, and writes the result in the weight's own order, with taps innermost.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shape_class(channels: int, written: int, dtype: torch.dtype) -> str:
     return "narrow in" if channels <= NARROW else "narrow out" if written <= NARROW else "wide"
 
 
-# BLOCK_M written channels x BLOCK_N channels of x, BLOCK_K rows a step: shared memory as for the convolution.
+# BLOCK_M written channels x BLOCK_N channels of x, BLOCK_K rows per step. Shared memory as for the convolution.
 WEIGHT = ConfigTable(
     "plane_conv_weight_gradient",
     {
@@ -72,7 +72,7 @@ def plane_conv_backward_dweight(
     channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of parts (parts, written, 9, channels), of one tap and one part's `steps` steps of BLOCK_K rows."""
+    """One tile of parts (parts, written, 9, channels): one tap, and one part's `steps` steps of BLOCK_K rows."""
     across = tl.cdiv(channels, BLOCK_N)
     out = (tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     channel = (tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -98,7 +98,7 @@ def plane_conv_backward_dweight(
 
 @triton.jit
 def plane_conv_backward_arrange(parts, out, written, channels, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out (written, channels, 9) = the sum of parts (COUNT, written, 9, channels); in float32, in order."""
+    """out (written, channels, 9) = the sum of parts (COUNT, written, 9, channels), in float32, in order."""
     output, tap = tl.program_id(0).to(tl.int64), tl.arange(0, 16)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (channel < channels)[:, None] & (tap < 9)[None, :]
@@ -139,7 +139,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[in
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; the first two only where `needs` says so, else empty."""
+    """Gradients of x, weight and bias. Those of x and weight are empty unless `needs` asks for them."""
     grad = grad.to(x.dtype)
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     if needs[0] and vendor_is_chosen(grad, x.shape[2]):

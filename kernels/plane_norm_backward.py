@@ -1,13 +1,15 @@
 """Gradients of `plane_norm`.
 
 With n = (x - mean) rstd, z = n gain + rest (weight, bias and FiLM folded) and dz the gradient of z:
-dx = rstd (gain dz - avg(gain dz) - n avg(gain dz n)), averages over a group's tokens and channels. Both averages, and
-the gradients of weight, bias and FiLM, follow from the sums over tokens of dz and of dz n for each channel, which a
-program writes for its tile. The gradient is read at its own resolution. As forward, planes are whole, or in chunks:
+dx = rstd (gain dz - avg(gain dz) - n avg(gain dz n)), averaged over a group's tokens and channels.
+
+Both averages, and the gradients of weight, bias and FiLM, follow from two sums over tokens per channel: of dz and of dz
+n. Each program writes them for its tile. The gradient is read at its own resolution. As in forward, planes are whole or
+in chunks:
 
 - whole: `plane_norm_backward_dx` (sums and dx from one reading of x and the gradient), then
   `plane_norm_backward_parameters`.
-- in chunks: `plane_norm_backward_sums`, `plane_norm_backward_dx` (reads again, joins the chunks' sums), then
+- in chunks: `plane_norm_backward_sums`, then `plane_norm_backward_dx` (reads again and joins the chunks' sums), then
   `plane_norm_backward_parameters`.
 """
 
@@ -39,10 +41,10 @@ from pvdm_fast.kernels.plane_norm_tiles import (
 )  # fmt: skip
 from pvdm_fast.kernels.planes import chunk_of, chunks_of
 
-# Most elements of a tile that holds a plane's tokens: n and dz take 64 registers a thread at 16 warps.
+# The largest tile that holds a plane's tokens, in elements: n and dz take 64 registers per thread at 16 warps.
 WHOLE_TILE = 16384
 
-# Whole planes: 8 or 16 values of x and of the gradient a thread, 32 in the largest tile.
+# Whole planes: 8 or 16 values of x and of the gradient per thread, 32 in the largest tile.
 WHOLE = ConfigTable(
     "plane_norm_backward_whole",
     {
@@ -66,7 +68,7 @@ CHUNKS = ConfigTable(
         for channels in (64, 128, 256)
     ),
 )
-# Sums of BLOCK_B batch elements x BLOCK_K chunks x BLOCK_C channels at a time.
+# BLOCK_B batch elements x BLOCK_K chunks x BLOCK_C channels at a time.
 PARAMETERS = ConfigTable(
     "plane_norm_parameter_gradients",
     {
@@ -79,7 +81,7 @@ PARAMETERS = ConfigTable(
 
 @triton.jit
 def _load_gradient(grad, stride, token, columns, channel, mask, RESAMPLE: tl.constexpr):
-    """The gradient of a plane's tokens (N) before resampling: (N, G, W). grad: of the resampled plane."""
+    """The gradient of a plane's tokens (N) before resampling: (N, G, W). grad: that of the resampled plane."""
     if RESAMPLE == 0:
         return load_tile(grad, stride, token, channel, mask)
     i, j = token // columns, token % columns
@@ -96,7 +98,7 @@ def _normed_and_gradient(
     x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask,
     ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """n and dz of a tile (N, G, W), both 0 outside the mask. x, grad: of the plane."""
+    """n and dz of a tile (N, G, W), both 0 outside the mask. x, grad: those of the plane."""
     values = load_tile(x, stride, token, channel, mask)
     dz = _load_gradient(grad, grad_stride, token, columns, channel, mask, RESAMPLE)
     n = tl.where(mask, (values - mean[None, :, None]) * rstd[None, :, None], 0.0)
@@ -107,7 +109,7 @@ def _normed_and_gradient(
 
 @triton.jit
 def _of_plane(x, grad, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE: tl.constexpr):
-    """Pointers to a plane's first token, and to that of its resampled gradient."""
+    """Pointers to a plane's first token, and to the first token of its resampled gradient."""
     before = first * 4 if RESAMPLE > 0 else first // 4 if RESAMPLE < 0 else first
     return x + b * batch_stride + first.to(tl.int64) * stride, (
         grad + b * grad_batch_stride + before.to(tl.int64) * grad_stride
@@ -117,13 +119,13 @@ def _of_plane(x, grad, b, first, batch_stride, stride, grad_batch_stride, grad_s
 @triton.jit
 def _load_statistics(mean, rstd, b, plane, group, PLANES: tl.constexpr, GROUPS: tl.constexpr):
     at = (b * (len(PLANES) // 2) + plane) * GROUPS + group
-    mean = tl.load(mean + at, mask=group < GROUPS, other=0.0)
-    return mean, tl.load(rstd + at, mask=group < GROUPS, other=0.0)
+    m = tl.load(mean + at, mask=group < GROUPS, other=0.0)
+    return m, tl.load(rstd + at, mask=group < GROUPS, other=0.0)
 
 
 @triton.jit
 def _store_sums(sums, b, chunk, chunks, level, tilt, channel, inside, CHANNELS: tl.constexpr):
-    """Sums over tokens of dz (level) and of dz n (tilt), each (G, W), into sums (2, B, chunks, C)."""
+    """Writes sums over tokens of dz (level) and dz n (tilt), each (G, W), to sums (2, B, chunks, C)."""
     at = sums + (b * chunks + chunk) * CHANNELS + channel
     tl.store(at, level, mask=inside)
     tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * CHANNELS, tilt, mask=inside)
@@ -136,7 +138,8 @@ def plane_norm_backward_sums(
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     RESAMPLE: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Of chunks of TILES tiles: sums (2, B, chunks, C) of dz and dz n; group_sums (2, B, chunks, G), times gain."""
+    """Per chunk of TILES tiles: sums (2, B, chunks, C) of dz and dz n, and group_sums (2, B, chunks, G) of gain times
+    these."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     plane, first, rows, columns, start = chunk_of(chunk, PLANES, TILES * BLOCK_N)
     group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
@@ -148,8 +151,9 @@ def plane_norm_backward_sums(
         token = ((chunk - start) * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < rows * columns)[:, None, None] & inside[None, :, :]
         n, dz = _normed_and_gradient(
-            x_plane, grad_plane, stride, grad_stride, m, r, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
-        )
+            x_plane, grad_plane, stride, grad_stride, m, r, gain, rest, token, columns, channel, mask,
+            ACTIVATION, RESAMPLE,
+        )  # fmt: skip
         level += tl.sum(dz, 0)
         tilt += sum_of_products(dz, n, 0)
     _store_sums(sums, b, chunk, chunks, level, tilt, channel, inside, GROUPS * WIDTH)
@@ -180,9 +184,9 @@ def plane_norm_backward_dx(
     ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr, SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Writes one tile of dx. Where group_sums is None the tile is a whole plane, whose sums it writes too.
+    """Writes one tile of dx. If group_sums is None, the tile is a whole plane, and its sums are written too.
 
-    chunks, SIZE, OWN: of group_sums: chunks in all, tokens of one, and of one plane at most (padded).
+    chunks, SIZE, OWN describe group_sums: number of chunks in all, tokens per chunk, most chunks of a plane (padded).
     """
     b = tl.program_id(2).to(tl.int64)
     plane, first, rows, columns, start = chunk_of(tl.program_id(0), PLANES, BLOCK_N)
@@ -212,7 +216,7 @@ def plane_norm_backward_parameters(
     sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Adds sums (2, B, chunks, C) over chunks and, for w and shift, over the batch, always in the same order."""
+    """Adds sums (2, B, chunks, C) over chunks and, for weight and bias, over the batch. Always in the same order."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
     w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
@@ -255,7 +259,7 @@ def backward(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, and of scale_shift (empty where there is none). Two launches, or three."""
+    """Gradients of x, weight, bias and scale_shift (empty if there is none). Two or three launches."""
     batch, _, channels = x.shape
     dx, dweight, dbias = x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     dscale_shift = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)

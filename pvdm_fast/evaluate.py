@@ -1,4 +1,4 @@
-"""``python -m pvdm_fast.evaluate RUN``: how well a trained run reconstructs and generates, with its protocol."""
+"""``python -m pvdm_fast.evaluate RUN``: how well a trained run reconstructs and generates, and by which protocol."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Request:
-    """Read the command line; data and stride come from the run where they aren't given.
+    """Read the command line. Data and stride default to the run's.
 
     Raises:
         UserError: an unknown option, a value out of range, or a run that doesn't say what it was trained on.
@@ -98,7 +98,7 @@ def run_evaluation(arguments: Sequence[str] | None = None) -> None:
     from pvdm_fast.evaluation.session import evaluate
 
     results, folder = evaluate(request)
-    if results is None:  # another process writes and speaks
+    if results is None:  # another process writes and prints
         return
     rows = score_rows(results)
     width = max(len(name) for name, _, _ in rows)

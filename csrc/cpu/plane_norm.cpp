@@ -84,7 +84,7 @@ void write_chunk(const T* x, int64_t stride, const Affine& affine, T* y, int64_t
     for (int64_t c = 0; c < channels; c += lanes) {
       const int count = count_at(c, channels);
       if (resample == 0) {
-        store(y + n * channels + c, affine.template at<T, activation>(x + n * stride, c, count), count);
+        store_n(y + n * channels + c, affine.template at<T, activation>(x + n * stride, c, count), count);
       } else if (resample > 0) {
         const Vec value = affine.template at<T, activation>(x + n * stride, c, count);
         for (int64_t k = 0; k < 4; k++)

@@ -1,4 +1,4 @@
-"""`add_layer_norm` on the CPU: every row is read from memory once in each direction, in C++."""
+"""`add_layer_norm` on the CPU, in C++: each direction reads every row from memory once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pvdm_fast.backends.rows import parameter
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual: (..., C) -> their sum (empty without a residual) and its norm in the residual's dtype, else that of
-    x; per row mean and 1 / std, float32."""
+    """x, residual: (..., C) -> their sum (empty without a residual), and its norm in the residual's dtype, or x's
+    without one. Per row also mean and 1 / std, float32."""
     like = x if residual is None else residual
     normed = like.new_empty(x.shape)
     total = x.new_empty(0) if residual is None else like.new_empty(x.shape)
@@ -37,7 +37,7 @@ def forward(
 def backward(
     grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum (so of x and residual alike), weight and bias."""
+    """Gradients of the sum (the same for x and residual), weight and bias."""
     dx = total.new_empty(total.shape)
     dweight, dbias = (torch.empty(total.shape[-1], dtype=torch.float32) for _ in range(2))
     tensors = (

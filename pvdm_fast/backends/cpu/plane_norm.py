@@ -1,4 +1,4 @@
-"""`plane_norm` on the CPU: two passes over memory in each direction, all in C++."""
+"""`plane_norm` on the CPU, in C++: two passes over memory in each direction."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def backward(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, and of scale_shift (empty where there is none)."""
+    """Gradients of x, weight, bias and scale_shift (empty if there is none)."""
     dx = x.new_empty(x.shape)
     dweight, dbias = (torch.empty(x.shape[2], dtype=torch.float32) for _ in range(2))
     dscale_shift = None if scale_shift is None else torch.empty(scale_shift.shape, dtype=torch.float32)
