@@ -1,4 +1,5 @@
-"""`python -m benchmarks.report`: alternating runs of ours and its rivals, stored as rows, shown as tables and plots."""
+"""`python -m benchmarks.report`: alternating runs of ours and its baselines, stored as rows, shown as tables and
+plots."""
 
 from __future__ import annotations
 
@@ -43,16 +44,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def matching(pattern: str) -> list[Case]:
-    """Cases whose name contains the pattern or matches it as a file name pattern."""
+    """Cases whose name contains the pattern, or matches it as a file name pattern."""
     return [case for name, case in all_cases().items() if pattern in name or fnmatch.fnmatch(name, pattern)]
 
 
 def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> list[rows.Row]:
-    """The rows of a case; a case that disagrees or doesn't fit says so and gives none."""
+    """The rows of a case. If a case disagrees or doesn't fit in memory, prints that and gives none."""
     wanted = [d for d in case.directions if options.direction in (None, d)]
     if not wanted:
         return []
-    case = replace(case, directions=tuple(wanted))  # nothing else is checked, or weighed
+    case = replace(case, directions=tuple(wanted))  # nothing else is checked or measured
     try:
         ready = get_ready(case, setting)
     except (Disagreement, DoesNotFit) as reason:
@@ -70,7 +71,7 @@ def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> l
 
 
 def run(options: argparse.Namespace) -> list[rows.Row]:
-    """Measure what is asked for, storing each row as soon as it is there."""
+    """Measure what is asked for, and store each row as soon as it exists."""
     size = "base" if options.full else "small"
     dtypes = [dtype for dtype in DTYPES if options.dtype in (None, rows.SHORT[dtype])]
     found = []
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> list[rows.Row]:
 
 
 def draw(device: str) -> list[Path]:
-    """Every figure that this machine's stored rows allow."""
+    """Draw every figure that this machine's stored rows allow."""
     stored = rows.newest(rows.read(rows.path(device)))
     drawn = []
     for size in SIZES:
@@ -121,7 +122,8 @@ def description(stored: Sequence[rows.Row]) -> str:
 
 
 def sections(machines: Sequence[list[rows.Row]]) -> dict[str, str]:
-    """Generated text by marker, from the rows of each machine: a table for each size and machine, and the machines."""
+    """Generated text by marker, from the rows of each machine: one table per size and machine, and the list of
+    machines."""
     texts = {"machine": "\n".join(description(stored) for stored in machines)}
     for size in SIZES:
         tables = []
@@ -134,7 +136,7 @@ def sections(machines: Sequence[list[rows.Row]]) -> dict[str, str]:
 
 
 def memory_table() -> str:
-    """Full-size training passes of one clip, weighed by running shapes alone."""
+    """Full-size training passes of one clip: memory found by running shapes only."""
     lines = [
         "| network | computed by | saved for backward | alive at once, weights included |",
         "| --- | --- | --- | --- |",
@@ -147,10 +149,10 @@ def memory_table() -> str:
 
 
 def write_between(document: str, marker: str, text: str) -> str:
-    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`.
+    """Replace the text between `<!-- marker -->` and `<!-- /marker -->`.
 
     Raises:
-        ValueError: the document lacks the markers.
+        ValueError: the document doesn't have the markers.
     """
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if start not in document or end not in document:

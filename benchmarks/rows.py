@@ -31,13 +31,13 @@ def make_row(
     weights: Mapping[str, Weight],
     left_out: Sequence[str] = (),
 ) -> Row:
-    """Everything known of one measurement; seconds are medians with quartiles, ratios are rival / ours by round.
+    """Everything known about one measurement. Seconds are medians with quartiles, ratios are baseline / ours by round.
 
-    "busy" tells how many cores other programs kept busy just after it.
+    "busy" is how many cores other programs kept busy just after it.
 
     Args:
-        errors: of each runner against the truth. served: the backend that really ran, by operation.
-        weights: memory by runner, for directions that save something. left_out: why runners are missing.
+        errors: of each runner against the truth. served: the backend that really ran, by operation. weights: memory by
+            runner, for directions that save something. left_out: why runners are missing.
     """
     needed = prepared.work(direction)
     floor = floors.floor(needed, setting.dtype, setting.device)
@@ -89,7 +89,7 @@ def scaling_path(device: str) -> Path:
 
 
 def all_paths() -> list[Path]:
-    """The files of every machine's rows, but those of scaling."""
+    """The files of every machine's rows, except those of scaling."""
     return sorted(path for path in RESULTS.glob("*.jsonl") if not path.name.endswith(".scaling.jsonl"))
 
 
@@ -112,7 +112,7 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each measurement, in the order in which the measurements first came."""
+    """The last row of each measurement, in the order in which measurements first appeared."""
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
         found[key(row)] = row
@@ -136,7 +136,7 @@ COLUMNS = (
 
 
 def cells(row: Row) -> list[str]:
-    """One line of a table; "-" where there is no such thing, or where it did not fit in memory."""
+    """One line of a table. "-" means that it doesn't exist or didn't fit in memory."""
 
     def ratio(name: str) -> str:
         return f"{row['ratio'][name][1]:.2f}x" if name in row["ratio"] else "-"
@@ -172,7 +172,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def aligned(rows: Sequence[Row]) -> str:
-    """The table for a terminal; cases that lost against eager are marked."""
+    """The table for a terminal. Cases that are slower than eager are marked."""
     lines = [["", *COLUMNS]]
     for row in rows:
         lost = row["ratio"].get("eager", [1, 1, 1])[1] < 1
