@@ -1,5 +1,4 @@
-"""`python -m benchmarks.report`: alternating runs of ours and its baselines, stored as rows, shown as tables and
-plots."""
+"""`python -m benchmarks.report`: alternating runs of ours and its baselines, as stored rows, tables and plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: on its tensors' device, with blocks and warps from a table. Also how to watch launches."""
+"""How a Triton kernel is launched: on its tensors' device, with blocks and warps from a table. Or watched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A time limit for every file that is read, and a note of it that outlives the process: for decoders that hang or crash.
+"""A time limit for every file that is read, and a note that outlives the process: for decoders that hang or crash.
 
 A decoder may never return, because a file system doesn't answer, or because a file was made to keep it busy. In a data
 worker SIGALRM then ends the process, whatever it is doing. The loader finds the file in the note and goes on without
