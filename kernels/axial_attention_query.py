@@ -134,7 +134,7 @@ def shape_class(width: int) -> str:
 
 
 def forward(query: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """query: (B, sites, 1, heads, d), qkv: (B, sites, L, 2, heads, d). Writes out, like query, and one lse per query."""
+    """query: (B, sites, 1, heads, d), qkv: (B, sites, L, 2, heads, d). Writes out (like query), one lse per query."""
     batch, sites, length, _, heads, width = qkv.shape
     config = FORWARD(qkv.device, shape_class(width), qkv.dtype)
     k, v = qkv.unbind(3)
