@@ -35,7 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--direction", choices=["forward", "backward", "both"], help="only this direction")
     parser.add_argument("--rounds", type=int, help="alternating rounds; by default what the budget allows; 0: no runs")
     parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds of rounds a measurement")
-    parser.add_argument("--compiled", action="store_true", help="add torch.compile of the baseline (takes minutes)")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="add torch.compile of the eager computation; by default for operations, where it takes 2 to 6 seconds "
+        "(blocks: half a minute, networks: minutes)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     parser.add_argument("--no-store", action="store_true", help="show only: write no rows, peaks or plots")
     parser.add_argument("--write-docs", action="store_true", help="write the tables of every machine to docs/results/")
@@ -45,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
 def matching(pattern: str) -> list[Case]:
     """Cases whose name contains the pattern, or matches it as a file name pattern."""
     return [case for name, case in all_cases().items() if pattern in name or fnmatch.fnmatch(name, pattern)]
+
+
+def compiles(case: Case, options: argparse.Namespace) -> bool:
+    """Whether torch.compile of the eager computation is measured too."""
+    return case.kind == "operation" if options.compiled is None else bool(options.compiled)
 
 
 def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> list[rows.Row]:
@@ -79,7 +89,7 @@ def run(options: argparse.Namespace) -> list[rows.Row]:
             floors.load_peaks(rows.peaks_path(device))
         for case in matching(options.only):
             for dtype in dtypes:
-                for row in measure_case(case, Setting(size, dtype, device, options.compiled), options):
+                for row in measure_case(case, Setting(size, dtype, device, compiles(case, options)), options):
                     found.append(row)
                     if not options.no_store:
                         rows.append(row, rows.path(device))

@@ -130,8 +130,8 @@ def mebibytes(size: int) -> str:
 
 
 COLUMNS = (
-    "case", "direction", "dtype", "shape", "ours ms", "eager ms", "ratio", "spread", "vs SDPA", "vs fp32 eager",
-    "floor", "bound by", "saved ours", "saved eager", "backend",
+    "case", "direction", "dtype", "shape", "ours ms", "eager ms", "ratio", "spread", "vs SDPA", "vs compiled",
+    "vs fp32 eager", "floor", "bound by", "saved ours", "saved eager", "backend",
 )  # fmt: skip
 
 
@@ -157,6 +157,7 @@ def cells(row: Row) -> list[str]:
         ratio("eager"),
         spread,
         ratio("sdpa"),
+        ratio("compiled"),
         ratio("eager fp32"),
         f"{100 * row['floor']['share']:.0f} %",
         row["floor"]["bound"],

@@ -44,6 +44,8 @@ def table(name: str, sixteen: dict[tuple[str, str], Sizes], float32: dict[tuple[
 
 # How many segments one launch takes: three, the planes of a triplane. Their bounds are integers of the launch, not a
 # table in memory. So nothing is sent to the device, and no program waits for a load to find its place.
+# They aren't one tuple, because Triton 3.6 to 3.9 compile tuple elements of 1, or divisible by 16, into the kernel even
+# with do_not_specialize.
 SEGMENTS = 3
 BOUNDS = ["start", "end0", "end1", "end2"]  # change with every layout, so they are never compiled into a kernel
 
