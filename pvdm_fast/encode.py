@@ -42,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
         return {"type": kind, "metavar": "N"}
 
     default = "(default: %(default)s)"
-    parser.add_argument("data", metavar="DATA", help="what --data of training takes")
+    parser.add_argument("data", metavar="DATA", help="videos, as for --data of training")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the latents")
-    parser.add_argument("--autoencoder", type=Path, required=True, metavar="RUN", help="its run, or its folder")
+    parser.add_argument("--autoencoder", type=Path, required=True, metavar="RUN", help="its run, or its own folder")
     parser.add_argument(
         "--clips", **number(numbers.VIDEOS), help="clips to encode (default: an epoch, one of each video)"
     )
@@ -55,8 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--windows",
         default=2,
         **number(numbers.CLIP_FRAMES),
-        help="windows of T frames encoded of each clip's 2T, evenly from the first to the last; T + 1 are all that "
-        f"training draws from {default}",
+        help="how many windows of T frames to encode of each clip's 2T, spread evenly; training draws from T + 1 "
+        f"{default}",
     )
     parser.add_argument(
         "--stride", default=1, **number(numbers.STRIDE), help=f"take every n-th frame of a video {default}"
@@ -64,12 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", default=0, **number(numbers.SEED), help=f"seed of the clips {default}")
     parser.add_argument("--flip", action="store_true", help="mirror half of the training clips")
     parser.add_argument("--batch-size", default=8, **number(numbers.BATCH), help=f"clips encoded at once {default}")
-    parser.add_argument("--shard-clips", default=512, **number(numbers.VIDEOS), help=f"clips in a file {default}")
+    parser.add_argument("--shard-clips", default=512, **number(numbers.VIDEOS), help=f"clips per file {default}")
     parser.add_argument(
         "--container",
         default="safetensors",
         metavar="{safetensors,tar}",
-        help=f"tar writes webdataset shards, a sample for each clip {default}",
+        help=f"tar writes webdataset shards with one sample per clip {default}",
     )
     parser.add_argument(
         "--workers", default=2, **number(numbers.WORKERS), help=f"processes that read clips ahead {default}"
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=READ_TIMEOUT,
         type=numbers.SECONDS,
         metavar="X",
-        help=f"seconds after which a file that cannot be read is left out {default}",
+        help=f"seconds that reading a file may take; slower ones are skipped {default}",
     )
     parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     return parser

@@ -218,7 +218,7 @@ class FolderClips(PixelClips):
                 return window, read_frames(source, index, window.indices, each)
             except IndexMismatch:
                 continue
-        raise UnusableVideo("delivers other frames each time it is decoded")
+        raise UnusableVideo("gives different frames each time it is decoded")
 
 
 class ShardClips(FolderClips):

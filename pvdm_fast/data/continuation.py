@@ -53,7 +53,7 @@ def _last_frames(path: Path, frames: int, stride: int) -> list[np.ndarray]:
             return read_frames(path, index, _last(index.frames, frames, stride), lambda frame: frame)
         except IndexMismatch:
             continue
-    raise UnreadableVideo("it delivers other frames each time it is decoded")
+    raise UnreadableVideo("it gives different frames each time it is decoded")
 
 
 def _last(total: int, frames: int, stride: int) -> range:

@@ -97,7 +97,7 @@ class Patience:
             self.since, self.state = time.monotonic(), state
         elif time.monotonic() - self.since > LOST_SECONDS:
             raise DataError(
-                f"no batch of clips came for {LOST_SECONDS:g} s, while no data worker had a file in hand "
+                f"no batch of clips came for {LOST_SECONDS:g} s, while no data worker was reading a file "
                 f"({_free()}): {REMEDY}"
             )
 

@@ -62,7 +62,7 @@ def list_shards(source: str | Path) -> list[Path] | None:
     """
     text, path = str(source), Path(source)
     if text.endswith(".tar") and re.match(r"(\w+://|pipe:)", text):
-        raise DataError(f"{text}: shards are read from any place, which streams don't allow; mount the bucket, or copy")
+        raise DataError(f"{text}: shards must be files, because any part may be read next: mount the bucket, or copy")
     if text.endswith(".tar") and _BRACES.search(text):
         library()
         from braceexpand import braceexpand

@@ -59,7 +59,7 @@ def open_video(path: str | Path, fps: float = 8) -> Iterator[Write]:
 
 def _check_frames(frames: np.ndarray) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"expected uint8 frames (T, H, W, 3), none of them 0, got {frames.dtype} {frames.shape}")
+        raise ValueError(f"expected uint8 frames (T, H, W, 3), no size 0, got {frames.dtype} {frames.shape}")
 
 
 @contextmanager

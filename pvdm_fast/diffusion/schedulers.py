@@ -89,7 +89,7 @@ class ReleaseDDIMScheduler(_ReleaseLevels, DDIMScheduler):
             return self._next_time[int(timestep)]
         except KeyError:
             raise UserError(
-                f"{int(timestep)} is none of this scheduler's times: take them from its timesteps"
+                f"{int(timestep)} isn't one of this scheduler's times: take them from its timesteps"
             ) from None
 
     def step(

@@ -50,8 +50,8 @@ class FeatureNetwork:
             raise UserError(f"the feature network {path} cannot be read: {error}") from error
         if self.sha256 != expected.lower():
             raise UserError(
-                f"the sha256 of {path} is {self.sha256}, not {expected}: it is another file, or was cut off in "
-                "fetching, and is not opened; fetch it again, or give the hash that its source publishes"
+                f"the sha256 of {path} is {self.sha256}, not {expected}: it is another file, or an incomplete "
+                "download, and is not opened; download it again, or give the hash that its source publishes"
             )
         try:
             with file_clock(path):

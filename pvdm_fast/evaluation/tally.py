@@ -53,7 +53,7 @@ class Tally:
                 self.unreadable = parse_json((file.metadata() or {})["unreadable"])
             done = tensors.pop("done").bool()
             if not isinstance(self.unreadable, dict):
-                raise ValueError("its list of unreadable files is none")
+                raise ValueError("its list of unreadable files is invalid")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"the statistics {self.path} cannot be read ({error}): {advice}") from error
         if done.shape != self.done.shape:

@@ -99,7 +99,7 @@ def test_the_scheduler_alone() -> None:
     scheduler = make_scheduler("ddim")
     scheduler.set_timesteps(10)
     latent = torch.zeros(1, 2)
-    with pytest.raises(UserError, match="5 is none of this scheduler's times"):
+    with pytest.raises(UserError, match="5 isn't one of this scheduler's times"):
         scheduler.step(latent, 5, latent)
     with pytest.raises(UserError, match="eta must be"):
         scheduler.step(latent, int(scheduler.timesteps[0]), latent, eta=NAN)
