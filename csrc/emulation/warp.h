@@ -182,7 +182,7 @@ inline void finish(std::vector<Copy>& group) {
   }
 }
 
-// The destination is NaN until the thread waits for the copy. A read that is too early can't see the data.
+// The destination is NaN until the thread waits for the copy. A read that is too early sees neither old nor new data.
 inline void copy_async(void* to, const void* from, bool valid) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(valid ? from : nullptr)) % 16)
     fail("cp.async of 16 bytes at an address that is not a multiple of 16");

@@ -37,8 +37,8 @@ class Item(TypedDict):
     """One clip: pixels, where it comes from, its class, and files that were skipped.
 
     ``video`` is float32 (3, frames, height, width) in [-1, 1], or uint8 pixels from `ClipDataset.read`. Of cached
-    latents it is float32 (windows, D, N), see `LatentClips`. Then come file and start frame, the name of the class if
-    there is one, and skipped files with reasons.
+    latents it is float32 (windows, D, N), see `LatentClips`. ``name`` holds file and start frame, ``label`` the name of
+    its class, and ``skipped`` the files that were skipped, with reasons.
     """
 
     video: torch.Tensor
