@@ -230,12 +230,14 @@ def rounds_for(round_seconds: float, budget: float, least: int = 3, most: int = 
 def alternate(
     runners: Mapping[str, Runner], direction: str, device: str, *, budget: float = 1.0, rounds: int | None = None
 ) -> Timings:
-    """Time the runners in turn, many times, after one uncounted round.
+    """Time the runners in turn, many times, after uncounted rounds.
 
     Each round starts with a different runner, so that none always inherits the same predecessor's caches.
     """
-    warm = sum(seconds(runner, direction, device) for runner in runners.values())
-    rounds = rounds or rounds_for(warm, budget)
+    for runner in runners.values():  # the first call in a direction may compile, so it says nothing about a round
+        seconds(runner, direction, device)
+    if rounds is None:
+        rounds = rounds_for(sum(seconds(runner, direction, device) for runner in runners.values()), budget)
     names = list(runners)
     found: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
