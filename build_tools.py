@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-# Code for x.0 also runs on x.1 to x.9 (8.0 on 8.6 and 8.9); what is newer than all compiles the PTX on first use.
+# Code for x.0 also runs on x.1 to x.9 (8.0 on 8.6 and 8.9). GPUs newer than all of these compile the PTX on first use.
 CUDA_TARGETS = ("8.0", "9.0", "10.0", "12.0+PTX")
 USUAL_TOOLKIT = Path("/usr/local/cuda")
-CUDA_MINIMUM = (12, 8)  # the first toolkit that knows 10.0 and 12.0
+CUDA_MINIMUM = (12, 8)  # the first toolkit that supports 10.0 and 12.0
 ARCH_NAMES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0+PTX"}
 
-# One object of every csrc/cpu/*.cpp for each of these; the choice between them is made at run time.
+# Every csrc/cpu/*.cpp is compiled once for each of these. The choice between them is made at run time.
 AVX512 = (
-    # GCC 12 warns of its own intrinsics' headers.
+    # GCC 12 warns about the headers of its own intrinsics.
     "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 -Wno-maybe-uninitialized"
 )
 X86_ISAS = {
@@ -33,12 +33,13 @@ X86_ISAS = {
     "avx512bf16": f"{AVX512} -mavx512bf16",
     "amx": f"{AVX512} -mavx512bf16",  # the tile instructions are in assembly
 }
-TILE_SOURCES = ("attention_forward", "attention_backward")  # what amx is compiled for; avx512bf16 lends it the rest
+TILE_SOURCES = ("attention_forward", "attention_backward")  # files that amx is compiled for; avx512bf16 serves the rest
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 
 
 class Unbuildable(Exception):
-    """An extension that can't be built here; the message is the one line shown and kept in the build facts."""
+    """An extension that can't be built here. The message is the one line that is shown and stored in the build
+    facts."""
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Extension:
 
 
 def compiler() -> str:
-    """The C++ compiler: CXX, else g++, else c++ or clang++.
+    """The C++ compiler: CXX, otherwise g++, c++ or clang++, in this order.
 
     Raises:
         Unbuildable: there is none.
@@ -68,7 +69,7 @@ def compiler() -> str:
 
 
 def assembles(instruction: str) -> bool:
-    """Whether the compiler's assembler knows an instruction."""
+    """Whether the compiler's assembler supports an instruction."""
     with tempfile.TemporaryDirectory() as folder:
         command = [*shlex.split(compiler()), "-x", "c++", "-c", "-", "-o", str(Path(folder) / "probe.o")]
         probe = f'void probe() {{ asm("{instruction}"); }}'
@@ -78,7 +79,7 @@ def assembles(instruction: str) -> bool:
 def isa_flags() -> dict[str, str]:
     """Instruction sets to build for on this machine's architecture, with their compiler flags.
 
-    Without amx where the assembler is older than it (GNU's: before 2.36, as Debian 11's).
+    Without amx if the assembler is too old for it (GNU before 2.36, such as Debian 11's).
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {"plain": ""}
@@ -97,7 +98,7 @@ def isa_defines(isas: Sequence[str]) -> str:
 
 
 def abi() -> int:
-    """The number of the bindings' arguments, which is written in pvdm_fast/backends/extensions.py only."""
+    """The version number of the bindings' arguments. Only pvdm_fast/backends/extensions.py states it."""
     source = (ROOT / "pvdm_fast" / "backends" / "extensions.py").read_text()
     found = re.search(r"^ABI = (\d+)", source, re.MULTILINE)
     assert found, "pvdm_fast/backends/extensions.py names no ABI"
@@ -105,7 +106,7 @@ def abi() -> int:
 
 
 def first_line(command: list[str], pattern: str = ".*") -> str:
-    """The first match of `pattern` in what a command prints; "" where there is none."""
+    """The first match of `pattern` in a command's output, or ""."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     match = re.search(pattern, result.stdout)
     return match.group(0) if match else ""
@@ -115,7 +116,7 @@ def parse_arch_list(text: str) -> tuple[list[str], list[str]]:
     """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX", separators ";", "," or blanks) -> compute targets, PTX targets.
 
     Raises:
-        Unbuildable: an entry is no architecture that these kernels can be built for.
+        Unbuildable: these kernels can't be built for an entry.
     """
     for name, value in ARCH_NAMES.items():
         text = re.sub(rf"\b{name}\b", value, text)
@@ -144,7 +145,7 @@ def arch_flags(targets: list[str], ptx: list[str]) -> str:
 
 
 def check_targets(nvcc: str, targets: list[str]) -> None:
-    """Raise Unbuildable where a compiler doesn't know a target."""
+    """Raise Unbuildable if a compiler doesn't support a target."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
     known = [code.removeprefix("sm_") for code in listed if code.startswith("sm_")]
     if unknown := [target for target in targets if known and target not in known]:
@@ -164,11 +165,12 @@ class Toolkit:
 
 
 def find_toolkit() -> Toolkit:
-    """The CUDA toolkit: CUDA_HOME, else the one that nvcc on PATH belongs to (found in /usr/local/cuda, else by asking
-    nvcc itself, which may be a wrapper elsewhere), else /usr/local/cuda.
+    """The CUDA toolkit: CUDA_HOME, otherwise that of nvcc on PATH, otherwise /usr/local/cuda.
+
+    nvcc on PATH may be a wrapper elsewhere. So if it isn't in /usr/local/cuda, nvcc itself is asked.
 
     Raises:
-        Unbuildable: no nvcc, or one too old, or one that doesn't run.
+        Unbuildable: nvcc is missing, too old, or doesn't run.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     usual = USUAL_TOOLKIT
@@ -204,10 +206,10 @@ def _root_from_dryrun(nvcc: str) -> Path:
 
 
 def cpu_extension(output: Path, python_flags: str, isas: dict[str, str] | None = None) -> Extension:
-    """pvdm_fast._cpu: the border and run time once, each operation once for every instruction set.
+    """pvdm_fast._cpu: bindings and runtime are compiled once, each operation once per instruction set.
 
     Args:
-        isas: instruction sets and their flags; None: all of this machine's architecture.
+        isas: instruction sets and their flags. None: all of this machine's architecture.
     """
     link = f"{compiler()} -shared -fopenmp -Wl,--gc-sections"
     ext = Extension("_cpu", output, link)
@@ -227,7 +229,7 @@ def cpu_extension(output: Path, python_flags: str, isas: dict[str, str] | None =
 
 
 def cuda_extension(output: Path, python_flags: str, toolkit: Toolkit, architectures: str) -> Extension:
-    """pvdm_fast._cuda: every csrc/cuda/*.cu for all targets; the CUDA run time is linked statically."""
+    """pvdm_fast._cuda: every csrc/cuda/*.cu for all targets. The CUDA runtime is linked statically."""
     compiler()
     link = f"{shlex.quote(toolkit.nvcc)} -shared -cudart static {architectures}"
     ext = Extension("_cuda", output, link)
@@ -268,7 +270,7 @@ def ninja_file(ext: Extension, nvcc: str = "nvcc") -> str:
 
 
 def run_ninja(ext: Extension, folder: Path, nvcc: str = "nvcc") -> None:
-    """Build an extension; objects stay in `folder`, so that the next build only does what changed.
+    """Build an extension. Objects stay in `folder`, so the next build compiles only what changed.
 
     Raises:
         Unbuildable: a compiler failed; its output is printed.

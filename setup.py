@@ -1,6 +1,6 @@
-"""Builds pvdm_fast._cpu with the C++ compiler and pvdm_fast._cuda where nvcc is found.
+"""Builds pvdm_fast._cpu with the C++ compiler, and pvdm_fast._cuda if nvcc is found.
 
-What can't be built is left out, the installation goes on, and one line says what and why; the same facts are stored in
+Both extensions are optional. If one can't be built, installation continues, and one line says why. The same facts go to
 pvdm_fast/_build_info.json, which `python -m pvdm_fast.info` shows. Set PVDM_FAST_BUILD_CUDA=0 to leave out CUDA.
 Everything else is in pyproject.toml.
 """
@@ -50,7 +50,7 @@ def build_cuda(output: Path, folder: Path) -> dict[str, Any]:
 
 
 class BuildNative(build_ext):
-    """Hands both extensions to ninja; what fails is recorded, not raised."""
+    """Gives both extensions to ninja. A failure is recorded, not raised."""
 
     builders = {"pvdm_fast._cpu": build_cpu, "pvdm_fast._cuda": build_cuda}  # noqa: RUF012
 

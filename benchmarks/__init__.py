@@ -1,1 +1,1 @@
-"""What this package is measured against, the cases, and the commands that measure and report."""
+"""Baselines, cases, and the commands that measure and report."""

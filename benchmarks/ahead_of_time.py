@@ -1,7 +1,7 @@
-"""Triton kernels compiled as the networks launch them, for GPUs that need not be here, and what came out of it.
+"""Compiles Triton kernels as the networks launch them, for GPUs that needn't be here, and reads the result.
 
-Launchers run on the meta device with their launches watched; each launch goes through Triton's own specialisation and
-compiler, behind a driver that only names a target. Needs a process without TRITON_INTERPRET.
+Launchers run on the meta device, and their launches are watched. Each launch goes through Triton's own specialisation
+and compiler, with a driver that only names a target. Needs a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """One compiled kernel. Registers are a thread's, spilled counts instructions (CUDA) or registers (AMD), shared is
-    in bytes, loads are those from global memory."""
+    """One compiled kernel.
+
+    Registers are per thread. spilled counts instructions (CUDA) or registers (AMD). shared is in bytes. loads are those
+    from global memory.
+    """
 
     kernel: str
     architecture: str
@@ -58,7 +61,7 @@ class Resources:
 
 
 class NamedTarget:
-    """Stands in for a GPU's driver: enough to compile, nothing to launch."""
+    """Stands in for a GPU's driver: it can compile, but not launch."""
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture
@@ -67,7 +70,7 @@ class NamedTarget:
         return TARGETS[self.architecture]
 
     def get_current_device(self) -> str:
-        return self.architecture  # under which Triton keeps what it compiled
+        return self.architecture  # Triton caches compiled code under this key
 
     def get_current_stream(self, device: str | None = None) -> int:
         return 0
@@ -79,7 +82,7 @@ class NamedTarget:
 def compile_launch(
     architecture: str, kernel: Any, grid: tuple[int, ...], arguments: Iterable[Any], config: Config, **constants: Any
 ) -> Any:
-    """The compiled kernel of one launch, specialised as on the device; tensors may be on the meta device."""
+    """The compiled kernel of one launch, specialised as on the device. Tensors may be on the meta device."""
     driver.set_active(NamedTarget(architecture))
     return kernel.run(*arguments, grid=grid, warmup=True, **options(config, constants))
 
@@ -89,7 +92,7 @@ def name_of(kernel: Any) -> str:
 
 
 def dtype_of(arguments: Iterable[Any]) -> str:
-    """The dtype that a launch computes for: its narrowest tensor's, the first among equals."""
+    """The dtype that a launch computes for: that of its narrowest tensor, the first of equally narrow ones."""
     tensors = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
     return str(min(tensors, key=lambda t: t.element_size()).dtype).removeprefix("torch.")
 
@@ -100,7 +103,7 @@ def run_on_meta(calls: Iterable[Call]) -> None:
 
 
 def serving_entries(architecture: str, calls: Iterable[Call]) -> set[tuple[str, Key]]:
-    """The tables' entries that serve `calls` on `architecture`: (table, key of the entry)."""
+    """The table entries that `calls` use on `architecture`: (table, key of the entry)."""
     with configs.assume(architecture), watch(lambda *launched: None):
         run_on_meta(calls)
         return {(name, table.entry_of(key)) for name, table in configs.TABLES.items() for key in table.asked}
@@ -119,13 +122,15 @@ def launches_of(architecture: str, calls: Iterable[Call]) -> list[Launch]:
 
 @cache
 def _entries(tables: int) -> frozenset[str]:
-    """Every configuration that a table has. There are more `tables` with every operation that is imported."""
+    """Every configuration in a table. The number of `tables` grows with every operation that is imported."""
     return frozenset(str(entry) for table in configs.TABLES.values() for entry in table.entries.values())
 
 
 def configuration_of(kernel: Any, config: Config) -> tuple[Any, ...]:
-    """What tells two configurations of a kernel apart. Blocks that no table has were made from the shapes: those of one
-    size are one configuration."""
+    """What distinguishes two configurations of a kernel.
+
+    Blocks that aren't in a table were made from the shapes. Those of one size count as one configuration.
+    """
     blocks = str(config.blocks) if str(config) in _entries(len(configs.TABLES)) else math.prod(config.blocks.values())
     return name_of(kernel), blocks, config.num_warps, config.num_stages
 
@@ -133,10 +138,10 @@ def configuration_of(kernel: Any, config: Config) -> tuple[Any, ...]:
 def compile_calls(
     architecture: str, calls: Iterable[Call], rest: Iterable[Call] = (), variants: bool = False
 ) -> list[Resources]:
-    """Every kernel that `calls` launch on `architecture`, for each configuration and set of dtypes once.
+    """Every kernel that `calls` launch on `architecture`, once per configuration and set of dtypes.
 
-    rest: further calls, of which only configurations are compiled that are not yet, for float32 and 16 bits apart.
-    variants: also those that differ in other constants, or in what divides their sizes.
+    rest: further calls. Of these, only new configurations are compiled, separately for float32 and 16 bits.
+    variants: also compile kernels that differ in other constants, or in the divisibility of their sizes.
     """
     seen: set[Any] = set()
     found: list[Resources] = []
@@ -148,7 +153,7 @@ def compile_calls(
             return
         seen.update((key, single))
         compiled = compile_launch(architecture, kernel, grid, arguments, config, **constants)
-        if id(compiled) not in seen:  # Triton hands out the same object for the same specialisation
+        if id(compiled) not in seen:  # Triton returns the same object for the same specialisation
             seen.add(id(compiled))
             made = resources(compiled, architecture, name_of(kernel), dtype_of(arguments), config)
             found.append(replace(made, narrow=is_narrow(made, config, constants)))
@@ -162,10 +167,10 @@ def compile_calls(
 
 
 def is_narrow(made: Resources, config: Config, constants: dict[str, Any]) -> bool:
-    """Whether shapes leave no room for 16-byte loads: in networks smaller than the full size.
+    """Whether shapes are too small for 16-byte loads, as in networks below full size.
 
-    Heads that are no multiple of 16 channels (Triton sees no alignment in their strides); tiles of `plane_norm` with
-    rows of less than 16 bytes, or less than 16 bytes a thread.
+    That is: heads that aren't a multiple of 16 channels (Triton sees no alignment in their strides), and tiles of
+    `plane_norm` with less than 16 bytes per row or per thread.
     """
     if "BLOCK_W" not in config.blocks:
         return constants.get("HEAD", 16) % 16 != 0
@@ -175,7 +180,7 @@ def is_narrow(made: Resources, config: Config, constants: dict[str, Any]) -> boo
 
 
 def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config: Config) -> Resources:
-    """Read what a compiled kernel takes from its machine code."""
+    """Read from a compiled kernel's machine code what the kernel uses."""
     products = [line for line in compiled.asm["ttir"].splitlines() if re.search(r"= tt\.dot\b", line)]
     counts: dict[str, Any] = (
         of_cuda(compiled.asm["cubin"]) if "cubin" in compiled.asm else of_amd(compiled.asm["amdgcn"])
@@ -195,7 +200,7 @@ def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config:
 
 
 def over_budget(found: Resources, narrow: Iterable[str] = ()) -> list[str]:
-    """What is wrong with a compiled kernel, in sentences; `narrow` are kernels that need no 16-byte loads."""
+    """What is wrong with a compiled kernel, in sentences. `narrow`: kernels that don't need 16-byte loads."""
     where = f"{found.kernel} for {found.architecture}, {found.dtype} ({found.config})"
     limit = configs.SHARED_MEMORY[found.architecture] * 1024
     most = 512 if found.architecture.startswith("gfx") else 255

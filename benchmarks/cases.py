@@ -1,4 +1,4 @@
-"""Everything that is measured, by name."""
+"""Every measured case, by name."""
 
 from __future__ import annotations
 

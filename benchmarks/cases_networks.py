@@ -1,4 +1,4 @@
-"""Cases of blocks and of whole networks, every runner on the same weights."""
+"""Cases of blocks and of whole networks. All runners have the same weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Call = Callable[..., Tensor | Sequence[Tensor]]
 def _lazy(
     make: Callable[[], nn.Module], call: Call, inputs: Sequence[Tensor], pack: Pack = only
 ) -> Callable[[], Network]:
-    """A network whose module is made, without weights, when it is asked for. Inputs and results are packed alike."""
+    """A network whose module is built on first use, without weights. All networks pack inputs and results alike."""
 
     def build() -> Network:
         with torch.device("meta"):
@@ -121,7 +121,7 @@ def timesformer_layer(setting: Setting) -> Prepared:
 
 @REGISTRY.add("block/projection to xy", "block")
 def projection(setting: Setting) -> Prepared:
-    """Sequences to element 0 of the last layer."""
+    """From sequences to element 0 of the last layer."""
     layout, channels = setting.lattice, setting.autoencoder["channels"]
     sites, length = layout.height * layout.width, layout.time + 1
     x = setting.draw(setting.clips, sites, length, channels)
@@ -151,7 +151,7 @@ def _clip_name(layout: TriplaneLayout, setting: Setting) -> str:
 
 @REGISTRY.add("denoiser", "network", ("forward", "both"))
 def denoiser(setting: Setting) -> Prepared:
-    """The predicted noise, conditional."""
+    """The predicted noise, with a condition."""
     config, layout = setting.denoiser, setting.layout
     shape = (setting.clips, config["latent_channels"], layout.num_tokens)
     latent, condition = setting.draw(*shape), setting.draw(*shape, seed=1)
@@ -173,7 +173,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _packed(build: Callable[[], Network], pack: Pack) -> Callable[[], Network]:
-    """The network with its inputs' gradients packed by `pack`."""
+    """The network, with its inputs' gradients packed by `pack`."""
 
     def rebuilt() -> Network:
         network = build()
@@ -184,12 +184,12 @@ def _packed(build: Callable[[], Network], pack: Pack) -> Callable[[], Network]:
 
 @REGISTRY.add("sampler step", "network", ("forward",))
 def sampler_step(setting: Setting) -> Prepared:
-    """One guided DDIM step: ours in one batched pass, the release's way in two calls."""
+    """One guided DDIM step. Ours is one batched pass, the release's way is two calls."""
     config, layout = setting.denoiser, setting.layout
     shape = (setting.clips, config["latent_channels"], layout.num_tokens)
     latent, condition = setting.draw(*shape), setting.draw(*shape, seed=1).tanh()
     noise = setting.draw(*shape, seed=2)
-    with unset_fake_temporarily():  # times and noise levels are numbers, also where shapes alone are run
+    with unset_fake_temporarily():  # times and noise levels need real numbers, even when only shapes run
         scheduler: Any = make_scheduler("ddim")
         scheduler.set_timesteps(50)
         time = int(scheduler.timesteps[25])
@@ -251,7 +251,7 @@ def decode(setting: Setting) -> Prepared:
 
 @REGISTRY.add("autoencoder", "network", ("both",))
 def autoencoder(setting: Setting) -> Prepared:
-    """A training step's pass: encode, decode, and back."""
+    """The pass of a training step: encode, decode, and back."""
     config = setting.autoencoder
     return _autoencoders(
         setting,

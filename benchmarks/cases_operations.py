@@ -1,7 +1,7 @@
 """Cases of single operations, at the sizes where the networks spend their time.
 
-Shapes, calls and FLOPs of ours are those of the package's registry (`pvdm_fast.analysis.cases`); here are the sizes,
-and the rivals.
+Our shapes, calls and FLOPs come from the package's registry (`pvdm_fast.analysis.cases`). Here are the sizes and the
+baselines.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _lattice_name(setting: Setting, layout: TriplaneLayout, channels: int) -> st
 
 
 def _segment_attention(setting: Setting, across: bool) -> Prepared:
-    """qkv: ours (B, N, 3, heads, d); eager channels first, one tensor across planes, three inside."""
+    """qkv: ours is (B, N, 3, heads, d). Eager has channels first, in one tensor for attention across planes, and
+    three inside."""
     layout, heads = setting.layout, setting.denoiser["num_heads"]
     channels = setting.denoiser["model_channels"]
     width = channels // heads
@@ -118,7 +119,7 @@ def axial_attention_space(setting: Setting) -> Prepared:
 
 @REGISTRY.add("axial_attention/single query", "operation")
 def axial_attention_query(setting: Setting) -> Prepared:
-    """The last layer of the projection to the xy plane: one query a sequence."""
+    """The last layer of the projection to the xy plane: one query per sequence."""
     layout, heads = setting.lattice, eager_autoencoder.PROJECTION_HEADS
     width = setting.autoencoder["channels"] // 8
     count, length = setting.clips * layout.height * layout.width, layout.time + 1
@@ -148,7 +149,7 @@ def axial_attention_query(setting: Setting) -> Prepared:
 
 @REGISTRY.add("axial_attention/projection", "operation")
 def axial_attention_projection(setting: Setting) -> Prepared:
-    """The sequences of the projection to the xy plane: T + 1 long, no rotation, all queries."""
+    """The sequences of the projection to the xy plane: T + 1 tokens, no rotation, all queries."""
     layout, heads = setting.lattice, eager_autoencoder.PROJECTION_HEADS
     width = setting.autoencoder["channels"] // 8
     count, length = setting.clips * layout.height * layout.width, layout.time + 1

@@ -3,11 +3,11 @@
 Computed, not measured: no GPU has run this. FLOPs, memory and checkpoints are those of `pvdm_fast.estimate` (preset
 base, bf16, one clip). The rules:
 
-- FLOPs a step = clips a step x FLOPs of one clip; diffusion encodes 1 + conditional probability windows of each.
-- steps = the preset's, or as many as see every clip `epochs` times, if that is more.
-- seconds a step on one GPU = FLOPs a step / (utilisation x peak); GPU-hours = steps x seconds a step / 3600.
-- bytes read a second, by one GPU = batch / seconds a step x bytes of a clip's file, as if each were read whole; from
-  cached latents, batch / seconds a step x 2 latents in float32.
+- FLOPs per step = clips per step x FLOPs of one clip. Diffusion encodes 1 + (conditional probability) windows of each.
+- Steps = the preset's. If seeing every clip `epochs` times takes more, that many.
+- Seconds per step on one GPU = FLOPs per step / (utilisation x peak). GPU-hours = steps x seconds per step / 3600.
+- Bytes read per second by one GPU = batch / seconds per step x bytes of a clip's file, as if it were read whole. From
+  cached latents: batch / seconds per step x 2 float32 latents.
 - With cached latents the frozen autoencoder's FLOPs are left out.
 """
 
@@ -26,15 +26,15 @@ from pvdm_fast.training.config import STAGES, TrainConfig, make_config
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "cost.md"
 MARKER = "cost"
-PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in bf16, dense: the vendor's data sheets (SXM)
-UTILISATION = 0.35  # assumed: what well-tuned transformer training reaches; nothing here has been measured
-EPOCHS = {"autoencoder": 1, "diffusion": 10}  # ours, at least
+PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in bf16, dense, from the vendor's data sheets (SXM)
+UTILISATION = 0.35  # assumed: what well-tuned transformer training reaches. Nothing here has been measured
+EPOCHS = {"autoencoder": 1, "diffusion": 10}  # our choice, at least
 LATENT_BYTES = 2 * 4 * 2048 * 4  # two latents of 4 channels and 2048 tokens in float32
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """clips: files. bytes: of one."""
+    """clips: number of files. bytes: of one file."""
 
     name: str
     clips: int
@@ -44,13 +44,13 @@ class Dataset:
 DATASETS = (
     Dataset("UCF-101", 13_320, 0.49e6),  # 6.5 GB as published
     Dataset("Kinetics-700", 650_000, 1.25e6),  # 10 s each, taken to be scaled to 340 x 256 at 1 Mbit/s
-    Dataset("ten million clips", 10_000_000, 1.25e6),  # as Kinetics
+    Dataset("ten million clips", 10_000_000, 1.25e6),  # like Kinetics
 )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage on one data set with one GPU; `cached`: from latents that were encoded once."""
+    """One stage on one data set with one GPU. `cached`: from latents that were encoded once."""
 
     dataset: Dataset
     stage: str
@@ -70,12 +70,13 @@ def steps_of(config: TrainConfig, stage: str, clips: int) -> int:
 
 
 def trained_flops(found: Estimate) -> float:
-    """Of one clip, without encoding."""
+    """FLOPs of training on one clip, without encoding."""
     return (found.flops - found.frozen_flops) / found.batch
 
 
 def encoding_flops(config: TrainConfig, found: Estimate) -> float:
-    """Of one clip on average; the estimate of one clip has two windows, that of its condition too."""
+    """FLOPs of encoding one clip on average. The estimate of one clip has two windows: its own and its
+    condition's."""
     return found.frozen_flops / 2 * (1 + config.diffusion.conditional_probability)
 
 
@@ -124,7 +125,7 @@ def cost_table(costs: Sequence[Cost]) -> list[str]:
 
 
 def one_clip(config: TrainConfig) -> TrainConfig:
-    """The configuration with batches of one clip, of which all else is a multiple."""
+    """The configuration with batches of one clip. Everything else is a multiple of it."""
     return replace(
         config,
         autoencoder=replace(config.autoencoder, batch_size=1, accumulate=1),

@@ -1,8 +1,9 @@
-"""What each CUDA C++ kernel takes on each GPU it was built for: `python -m benchmarks.cuda_resources`.
+"""`python -m benchmarks.cuda_resources`: what each CUDA C++ kernel uses on each GPU that it was built for.
 
-Reads the machine code of the built extension `pvdm_fast._cuda` and holds it to a budget: no spilled registers, shared
-memory that the GPU has, tensor cores, asynchronous copies and matrix loads in the main loops of attention, 16-byte
-loads where memory is the bound. Exit code 1 where something is over its budget. Speed is not seen.
+Reads the machine code of the built extension `pvdm_fast._cuda` and checks it against a budget: no spilled registers,
+and no more shared memory than the GPU has. Attention's main loops must use tensor cores, asynchronous copies and matrix
+loads. Kernels bound by memory must use 16-byte loads. The exit code is 1 if something is over its budget. It says
+nothing about speed.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from pvdm_fast.jobs.command import run_command
 
 DOCS = Path(__file__).parents[1] / "docs" / "results" / "cuda_resources.md"
 BEGIN, END = "<!-- cuda resources: begin -->", "<!-- cuda resources: end -->"
-REGISTERS = 64 << 10  # of a multiprocessor, in units of 256 a warp
-RESERVED = 1024  # bytes of shared memory that the system takes a block
+REGISTERS = 64 << 10  # per multiprocessor, allocated to warps in units of 256
+RESERVED = 1024  # bytes of shared memory that the system takes per block
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A multiprocessor: warps and blocks that it holds, its shared memory in KiB; from the CUDA programming guide."""
+    """A multiprocessor: how many warps and blocks it holds, and its shared memory in KiB. From the CUDA
+    programming guide."""
 
     warps: int
     blocks: int
@@ -61,8 +63,11 @@ NARROW = {
 
 @dataclass(frozen=True)
 class Resources:
-    """One compiled kernel. Registers are a thread's, shared is in bytes and a block's; `step` counts the instructions
-    of the main loop, the one with most matrix instructions."""
+    """One compiled kernel.
+
+    Registers are per thread, shared is in bytes per block. `step` counts the instructions of the main loop, the one
+    with the most matrix instructions.
+    """
 
     kernel: str
     variant: str
@@ -77,14 +82,14 @@ class Resources:
 
     @property
     def blocks(self) -> int:
-        """How many fit on a multiprocessor."""
+        """How many blocks fit on a multiprocessor."""
         gpu, warps = GPUS[self.gpu], self.threads // 32
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * warps)
         return min(gpu.blocks, gpu.warps // warps, by_registers, (gpu.shared << 10) // (self.shared + RESERVED))
 
 
 def cuobjdump() -> str:
-    """The toolkit's, else the one that comes with Triton.
+    """The toolkit's cuobjdump, otherwise Triton's.
 
     Raises:
         UserError: there is neither.
@@ -123,7 +128,7 @@ def readable(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def threads_of(library: Path) -> dict[str, int]:
-    """Threads of each kernel's blocks, as its launch bounds say; by mangled name."""
+    """Threads per block of each kernel, from its launch bounds, by mangled name."""
     found: dict[str, int] = {}
     name = ""
     lines = _lines(cuobjdump(), "--dump-elf", "--gpu-architecture", "sm_80", str(library))
@@ -137,7 +142,7 @@ def threads_of(library: Path) -> dict[str, int]:
 
 
 def usage_of(library: Path) -> dict[tuple[str, str], tuple[int, int, int]]:
-    """Registers, bytes of stack and of static shared memory, by GPU and mangled name."""
+    """Registers, and bytes of stack and static shared memory, by GPU and mangled name."""
     found, gpu, name = {}, "", ""
     for line in _lines(cuobjdump(), "--dump-resource-usage", str(library)):
         if match := re.match(r"arch = (\w+)", line):
@@ -147,7 +152,7 @@ def usage_of(library: Path) -> dict[tuple[str, str], tuple[int, int, int]]:
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             shared = int(match[3])
             if int(gpu.removeprefix("sm_")) >= 90 and shared >= RESERVED:
-                shared -= RESERVED  # counted in from Hopper on
+                shared -= RESERVED  # included from Hopper on
             found[gpu, name] = (int(match[1]), int(match[2]), shared)
     return found
 
@@ -174,7 +179,7 @@ def code_of(library: Path) -> Iterator[tuple[str, str, list[tuple[int, str, str]
 
 
 def main_loop(code: list[tuple[int, str, str]]) -> Counter[str]:
-    """Instructions by kind (HMMA, LDSM, ...) of the shortest loop that has as many matrix instructions as any."""
+    """Instructions by kind (HMMA, LDSM, ...) of the shortest loop with the most matrix instructions."""
     best: Counter[str] = Counter()
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
@@ -191,7 +196,7 @@ def kind_of(instruction: str) -> str:
 
 
 def resources(library: Path) -> list[Resources]:
-    """Every kernel of a built extension on every GPU it has machine code for."""
+    """Every kernel of a built extension, on every GPU that it has machine code for."""
     threads, usage = threads_of(library), usage_of(library)
     names = readable(threads)
     found = []
@@ -214,7 +219,7 @@ def resources(library: Path) -> list[Resources]:
 
 
 def dynamic_shared(kernel: str, variant: str) -> int:
-    """The most that a launch asks for, in bytes."""
+    """The most dynamic shared memory that a launch asks for, in bytes."""
     if not kernel.startswith(("matrix_", "vector_")):
         return 0
     matrix = kernel in MATRIX
@@ -228,7 +233,7 @@ def over_budget(found: Resources) -> list[str]:
     problems = []
     if found.spilled:
         problems.append(f"{where} spills registers.")
-    # Code for sm_80 runs on sm_86 and sm_89 too, which have less.
+    # Code for sm_80 also runs on sm_86 and sm_89, which have less.
     least = min(gpu.shared for name, gpu in GPUS.items() if name[:-1] == found.gpu[:-1])
     if found.shared + RESERVED > least << 10:
         problems.append(f"{where} takes {found.shared} bytes of shared memory, more than the {least} KiB there are.")
@@ -242,7 +247,7 @@ def over_budget(found: Resources) -> list[str]:
 
 
 def table(rows: Iterable[Resources]) -> list[str]:
-    """Lines of Markdown: for each kernel and GPU, the variant that takes most registers."""
+    """Lines of Markdown: per kernel and GPU, the variant with the most registers."""
     groups: dict[tuple[str, str], list[Resources]] = defaultdict(list)
     for row in rows:
         groups[row.kernel, row.gpu].append(row)

@@ -1,11 +1,13 @@
 """The release's way of computing the denoiser, in plain PyTorch: the baseline of every ratio.
 
-The three planes go through the shared modules one after the other (NCHW), are concatenated and split around every
-cross-plane attention, and attention materialises its matrix: two matmuls around a float32 softmax, queries and keys
-each scaled by d^-1/4, recomputed in training. Written from the project's own statement of PVDM (Yu et al., CVPR 2023)
-and checked against the golden values of the authors' release. Everything that costs time without being the release's
-way of computing is left out (dropout of 0, einops, Python-side asserts), so that the baseline is no slower than it
-need be. Parameter names are the release's and this package's: one state dict loads into both.
+The three planes go through the shared modules one after the other (NCHW). They are concatenated before and split after
+every cross-plane attention. Attention materialises its matrix: two matmuls around a float32 softmax, with queries and
+keys each scaled by d^-1/4. In training it is recomputed.
+
+This is written from the project's own description of PVDM (Yu et al., CVPR 2023), and checked against golden values of
+the authors' release. Costs that aren't part of the method are left out (dropout of 0, einops, asserts in Python), so
+that the baseline isn't slower than it needs to be. Parameter names are the release's and this package's: one state dict
+loads into both.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ GROUPS = 32
 class Variant:
     """How attention is computed.
 
-    sdpa: by `scaled_dot_product_attention` instead of two matmuls and a softmax.
-    recompute: attention blocks keep only their input for the backward pass, as the release does.
+    sdpa: use `scaled_dot_product_attention` instead of two matmuls and a softmax.
+    recompute: attention blocks save only their input for the backward pass, as the release does.
     """
 
     sdpa: bool = False
@@ -38,14 +40,14 @@ class Variant:
 
 
 RELEASE = Variant()
-SDPA = Variant(sdpa=True, recompute=False)  # the stronger rival: a fused attention needs no recomputation
+SDPA = Variant(sdpa=True, recompute=False)  # the stronger baseline: fused attention doesn't need recomputation
 
 
 def attend(qkv: Tensor, heads: int, variant: Variant = RELEASE) -> Tensor:
     """Softmax attention of channels-first tokens.
 
     Args:
-        qkv: (B, 3 C, N), channels head by head, each its q, k, v.
+        qkv: (B, 3 C, N). Channels are grouped by head, each with its q, k, v.
 
     Returns:
         (B, C, N).
@@ -53,7 +55,7 @@ def attend(qkv: Tensor, heads: int, variant: Variant = RELEASE) -> Tensor:
     batch, channels, tokens = qkv.shape
     width = channels // (3 * heads)
     if variant.sdpa:
-        # One copy to channels last, without which PyTorch falls back to its own two matmuls.
+        # One copy to channels last. Without it PyTorch falls back to two matmuls of its own.
         q, k, v = qkv.view(batch, heads, 3, width, tokens).permute(2, 0, 1, 4, 3).contiguous().unbind(0)
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(batch, heads * width, tokens)
     q, k, v = qkv.reshape(batch * heads, 3 * width, tokens).split(width, dim=1)
@@ -64,12 +66,12 @@ def attend(qkv: Tensor, heads: int, variant: Variant = RELEASE) -> Tensor:
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GroupNorm of x (B, C, *), computed in float32 whatever its dtype."""
+    """GroupNorm of x (B, C, *), computed in float32 for every dtype."""
     return F.group_norm(x.float(), GROUPS, weight.float(), bias.float(), 1e-5).to(x.dtype)
 
 
 def resample(x: Tensor, direction: str | None) -> Tensor:
-    """x: (B, C, h, w), its sides doubled ("up"), halved ("down") or as they are (None)."""
+    """x: (B, C, h, w) -> its sides doubled ("up"), halved ("down") or unchanged (None)."""
     if direction is None:
         return x
     return F.interpolate(x, scale_factor=2, mode="nearest") if direction == "up" else F.avg_pool2d(x, 2)
@@ -102,7 +104,7 @@ class Attention(nn.Module):
 
 
 class CrossPlane(Attention):
-    """Attention across planes: they are concatenated before, and split after."""
+    """Attention across planes: concatenated before, split after."""
 
     def planes(self, planes: Sequence[Tensor]) -> list[Tensor]:
         """planes: (B, C, h, w) each -> the same."""

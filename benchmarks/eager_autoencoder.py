@@ -1,7 +1,8 @@
 """The release's way of computing the autoencoder, in plain PyTorch (see `benchmarks.eager`).
 
-Tokens are rearranged (and so copied) into one sequence batch for each attention, rotated by slices and stacks, attended
-with a materialised matrix, and rearranged back; the projections run in full although only element 0 is read.
+For each attention, tokens are rearranged (and so copied) into one batch of sequences, rotated with slices and stacks,
+attended with a materialised matrix, and rearranged back. The projections compute all positions, though only element 0
+is read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Tables = tuple[Tensor, Tensor]
 
 
 def rotate_pairs(x: Tensor) -> Tensor:
-    """Each neighbouring pair (a, b) of the last axis becomes (-b, a)."""
+    """Turns each neighbouring pair (a, b) of the last axis into (-b, a)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((-b, a), dim=-1).flatten(-2)
 
@@ -54,7 +55,7 @@ def from_sequences(x: Tensor, axis: str, batch: int) -> Tensor:
 def axial_attention(
     qkv: Tensor, heads: int, axis: str, time: int, tables: Tables | None, variant: Variant = RELEASE
 ) -> Tensor:
-    """qkv: (B, T P, 3 heads d) -> (B, T P, heads d), attention along the axis of the lattice."""
+    """qkv: (B, T P, 3 heads d) -> (B, T P, heads d). Attention runs along `axis` of the lattice."""
     q, k, v = (split_heads(part, heads) for part in qkv.chunk(3, dim=-1))
     batch = q.shape[0]
     q = q * q.shape[-1] ** -0.5
@@ -119,7 +120,7 @@ class Axial(nn.Module):
 
 
 def geglu(x: Tensor) -> Tensor:
-    """Halves (value | gate) of the last axis: value GELU(gate)."""
+    """x: halves (value | gate) of the last axis -> value GELU(gate)."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
@@ -186,7 +187,7 @@ class SequenceAttention(nn.Module):
 
 
 class Projection(nn.Module):
-    """Pre-norm transformer over (S, L, C), all positions; the caller keeps element 0."""
+    """Pre-norm transformer over (S, L, C), all positions. The caller uses element 0."""
 
     def __init__(self, channels: int, depth: int = 4, hidden: int = 512, variant: Variant = RELEASE) -> None:
         super().__init__()
@@ -209,7 +210,7 @@ class Projection(nn.Module):
 
 
 class _Net(nn.Module):
-    """A sequence under the name that the release's state dicts have."""
+    """A sequence, under its name in the release's state dicts."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -220,7 +221,8 @@ class _Net(nn.Module):
 
 
 def sequences(lattice: Tensor, plane: str, layout: TriplaneLayout, token: Tensor, positions: Tensor) -> Tensor:
-    """lattice: (B, T H W, C) -> (B sites, L + 1, C): the collapsed axis, the token appended, positions added."""
+    """lattice: (B, T H W, C) -> (B sites, L + 1, C): the collapsed axis with the token appended and positions
+    added."""
     axis = {"xy": 1, "yt": 2, "xt": 3}[plane]
     x = lattice.unflatten(1, (layout.time, layout.height, layout.width)).movedim(axis, 3).flatten(0, 2)
     end = token.view(1, 1, -1).expand(x.shape[0], 1, -1)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.errors`: errors of ours and of the eager computation against float64, in float32 and bf16."""
+"""`python -m benchmarks.errors`: errors of our and the eager computation against float64, in float32 and bf16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.report import PAGES, matching, write_between
 from pvdm_fast import use_backend
 from pvdm_fast.analysis.comparison import relative_error
 
-# Large enough to mean something and small enough for tests: 296 tokens of three unequal planes, 2 heads of 32; a
+# Large enough to mean something, small enough for tests: 296 tokens of three unequal planes, 2 heads of 32, and a
 # lattice of 8 x 10 x 12.
 SETTING = Setting(
     "tiny",
@@ -27,13 +27,13 @@ SETTING = Setting(
     ),
 )  # fmt: skip
 DOCUMENT = PAGES / "errors.md"
-LEFT_OUT = ("sampler step",)  # the denoiser twice, and arithmetic that is the same for all
+LEFT_OUT = ("sampler step",)  # the denoiser twice, with the same arithmetic around it for all
 COLUMNS = ("case", "of", "shape", "fp32 ours", "fp32 eager", "bf16 ours", "bf16 eager", "bf16 ours / eager")
 
 
 @dataclass(frozen=True)
 class Error:
-    """Relative errors (2-norm) of one result or gradient against float64, by way of computing: "ours" and "eager"."""
+    """Relative errors (2-norm) of one result or gradient against float64, for "ours" and "eager"."""
 
     case: str
     quantity: str
@@ -43,16 +43,15 @@ class Error:
 
 
 def cases(pattern: str = "*") -> list[Case]:
-    """The cases that have errors of their own: operations, blocks and networks."""
+    """The cases with errors of their own: operations, blocks and networks."""
     return [case for case in matching(pattern) if case.name not in LEFT_OUT]
 
 
 def measure(case: Case, setting: Setting = SETTING) -> list[Error]:
-    """Errors of a case's results and, where it has a backward pass, gradients.
+    """Errors of a case's results and, if it has a backward pass, of its gradients.
 
-    The truth is the float64 reference of every operation. Inputs, weights and incoming gradients are the same numbers
-    for all, exact in the dtype that is measured. A network's gradients of weights are taken together, an operation's
-    one by one.
+    The truth is the float64 reference. Inputs, weights and incoming gradients are the same numbers for all, exact in
+    the measured dtype. A network's weight gradients are compared together, an operation's one by one.
     """
     found = {dtype: _by_way(case, replace(setting, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)}
     shape, float32 = found[torch.float32]
@@ -61,7 +60,7 @@ def measure(case: Case, setting: Setting = SETTING) -> list[Error]:
 
 
 def _by_way(case: Case, setting: Setting) -> tuple[str, dict[str, dict[str, float]]]:
-    """The shape, and {quantity: {way of computing: error}} in the setting's dtype."""
+    """The shape, and {quantity: {"ours" or "eager": error}} in the setting's dtype."""
     differentiate = case.directions != ("forward",)
     prepared = case.prepare(setting)
     exact = case.prepare(replace(setting, dtype=torch.float64, values=setting.dtype))
@@ -75,7 +74,7 @@ def _by_way(case: Case, setting: Setting) -> tuple[str, dict[str, dict[str, floa
 
 
 def _quantities(runner: Runner, kind: str, differentiate: bool) -> Iterator[tuple[str, Sequence[Tensor]]]:
-    """What is compared, by name."""
+    """The compared quantities, by name."""
     found, _ = outcome(runner, differentiate)
     yield "result", found["result"]
     if "input" in found:
@@ -89,7 +88,7 @@ def _quantities(runner: Runner, kind: str, differentiate: bool) -> Iterator[tupl
 
 
 def cells(error: Error) -> list[str]:
-    """One line of the table; there is no ratio to an error of 0 (sums of few terms can be exact)."""
+    """One line of the table. There is no ratio to an error of 0 (sums of few terms can be exact)."""
     values = [of[way] for of in (error.float32, error.bfloat16) for way in ("ours", "eager")]
     ours, eager = values[2:]
     ratio = f"{ours / eager:.2f}" if eager else "-"

@@ -1,16 +1,15 @@
-"""The least time that a case can take: its arithmetic at the machine's peak, its bytes at the machine's bandwidth.
+"""The least time of a case: its arithmetic at the machine's peak, its bytes at the machine's bandwidth.
 
-A floor is max(FLOPs / peak GEMM rate, bytes / bandwidth), a lower bound that nothing here can beat:
-- FLOPs count products only (a multiply-add is 2): no exponentials, norms, activations. They are the least that give the
-  result: the last layer of a projection runs for the one position that is read, not for all.
-- A backward pass has two products for each of the forward's, so twice its FLOPs. (A fused attention multiplies the
-  scores again and so needs 2.5 times; the bound doesn't count that.)
-- Bytes: each input, weight and result once, as if all that lies between stayed in registers. Backward: the result's
-  gradient, the inputs and the weights read, the gradients of inputs and weights written.
+A floor is max(FLOPs / peak GEMM rate, bytes / bandwidth). Nothing here can beat it: - FLOPs count products only (a
+multiply-add is 2), not exponentials, norms or activations. They are the fewest that give the result: the last layer of
+a projection runs only for the position that is read. - A backward pass has two products for each one of forward, so
+twice the FLOPs. (Fused attention recomputes the scores and needs 2.5 times. The floor doesn't count that.) - Bytes:
+each input, weight and result once, as if everything in between stayed in registers. Backward reads the result's
+gradient, the inputs and the weights, and writes the gradients of inputs and weights.
 
-Peaks are measured, not looked up: the best of several square GEMMs and 1 x 1 convolutions in the case's
-dtype, and the best of copying and adding on buffers of the case's own size, so that a case that fits in a cache is held
-against that cache.
+Peaks are measured, not looked up. The arithmetic peak is the best of several square GEMMs and 1 x 1 convolutions in the
+case's dtype. The bandwidth is the best of copying and adding on buffers of the case's own size, so a case that fits in
+a cache is compared with that cache.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ PROJECTION_HEADS = 4
 
 
 def residual_block(after: int, channels: int, embedding: int, outputs: int) -> int:
-    """Two 3 x 3 convolutions at the size after resampling, the embedding, and the skip where channels change."""
+    """Two 3 x 3 convolutions at the size after resampling, the embedding, and the skip if channels change."""
     skip = linear(after, channels, outputs) if channels != outputs else 0
     return conv(after, channels, outputs) + conv(after, outputs, outputs) + linear(1, embedding, 2 * outputs) + skip
 
 
 def denoiser(config: dict[str, Any]) -> int:
-    """FLOPs of one forward pass of a clip; `config` is that of `pvdm_fast.models.Denoiser`."""
+    """FLOPs of one forward pass per clip. `config` is that of `pvdm_fast.models.Denoiser`."""
     layout = TriplaneLayout(config["time"], config["height"], config["width"])
     width, mults = config["model_channels"], config["channel_mult"]
     embedding, blocks = 4 * width, config["num_res_blocks"]
@@ -99,7 +98,7 @@ def projection(
 ) -> int:
     """The layers over `sites` sequences of `length` (the appended token included).
 
-    Only one position of the last layer is needed; `whole` counts all of them, as the release computes it.
+    Only one position of the last layer is needed. `whole` counts all of them, as the release computes.
     """
     inner = PROJECTION_HEADS * (channels // 8)
 
@@ -118,7 +117,8 @@ def _autoencoder_sizes(config: dict[str, Any]) -> tuple[TriplaneLayout, int, int
 
 
 def encoder(config: dict[str, Any], *, whole: bool = False) -> int:
-    """FLOPs of encoding a clip; `config` is that of `pvdm_fast.models.Autoencoder`; `whole` as in `projection`."""
+    """FLOPs of encoding a clip. `config` is that of `pvdm_fast.models.Autoencoder`, `whole` is as in
+    `projection`."""
     layout, channels, inner, patch = _autoencoder_sizes(config)
     total = linear(layout.num_lattice_tokens, patch, channels)
     total += config["depth"] * timesformer_layer(layout, channels, inner)
@@ -138,7 +138,7 @@ def decoder(config: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What a direction of a case needs at least."""
+    """The least work of one direction of a case."""
 
     flops: float
     bytes: float
@@ -146,7 +146,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds, what binds ("arithmetic" or "memory"), and the peaks it was computed with."""
+    """Seconds, the bound ("arithmetic" or "memory"), and the peaks that gave it."""
 
     seconds: float
     bound: str
@@ -155,7 +155,7 @@ class Floor:
 
 
 def work(direction: str, forward_flops: float, read: int, parameters: int, written: int) -> Work:
-    """Work of "forward", "backward" or "both"; read, parameters, written: bytes of inputs, weights and results."""
+    """Work of "forward", "backward" or "both". read, parameters, written: bytes of inputs, weights and results."""
     forward = Work(forward_flops, read + parameters + written)
     backward = Work(2 * forward_flops, written + 2 * read + 2 * parameters)
     if direction == "both":
@@ -171,7 +171,7 @@ def floor(needed: Work, dtype: torch.dtype, device: str) -> Floor:
 
 
 def _bucket(size: float) -> int:
-    """The power of two from 1 to 256 MiB that is nearest above `size`."""
+    """The power of two from 1 to 256 MiB just above `size`."""
     bucket = 1 << 20
     while bucket < size and bucket < 1 << 28:
         bucket *= 2
@@ -179,7 +179,7 @@ def _bucket(size: float) -> int:
 
 
 def _best(run: Callable[[], Any], device: str, seconds: float = 0.25) -> float:
-    """The least seconds of a call, trying for so long: other programs can only make it longer."""
+    """The least seconds of a call within a time budget. Other programs can only make it longer."""
     best, stop = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < stop:
         _synchronize(device)
@@ -195,11 +195,11 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-_seen: dict[str, float] = {}  # the highest rate ever measured under a name: a busy machine only shows lower ones
+_seen: dict[str, float] = {}  # the highest rate measured so far, by name: a busy machine only shows lower ones
 
 
 def load_peaks(path: Path) -> None:
-    """Take over the peaks that an earlier run on this machine stored, where they are higher."""
+    """Use the peaks that an earlier run on this machine stored, if they are higher."""
     if path.exists():
         for key, value in json.loads(path.read_text()).items():
             _seen[key] = max(value, _seen.get(key, 0.0))
@@ -236,7 +236,7 @@ def _gemm_rate(n: int, dtype: torch.dtype, device: str) -> float:
 
 @cache
 def bandwidth(working_set: int, device: str) -> float:
-    """The best bytes/s, reads and writes together, of copying and adding in `working_set` bytes."""
+    """The best bytes per second, reads plus writes, of copying and adding in `working_set` bytes."""
     count = working_set // 4 // 3
     a, b, out = (torch.ones(count, device=device) for _ in range(3))
     source, target = (torch.ones(working_set // 4 // 2, device=device) for _ in range(2))

@@ -1,9 +1,10 @@
-"""What each Triton kernel takes on each family of GPUs, compiled without one: `python -m benchmarks.kernel_resources`.
+"""`python -m benchmarks.kernel_resources`: what each Triton kernel uses on each GPU family, compiled without a GPU.
 
-Compiles each kernel as the networks launch it, in every configuration that serves sm80, sm90, sm100, sm120 and gfx942,
-and holds it to a budget: no spilled registers, sums that all lanes round alike, shared memory that the GPU has, tensor
-cores for 16-bit products, 16-byte loads where memory is the bound. Also finds entries of the configuration tables that
-no launch uses. Exit code 1 where something is over its budget. Speed is not seen. Takes about half an hour of CPU time.
+Compiles each kernel as the networks launch it, in every configuration for sm80, sm90, sm100, sm120 and gfx942, and
+checks it against a budget: no spilled registers, sums that all lanes round alike, and no more shared memory than the
+GPU has. 16-bit products must use tensor cores. Kernels bound by memory must use 16-byte loads. It also finds entries of
+the configuration tables that no launch uses. The exit code is 1 if something is over its budget. It says nothing about
+speed. It takes about half an hour of CPU time.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("sm80", "sm90", "sm100", "sm120", "gfx942")
 DOCS = Path(__file__).parents[1] / "docs" / "results" / "triton_resources.md"
 BEGIN, END = "<!-- kernel resources: begin -->", "<!-- kernel resources: end -->"
-# Kernels bound by memory that need no 16-byte loads, and why.
+# Kernels bound by memory that don't need 16-byte loads, and why.
 NARROW: dict[str, str] = {}
 
 
 def check_process() -> None:
-    """Raise UserError where nothing can be compiled."""
+    """Raise UserError if nothing can be compiled here."""
     if find_spec("triton") is None:
         raise UserError("Triton is not installed: pip install triton.")
     if choice.interpreting():
@@ -49,13 +50,13 @@ def check_process() -> None:
 
 @cache
 def full_size_calls() -> list[Call]:
-    """What networks of full size ask of the operations, in bfloat16. Further layers would only ask for the same."""
+    """Which operations full-size networks call, in bfloat16. Further layers would make the same calls."""
     return workload.calls("base", torch.bfloat16, batch=2, autoencoder={"depth": 1})
 
 
 @cache
 def other_calls() -> list[Call]:
-    """The same in float32, float16 and mixed precision; of the smaller presets, and of heads up to 256 wide."""
+    """The same in float32, float16 and mixed precision, for the smaller presets, and with heads up to 256 wide."""
     half, single = torch.bfloat16, torch.float32
     full = full_size_calls()
     others = [call.with_dtype(half, dtype) for call in full for dtype in (single, torch.float16)]
@@ -65,7 +66,7 @@ def other_calls() -> list[Call]:
         ("small", {}, {}),
         ("base", {"num_heads": 4}, {"channels": 1024, "head_dim": 128, "depth": 1}),
         ("base", {"num_heads": 16}, {"channels": 2048, "head_dim": 256, "depth": 1}),
-        # heads 256 wide of many tokens
+        # heads of 256 channels, with many tokens
         ("tiny", {"model_channels": 1024, "num_heads": 4, "time": 16, "height": 32, "width": 32}, {}),
     ]
     for size, denoiser, autoencoder in sizes:
@@ -79,10 +80,11 @@ def has_float16(call: Call) -> bool:
 
 
 def wanted_calls(architecture: str, quick: bool) -> tuple[list[Call], list[Call]]:
-    """What is compiled for a family of GPUs: all that these calls launch, and what further calls add in configurations.
-    float16, which takes what bfloat16 takes, is compiled for the first family only.
+    """What to compile for a GPU family: all of `full_size_calls`, and new configurations of the others.
 
-    quick: of full size in bfloat16 all, for the first family in float32 too; of the others configurations alone.
+    float16 uses the same configurations as bfloat16, so it is compiled for the first family only.
+
+    quick: full size in bfloat16, for the first family in float32 too. Of the other calls, only new configurations.
     """
     first, full = architecture == ARCHITECTURES[0], full_size_calls()
     others = [call for call in other_calls() if first or not has_float16(call)]
@@ -100,7 +102,7 @@ def _compile(architecture: str, calls: list[Call], rest: list[Call], variants: b
 def compile_all(
     architectures: Sequence[str], operations: Sequence[str], workers: int, quick: bool, variants: bool
 ) -> list[Resources]:
-    """Compile what is called on each architecture, in processes of their own."""
+    """Compile the calls for each architecture, in separate processes."""
     tasks = []
     for op in operations:
         for architecture in architectures:
@@ -111,7 +113,7 @@ def compile_all(
 
 
 def unused_entries(calls: Iterable[Call]) -> list[str]:
-    """Entries of the tables that no launch uses, on any family; the one for everything else may be such."""
+    """Entries of the tables that no launch uses on any family. The catch-all entry may be unused."""
     from benchmarks.ahead_of_time import serving_entries
     from pvdm_fast.kernels.configs import ANY, TABLES
 
@@ -126,7 +128,7 @@ def unused_entries(calls: Iterable[Call]) -> list[str]:
 
 
 def table(rows: Iterable[Resources]) -> list[str]:
-    """Lines of Markdown: for each kernel and GPU family, the variant that takes most registers."""
+    """Lines of Markdown: per kernel and GPU family, the variant with the most registers."""
     groups: dict[tuple[str, str], list[Resources]] = defaultdict(list)
     for row in rows:
         groups[row.kernel, row.architecture].append(row)
@@ -160,7 +162,7 @@ def write_docs(rows: Iterable[Resources], quick: bool = False, path: Path = DOCS
 
 
 class OverBudget(UserError):
-    """A kernel takes more than it may."""
+    """A kernel uses more than its budget."""
 
     exit_code = 1
 

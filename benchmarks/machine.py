@@ -1,4 +1,4 @@
-"""What a measurement has to say about where it was made. Never the host's name."""
+"""What every measurement says about its machine. It never includes the host's name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import pvdm_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-# The CPU features that decide which kernels run, here and in oneDNN.
+# The CPU features that decide which kernels run, ours and oneDNN's.
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
 
@@ -30,7 +30,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit, with "+" where the tree has changes; "unknown" outside a repository."""
+    """The commit, with "+" if the tree has changes. "unknown" outside a repository."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         status = subprocess.run(
@@ -67,7 +67,7 @@ def facts() -> dict[str, Any]:
 
 
 def _isa() -> str:
-    """The instruction set that this package's own CPU kernels run with."""
+    """The instruction set that this package's CPU kernels use."""
     from pvdm_fast.backends import extensions
 
     if reason := extensions.availability("cpu"):
@@ -86,7 +86,8 @@ def name(device: str) -> str:
 
 
 def others() -> float:
-    """Cores that other programs keep busy, over a fifth of a second: a machine in use measures nothing well."""
+    """How many cores other programs keep busy, over a fifth of a second. Measurements on a busy machine are
+    unreliable."""
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0

@@ -1,10 +1,10 @@
-"""What a compiled kernel's machine code says: registers, spills, loads, and sums that lanes may round differently.
+"""What compiled machine code shows: registers, spills, loads, and sums that lanes may round differently.
 
-A sum over the lanes of a warp is a butterfly: each lane adds its own value and a neighbour's, so all lanes hold the
-same bits. Where a lane's own value is a product, the compiler may fuse product and sum: the lane then adds its exact
-product to the neighbour's rounded one, the neighbour does the opposite, and both differ in the last bit. Whichever lane
-writes last then decides what is in shared memory. In machine code that is a fused multiply-add whose addend came out of
-another lane.
+A sum over the lanes of a warp is a butterfly: each lane adds its own value and a neighbour's, so all lanes get the same
+bits. But if a lane's own value is a product, the compiler may fuse product and sum. Then the lane adds its exact
+product to the neighbour's rounded one, the neighbour does the opposite, and the two differ in the last bit. The lane
+that writes last decides what is in shared memory. In machine code this shows as a fused multiply-add whose addend came
+from another lane.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _cuda_registers(operand: str, wide: int) -> set[int]:
 
 
 def _cuda_width(name: str) -> int:
-    """How many registers an instruction writes, at most."""
+    """At most how many registers an instruction writes."""
     kind, *parts = name.split(".")
     if kind == "HGMMA":
         size = re.search(r"\d+x(\d+)x\d+", name)
@@ -69,7 +69,7 @@ def _cuda_width(name: str) -> int:
 
 
 def cuda_asymmetric(code: Iterable[Instruction]) -> int:
-    """Fused multiply-adds whose addend came out of another lane, in the order of the code."""
+    """Fused multiply-adds whose addend came from another lane, in the order of the code."""
     crossed: set[int] = set()
     count = 0
     for name, operands in code:
@@ -97,10 +97,11 @@ def _amd_registers(operand: str) -> set[int]:
 
 
 def amd_asymmetric(code: Iterable[Instruction]) -> int:
-    """The same of AMD's: what crosses lanes there is a permutation, a swizzle or a DPP move.
+    """The same for AMD, where values cross lanes by a permutation, a swizzle or a DPP move.
 
-    Sums end in such a move there too, and may then be added to any product: counted are only products that were also
-    taken by themselves, to cross, of the same values. What is subtracted is a row's largest score, no part of a sum.
+    On AMD complete sums end in such a move too, and may then be added to any product. So this counts only products that
+    were also computed separately, from the same values, to cross lanes. A subtracted value is a row's largest score,
+    not part of a sum.
     """
     crossed: set[int] = set()
     products: set[frozenset[str]] = set()
@@ -129,7 +130,7 @@ def amd_asymmetric(code: Iterable[Instruction]) -> int:
 
 
 def of_cuda(cubin: bytes) -> dict[str, int]:
-    """Resources and counts of a cubin, by the names that `ahead_of_time.Resources` has."""
+    """Resources and counts of a cubin, under the names in `ahead_of_time.Resources`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -151,7 +152,7 @@ def of_cuda(cubin: bytes) -> dict[str, int]:
 
 
 def of_amd(assembly: str) -> dict[str, int]:
-    """The same of an AMD assembly."""
+    """The same for an AMD assembly."""
 
     def number(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])

@@ -1,4 +1,4 @@
-"""Running, comparing, timing and weighing the ways of computing a case."""
+"""Runs the ways of computing a case, compares them, and measures their time and memory."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Pack = Callable[[Sequence[Tensor]], Tensor]
 
 
 def only(tensors: Sequence[Tensor]) -> Tensor:
-    """Pack of a result that is one tensor already in the common form."""
+    """Packing for a single tensor that already has the common form."""
     (tensor,) = tensors
     return tensor
 
 
 @dataclass
 class Runner:
-    """One way of computing a case; made, with its inputs and weights, outside everything that is timed.
+    """One way of computing a case. It is made with its inputs and weights before any timing.
 
-    run: computes the results from `inputs` and `parameters`, which it holds.
-    inputs: differentiable ones; parameters: by name, the same names in every runner of a case.
-    pack_inputs, pack_results: to the form in which the runners of a case are compared. (A runner may take three
-        NCHW planes where another takes packed tokens.)
+    run: computes the results from its own `inputs` and `parameters`.
+    inputs: the differentiable ones. parameters: by name, with the same names in every runner of a case.
+    pack_inputs, pack_results: bring tensors into a common form for comparison. (One runner may take three NCHW planes,
+    another packed tokens.)
     """
 
     run: Callable[[], Sequence[Tensor]]
@@ -56,16 +56,16 @@ class Runner:
         return torch.autograd.grad(results, self.leaves, self.gradients, allow_unused=True)
 
     def seed_gradients(self, results: Sequence[Tensor], packed: Tensor) -> None:
-        """Take a gradient of the packed result as the one to differentiate with, laid out as this runner's results."""
+        """Use a gradient of the packed result as the incoming gradient, with the layout of this runner's results."""
         with torch.enable_grad():
             detached = [result.detach().requires_grad_() for result in results]
             gradients = torch.autograd.grad(self.pack_results(detached), detached, packed.to(detached[0].dtype))
         self.gradients = [gradient.contiguous() for gradient in gradients]
 
     def step(self, direction: str) -> Callable[[], object]:
-        """What is timed of a direction; everything else that it needs is done here.
+        """What is timed in a direction. All preparation happens before, in this call.
 
-        "forward": without a graph, as in inference. "backward": of a graph just made. "both": a training step's pass.
+        "forward": without a graph, as in inference. "backward": of a new graph. "both": the pass of a training step.
         """
         if direction == "forward":
             return self.infer
@@ -77,10 +77,10 @@ class Runner:
 
 @dataclass
 class Prepared:
-    """A case set up: runners by name, "ours" and "eager" among them, and what it needs at least.
+    """A prepared case: runners by name, including "ours" and "eager", and the least work it needs.
 
-    shape: for people. flops: of the forward pass, at least. written: bytes of the results, known once they were
-        computed. truth: name of the runner that 16-bit runners are held against; its weights are theirs, in float32.
+    shape: a text for readers. flops: the least of the forward pass. written: bytes of the results, known after they
+    were computed. truth: name of the runner that 16-bit runners are compared with. It has the same weights in float32.
     """
 
     shape: str
@@ -101,7 +101,8 @@ Outcome = dict[str, list[Tensor]]
 
 
 def outcome(runner: Runner, differentiate: bool) -> tuple[Outcome, Sequence[Tensor]]:
-    """Results and gradients in the common form ("result"; the gradients "input" and "weights"), and the raw results.
+    """Results and gradients in the common form ("result", and the gradients "input" and "weights"), and the raw
+    results.
 
     The gradient of the packed result is random, the same for every runner of a case.
     """
@@ -123,15 +124,15 @@ def outcome(runner: Runner, differentiate: bool) -> tuple[Outcome, Sequence[Tens
     return found, results
 
 
-# Relative 2-norm in float32: as in the test-suite, blocks and operations 1e-5, whole networks 1e-4; the baseline's own
-# error is of the same size, so twice that. 16 bits: at most twice the error of the eager computation in 16 bits (and
-# where that is as good as exact, because it happens to round nothing in between, one rounding).
+# Relative 2-norm in float32. As in the tests: 1e-5 for operations and blocks, 1e-4 for whole networks. The baseline's
+# own error is of the same size, so twice that. In 16 bits: at most twice the error of the eager computation in 16 bits.
+# (If eager is as good as exact because it rounds nothing in between, one rounding.)
 AGREEMENT = {"operation": 2e-5, "block": 2e-5, "network": 2e-4}
 ROUNDING = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 class Disagreement(AssertionError):
-    """Ours and the baseline compute different things, so no time of theirs is worth reporting."""
+    """Ours and the baseline compute different things, so their times aren't worth reporting."""
 
 
 def check_agreement(prepared: Prepared, kind: str, *, differentiate: bool = True) -> dict[str, dict[str, float]]:
@@ -141,7 +142,7 @@ def check_agreement(prepared: Prepared, kind: str, *, differentiate: bool = True
         Error by runner and quantity.
 
     Raises:
-        Disagreement: ours is further off than `AGREEMENT` or, in 16 bits, than twice the eager computation.
+        Disagreement: our error is above `AGREEMENT` or, in 16 bits, above twice that of the eager computation.
     """
     truth = prepared.runners[prepared.truth]
     expected, _ = outcome(truth, differentiate)
@@ -164,7 +165,7 @@ def check_agreement(prepared: Prepared, kind: str, *, differentiate: bool = True
 
 
 def seconds(runner: Runner, direction: str, device: str) -> float:
-    """One timing of one direction (see `Runner.step`)."""
+    """Time one direction once (see `Runner.step`)."""
     step = runner.step(direction)
     clock = _GpuClock() if device == "cuda" else _CpuClock()
     clock.start()
@@ -181,7 +182,7 @@ class _CpuClock:
 
 
 class _GpuClock:
-    """CUDA events around the work; the L2 cache is overwritten before."""
+    """CUDA events around the work. The L2 cache is overwritten first."""
 
     def start(self) -> None:
         torch.empty(256 << 20, dtype=torch.int8, device="cuda").zero_()
@@ -196,7 +197,7 @@ class _GpuClock:
 
 @dataclass
 class Timings:
-    """Seconds of each runner by round; round i of every runner was measured in turn."""
+    """Seconds of each runner by round. In round i all runners were measured in turn."""
 
     seconds: dict[str, list[float]]
 
@@ -204,11 +205,11 @@ class Timings:
         return statistics.median(self.seconds[name])
 
     def spread(self, name: str) -> tuple[float, float]:
-        """First and third quartile."""
+        """The first and third quartile."""
         return quartiles(self.seconds[name])
 
     def ratio(self, name: str) -> tuple[float, float, float]:
-        """Time of `name` by ours: first quartile, median and third quartile over rounds."""
+        """Time of `name` relative to ours: first quartile, median and third quartile over rounds."""
         ratios = [other / ours for other, ours in zip(self.seconds[name], self.seconds["ours"], strict=True)]
         low, high = quartiles(ratios)
         return low, statistics.median(ratios), high
@@ -229,12 +230,14 @@ def rounds_for(round_seconds: float, budget: float, least: int = 3, most: int = 
 def alternate(
     runners: Mapping[str, Runner], direction: str, device: str, *, budget: float = 1.0, rounds: int | None = None
 ) -> Timings:
-    """Time the runners in turn, over and over; one round before that is not counted.
+    """Time the runners in turn, many times, after uncounted rounds.
 
-    Each round starts with another runner, so that none always finds the caches of the same predecessor.
+    Each round starts with a different runner, so that none always inherits the same predecessor's caches.
     """
-    warm = sum(seconds(runner, direction, device) for runner in runners.values())
-    rounds = rounds or rounds_for(warm, budget)
+    for runner in runners.values():  # the first call in a direction may compile, so it says nothing about a round
+        seconds(runner, direction, device)
+    if rounds is None:
+        rounds = rounds_for(sum(seconds(runner, direction, device) for runner in runners.values()), budget)
     names = list(runners)
     found: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
@@ -246,7 +249,7 @@ def alternate(
 
 @contextmanager
 def record_backends() -> Iterator[dict[str, str]]:
-    """The backend that really served each operation, while the context lasts: {"plane_norm": "cpu", ...}."""
+    """Records the backend that really computed each operation in the block: {"plane_norm": "cpu", ...}."""
     served: dict[str, str] = {}
     original = choice.choose
     names = {package: name for name, package in choice.PACKAGE.items()}

@@ -1,4 +1,4 @@
-"""Weighing memory: what each runner of a case saves for its backward pass, and what is alive at once."""
+"""Measures memory: what each runner of a case saves for its backward pass, and what is alive at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from benchmarks.measure import Runner
 from benchmarks.registry import Case, Setting
 from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
 
-SHARE_OF_MEMORY = 0.85  # of what is free; a run that would need more is left out
+SHARE_OF_MEMORY = 0.85  # of the free memory; a run that would need more is left out
 
 
 @dataclass(frozen=True)
 class Weight:
-    """saved: bytes kept for the backward pass, weights excluded. peak: bytes alive at once, weights included."""
+    """saved: bytes kept for the backward pass, without weights. peak: bytes alive at once, with weights."""
 
     saved: int
     peak: int
@@ -40,10 +40,10 @@ def weigh_runner(runner: Runner, direction: str) -> Weight:
 
 
 def weigh(case: Case, setting: Setting, direction: str, *, without: Sequence[str] = ()) -> dict[str, Weight]:
-    """The weight of every runner of a case, but those named in `without`.
+    """The memory of every runner of a case, except those named in `without`.
 
-    Shapes alone are run: nothing is allocated or computed. Scratch inside kernels is not counted (a
-    convolution's is small beside its results).
+    Only shapes are run: nothing is allocated or computed. Scratch memory inside kernels isn't counted. (A convolution's
+    is small compared with its results.)
     """
     with FakeTensorMode():
         prepared = case.prepare(replace(setting, shapes_only=True, compiled=False))

@@ -1,4 +1,4 @@
-"""The figures of the documentation, drawn from stored rows."""
+"""Draws the documentation's figures from stored rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def _save(plt: Any, figure: Any, target: Path) -> Path:
 
 
 def ratio_bars(rows: Sequence[Row], target: Path) -> Path:
-    """Time of eager and of SDPA by ours, with quartiles, one bar pair a measurement; 1 is marked."""
+    """Time of eager and of SDPA relative to ours, with quartiles: one pair of bars per measurement, and a line at
+    1."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(rows)))
     for index, row in enumerate(rows):
@@ -65,7 +66,7 @@ def ratio_bars(rows: Sequence[Row], target: Path) -> Path:
 
 
 def roofline(rows: Sequence[Row], target: Path) -> Path:
-    """FLOP/s reached against FLOPs a byte, under the measured peaks, for measurements that multiply."""
+    """FLOP/s against FLOPs per byte, below the measured peaks, for measurements with products."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4.5))
     dtypes = sorted({row["dtype"] for row in rows})
@@ -89,7 +90,7 @@ def roofline(rows: Sequence[Row], target: Path) -> Path:
 
 
 def scaling(rows: Sequence[Row], target: Path) -> Path:
-    """Time of a training pass and memory saved for it, against frames, resolution and batch, ours and eager."""
+    """Time of a training pass and memory saved for it against frames, resolution and batch, for ours and eager."""
     plt = _pyplot()
     axes_names = [axis for axis in ("frames", "resolution", "batch") if any(row["axis"] == axis for row in rows)]
     figure, grid = plt.subplots(2, len(axes_names), figsize=(3.6 * len(axes_names), 6), squeeze=False)

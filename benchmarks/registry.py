@@ -1,6 +1,6 @@
 """What a measured case is: its setting, and how its runners are put together.
 
-A case sets up, once, everything that speed and memory are measured on. `benchmarks.cases` lists them all.
+A case sets up everything once, for both speed and memory. `benchmarks.cases` lists all cases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.measure import DIRECTIONS, Pack, Prepared, Runner, only
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, DENOISER
 
-# "tiny" is for tests: unequal sizes, two clips, a bit of everything. "base" is the release's full size.
+# "tiny" is for tests: unequal sizes, two clips, and a bit of everything. "base" is the release's full size.
 _TINY_DENOISER = dict(
     time=4, height=8, width=6, model_channels=64, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2],
     num_heads=4,
@@ -33,11 +33,11 @@ VARIANTS = {"eager": RELEASE, "sdpa": SDPA}
 
 @dataclass(frozen=True)
 class Setting:
-    """What a case is set up for.
+    """What a case is prepared for.
 
     size: "tiny", "small" or "base". device: "cpu" or "cuda". compiled: add torch.compile of the eager computation as a
-    rival. shapes_only: draw no numbers (for a FakeTensorMode). overrides: of the models' configs, for scaling. values:
-    the dtype that inputs and weights are exact in, by default the setting's own.
+    baseline. shapes_only: draw no numbers (for a FakeTensorMode). overrides: of the models' configs, for scaling.
+    values: the dtype in which inputs and weights are exact. The default is the setting's own dtype.
     """
 
     size: str = "small"
@@ -68,25 +68,25 @@ class Setting:
 
     @property
     def layout(self) -> TriplaneLayout:
-        """Of the denoiser's finest level."""
+        """The layout of the denoiser's finest level."""
         return TriplaneLayout(*(self.denoiser[name] for name in ("time", "height", "width")))
 
     @property
     def lattice(self) -> TriplaneLayout:
-        """Of the autoencoder."""
+        """The autoencoder's lattice."""
         config = self.autoencoder
         p = config["patch_size"]
         return TriplaneLayout(config["frames"], config["height"] // p, config["width"] // p)
 
     def draw(self, *shape: int, seed: int = 0) -> Tensor:
-        """Standard normal float32 numbers (none where shapes alone matter)."""
+        """Standard normal float32 numbers, or none if only shapes matter."""
         if self.shapes_only:
             return torch.empty(shape, device=self.device)
         generator = torch.Generator().manual_seed(seed)
         return self.rounded(torch.randn(shape, generator=generator)).float().to(self.device)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """x in the dtype that inputs and weights are exact in."""
+        """x in the dtype in which inputs and weights are exact."""
         return x.to(self.values or self.dtype)
 
 
@@ -109,7 +109,7 @@ class Registry:
     def add(
         self, name: str, kind: str, directions: tuple[str, ...] = DIRECTIONS
     ) -> Callable[[Callable[[Setting], Prepared]], Callable[[Setting], Prepared]]:
-        """Decorator: the function sets the case up."""
+        """Decorator for a function that sets the case up."""
 
         def decorate(prepare: Callable[[Setting], Prepared]) -> Callable[[Setting], Prepared]:
             self.cases[name] = Case(name, kind, prepare, directions)
@@ -120,7 +120,8 @@ class Registry:
 
 @dataclass(frozen=True)
 class Form:
-    """A way of computing: function(*inputs, *parameters) -> results, with float32 inputs and how to compare them."""
+    """A way of computing: function(*inputs, *parameters) -> results, with float32 inputs, and how to compare
+    them."""
 
     function: Callable[..., Tensor | Sequence[Tensor]]
     inputs: Sequence[Tensor]
@@ -131,7 +132,7 @@ class Form:
 def assemble(
     setting: Setting, shape: str, forms: Mapping[str, Form], parameters: Mapping[str, Tensor], flops: float
 ) -> Prepared:
-    """Runners of operations: `forms` ("ours" and "eager" among them) on the same inputs and parameters."""
+    """Runners of operations: all `forms`, including "ours" and "eager", with the same inputs and parameters."""
 
     def runner(form: Form, dtype: torch.dtype, compiled: bool = False) -> Runner:
         inputs = [setting.rounded(x).to(dtype, copy=True).requires_grad_() for x in form.inputs]
@@ -159,10 +160,10 @@ class Network:
 
 
 def assemble_modules(setting: Setting, shape: str, make: Mapping[str, Callable[[], Network]], flops: float) -> Prepared:
-    """Runners of modules: `make` gives each ("ours" and "eager" among them) without weights, on the meta device.
+    """Runners of modules. `make` gives each one, including "ours" and "eager", without weights on the meta device.
 
-    All get the same weights, random throughout (no zero-initialised layer hides what is before it), and those of one
-    dtype share their memory.
+    All get the same weights, and those of one dtype share memory. All weights are random, because a zero-initialised
+    layer would hide what comes before it.
     """
     networks = {name: make_one() for name, make_one in make.items()}
     state = random_state(networks["ours"].module, setting)
@@ -209,7 +210,8 @@ def _prepared(setting: Setting, shape: str, runners: dict[str, Runner], flops: f
 
 
 def random_state(module: nn.Module, setting: Setting) -> dict[str, Tensor]:
-    """Float32 weights, rounded as the setting says: unit variance through layers, norms around 1; buffers zero."""
+    """Float32 weights, rounded as the setting says. Layers keep unit variance, norms are around 1, buffers are
+    zero."""
     parameters = dict(module.named_parameters())
     state = {}
     for index, (name, tensor) in enumerate(module.state_dict().items()):

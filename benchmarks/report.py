@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: alternating runs of ours and its rivals, stored as rows, shown as tables and plots."""
+"""`python -m benchmarks.report`: alternating runs of ours and its baselines, as stored rows, tables and plots."""
 
 from __future__ import annotations
 
@@ -35,7 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--direction", choices=["forward", "backward", "both"], help="only this direction")
     parser.add_argument("--rounds", type=int, help="alternating rounds; by default what the budget allows; 0: no runs")
     parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds of rounds a measurement")
-    parser.add_argument("--compiled", action="store_true", help="add torch.compile of the baseline (takes minutes)")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="add torch.compile of the eager computation; by default for operations, where it takes 2 to 6 seconds "
+        "(blocks: half a minute, networks: minutes)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     parser.add_argument("--no-store", action="store_true", help="show only: write no rows, peaks or plots")
     parser.add_argument("--write-docs", action="store_true", help="write the tables of every machine to docs/results/")
@@ -43,16 +48,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def matching(pattern: str) -> list[Case]:
-    """Cases whose name contains the pattern or matches it as a file name pattern."""
+    """Cases whose name contains the pattern, or matches it as a file name pattern."""
     return [case for name, case in all_cases().items() if pattern in name or fnmatch.fnmatch(name, pattern)]
 
 
+def compiles(case: Case, options: argparse.Namespace) -> bool:
+    """Whether torch.compile of the eager computation is measured too."""
+    return case.kind == "operation" if options.compiled is None else bool(options.compiled)
+
+
 def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> list[rows.Row]:
-    """The rows of a case; a case that disagrees or doesn't fit says so and gives none."""
+    """The rows of a case. If a case disagrees or doesn't fit in memory, prints that and gives none."""
     wanted = [d for d in case.directions if options.direction in (None, d)]
     if not wanted:
         return []
-    case = replace(case, directions=tuple(wanted))  # nothing else is checked, or weighed
+    case = replace(case, directions=tuple(wanted))  # nothing else is checked or measured
     try:
         ready = get_ready(case, setting)
     except (Disagreement, DoesNotFit) as reason:
@@ -70,7 +80,7 @@ def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> l
 
 
 def run(options: argparse.Namespace) -> list[rows.Row]:
-    """Measure what is asked for, storing each row as soon as it is there."""
+    """Measure what is asked for, and store each row as soon as it exists."""
     size = "base" if options.full else "small"
     dtypes = [dtype for dtype in DTYPES if options.dtype in (None, rows.SHORT[dtype])]
     found = []
@@ -79,7 +89,7 @@ def run(options: argparse.Namespace) -> list[rows.Row]:
             floors.load_peaks(rows.peaks_path(device))
         for case in matching(options.only):
             for dtype in dtypes:
-                for row in measure_case(case, Setting(size, dtype, device, options.compiled), options):
+                for row in measure_case(case, Setting(size, dtype, device, compiles(case, options)), options):
                     found.append(row)
                     if not options.no_store:
                         rows.append(row, rows.path(device))
@@ -88,7 +98,7 @@ def run(options: argparse.Namespace) -> list[rows.Row]:
 
 
 def draw(device: str) -> list[Path]:
-    """Every figure that this machine's stored rows allow."""
+    """Draw every figure that this machine's stored rows allow."""
     stored = rows.newest(rows.read(rows.path(device)))
     drawn = []
     for size in SIZES:
@@ -121,7 +131,8 @@ def description(stored: Sequence[rows.Row]) -> str:
 
 
 def sections(machines: Sequence[list[rows.Row]]) -> dict[str, str]:
-    """Generated text by marker, from the rows of each machine: a table for each size and machine, and the machines."""
+    """Generated text by marker, from the rows of each machine: one table per size and machine, and the list of
+    machines."""
     texts = {"machine": "\n".join(description(stored) for stored in machines)}
     for size in SIZES:
         tables = []
@@ -134,7 +145,7 @@ def sections(machines: Sequence[list[rows.Row]]) -> dict[str, str]:
 
 
 def memory_table() -> str:
-    """Full-size training passes of one clip, weighed by running shapes alone."""
+    """Full-size training passes of one clip: memory found by running shapes only."""
     lines = [
         "| network | computed by | saved for backward | alive at once, weights included |",
         "| --- | --- | --- | --- |",
@@ -147,10 +158,10 @@ def memory_table() -> str:
 
 
 def write_between(document: str, marker: str, text: str) -> str:
-    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`.
+    """Replace the text between `<!-- marker -->` and `<!-- /marker -->`.
 
     Raises:
-        ValueError: the document lacks the markers.
+        ValueError: the document doesn't have the markers.
     """
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if start not in document or end not in document:

@@ -31,13 +31,13 @@ def make_row(
     weights: Mapping[str, Weight],
     left_out: Sequence[str] = (),
 ) -> Row:
-    """Everything known of one measurement; seconds are medians with quartiles, ratios are rival / ours by round.
+    """Everything known about one measurement. Seconds are medians with quartiles, ratios are baseline / ours by round.
 
-    "busy" tells how many cores other programs kept busy just after it.
+    "busy" is how many cores other programs kept busy just after it.
 
     Args:
-        errors: of each runner against the truth. served: the backend that really ran, by operation.
-        weights: memory by runner, for directions that save something. left_out: why runners are missing.
+        errors: of each runner against the truth. served: the backend that really ran, by operation. weights: memory by
+            runner, for directions that save something. left_out: why runners are missing.
     """
     needed = prepared.work(direction)
     floor = floors.floor(needed, setting.dtype, setting.device)
@@ -117,7 +117,7 @@ def key(row: Row) -> tuple[str, ...]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each measurement, in the order in which the measurements first came."""
+    """The last row of each measurement, in the order in which measurements first appeared."""
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
         found[key(row)] = row
@@ -135,13 +135,13 @@ def mebibytes(size: int) -> str:
 
 
 COLUMNS = (
-    "case", "direction", "dtype", "shape", "ours ms", "eager ms", "ratio", "spread", "vs SDPA", "vs fp32 eager",
-    "floor", "bound by", "saved ours", "saved eager", "backend",
+    "case", "direction", "dtype", "shape", "ours ms", "eager ms", "ratio", "spread", "vs SDPA", "vs compiled",
+    "vs fp32 eager", "floor", "bound by", "saved ours", "saved eager", "backend",
 )  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
-    """One line of a table; "-" where there is no such thing, or where it did not fit in memory."""
+    """One line of a table. "-" means that it doesn't exist or didn't fit in memory."""
 
     def ratio(name: str) -> str:
         return f"{row['ratio'][name][1]:.2f}x" if name in row["ratio"] else "-"
@@ -162,6 +162,7 @@ def cells(row: Row) -> list[str]:
         ratio("eager"),
         spread,
         ratio("sdpa"),
+        ratio("compiled"),
         ratio("eager fp32"),
         f"{100 * row['floor']['share']:.0f} %",
         row["floor"]["bound"],
@@ -177,7 +178,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def aligned(rows: Sequence[Row]) -> str:
-    """The table for a terminal; cases that lost against eager are marked."""
+    """The table for a terminal. Cases that are slower than eager are marked."""
     lines = [["", *COLUMNS]]
     for row in rows:
         lost = row["ratio"].get("eager", [1, 1, 1])[1] < 1

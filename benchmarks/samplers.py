@@ -1,7 +1,7 @@
-"""`python -m benchmarks.samplers RUN`: how near each sampler comes to the exact trajectory, in how many steps and time.
+"""`python -m benchmarks.samplers RUN`: how close each sampler comes to the exact trajectory, by steps and time.
 
-The reference is DDIM without noise in 1000 steps from the same starting noise, decoded. A sampler that draws noise of
-its own follows another trajectory: its distance says how far it strays, not how well it samples.
+The reference is decoded from 1000 DDIM steps without noise, from the same starting noise. A sampler that adds its own
+noise follows another trajectory: its distance says how far it strays, not how well it samples.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEPS = (10, 20, 25, 50)
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler as the table names it."""
+    """A scheduler under its name in the table."""
 
     label: str
     scheduler: str
@@ -51,7 +51,8 @@ SAMPLERS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One sampler at one number of steps: PSNR of its videos to the reference's, mean of clips; CPU seconds a clip."""
+    """One sampler at one number of steps: PSNR of its videos against the reference's, mean over clips, and CPU
+    seconds per clip."""
 
     sampler: str
     steps: int
@@ -62,7 +63,7 @@ class Row:
 def measure(
     autoencoder: Any, denoiser: Any, clips: int, reference_steps: int = REFERENCE_STEPS, steps: Sequence[int] = STEPS
 ) -> list[Row]:
-    """A row for each sampler and number of steps."""
+    """One row per sampler and number of steps."""
 
     def videos(sampler: Sampler, steps: int) -> tuple[Tensor, float]:
         shape = (clips, int(denoiser.config["latent_channels"]), denoiser.layout.num_tokens)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.scaling`: time and memory of training passes against frames, resolution and batch.
 
-Channels and depth are those of the small models (the patch is 8 pixels, as at full size), so that the largest sizes
-are affordable on two cores. What a run would need is weighed before, by running shapes alone: above the memory bound
-it is not run, and only its memory is reported.
+Channels and depth are those of the small models (the patch is 8 pixels, as at full size), so that two cores can run the
+largest sizes. The memory of a run is found first by running shapes only. Above the memory bound the run is left out,
+and only its memory is reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NETWORKS = {"autoencoder": "autoencoder", "denoiser": "denoiser"}
 
 @dataclass(frozen=True)
 class Point:
-    """One size: all at the centre but `axis`."""
+    """One size: `axis` varies, everything else is at the centre."""
 
     axis: str
     value: int
@@ -59,7 +59,8 @@ def points() -> Iterator[Point]:
 def measure_point(
     case: Case, point: Point, *, bound: int, longest: float, rounds: int, slowness: Mapping[str, float]
 ) -> dict[str, Any]:
-    """A row: seconds of the runners that fit in `bound` bytes and, by `slowness` (seconds a peak byte), in `longest`.
+    """One row: seconds of the runners that fit in `bound` bytes and, by `slowness` (seconds per peak byte), in
+    `longest`.
 
     Agreement is checked wherever ours and eager both run.
     """

@@ -1,4 +1,4 @@
-"""One measurement from set-up to row, as the report and pytest both take it."""
+"""One measurement from set-up to row, for the report and for pytest."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def devices() -> list[str]:
-    """The CPU, and a GPU where there is one."""
+    """The CPU, and a GPU if there is one."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @dataclass
 class Ready:
-    """A case set up, in agreement, and weighed."""
+    """A prepared case in agreement, with its memory."""
 
     case: Case
     setting: Setting
@@ -50,10 +50,10 @@ class DoesNotFit(RuntimeError):
 
 
 def get_ready(case: Case, setting: Setting) -> Ready:
-    """Set a case up and check that ours agrees with the baseline.
+    """Prepare a case and check that ours agrees with the baseline.
 
-    Runners that would not fit in memory are left out, by an estimate made before anything is allocated. Where the
-    baseline itself is among them, ours is checked against the next best: SDPA's computation.
+    Runners that would not fit in memory are left out, by an estimate before anything is allocated. If the baseline
+    itself is among them, ours is checked against the next best, SDPA.
 
     Raises:
         Disagreement: ours computes something else. DoesNotFit: nothing to compare fits in memory.

@@ -1,10 +1,10 @@
-"""`python -m benchmarks.soak --minutes 30`: trains both stages on small videos for a set time, watched from outside.
+"""`python -m benchmarks.soak --minutes 30`: trains both stages on small videos for a fixed time, watched from outside.
 
-Every few seconds the memory (RSS), the CPU time and the step of the training process are read. Judged after a warm-up
-(the first fifth of a stage, and until checkpoint and preview have come twice: the first preview takes 25 MiB, once): a
-straight line is fitted to the memory, and what it rises by from end to end must be no more than twice the scatter
-around it, or 1 % of the memory; CPU time a step in the last quarter must be within 10 % of that in the first. CPU time,
-because a busy or frozen machine changes how long a step takes, but not what it costs.
+It reads memory (RSS), CPU time and step of the training process every few seconds. The warm-up doesn't count: it is the
+first fifth of a stage, and lasts until checkpoint and preview have come twice (the first preview takes 25 MiB, once).
+After that a straight line is fitted to the memory. From end to end it may rise by at most twice the scatter around it,
+or by 1 % of the memory. CPU time per step in the last quarter must be within 10 % of the first quarter's. It is CPU
+time because a busy machine changes how long a step takes, but not what it costs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
 
 STAGES = ("autoencoder", "diffusion")
-WARM_UP = 0.2  # of a stage's time
+WARM_UP = 0.2  # share of a stage's time
 PREVIEW_EVERY = 250  # steps; checkpoints too
 FLAT, STEADY = 0.01, 0.10
 FILMS = 24
@@ -50,9 +50,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a stage's samples say after the warm-up; MiB, minutes and milliseconds.
+    """What a stage's samples show after the warm-up, in MiB, minutes and milliseconds.
 
-    rise: of the fitted line from end to end. scatter: standard deviation around it.
+    rise: of the fitted line from end to end. scatter: the standard deviation around it.
     """
 
     minutes: float
@@ -82,10 +82,10 @@ class Judgement:
 
 
 def judge(samples: Sequence[Sample], settled: int = 0) -> Judgement:
-    """Drop the warm-up, which lasts beyond step `settled`, fit the line, compare the quarters.
+    """Drop the warm-up, which lasts until after step `settled`. Fit the line and compare the quarters.
 
     Raises:
-        UserError: too few samples or steps to say anything.
+        UserError: there are too few samples or steps.
     """
     begin = samples[0].seconds + WARM_UP * (samples[-1].seconds - samples[0].seconds) if samples else 0
     kept = [sample for sample in samples if sample.seconds >= begin and sample.step > settled]
@@ -112,7 +112,7 @@ def judge(samples: Sequence[Sample], settled: int = 0) -> Judgement:
 
 
 def take_sample(process: int, metrics: Path, start: float) -> Sample | None:
-    """None before the first step is recorded. Steps that were recorded while this was read count for the next one."""
+    """None before the first step is recorded. Steps recorded during this call count for the next sample."""
     step = last_step(metrics)
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -121,7 +121,7 @@ def take_sample(process: int, metrics: Path, start: float) -> Sample | None:
 
 
 def last_step(metrics: Path) -> int | None:
-    """The step of the last whole line of a run's records."""
+    """The step in the last complete line of a run's records."""
     if not metrics.exists():
         return None
     with metrics.open("rb") as file:
@@ -131,10 +131,10 @@ def last_step(metrics: Path) -> int | None:
 
 
 def soak_stage(stage: str, folder: Path, arguments: Sequence[str], minutes: float, every: float) -> list[Sample]:
-    """Train one stage for some minutes in a process of its own, then stop it with SIGTERM.
+    """Train one stage for some minutes in a separate process, then stop it with SIGTERM.
 
     Raises:
-        UserError: training ended by itself, or did not end as asked.
+        UserError: training ended by itself, or didn't stop when asked.
     """
     run = folder / stage
     samples: list[Sample] = []
@@ -160,7 +160,7 @@ def soak_stage(stage: str, folder: Path, arguments: Sequence[str], minutes: floa
 def soak(
     folder: Path, minutes: float, every: float, options: Sequence[str], preview_every: int = PREVIEW_EVERY
 ) -> dict[str, Judgement]:
-    """Half of the time for each stage, on films written to ``folder``; the samples are kept there as JSON."""
+    """Half of the time for each stage, on videos written to ``folder``. The samples are stored there as JSON."""
     films = folder / "films"
     films.mkdir(parents=True)
     for number in range(FILMS):
@@ -183,7 +183,8 @@ def soak(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: flat and steady; 1: not; 2: a user's error. Options this command does not know are training's."""
+    """Returns 0 (flat and steady), 1 (not), or 2 (a user's error). Options that this command doesn't know go to
+    training."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=str(__doc__).splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="of training, half for each stage")
     parser.add_argument("--every", type=float, default=3, help="seconds between samples")

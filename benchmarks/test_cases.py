@@ -1,7 +1,7 @@
-"""Every case of the registry: agreement first, then rounds in which ours and its rivals are timed in turn.
+"""Every case of the registry: first agreement, then rounds that time ours and its baselines in turn.
 
-pytest-benchmark times ours; the set-up of each of its rounds times the rivals, so that all see the same weather. On a
-GPU the table at the end has ours by CUDA events, as the rivals; pytest-benchmark's own numbers are the host's.
+pytest-benchmark times ours. The set-up of each of its rounds times the baselines, so that all see the same load. On a
+GPU the table at the end has CUDA events for all, and pytest-benchmark's own numbers are the host's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.measure import Timings, rounds_for, seconds
 from benchmarks.registry import Setting
 from benchmarks.session import DTYPES, DoesNotFit, Ready, devices, get_ready
 
-BUDGET = 0.8  # seconds of rounds for one measurement
+BUDGET = 0.8  # seconds of rounds per measurement
 PARAMETERS = [
     pytest.param(name, device, dtype, direction, id=f"{name}-{direction}-{rows.SHORT[dtype]}-{device}")
     for device in devices()
@@ -31,7 +31,7 @@ PARAMETERS = [
 
 @lru_cache(maxsize=1)
 def ready(name: str, setting: Setting) -> Ready:
-    """The set-up that a case's directions share."""
+    """The set-up that all directions of a case share."""
     return get_ready(all_cases()[name], setting)
 
 

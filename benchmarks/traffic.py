@@ -1,19 +1,19 @@
-"""What our kernels and the release's way of computing launch and move: `python -m benchmarks.traffic --write-docs`.
+"""`python -m benchmarks.traffic --write-docs`: what our kernels and the release's way launch, and the bytes they move.
 
-Computed, not measured. Both networks run by shapes alone, at full size, and every operation that reaches PyTorch is
-counted; for each operation of this package its Triton launcher runs too, its launches watched. The rules, the same for
-both sides:
+Computed, not measured. Both networks run on shapes alone, at full size, and every operation that reaches PyTorch is
+counted. For each of this package's operations its Triton launcher runs too, and its launches are watched. The same
+rules apply to both sides:
 
-- **Launches.** Each ATen operation that computes or copies is one launch; views and allocations are none. Some ATen
-  operations launch several kernels in truth (a group norm three), so the count of the release's way is a lower bound.
-  Of ours, each launch of a kernel is one, and so is each ATen operation in a launcher.
-- **Bytes.** A launch reads each tensor given to it once and writes each result once: what a kernel reads again is taken
-  to come from a cache. A tensor expanded by stride 0 counts what is in memory.
-- **Least bytes** (of operations and blocks): inputs, weights, results and their gradients once each, as if all between
-  stayed in registers; in a backward pass every input counts, also where its gradient has no need of it.
-- **FLOPs.** Products only, as each side computes them; a multiply-add is 2.
-- **Least time.** For each operation the longer of its bytes at the memory's speed and its FLOPs at the peak of bf16,
-  summed: no launch costs anything, so it is the more beaten the smaller the operations are.
+- **Launches.** Each ATen operation that computes or copies is one launch. Views and allocations are none. Some ATen
+  operations really launch several kernels (a group norm three), so the release's count is a lower bound. On our side,
+  each kernel launch counts as one, and so does each ATen operation in a launcher.
+- **Bytes.** A launch reads each of its tensors once and writes each result once. What a kernel reads again is assumed
+  to come from a cache. A tensor expanded by stride 0 counts as what is in memory.
+- **Least bytes** (of operations and blocks): inputs, weights, results and their gradients once each, as if everything
+  in between stayed in registers. In a backward pass every input counts, even if its gradient doesn't need it.
+- **FLOPs.** Only products, as each side computes them. A multiply-add is 2.
+- **Least time.** For each operation, the longer of its bytes at memory speed and its FLOPs at the bf16 peak. These are
+  summed. Launches are free in this model, so real times exceed it the more, the smaller the operations are.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from pvdm_fast.jobs.command import run_command
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "gpu_traffic.md"
 MARKER = "traffic"
-# Bytes and bf16 FLOPs a second. H100: as measured elsewhere on one; A100: assumed, of its 2.0 TB/s and 312 TFLOP/s.
+# Bytes and bf16 FLOPs per second. H100: as measured elsewhere on one. A100: assumed, from its 2.0 TB/s and 312 TFLOP/s.
 GPUS = {"H100": (3.0e12, 790e12), "A100": (1.5e12, 260e12)}
-ARCHITECTURE = "sm90"  # whose configurations decide how many programs, and so partial sums, there are
+ARCHITECTURE = "sm90"  # its configurations decide how many programs, and so partial sums, there are
 ALLOCATIONS = ("empty", "new_empty", "lift_fresh", "_unsafe_view", "_local_scalar_dense")
 RUNNERS = ("ours", "eager", "sdpa")
-WITH_VALUES = ("sampler step",)  # a scheduler reads numbers, so shapes alone don't run; it is two denoiser passes
+WITH_VALUES = ("sampler step",)  # a scheduler reads numbers, so it can't run on shapes alone; it is two denoiser passes
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Total:
-    """The sum over a sequence of items; seconds at least, by GPU."""
+    """The sum over a sequence of items. seconds: the least, by GPU."""
 
     launches: int
     bytes: int
@@ -90,7 +90,7 @@ def size_in_memory(tensor: Tensor) -> int:
 
 
 def distinct_bytes(values: Iterable[Any]) -> int:
-    """Bytes of the tensors among `values`, one that is given twice counted once."""
+    """Bytes of the tensors among `values`. A tensor that appears twice counts once."""
     tensors = {
         (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), t.stride()): t
         for t in tree_iter(tuple(values))
@@ -100,14 +100,15 @@ def distinct_bytes(values: Iterable[Any]) -> int:
 
 
 def is_launch(function: Any) -> bool:
-    """Whether an operation computes or copies: no view, no allocation, none of PyTorch's own questions (prim)."""
+    """Whether an operation computes or copies. Views, allocations and PyTorch's internal queries (prim) don't."""
     returns = function._schema.returns
     view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     return function.namespace == "aten" and not view and not name_of(function).startswith(ALLOCATIONS)
 
 
 def aten_item(function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> Item:
-    """Reads its arguments and writes its results; what is overwritten unread (copy_, fill_, zero_) only the latter."""
+    """Reads its arguments and writes its results. What is overwritten unread (copy_, fill_, zero_) is only
+    written."""
     name = name_of(function)
     overwrites = name in ("copy_", "fill_", "zero_")
     read = distinct_bytes((arguments[1:] if overwrites else arguments, options))
@@ -120,7 +121,7 @@ def aten_item(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]
 
 
 class Traffic(Recorder):
-    """Collects an Item for every operation that reaches PyTorch while it is on, below autograd."""
+    """Collects an Item for every operation that reaches PyTorch while it is active, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +151,7 @@ def launcher_item(op: str, direction: str, arguments: tuple[Any, ...]) -> Item:
 
 
 def count(run: Callable[[], object]) -> list[Item]:
-    """The items of `run()`; under a FakeTensorMode nothing is computed."""
+    """The items of `run()`. In a FakeTensorMode nothing is computed."""
     with Traffic() as traffic:
         run()
     return traffic.items
@@ -158,10 +159,10 @@ def count(run: Callable[[], object]) -> list[Item]:
 
 @contextmanager
 def shapes_alone() -> Iterator[None]:
-    """Tensors without values; everything that is chosen by device is chosen as on ARCHITECTURE with Triton.
+    """Tensors without values. Everything that depends on the device is chosen as on ARCHITECTURE with Triton.
 
     Raises:
-        UserError: Triton is absent.
+        UserError: Triton isn't installed.
     """
     if find_spec("triton") is None:
         raise UserError("Triton is not installed, so its launches cannot be counted: pip install triton.")
@@ -175,7 +176,7 @@ def shapes_alone() -> Iterator[None]:
 
 
 def count_runner(runner: Runner, direction: str) -> Total:
-    """What one direction of a runner launches and moves."""
+    """What one direction of a runner launches, and the bytes it moves."""
     if direction != "forward":
         runner.gradients = [torch.empty_like(result) for result in runner.run()]
     return Total.of(count(runner.step(direction)))
@@ -183,7 +184,7 @@ def count_runner(runner: Runner, direction: str) -> Total:
 
 @dataclass(frozen=True)
 class Row:
-    """A direction of a case, by each runner; floor: what it needs at least."""
+    """One direction of a case, by runner. floor: the least it needs."""
 
     case: Case
     direction: str
@@ -193,7 +194,7 @@ class Row:
 
 
 def rows_of(case: Case, setting: Setting) -> list[Row]:
-    """Count every direction of a case; "both" only where a case has no backward of its own."""
+    """Count every direction of a case. "both" only if the case has no separate backward."""
     directions = [d for d in case.directions if d != "both" or "backward" not in case.directions]
     with shapes_alone():
         prepared = case.prepare(replace(setting, shapes_only=True))
@@ -208,7 +209,7 @@ def rows_of(case: Case, setting: Setting) -> list[Row]:
 
 
 def operations_table(rows: Iterable[Row]) -> list[str]:
-    """Lines of Markdown: bytes of single operations and blocks against the least there can be."""
+    """Lines of Markdown: bytes of single operations and blocks, against the least possible."""
     lines = [
         "| operation | direction | shape | least, MB | ours, MB | eager, MB | eager / ours | launches ours / eager |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -1,5 +1,5 @@
-// pvdm_fast._cpu. bindings/cpu/<op>.h has an operation's functions: arguments are checked there (ops/<op>.h says what must
-// hold), kernels trust them.
+// pvdm_fast._cpu. Each bindings/cpu/<op>.h exposes one operation. It checks the arguments (the rules are in
+// ops/<op>.h), and the kernels trust them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

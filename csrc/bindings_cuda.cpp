@@ -1,6 +1,6 @@
-// pvdm_fast._cuda. bindings/cuda/<op>.h has an operation's functions: arguments are checked there (ops/<op>.h says what must
-// hold), kernels trust them. Built a second time as pvdm_fast's test module `_emulated`, where "the device" is the host
-// (PVDM_EMULATE).
+// pvdm_fast._cuda. Each bindings/cuda/<op>.h exposes one operation. It checks the arguments (the rules are in
+// ops/<op>.h), and the kernels trust them. With PVDM_EMULATE this file builds the test module `_emulated`, whose
+// "device" is the host.
 #ifndef PVDM_EMULATE
 #define PVDM_DLPACK_DEVICE 2  // CUDA
 #endif

@@ -1,4 +1,4 @@
-// pybind11 conversion: torch.Tensor (or None) -> TensorView, by way of DLPack.
+// pybind11 conversion: torch.Tensor (or None) -> TensorView, through DLPack.
 //
 // Measured for a 3-D tensor, torch 2.14: by DLPack's table of C functions 50 ns (PyTorch has it from 2.10 on), by a capsule
 // 190 ns. Passing data_ptr(), shape, stride() and dtype costs 290 ns to make in Python, before pybind11 unpacks the two
@@ -12,7 +12,7 @@
 #include "tensor_view.h"
 
 namespace pvdm {
-// The DLPack ABI (version 0, capsule name "dltensor"), as far as it is read here.
+// The part of the DLPack ABI (version 0, capsule name "dltensor") that is read here.
 namespace dlpack {
 struct Tensor {
   void* data;
@@ -61,7 +61,7 @@ inline Dtype dtype_of(const dlpack::Tensor& t) {
   throw pybind11::type_error("Expected a float32, bfloat16, float16 or float64 tensor: convert it first.");
 }
 
-// Where the tensors of this extension must be: DLPack's number of the CPU, unless it says another (of CUDA: 2).
+// DLPack's number of the device where this extension's tensors must be: 1, the CPU, unless defined otherwise (CUDA: 2).
 #ifndef PVDM_DLPACK_DEVICE
 #define PVDM_DLPACK_DEVICE 1
 #endif
@@ -105,7 +105,7 @@ struct type_caster<pvdm::TensorView> {
     auto* managed = static_cast<pvdm::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     if (!managed) throw error_already_set();
     value = pvdm::view_of(managed->tensor);
-    return true;  // the argument itself keeps the memory alive during the call; the capsule frees its own record
+    return true;  // the argument keeps the memory alive during the call, and the capsule frees its own record
   }
 };
 }  // namespace pybind11::detail

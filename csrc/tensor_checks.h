@@ -1,4 +1,4 @@
-// Checks of what comes from Python; a failed one raises ValueError.
+// Checks of arguments from Python. A failed check raises ValueError.
 #pragma once
 #include <initializer_list>
 #include <stdexcept>
@@ -19,7 +19,7 @@ inline void require(bool condition, const char* name, const char* message) {
   if (!condition) refuse(name, message);
 }
 
-// Kernels read and write through these: the shape must be exactly this, the last axis dense.
+// Kernels access memory through these, so the shape must match exactly and the last axis must be dense.
 inline void check(const char* name, const TensorView& t, std::initializer_list<int64_t> sizes) {
   require(t.data || t.size[0] == 0 || t.dims == 0, name, " has no memory.");
   bool same = t.dims == static_cast<int>(sizes.size());

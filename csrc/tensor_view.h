@@ -1,4 +1,4 @@
-// What crosses the border from Python: a pointer, a dtype, sizes and strides. No torch headers.
+// What Python passes to native code: a pointer, a dtype, sizes and strides. No PyTorch headers.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +12,7 @@ namespace pvdm {
 
 enum class Dtype : int { f32, bf16, f16, f64 };
 
-// A strided array that somebody else owns. Strides count elements. `data` is null for None.
+// A strided array that the caller owns. Strides count elements. `data` is null for None.
 struct TensorView {
   static constexpr int max_dims = 6;
   void* data = nullptr;
@@ -38,7 +38,7 @@ struct Layout {
   PVDM_BOTH int64_t tokens() const { return offset(3); }
 };
 
-// Planes of any number and sizes in one packed token axis: (rows, columns) of each. Does not own the sizes.
+// Any number of planes of any sizes, packed along one token axis: (rows, columns) of each. Doesn't own the sizes.
 struct Planes {
   const int64_t* sizes;
   int64_t count;

@@ -1,5 +1,5 @@
-"""Triton kernels and their launchers, one file an operation; installed as ``pvdm_fast.kernels``.
+"""Triton kernels and their launchers, one file per operation. Installed as ``pvdm_fast.kernels``.
 
-Importing this package doesn't import triton: only its submodules do, and those are loaded when an operation first runs
+Importing this package doesn't import triton. Only the submodules do, and they are loaded when an operation first runs
 on the ``triton`` backend.
 """

@@ -1,8 +1,8 @@
-"""`add_layer_norm` in Triton: a program has whole rows in registers, so everything is read once.
+"""`add_layer_norm` in Triton: a program holds whole rows in registers, so everything is read once.
 
-Bytes of a row of C values of s bytes, with a residual: forward 2 C s read, 2 C s and 8 written; backward 3 C s and 8
-read, C s written. To these floors the backward adds its partial sums of the gradients of weight and bias: 8 C bytes
-for each of at most PROGRAMS programs, written and read once (4 PROGRAMS / rows of the rest in 16 bits).
+Bytes per row of C values of s bytes, with a residual. Forward: 2 C s read, 2 C s and 8 written. Backward: 3 C s and 8
+read, C s written. The backward pass also writes and reads partial sums of the gradients of weight and bias: 8 C bytes
+for each of at most PROGRAMS programs. In 16 bits that is 4 PROGRAMS / rows of the rest.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import rounded_product, sum_of_products
 from pvdm_fast.kernels.partials import sum_partials
 
-WIDEST = 8192  # columns: beyond, a row no longer fits into a block's registers
+WIDEST = 8192  # columns: wider rows don't fit into a block's registers
 
-# Narrow rows: one warp a program, so that sums over its rows are shuffles and nothing waits at a barrier. Others: a row
-# a program, 16 values of it a thread at the widest.
+# Narrow rows: one warp per program, so that sums over a row are shuffles and nothing waits at a barrier. Other rows:
+# one per program, with 16 values per thread at the widest.
 FORWARD = ConfigTable(
     "add_layer_norm_forward",
     {
@@ -35,7 +35,8 @@ FORWARD = ConfigTable(
     },
     candidates=(Config({"ROWS": 4}, num_warps=1), Config({"ROWS": 1}, num_warps=1), Config({"ROWS": 4})),
 )
-# PROGRAMS: 8 warps a processor, each program with every PROGRAMS-th tile: partial sums don't grow with the rows.
+# PROGRAMS: 8 warps per multiprocessor. Each program takes every PROGRAMS-th tile, so partial sums don't grow with the
+# number of rows.
 BACKWARD = ConfigTable(
     "add_layer_norm_backward",
     {
@@ -51,7 +52,7 @@ BACKWARD = ConfigTable(
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction (a tensor of rows first) are beyond the kernels."""
+    """Why the kernels don't take these arguments (of either direction, a tensor of rows first), or None."""
     columns = inputs[0].shape[-1]
     if columns > WIDEST:
         return f"it takes rows of at most {WIDEST} values, not {columns}: use another backend."
@@ -77,12 +78,12 @@ def add_layer_norm_forward(
         values += tl.load(
             residual + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0
         ).to(tl.float32)  # fmt: skip
-        stored = values.to(total.dtype.element_ty)  # the norm is taken of the sum as it is stored
+        stored = values.to(total.dtype.element_ty)  # the norm is that of the stored (rounded) sum
         tl.store(total + place, stored, mask=inside)
         values = stored.to(tl.float32)
     mean = tl.sum(values, 1) / columns
     centred = tl.where(inside, values - mean[:, None], 0.0)
-    error = tl.sum(centred, 1) / columns  # of the mean, which matters in rows far from zero
+    error = tl.sum(centred, 1) / columns  # corrects the mean; it matters in rows far from zero
     centred = tl.where(inside, centred - error[:, None], 0.0)
     rstd = tl.rsqrt(sum_of_products(centred, centred, 1) / columns + eps)
     w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float32)
@@ -115,7 +116,7 @@ def add_layer_norm_backward(
         normed = (t - m[:, None]) * r[:, None]
         dweight += g * normed
         dbias += g
-        g = rounded_product(g, w[None, :])  # zero outside, so that no sum needs a mask
+        g = rounded_product(g, w[None, :])  # zero outside, so sums need no mask
         average = tl.sum(g, 1) / columns
         slope = sum_of_products(g, normed, 1) / columns
         result = r[:, None] * (g - average[:, None] - normed * slope[:, None])
@@ -136,8 +137,8 @@ def _rows_of(x: Tensor) -> Tensor:
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual: (..., C) -> their sum (empty without a residual) and its norm in the residual's dtype, else that of
-    x; per row mean and 1 / std, float32."""
+    """x, residual: (..., C) -> their sum (empty without a residual), and its norm in the residual's dtype, or x's
+    without one. Per row also mean and 1 / std, float32."""
     like = x if residual is None else residual
     normed = torch.empty(x.shape, dtype=like.dtype, device=x.device)
     total = torch.empty(0 if residual is None else x.shape, dtype=like.dtype, device=x.device)
@@ -162,7 +163,7 @@ def forward(
 def backward(
     grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum (so of x and residual alike), weight and bias."""
+    """Gradients of the sum (the same for x and residual), weight and bias."""
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     grad_normed, total = _rows_of(grad_normed), _rows_of(total)
     added = grad_normed if grad_total is None else _rows_of(grad_total)

@@ -1,14 +1,14 @@
-"""The cross-plane attention block of few tokens, for inference: three launches instead of six.
+"""The cross-plane attention block for few tokens, for inference: three launches instead of six.
 
-1. `attention_block_forward_qkv`: GroupNorm in the prologue of the qkv projection. A program holds all tokens, and goes
-   through the channels by whole groups: the tile it multiplies is also all that the statistics of these groups need.
+1. `attention_block_forward_qkv`: GroupNorm in the prologue of the qkv projection. A program holds all tokens and goes
+   through the channels by whole groups. So the tile that it multiplies is also all that these groups' statistics need.
 2. The flash kernel of `segment_attention`.
-3. `attention_block_forward_projection`: the output projection, its bias and the residual in the epilogue.
+3. `attention_block_forward_projection`: the output projection, with bias and residual in the epilogue.
 
-Not one launch: every output channel needs every head, and every head every channel of x. Without waiting for each other
-(which needs atomics, and all programs on the GPU at once) programs could only be one a batch element: at C 1024 each
-then reads 8 MiB of weights, 75 us at the 110 GB/s that one multiprocessor gets, and at N 128 multiplies 1.1 GFLOP,
-some 200 us; the launches that are saved take 10.
+Why not one launch? Every output channel needs every head, and every head needs every channel of x. If programs don't
+wait for each other (which needs atomics, and all programs on the GPU at once), there can only be one per batch element.
+At C 1024 each would read 8 MiB of weights: 75 us at the 110 GB/s of one multiprocessor. At N 128 it would multiply 1.1
+GFLOP: about 200 us. The saved launches take 10 us.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision, sum_of_products
 
-MOST_TOKENS = 128  # all are in one program
-WIDEST_GROUP = 128  # channels: with all tokens, of a step
-# OUTPUTS: of the projection, a program's. At batch 1 and C 1024, 96 programs read the weights of qkv, 64 the others.
-# CHANNELS: of a step. Reasoned, not measured.
+MOST_TOKENS = 128  # one program holds all tokens
+WIDEST_GROUP = 128  # channels: a step holds a whole group of all tokens
+# OUTPUTS: output channels per program. At batch 1 and C 1024, 96 programs read the weights of qkv, and 64 those of the
+# projection. CHANNELS: per step. Reasoned, not measured.
 QKV = ConfigTable(
     "attention_block_qkv",
     {
@@ -63,7 +63,7 @@ PROJECTION = ConfigTable(
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments are beyond the kernels."""
+    """Why the kernels don't take these arguments, or None."""
     x, heads, groups = inputs[0], inputs[7], inputs[8]
     (_, tokens, channels), per_group = x.shape, x.shape[2] // groups
     if tokens > MOST_TOKENS:
@@ -75,17 +75,21 @@ def refusal(*inputs: Any) -> str | None:
 
 @triton.jit
 def attention_block_forward_qkv(
-    X, GAIN, SHIFT, WEIGHT, BIAS, QKV, tokens, eps, stride_batch, stride_token, C: tl.constexpr, GROUPS: tl.constexpr,
-    TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, norm_weight, norm_bias, weight, bias, qkv, tokens, eps, stride_batch, stride_token,
+    C: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """X (B, N, C) by strides -> QKV (B, N, 3 C). Grid: blocks of outputs x B. TOKENS holds N, WIDTH a group's
-    channels; as many groups at a time as make CHANNELS, or one."""
+    """x (B, N, C) by strides -> qkv (B, N, 3 C). Grid: blocks of outputs x B.
+
+    TOKENS: N, padded. WIDTH: channels of a group, padded. A step takes as many groups as fit CHANNELS, but at least
+    one.
+    """
     STEP: tl.constexpr = (CHANNELS + WIDTH - 1) // WIDTH
     b = tl.program_id(1).to(tl.int64)
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     token, place = tl.arange(0, TOKENS), tl.arange(0, WIDTH)
-    x_rows = X + b * stride_batch + token.to(tl.int64)[:, None, None] * stride_token
-    weight_rows = WEIGHT + output.to(tl.int64)[:, None, None] * C
+    x_rows = x + b * stride_batch + token.to(tl.int64)[:, None, None] * stride_token
+    weight_rows = weight + output.to(tl.int64)[:, None, None] * C
     count = tokens * (C // GROUPS)
     sums = tl.zeros((TOKENS, OUTPUTS), tl.float32)
     for first in range(0, GROUPS, STEP):
@@ -93,43 +97,46 @@ def attention_block_forward_qkv(
         channel = group[:, None] * (C // GROUPS) + place[None, :]
         inside = (group < GROUPS)[:, None] & (place < C // GROUPS)[None, :]
         mask = (token < tokens)[:, None, None] & inside[None, :, :]
-        x = tl.load(x_rows + channel[None, :, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(tl.sum(x, 2), 0) / count
-        deviation = tl.where(mask, x - mean[None, :, None], 0.0)
+        values = tl.load(x_rows + channel[None, :, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.sum(tl.sum(values, 2), 0) / count
+        deviation = tl.where(mask, values - mean[None, :, None], 0.0)
         variance = tl.sum(sum_of_products(deviation, deviation, 2), 0) / count
-        gain = tl.load(GAIN + channel, mask=inside, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)[:, None]
-        shift = tl.load(SHIFT + channel, mask=inside, other=0.0).to(tl.float32)
-        normed = (deviation * gain[None, :, :] + shift[None, :, :]).to(X.dtype.element_ty)
+        gain = tl.load(norm_weight + channel, mask=inside, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)[:, None]
+        shift = tl.load(norm_bias + channel, mask=inside, other=0.0).to(tl.float32)
+        normed = (deviation * gain[None, :, :] + shift[None, :, :]).to(x.dtype.element_ty)
         outside = (output < 3 * C)[:, None, None] & inside[None, :, :]
-        weight = tl.load(weight_rows + channel[None, :, :], mask=outside, other=0.0)
-        normed, weight = tl.reshape(normed, (TOKENS, STEP * WIDTH)), tl.reshape(weight, (OUTPUTS, STEP * WIDTH))
-        sums = tl.dot(normed, tl.trans(weight), sums, input_precision=PRECISION)
-    sums += tl.load(BIAS + output, mask=output < 3 * C, other=0.0).to(tl.float32)[None, :]
-    to = QKV + (b * tokens + token)[:, None] * (3 * C) + output[None, :]
-    tl.store(to, sums.to(QKV.dtype.element_ty), mask=(token < tokens)[:, None] & (output < 3 * C)[None, :])
+        w = tl.load(weight_rows + channel[None, :, :], mask=outside, other=0.0)
+        normed, w = tl.reshape(normed, (TOKENS, STEP * WIDTH)), tl.reshape(w, (OUTPUTS, STEP * WIDTH))
+        sums = tl.dot(normed, tl.trans(w), sums, input_precision=PRECISION)
+    sums += tl.load(bias + output, mask=output < 3 * C, other=0.0).to(tl.float32)[None, :]
+    to = qkv + (b * tokens + token)[:, None] * (3 * C) + output[None, :]
+    tl.store(to, sums.to(qkv.dtype.element_ty), mask=(token < tokens)[:, None] & (output < 3 * C)[None, :])
 
 
 @triton.jit
 def attention_block_forward_projection(
-    A, WEIGHT, BIAS, X, OUT, rows, tokens, stride_batch, stride_token, C: tl.constexpr, PRECISION: tl.constexpr,
+    attended, weight, bias, x, out, rows, tokens, stride_batch, stride_token, C: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """OUT = X + A WEIGHT' + BIAS. A and OUT (B N, C) contiguous, X (B, N, C) by strides. Grid: rows x outputs."""
+    """out = x + attended weight' + bias. Grid: rows x outputs.
+
+    attended and out: (B N, C) contiguous. x: (B, N, C) by strides.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for first in range(0, C, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         at = (row < rows)[:, None] & (channel < C)[None, :]
-        a = tl.load(A + row[:, None] * C + channel[None, :], mask=at, other=0.0)
+        a = tl.load(attended + row[:, None] * C + channel[None, :], mask=at, other=0.0)
         at = (output < C)[:, None] & (channel < C)[None, :]
-        weight = tl.load(WEIGHT + output.to(tl.int64)[:, None] * C + channel[None, :], mask=at, other=0.0)
-        sums = tl.dot(a, tl.trans(weight), sums, input_precision=PRECISION)
+        w = tl.load(weight + output.to(tl.int64)[:, None] * C + channel[None, :], mask=at, other=0.0)
+        sums = tl.dot(a, tl.trans(w), sums, input_precision=PRECISION)
     mask = (row < rows)[:, None] & (output < C)[None, :]
-    x = X + (row // tokens)[:, None] * stride_batch + (row % tokens)[:, None] * stride_token + output[None, :]
-    sums += tl.load(BIAS + output, mask=output < C, other=0.0).to(tl.float32)[None, :]
-    sums += tl.load(x, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + row[:, None] * C + output[None, :], sums.to(OUT.dtype.element_ty), mask=mask)
+    x_rows = x + (row // tokens)[:, None] * stride_batch + (row % tokens)[:, None] * stride_token + output[None, :]
+    sums += tl.load(bias + output, mask=output < C, other=0.0).to(tl.float32)[None, :]
+    sums += tl.load(x_rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * C + output[None, :], sums.to(out.dtype.element_ty), mask=mask)
 
 
 def forward(
@@ -144,7 +151,7 @@ def forward(
     groups: int,
     eps: float,
 ) -> Tensor:
-    """x: (B, N, C) -> (B, N, C), of one dtype with the weights; see `pvdm_fast.ops.attention_block`."""
+    """x: (B, N, C) -> (B, N, C), in the dtype of the weights. See `pvdm_fast.ops.attention_block`."""
     x = rows_dense(x)
     batch, tokens, channels = x.shape
     constants = {"C": channels, "PRECISION": dot_precision(x)}

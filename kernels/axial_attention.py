@@ -1,9 +1,11 @@
-"""`axial_attention` in Triton, forward and backward: three variants, by the number of queries and of tokens.
+"""`axial_attention` in Triton, forward and backward. The numbers of queries and tokens choose between three variants.
 
-One query a sequence: axial_attention_query.py. Sequences of up to 64 tokens, as far as they fit a program's registers:
-axial_attention_short.py, one launch forward and one backward. Longer ones: axial_attention_long.py, one launch forward,
-two backward, and one more in each for the rotation. An axis is a pair of strides; nothing is rearranged. No atomics:
-results are the same on every run.
+- axial_attention_query.py: one query per sequence.
+- axial_attention_short.py: sequences of up to 64 tokens that fit a program's registers. One launch forward, one
+  backward.
+- axial_attention_long.py: longer ones. One launch forward, two backward, and one more each for the rotation.
+
+An axis is a pair of strides, so nothing is rearranged. There are no atomics, so results are the same on every run.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pvdm_fast.kernels.attention_common import refuse_width
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction (a tensor of heads first) are beyond the kernels."""
+    """Why the kernels don't take these arguments (of either direction, a tensor of heads first), or None."""
     return refuse_width(inputs[0].shape[-1])
 
 

@@ -1,10 +1,10 @@
-"""Attention of long sequences, forward: flash kernels, a program takes a block of one head's queries.
+"""Attention of long sequences, forward: flash kernels. A program takes a block of queries of one head.
 
-Queries are rotated where they are loaded, once. Keys are not: every block of queries goes through all keys, and the
-float32 tables are 8 bytes a key element against its 2 of 16 bits. For 128 queries and 64 keys of d 64 that is 32 KiB
-of tables for about 1000 cycles of products and exponentials: with k and v 48 bytes a cycle for each multiprocessor,
-more than an H100's L2 delivers. A first kernel therefore writes rotated keys (backward: and queries) to a buffer: at
-1024 tokens about an eighth of forward's time at the memory's speed, less in backward.
+Queries are rotated where they are loaded, once. Keys can't be: every block of queries goes through all keys, and the
+float32 tables take 8 bytes per key element, which itself has 2 bytes in 16 bits. For 128 queries and 64 keys of d 64,
+that is 32 KiB of tables per about 1000 cycles of products and exponentials. With k and v, each multiprocessor would
+read 48 bytes per cycle, more than an H100's L2 delivers. So a first kernel writes rotated keys (backward: and queries)
+to a buffer. At memory speed it takes about an eighth of forward's time at 1024 tokens, and less of backward's.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def axial_attention_rotate(
     x, sin, cos, rotated, x_strides, rotated_strides, x_part, rotated_part, sites, length, heads, parts,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x, rotated: (B, sites, length, heads, HEAD) by strides, and `parts` such, `x_part` and `rotated_part` apart.
+    """x -> rotated: (B, sites, length, heads, HEAD) by strides. Both are `parts` such, `x_part`, `rotated_part` apart.
 
-    Grid: row blocks x sequences. A program goes through all heads: the tables' rows are read once.
+    Grid: row blocks x sequences. A program goes through all heads, so each row of the tables is read once.
     """
     blocks = tl.cdiv(length, BLOCK)
     sequence, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -69,9 +69,9 @@ def axial_attention_long_forward(
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q (not rotated yet), k (rotated), v, out: (B, sites, length, heads, HEAD) by strides; lse: contiguous.
+    """q (not rotated), k (rotated), v, out: (B, sites, length, heads, HEAD) by strides. lse: contiguous.
 
-    Grid: query blocks x (sequence, head), the blocks of one head side by side: they share its keys in the L2.
+    Grid: query blocks x (sequence, head). Blocks of one head are neighbours, so that they share its keys in the L2.
     EVEN: length is a multiple of BLOCK_N.
     """
     blocks = tl.cdiv(length, BLOCK_M)
@@ -118,9 +118,10 @@ ROTATE = ConfigTable(
     {("*", "*", "*"): Config({"BLOCK": 8}, 4, 1)}
     | {("*", f"d{width}", "*"): Config({"BLOCK": 2048 // width}, 4, 1) for width in (32, 64, 128, 256)},
 )
-# Large blocks of queries: each goes through all keys and values. Eight warps hold the accumulators of 128 queries where
-# four spill (sm_100, sm_120); on gfx942 eight warps of 64 leave a thread half the registers. Products in float32
-# (without TF32) hold operands in registers too: smaller blocks. In the interpreter, several blocks at a test's sizes.
+# Large blocks of queries, because each goes through all keys and values. Eight warps hold the accumulators of 128
+# queries where four would spill (sm_100, sm_120). On gfx942, eight warps of 64 leave a thread half the registers.
+# Float32 products (without TF32) hold operands in registers too, so blocks are smaller. In the interpreter, blocks are
+# small enough that tests have several.
 FORWARD = ConfigTable(
     "axial_attention_long_forward",
     {
@@ -150,8 +151,7 @@ FORWARD = ConfigTable(
 
 
 def rotated(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """x: (B, sites, L, parts, heads, d) rotated, as a new (B, sites, L, parts, heads, d) with each head's rows side
-    by side in memory."""
+    """x: (B, sites, L, parts, heads, d) -> rotated, in the same shape. In memory each head's rows are neighbours."""
     batch, sites, length, parts, heads, width = x.shape
     result = torch.empty((parts, batch, sites, heads, length, width), dtype=x.dtype, device=x.device)
     result = result.permute(1, 2, 4, 0, 3, 5)
@@ -168,7 +168,7 @@ def rotated(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 
 
 def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
-    """qkv: (B, sites, L, 3, heads, d); fills out: (B, sites, L, heads, d) and lse: (B, sites, heads, L)."""
+    """qkv: (B, sites, L, 3, heads, d). Writes out (B, sites, L, heads, d) and lse (B, sites, heads, L)."""
     batch, sites, length, _, heads, width = qkv.shape
     config = FORWARD(qkv.device, width_class(width), qkv.dtype)
     q, k, v = qkv.unbind(3)

@@ -1,8 +1,8 @@
-"""Attention of long sequences, backward: queries' gradients, then keys' and values'; each program sums its own rows.
+"""Attention of long sequences, backward: one kernel for queries, one for keys and values. Programs sum their own rows.
 
-Weights are computed again from the saved log-sum-exp, in both kernels: seven products instead of five, for no atomics
-and no gradient buffers in float32. The first kernel also leaves what the second needs of each query, delta. Both
-rotate their gradients back where they are stored.
+Both kernels recompute the weights from the saved log-sum-exp. That takes seven products instead of five, but no atomics
+and no float32 gradient buffers. The first kernel also writes delta, which the second needs of each query. Both rotate
+their gradients back where they are stored.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def axial_attention_long_backward_dq(
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta (B, sites, heads, length); q and k are rotated. Grid and EVEN as in forward."""
+    """dq, and delta (B, sites, heads, length). q and k are rotated. Grid and EVEN as in forward."""
     blocks = tl.cdiv(length, BLOCK_M)
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     sequence, head = pair // heads, pair % heads
@@ -91,9 +91,10 @@ def axial_attention_long_backward_dkdv(
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (of the same strides). A program takes BLOCK_N keys and goes through all queries; scores transposed.
+    """dk and dv (with the same strides). A program takes BLOCK_N keys through all queries, with transposed scores.
 
-    EVEN: length is a multiple of BLOCK_M. Else queries past the end have no weights: finite keys would need no mask.
+    EVEN: length is a multiple of BLOCK_M. Otherwise queries past the end get weights of 0. (Finite keys would need no
+    mask.)
     """
     blocks = tl.cdiv(length, BLOCK_N)
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -143,7 +144,7 @@ def axial_attention_long_backward_dkdv(
     tl.store(dk + offsets, dk_tile.to(dk.dtype.element_ty), mask=inside)
 
 
-# As in forward; two accumulators and three tiles of operands make the key kernel's blocks of queries smaller still.
+# As in forward. The key kernel holds two accumulators and three tiles of operands, so its blocks are smaller still.
 QUERY = ConfigTable(
     "axial_attention_long_query",
     {
@@ -201,7 +202,7 @@ def backward(
     dqkv: Tensor,
     scale: float,
 ) -> None:
-    """grad, out: (B, sites, L, heads, d), qkv: (B, sites, L, 3, heads, d); fills dqkv, like qkv."""
+    """grad, out: (B, sites, L, heads, d), qkv: (B, sites, L, 3, heads, d). Writes dqkv, like qkv."""
     batch, sites, length, _, heads, width = qkv.shape
     (q, k, v), (dq, dk, dv) = qkv.unbind(3), dqkv.unbind(3)
     if sin is not None and cos is not None:

@@ -1,13 +1,13 @@
-"""Attention of one query a sequence, forward and backward: elementwise, each key and value read once.
+"""Attention with one query per sequence, forward and backward: elementwise, and each key and value is read once.
 
-There is a product and a sum for each key element read, no reuse, nothing for tensor cores: keys and values are
-all the traffic (backward: read once, and their gradients written once). A program takes a few (sequence, head) pairs,
-which lie side by side in memory, and walks along the keys a few at a time, with running softmax sums: any length, and
-little padding (lengths 9, 17 and 33 in steps of 4 are 75, 85 and 92 % of the steps).
+Each key element is used for one product and one sum, so there is no reuse and no work for tensor cores. Keys and values
+are all the traffic (backward: read once, and their gradients written once). A program takes a few (sequence, head)
+pairs, which are neighbours in memory. It walks along the keys a few at a time, with a running softmax. So any length
+works, with little padding: lengths 9, 17 and 33 use 75, 85 and 92 % of their steps of 4.
 
-Keys are the first axis of a tile: threads are dealt out from the last axis, so they cover columns and pairs, and each
-holds all the keys of its pair and columns. The softmax and the sum of values then stay in registers; only the scores
-are summed over threads, by shuffles, and nothing waits for another warp (keys in the middle: 16 barriers).
+Keys are the first axis of a tile. Threads are dealt out from the last axis, so they cover columns and pairs, and each
+holds all keys of its pair and columns. The softmax and the sum of values then stay in registers. Only scores are summed
+over threads, by shuffles, and no warp waits for another. (With keys as the middle axis there would be 16 barriers.)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def axial_attention_query_forward(
     q, k, v, out, lse, q_strides, qkv_strides, out_strides, sites, pairs, heads, length, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """q, out: (B, sites, 1, heads, HEAD), k, v: (B, sites, length, heads, HEAD), by strides; lse: contiguous."""
+    """q, out: (B, sites, 1, heads, HEAD), k, v: (B, sites, length, heads, HEAD), all by strides. lse: contiguous."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     exists = pair < pairs
     sequence, head = pair // heads, pair % heads
@@ -70,7 +70,7 @@ def axial_attention_query_backward(
     sites, pairs, heads, length, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The same walk; the keys' and values' gradients are written on the way, the query's at the end."""
+    """The same walk. It writes the gradients of keys and values on the way, and the query's at the end."""
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     exists = pair < pairs
     sequence, head = pair // heads, pair % heads
@@ -104,8 +104,8 @@ def axial_attention_query_backward(
     tl.store(dq + offsets, (dquery * scale).to(dq.dtype.element_ty), mask=inside)
 
 
-# As many pairs as give each of 128 threads 16 bytes of every row; four keys at a time are eight such loads in flight.
-# (Heads of 8 channels are loaded one by one, with an address for each: half the pairs, or they spill.)
+# As many pairs as give each of 128 threads 16 bytes of every row. Four keys at a time are eight such loads in flight.
+# (Heads of 8 channels are loaded value by value, each with its own address. They take half the pairs, or they spill.)
 ENTRIES = {
     ("*", f"d{width}", dtype): Config({"PAIRS": 2048 // (width * size), "KEYS": 4}, 4, 1)
     for width in (32, 64, 128, 256)
@@ -123,7 +123,7 @@ BACKWARD = ConfigTable(
     "axial_attention_query_backward",
     {("*", "*", "*"): Config({"PAIRS": 8, "KEYS": 4}, 4, 1)}
     | ENTRIES
-    | {("*", "d32", "*"): Config({"PAIRS": 32, "KEYS": 2}, 4, 1)},  # with four keys 16-bit heads of 32 spill
+    | {("*", "d32", "*"): Config({"PAIRS": 32, "KEYS": 2}, 4, 1)},  # with four keys, 16-bit heads of 32 spill
     CANDIDATES,
 )
 
@@ -134,7 +134,7 @@ def shape_class(width: int) -> str:
 
 
 def forward(query: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-    """query: (B, sites, 1, heads, d), qkv: (B, sites, L, 2, heads, d); fills out: like query, and lse: one a query."""
+    """query: (B, sites, 1, heads, d), qkv: (B, sites, L, 2, heads, d). Writes out (like query), one lse per query."""
     batch, sites, length, _, heads, width = qkv.shape
     config = FORWARD(qkv.device, shape_class(width), qkv.dtype)
     k, v = qkv.unbind(3)
@@ -165,7 +165,7 @@ def forward(query: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) 
 def backward(
     grad: Tensor, query: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, dquery: Tensor, dqkv: Tensor, scale: float
 ) -> None:
-    """grad, out: like query; fills dquery, like query, and dqkv, like qkv."""
+    """grad, out: like query. Writes dquery, like query, and dqkv, like qkv."""
     batch, sites, length, _, heads, width = qkv.shape
     config = BACKWARD(qkv.device, shape_class(width), qkv.dtype)
     (k, v), (dk, dv) = qkv.unbind(3), dqkv.unbind(3)

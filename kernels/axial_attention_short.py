@@ -1,14 +1,15 @@
 """Attention of short sequences (at most 64 tokens), forward and backward: a program takes several whole sequences.
 
-Sequences of one head are packed, row after row, into a square tile: scores between different sequences are computed
-too, and dropped. That wastes products, not memory traffic, and traffic is what bounds it: 64 rows of d 64 in 16 bits
-are 32 KiB forward (q, k, v read once, out written) for 1 MFLOP, so the tensor cores are busy an eighth of the time at
-790 TFLOP/s and 3 TB/s; backward reads q, k, v, grad once and writes dq, dk, dv: 56 KiB for 2.6 MFLOP. One square
-product is what every target's tensor cores take without padding each sequence: of 64 rows, lengths 9, 16, 17 and 33
-use 63, 64, 51 and 33, where a batch of products padded to powers of two would use 36, 64, 34 and 33.
-What isn't finite in one sequence makes sums of the others in its tile NaN too, where a product meets it: 0 times
-infinity. Scores are masked before, so in forward that is values alone.
-Float32 without TF32 has no tensor cores: there tiles are as small as the sequence allows.
+Sequences of one head are packed, row after row, into a square tile. Scores between different sequences are computed
+too, and dropped. That wastes products, but no memory traffic, and traffic is the limit. In forward, 64 rows of d 64 in
+16 bits are 32 KiB (q, k, v read once, out written) for 1 MFLOP: the tensor cores are busy an eighth of the time at 790
+TFLOP/s and 3 TB/s. Backward reads q, k, v, grad once and writes dq, dk, dv: 56 KiB for 2.6 MFLOP. Every target's tensor
+cores take one square product without padding each sequence. Of 64 rows, lengths 9, 16, 17 and 33 use 63, 64, 51 and 33.
+A batch of products padded to powers of two would use 36, 64, 34 and 33.
+
+A product meets all sequences of its tile. So a value that isn't finite also makes the other sequences' sums NaN,
+because 0 times infinity is NaN. Scores are masked first, so in forward only v can do this. Float32 without TF32 has no
+tensor cores, so there tiles are as small as the sequence allows.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LONGEST = 64
 
 @triton.jit
 def packed_rows(tile, head, sites, sequences, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the tile's rows: which of its sequences each is in, its place there, the sequence, and whether it exists."""
+    """For each row of the tile: its sequence's number in the tile, its place there, the sequence, and whether it
+    exists."""
     PACKED: tl.constexpr = BLOCK // LENGTH
     rows = tl.arange(0, BLOCK)
     group, position = rows // LENGTH, rows % LENGTH
@@ -49,9 +51,9 @@ def axial_attention_short_forward(
     q, k, v, sin, cos, out, lse, qkv_strides, out_strides, sites, sequences, heads, scale,
     LENGTH: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out: (B, sites, LENGTH, heads, HEAD) by strides; lse: (B, sites, heads, LENGTH), contiguous.
+    """q, k, v, out: (B, sites, LENGTH, heads, HEAD) by strides. lse: (B, sites, heads, LENGTH), contiguous.
 
-    Grid: tiles x heads, the heads side by side: together they read whole rows of qkv.
+    Grid: tiles x heads. Heads are neighbours, so that together they read whole rows of qkv.
     """
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     group, position, sequence, exists = packed_rows(tile, head, sites, sequences, LENGTH, BLOCK)
@@ -69,7 +71,7 @@ def axial_attention_short_forward(
         q_tile = rotate(q_tile, sin_tile, cos_tile).to(v_tile.dtype)
         k_tile = rotate(k_tile, sin_tile, cos_tile).to(v_tile.dtype)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
-    # Rows that don't exist are a sequence of zeros among themselves: every row keeps a finite maximum.
+    # Rows that don't exist form a sequence of zeros, so that every row has a finite maximum.
     scores = tl.where(group[:, None] == group[None, :], scores, float("-inf"))
     highest = tl.max(scores, 1)
     weights = tl.exp2(scores - highest[:, None])
@@ -87,8 +89,8 @@ def axial_attention_short_backward(
     grad, q, k, v, sin, cos, lse, dq, dk, dv, grad_strides, qkv_strides, dqkv_strides, sites, sequences, heads, scale,
     LENGTH: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same tiles. All of a row's scores are here, so what is usually summed from grad and out (and makes out
-    be read) is summed from the weights and their gradients."""
+    """The same tiles. They hold all scores of a row, so delta is summed from the weights and their gradients. out isn't
+    read."""
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     group, position, sequence, exists = packed_rows(tile, head, sites, sequences, LENGTH, BLOCK)
     columns = tl.arange(0, WIDTH)[None, :]
@@ -124,7 +126,7 @@ def axial_attention_short_backward(
     dq_tile = tl.dot(dscores, k_tile, input_precision=PRECISION) * scale
     dk_tile = tl.dot(tl.trans(dscores), q_tile, input_precision=PRECISION) * scale
     if sin is not None:
-        # Read again, from the L1, rather than held in registers through the products.
+        # Read again from the L1. Holding it would take registers through the products.
         sin_tile = tl.load(sin + table, mask=inside, other=0.0)
         cos_tile = tl.load(cos + table, mask=inside, other=0.0)
         dq_tile = rotate_back(dq_tile, sin_tile, cos_tile)
@@ -134,8 +136,11 @@ def axial_attention_short_backward(
 
 
 def serves(length: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether a tile of a whole sequence fits a program's registers in backward: up to 64 tokens of 128 columns in 16
-    bits, or a quarter of that in float32, whose products (without TF32) hold their operands in registers."""
+    """Whether backward fits a tile of a whole sequence in a program's registers.
+
+    In 16 bits that is up to 64 tokens of 128 columns. In float32 it is a quarter: products without TF32 hold operands
+    in registers.
+    """
     rows = max(16, triton.next_power_of_2(length))
     return rows <= LONGEST and rows * padded(width) <= (2048 if dtype == torch.float32 else 8192)
 
@@ -145,8 +150,8 @@ def shape_class(length: int, width: int) -> str:
     return f"{max(16, triton.next_power_of_2(length))}-{width_class(width)}"
 
 
-# 64 rows: four warps of a tensor core's 16, and 24 KiB of loads in flight for each program of d 64. Eight warps where
-# four would spill in backward. Float32: the fewest rows, as every row more is another product for each.
+# 64 rows: four warps with a tensor core's 16 rows each, and 24 KiB of loads in flight per program of d 64. Eight warps
+# where four would spill in backward. Float32: the fewest rows, because each further row adds a product for every row.
 ENTRIES = {
     ("*", "*", "*"): Config({"BLOCK": 64}, 4, 1),
     **{("*", f"{length}-d128", "*"): Config({"BLOCK": 64}, 8, 1) for length in (16, 32, 64)},
@@ -164,7 +169,7 @@ BACKWARD = ConfigTable("axial_attention_short_backward", ENTRIES, CANDIDATES)
 
 
 def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> None:
-    """qkv: (B, sites, L, 3, heads, d); fills out: (B, sites, L, heads, d) and lse: (B, sites, heads, L)."""
+    """qkv: (B, sites, L, 3, heads, d). Writes out (B, sites, L, heads, d) and lse (B, sites, heads, L)."""
     batch, sites, length, _, heads, width = qkv.shape
     config = FORWARD(qkv.device, shape_class(length, width), qkv.dtype)
     q, k, v = qkv.unbind(3)
@@ -180,7 +185,7 @@ def forward(qkv: Tensor, sin: Tensor | None, cos: Tensor | None, out: Tensor, ls
 def backward(
     grad: Tensor, qkv: Tensor, sin: Tensor | None, cos: Tensor | None, lse: Tensor, dqkv: Tensor, scale: float
 ) -> None:
-    """grad: (B, sites, L, heads, d); fills dqkv: (B, sites, L, 3, heads, d)."""
+    """grad: (B, sites, L, heads, d). Writes dqkv (B, sites, L, 3, heads, d)."""
     batch, sites, length, _, heads, width = qkv.shape
     config = BACKWARD(qkv.device, shape_class(length, width), qkv.dtype)
     (q, k, v), (dq, dk, dv) = qkv.unbind(3), dqkv.unbind(3)

@@ -1,4 +1,4 @@
-"""Launch configurations: plain tables by (architecture, shape class, dtype), and the user's own, measured by tune."""
+"""Launch configurations: tables by (architecture, shape class, dtype), and the user's own table, measured by tune."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pvdm_fast.backends.choice import KERNEL_DTYPES
 from pvdm_fast.errors import UserError
 from pvdm_fast.kernels.launch import Config
 
-# Named after the first GPU of a family; others take the nearest that has no more shared memory (a block's limit, KiB).
+# The first GPU of each family, and its shared memory per block in KiB. Other GPUs take the nearest with no more memory.
 SHARED_MEMORY = {"sm80": 163, "sm90": 227, "sm100": 227, "sm120": 99, "gfx942": 64, "interpreter": 1 << 20}
 REMEDY = "delete the file, or write it anew with python -m pvdm_fast.tune"
 ANY = "*"
@@ -28,9 +28,9 @@ _assumed: str | None = None
 
 @contextmanager
 def assume(architecture: str) -> Iterator[None]:
-    """Choose configurations as on `architecture`, whatever is here, from the tables alone: to compile ahead of time.
+    """Choose configurations for `architecture` from the tables alone, whatever GPU is here: to compile ahead of time.
 
-    What the tables were `asked` starts empty, and is put back at the end.
+    `asked` of each table starts empty, and is restored at the end.
     """
     global _assumed
     previous, _assumed = _assumed, architecture
@@ -56,19 +56,19 @@ def _present(index: int | None) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture whose configurations serve `device`: a key of SHARED_MEMORY."""
+    """The architecture whose configurations `device` uses: a key of SHARED_MEMORY."""
     if _assumed is not None:
         return _assumed
     return "interpreter" if device.type == "cpu" else _present(device.index)
 
 
 def user_table() -> Path:
-    """The file that `python -m pvdm_fast.tune` writes and every process reads once."""
+    """The file that `python -m pvdm_fast.tune` writes. Each process reads it once."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pvdm_fast" / "triton.json"
 
 
 def read_user_table(path: Path) -> dict[str, dict[str, Any]]:
-    """What tune wrote, by kernel, then by "architecture/shape class/dtype"; {} without a file.
+    """What tune wrote, by kernel, then by "architecture/shape class/dtype". {} if there is no file.
 
     Raises:
         UserError: the file is damaged.
@@ -92,11 +92,11 @@ class ConfigTable:
 
     Args:
         name: of the kernel, unique.
-        entries: by (architecture, shape class, dtype); ANY where it makes no difference. The most particular wins:
-            the architecture counts most, then the shape class, then the dtype.
-        candidates: what tune tries beside the entries.
+        entries: by (architecture, shape class, dtype), with ANY where it makes no difference. The most specific entry
+            wins: architecture counts most, then shape class, then dtype.
+        candidates: what tune tries in addition to the entries.
 
-    `asked` holds what was chosen, by (architecture, shape class, dtype); what is put there is chosen from then on.
+    `asked` holds what was chosen, by (architecture, shape class, dtype). What you put there is chosen from then on.
     """
 
     def __init__(self, name: str, entries: Mapping[Key, Config], candidates: tuple[Config, ...] = ()) -> None:
@@ -112,7 +112,7 @@ class ConfigTable:
         return self.asked[key]
 
     def entry_of(self, key: Key) -> Key:
-        """The key of the entry that serves `key`."""
+        """The key of the entry that `key` uses."""
         where, what, dtype = key
         orders = [(a, s, d) for a in (where, ANY) for s in (what, ANY) for d in (dtype, ANY)]
         return next(order for order in orders if order in self.entries)

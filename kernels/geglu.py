@@ -1,7 +1,7 @@
 """`geglu` in Triton: one pass in each direction.
 
-Bytes, M outputs of s bytes a row: forward 2 M s read, M s written; backward 3 M s read, 2 M s written. That is the
-floor: some 35 instructions a value stay below what the bytes cost on an A100 or H100.
+Bytes per row of M outputs of s bytes. Forward: 2 M s read, M s written. Backward: 3 M s read, 2 M s written. That is
+the floor: on an A100 or H100, some 35 instructions per value cost less than the bytes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import normal
 
-# A warp has 256 neighbouring values of a row, 16 bytes a lane and load in 16 bits; 256 divides the widths in use
-# (1536, 768, 256). Four rows a program leave two loads a lane in flight, and 8 programs or more on each processor.
-# AMD's waves are twice as wide.
+# A warp has 256 neighbouring values of a row: 16 bytes per lane and load in 16 bits. 256 divides the widths in use
+# (1536, 768, 256). Four rows per program keep two loads per lane in flight, and each multiprocessor has 8 programs or
+# more. AMD's waves are twice as wide.
 ENTRIES = {
     ("*", "*", "*"): Config({"ROWS": 4, "COLUMNS": 256}),
     ("gfx942", "*", "*"): Config({"ROWS": 8, "COLUMNS": 256}),
@@ -31,7 +31,7 @@ BACKWARD = ConfigTable("geglu_backward", ENTRIES, CANDIDATES)
 
 @triton.jit
 def _tile(rows, half, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows (int64) and columns of this program's tile, and what of it exists."""
+    """Rows (int64) and columns of this program's tile, and a mask of those that exist."""
     across = tl.cdiv(half, COLUMNS)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)

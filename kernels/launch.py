@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: on its tensors' device, blocks and warps from a table; and how it is watched."""
+"""How a Triton kernel is launched: on its tensors' device, with blocks and warps from a table. Or watched."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _watcher: Watcher | None = None
 
 @contextmanager
 def watch(watcher: Watcher) -> Iterator[None]:
-    """Hand every launch to `watcher(kernel, grid, arguments, config, constants)` instead of running it.
+    """Pass every launch to `watcher(kernel, grid, arguments, config, constants)` instead of running it.
 
-    This is how kernels are compiled for devices that aren't here, and how launches are counted: tensors may be on the
+    This is how kernels are compiled for devices that aren't here, and how launches are counted. Tensors may be on the
     meta device.
     """
     global _watcher
@@ -47,7 +47,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, 
 
 
 def options(config: Config, constants: dict[str, Any]) -> dict[str, Any]:
-    """All keyword arguments of a launch. Products and sums are fused, whatever the default of Triton's version."""
+    """All keyword arguments of a launch. Multiply-adds are always fused, whatever this Triton version's default."""
     compiler = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     return {**constants, **config.blocks, **compiler}
 

@@ -1,4 +1,4 @@
-"""What kernels of several operations share: functions of float32 values, and the precision of products."""
+"""Shared by kernels of several operations: functions of float32 values, and the precision of products."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pvdm_fast.kernels.configs import architecture
 
 
 def dot_precision(x: Tensor) -> str:
-    """How `tl.dot` multiplies tensors like `x`: "tf32" where they are float32, PyTorch's switch allows it and the GPU
-    is NVIDIA's; else "ieee". Of AMD's GPUs only gfx942 has TF32: others refuse to compile it."""
+    """How `tl.dot` multiplies tensors like `x`: "tf32" or "ieee".
+
+    "tf32" if x is float32, PyTorch's switch allows it, and the GPU is NVIDIA's. On AMD only gfx942 has TF32, and others
+    refuse to compile it.
+    """
     if x.dtype != torch.float32 or architecture(x.device).startswith("gfx"):
         return "ieee"
     return "tf32" if tf32_allowed() else "ieee"
@@ -23,16 +26,17 @@ def dot_precision(x: Tensor) -> str:
 def rounded_product(x, y):
     """x y, rounded before anything is added to it.
 
-    For products that are summed over lanes. Each lane adds its own value and a neighbour's. Left to itself the compiler
-    fuses product and sum, so that a lane's own product is exact and its neighbour's rounded: both lanes then hold sums
-    that differ in the last bit, and which of them reaches shared memory is chance. benchmarks/machine_code.py finds it.
+    For products that are summed over lanes. Each lane adds its own value and a neighbour's. By default the compiler
+    fuses product and sum, so a lane's own product is exact and its neighbour's is rounded. The two lanes' sums then
+    differ in the last bit, and chance decides which one reaches shared memory. benchmarks/machine_code.py finds such
+    places.
     """
     return tl.fma(x, y, 0.0)
 
 
 @triton.jit
 def sum_of_products(x, y, axis: tl.constexpr):
-    """The sum of x y along an axis, the same bits in every lane; x and y: of one shape."""
+    """The sum of x y along an axis, with the same bits in every lane. x and y have one shape."""
     return tl.sum(rounded_product(x, y), axis)
 
 
@@ -51,12 +55,12 @@ def silu_derivative(x):
 
 @triton.jit
 def normal(x):
-    """The standard normal distribution up to x, and its density there.
+    """The standard normal distribution function at x, and the density there.
 
-    Abramowitz and Stegun, 7.1.26, within 2.8e-7 in float32; one exponential serves both. libdevice's erf takes twice
-    the instructions (with it a forward GELU computes as long as it loads on an H100), and 1 + erf cancels below -2.
+    Abramowitz and Stegun 7.1.26, within 2.8e-7 in float32. One exponential serves both. libdevice's erf takes twice the
+    instructions: with it, a forward GELU computes as long as it loads on an H100. And 1 + erf cancels below -2.
     """
-    density = tl.exp2(-0.7213475204444817 * x * x)  # of its peak: exp(-x^2 / 2)
+    density = tl.exp2(-0.7213475204444817 * x * x)  # relative to its peak: exp(-x^2 / 2)
     t = 1.0 / (1.0 + 0.23164188821 * tl.abs(x))
     tail = 0.5307027145 * t - 0.7265760135
     tail = tail * t + 0.7107068705

@@ -1,4 +1,4 @@
-"""The second half of a sum over programs without atomics: each program leaves a row, and rows are added in order."""
+"""The second half of a sum over programs without atomics: each program writes a row, this adds the rows in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 
-# Many rows: narrow programs, so that there are enough of them and each has few steps (64 bytes a row stay coalesced).
+# Many rows: narrow programs, so that there are enough of them with few steps each. 64 bytes per row stay coalesced.
 SUM_PARTIALS = ConfigTable(
     "sum_partials",
     {
@@ -46,8 +46,9 @@ def partials_sum(
 
 
 def sum_partials(partials: Tensor, first: Tensor, second: Tensor) -> None:
-    """partials: (count, columns) float32, contiguous. Its sum over the rows, flattened: the head goes to `first`, the
-    tail to `second` (contiguous, any float dtype); where they have more than `columns` elements together, they overlap.
+    """Sums partials (count, columns) over the rows. partials is float32 and contiguous. The head of the sum goes to
+    `first`, the tail to `second` (both contiguous, any float dtype). If they have more than `columns` elements
+    together, they overlap.
     """
     count, columns = partials.shape
     config = SUM_PARTIALS(partials.device, height_class(count), partials.dtype)

@@ -1,4 +1,4 @@
-"""`plane_conv` in Triton: one implicit matrix product for all planes, or the vendor's convolution where chosen."""
+"""`plane_conv` in Triton: one implicit matrix product for all planes, or the vendor's convolution if faster."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Gradients of `plane_conv`: of x the mirrored convolution, of the weight a product along the tokens, by taps.
+"""Gradients of `plane_conv`. That of x is the mirrored convolution, that of the weight a product along the tokens.
 
-The weight's gradient takes rows (B N) as the inner axis: programs of few tiles share it, and a second kernel adds their
-parts in order and writes the result in the weight's own order, the taps innermost.
+The inner axis of the weight's gradient are the rows (B N). If there are few tiles, programs share this axis. A second
+kernel adds their parts in order, and writes the result in the weight's own order, with taps innermost.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shape_class(channels: int, written: int, dtype: torch.dtype) -> str:
     return "narrow in" if channels <= NARROW else "narrow out" if written <= NARROW else "wide"
 
 
-# BLOCK_M written channels x BLOCK_N channels of x, BLOCK_K rows a step: shared memory as for the convolution.
+# BLOCK_M written channels x BLOCK_N channels of x, BLOCK_K rows per step. Shared memory as for the convolution.
 WEIGHT = ConfigTable(
     "plane_conv_weight_gradient",
     {
@@ -68,11 +68,11 @@ ARRANGE = ConfigTable(
 
 @triton.jit
 def plane_conv_backward_dweight(
-    X, GRAD, PARTS, batch_stride, stride, channel_stride, grad_batch_stride, grad_stride, grad_channel_stride, rows,
+    x, grad, parts, batch_stride, stride, channel_stride, grad_batch_stride, grad_stride, grad_channel_stride, rows,
     channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of PARTS (parts, written, 9, channels), of one tap and one part's `steps` steps of BLOCK_K rows."""
+    """One tile of parts (parts, written, 9, channels): one tap, and one part's `steps` steps of BLOCK_K rows."""
     across = tl.cdiv(channels, BLOCK_N)
     out = (tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     channel = (tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -86,28 +86,28 @@ def plane_conv_backward_dweight(
         inside = (row < rows) & (i + down >= 0) & (i + down < height) & (j + right >= 0) & (j + right < width)
         at = (b * grad_batch_stride + token.to(tl.int64) * grad_stride)[:, None]
         mask = inside[:, None] & (out < written)[None, :]
-        grad = tl.load(GRAD + at + (out * grad_channel_stride)[None, :], mask=mask, other=0.0)
+        g = tl.load(grad + at + (out * grad_channel_stride)[None, :], mask=mask, other=0.0)
         at = (b * batch_stride + (token + down * width + right).to(tl.int64) * stride)[:, None]
         mask = inside[:, None] & (channel < channels)[None, :]
-        x = tl.load(X + at + (channel * channel_stride)[None, :], mask=mask, other=0.0)
-        total = tl.dot(tl.trans(grad), x, total, input_precision=PRECISION)
-    at = PARTS + ((part * written + out)[:, None] * 9 + tap) * channels + channel[None, :]
+        values = tl.load(x + at + (channel * channel_stride)[None, :], mask=mask, other=0.0)
+        total = tl.dot(tl.trans(g), values, total, input_precision=PRECISION)
+    at = parts + ((part * written + out)[:, None] * 9 + tap) * channels + channel[None, :]
     mask = (out < written)[:, None] & (channel < channels)[None, :]
-    tl.store(at, total.to(PARTS.dtype.element_ty), mask=mask)
+    tl.store(at, total.to(parts.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def plane_conv_backward_arrange(PARTS, OUT, written, channels, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
-    """OUT (written, channels, 9) = the sum of PARTS (COUNT, written, 9, channels); in float32, in order."""
-    out, tap = tl.program_id(0).to(tl.int64), tl.arange(0, 16)
+def plane_conv_backward_arrange(parts, out, written, channels, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """out (written, channels, 9) = the sum of parts (COUNT, written, 9, channels), in float32, in order."""
+    output, tap = tl.program_id(0).to(tl.int64), tl.arange(0, 16)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (channel < channels)[:, None] & (tap < 9)[None, :]
-    at = PARTS + (out * 9 + tap)[None, :] * channels + channel[:, None]
+    at = parts + (output * 9 + tap)[None, :] * channels + channel[:, None]
     total = tl.zeros([BLOCK_C, 16], tl.float32)
     for part in tl.static_range(COUNT):
         total += tl.load(at + tl.full([], part, tl.int64) * written * 9 * channels, mask=mask, other=0.0).to(tl.float32)
-    to = OUT + (out * channels + channel)[:, None] * 9 + tap[None, :]
-    tl.store(to, total.to(OUT.dtype.element_ty), mask=mask)
+    to = out + (output * channels + channel)[:, None] * 9 + tap[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=mask)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int]) -> Tensor:
@@ -139,7 +139,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[in
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; the first two only where `needs` says so, else empty."""
+    """Gradients of x, weight and bias. Those of x and weight are empty unless `needs` asks for them."""
     grad = grad.to(x.dtype)
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     if needs[0] and vendor_is_chosen(grad, x.shape[2]):

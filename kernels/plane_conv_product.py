@@ -1,13 +1,15 @@
-"""The 3 x 3 convolution of all planes as one implicit matrix product, with zero borders at each plane's edge.
+"""The 3 x 3 convolution of all planes as one implicit matrix product. Beyond each plane's edge there are zeros.
 
-Rows are the tokens of all planes and batch elements, the inner axis is 9 taps x input channels: unfolded rows are never
-in memory, a step of the loop reads the tokens' neighbours of one tap directly. The gradient of x is the same product
-with the taps mirrored. Weights are read with their input channels dense, PyTorch's
-channels_last format: a model kept in it (`model.to(memory_format=torch.channels_last)`) saves the copy that others
-need at every call. No copy is kept from one call to the next: it could go stale.
+Rows are the tokens of all planes and batch elements. The inner axis is 9 taps x input channels. Unfolded rows never
+exist in memory: each step of the loop reads the neighbours of its tokens at one tap. The gradient of x is the same
+product with mirrored taps.
 
-Where there are too few programs for a GPU (the lower levels of a U-Net: few tokens, large weights), programs share the
-inner axis, and a second kernel adds their parts in order.
+Weights are read with dense input channels, which is PyTorch's channels_last format. If you keep the model in it
+(`model.to(memory_format=torch.channels_last)`), you save a copy at every call. No copy is kept between calls, because
+it could become stale.
+
+If there are too few programs for a GPU (lower levels of a U-Net: few tokens, large weights), programs share the inner
+axis, and a second kernel adds their parts in order.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from pvdm_fast.kernels.planes import place_of
 from pvdm_fast.layout import PlaneLayout
 
 TAPS = 9
-# Multiprocessors of a large GPU of each family: programs share the inner axis until there are as many as these.
+# Multiprocessors of a large GPU of each family. Programs share the inner axis until there are this many.
 MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "sm120": 170, "gfx942": 304, "interpreter": 1}
-# So many programs share it at most, and so many steps are left to each at least.
+# At most this many programs share it, and each keeps at least this many steps.
 MOST_PARTS, LEAST_STEPS = 16, 4
-# Tensors of so few channels are read by whatever strides they have; wider ones are made dense first.
+# Tensors with this many channels or fewer are read by their strides. Wider ones are made dense first.
 NARROW = 16
 
 
@@ -58,9 +60,9 @@ def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
 
 
-# A stage takes (BLOCK_M + BLOCK_N) BLOCK_K elements of shared memory: in 16 bits 32 KiB for 128 x 128 x 64, so four
-# stages fit 163 or 227 KiB, and three (sm120) 99. AMD keeps one stage in registers: of two, 32 KiB of its 64.
-# float32 multiplies exactly, outside the tensor cores: 64 x 64, 16 accumulators a thread.
+# A stage takes (BLOCK_M + BLOCK_N) BLOCK_K elements of shared memory. In 16 bits that is 32 KiB for 128 x 128 x 64:
+# four stages fit 163 or 227 KiB, three fit 99 (sm120). AMD keeps one stage in registers, so two take 32 KiB of its 64.
+# float32 multiplies exactly, outside the tensor cores: 64 x 64 tiles with 16 accumulators per thread.
 CONV = ConfigTable(
     "plane_conv",
     {
@@ -98,10 +100,10 @@ CONV = ConfigTable(
         for stages in (2, 3, 4)
     ),
 )
-# The vendor's convolution (cuDNN) is taken from ROWS rows on, with CHANNELS channels or more on both sides. Reasoned,
-# not measured: three convolutions, their bias and copies into and out of dense planes cost about 14 us of launches and
-# 4 times the bytes of x at 3 TB/s; where a library on Hopper and Blackwell (wgmma, TMA) reaches 600 and this kernel 400
-# TFLOP/s, that pays from about 8192 rows of 512 channels on. On the others both are fed by the same instructions.
+# Use the vendor's convolution (cuDNN) from ROWS rows on, if both sides have CHANNELS channels or more. Reasoned, not
+# measured. Three convolutions, their bias, and copies into and out of dense planes cost about 14 us of launches and 4
+# times the bytes of x at 3 TB/s. On Hopper and Blackwell (wgmma, TMA) a library reaches 600 TFLOP/s and this kernel
+# 400. So it pays from about 8192 rows of 512 channels on. On other GPUs both use the same instructions.
 NEVER, ALWAYS = Config({"ROWS": 1 << 62, "CHANNELS": 1}), Config({"ROWS": 1, "CHANNELS": 1})
 LARGE = Config({"ROWS": 8192, "CHANNELS": 512})
 CHOICE = ConfigTable(
@@ -112,24 +114,24 @@ CHOICE = ConfigTable(
 
 
 def parts_of(device: torch.device, programs: int, steps: int) -> int:
-    """How many programs share the steps of a product that has `programs` tiles: a power of two."""
+    """How many programs share the steps of a product with `programs` tiles: a power of two."""
     wanted = min(MOST_PARTS, MULTIPROCESSORS[architecture(device)] // programs, steps // LEAST_STEPS)
     return 1 << (max(1, wanted).bit_length() - 1)
 
 
 def readable(x: Tensor) -> Tensor:
-    """`x` (B, N, C) as the kernels read it: any strides where it is narrow, else with dense channels."""
+    """`x` (B, N, C) as the kernels read it: with any strides if it is narrow, otherwise with dense channels."""
     return x if x.shape[2] <= NARROW else rows_dense(x)
 
 
 def packed(weight: Tensor) -> Tensor:
-    """(C', C, 3, 3) -> (C', 9, C) contiguous: a view where the weight is in channels_last format, else a copy."""
+    """(C', C, 3, 3) -> (C', 9, C) contiguous: a view if the weight is in channels_last format, otherwise a copy."""
     return weight.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
 
 
 @triton.jit
 def _taps_inside(token, exists, PLANES: tl.constexpr):
-    """For each token: 9 bits, which taps' neighbours lie in its plane; and its plane's number of columns."""
+    """Per token: 9 bits that say which taps' neighbours lie in its plane, and the plane's number of columns."""
     i, j, rows, columns = place_of(token, PLANES)
     bits = token * 0
     for tap in tl.static_range(9):
@@ -141,21 +143,21 @@ def _taps_inside(token, exists, PLANES: tl.constexpr):
 
 @triton.jit
 def plane_conv_forward(
-    X, WEIGHT, BIAS, OUT, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows, channels,
+    x, weight, bias, out, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows, channels,
     written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of OUT (parts, rows, written): of one part's `steps` steps of the inner axis, 9 x channels / BLOCK_K.
+    """One tile of out (parts, rows, written): one part's `steps` steps of the inner axis, 9 x channels / BLOCK_K.
 
-    weight_in, weight_tap, weight_out: strides of WEIGHT along x's channels, the taps and the written channels.
+    weight_in, weight_tap, weight_out: strides of weight along x's channels, the taps and the written channels.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(2)
     token = row % TOKENS
     bits, columns = _taps_inside(token, row < rows, PLANES)
-    x = X + (row // TOKENS).to(tl.int64) * batch_stride + token.to(tl.int64) * stride
-    weight = WEIGHT + column.to(tl.int64) * weight_out
+    x_rows = x + (row // TOKENS).to(tl.int64) * batch_stride + token.to(tl.int64) * stride
+    weight_columns = weight + column.to(tl.int64) * weight_out
     blocks = tl.cdiv(channels, BLOCK_K)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(part * steps, tl.minimum((part + 1) * steps, 9 * blocks)):
@@ -163,31 +165,31 @@ def plane_conv_forward(
         channel = (step % blocks * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
         shift = ((tap // 3 - 1) * columns + (tap % 3 - 1)).to(tl.int64) * stride
         mask = ((bits >> tap) & 1 != 0)[:, None] & (channel < channels)[None, :]
-        a = tl.load((x + shift)[:, None] + (channel * channel_stride)[None, :], mask=mask, other=0.0)
+        a = tl.load((x_rows + shift)[:, None] + (channel * channel_stride)[None, :], mask=mask, other=0.0)
         place = 8 - tap if MIRRORED else tap
         mask = (channel < channels)[:, None] & (column < written)[None, :]
-        b = tl.load(weight[None, :] + (channel * weight_in + place * weight_tap)[:, None], mask=mask, other=0.0)
+        b = tl.load(weight_columns[None, :] + (channel * weight_in + place * weight_tap)[:, None], mask=mask, other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    if BIAS is not None:
-        total += tl.load(BIAS + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
-    at = OUT + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
+    if bias is not None:
+        total += tl.load(bias + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
+    at = out + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
     mask = (row < rows)[:, None] & (column < written)[None, :]
-    tl.store(at, total.to(OUT.dtype.element_ty), mask=mask)
+    tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def plane_conv_forward_add(
-    PARTS, BIAS, OUT, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    parts, bias, out, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """OUT = BIAS + the sum of PARTS (COUNT, elements), elements = rows x written; in float32, in order."""
+    """out = bias + the sum of parts (COUNT, elements), in float32, in order. elements = rows x written."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
     total = tl.zeros([BLOCK], tl.float32)
     for part in tl.static_range(COUNT):
-        total += tl.load(PARTS + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
-    if BIAS is not None:
-        total += tl.load(BIAS + at % written, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=mask)
+        total += tl.load(parts + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + at % written, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
 ADD = ConfigTable(
@@ -198,7 +200,7 @@ ADD = ConfigTable(
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[int], mirrored: bool) -> Tensor:
-    """x: (B, N, C), weight: (C', 9, C) contiguous -> (B, N, C'). mirrored: x is (B, N, C'), the result its gradient."""
+    """x: (B, N, C), weight: (C', 9, C) contiguous -> (B, N, C'). mirrored: from a gradient (B, N, C') to that of x."""
     (batch, tokens, channels), written = x.shape, weight.shape[2 if mirrored else 0]
     rows, x = batch * tokens, readable(x)
     config = CONV(x.device, shape_class(rows, channels, written, x.dtype), x.dtype)
@@ -228,7 +230,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
 
 
 def convolve_by_vendor(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[int]) -> Tensor:
-    """The same with PyTorch's convolution, plane by plane; weight: (C', C, 3, 3). Deterministic algorithms only."""
+    """The same by PyTorch's convolution, plane by plane, with deterministic algorithms only. weight: (C', C, 3, 3)."""
     tf32 = dot_precision(x) == "tf32"
     options = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, False, True, True, tf32)
     images = [plane.permute(0, 3, 1, 2) for plane in PlaneLayout.from_sizes(planes).split(x)]

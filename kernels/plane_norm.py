@@ -1,16 +1,16 @@
-"""`plane_norm`: GroupNorm of every plane with scale and shift, SiLU and x2 resampling; all planes in one launch.
+"""`plane_norm`: GroupNorm of every plane with scale and shift, SiLU and x2 resampling. One launch for all planes.
 
-A program holds a tile of BLOCK_N tokens x BLOCK_G groups x BLOCK_W channels in registers (BLOCK_W: a group's channels,
-padded to a power of two). Two ways, by size:
+A program holds a tile of BLOCK_N tokens x BLOCK_G groups x BLOCK_W channels in registers. BLOCK_W is a group's
+channels, padded to a power of two. The size decides between two ways:
 
-- whole: a plane's tokens of one or a few groups fit one tile. One launch: x is read once, statistics and result come
-  out of the registers.
+- whole: one tile holds a plane's tokens of one or a few groups. One launch reads x once, and gets statistics and result
+  from registers.
 - in chunks: `plane_norm_forward_statistics` writes mean and sum of squared deviations of every chunk and group. Then
-  `plane_norm_forward_apply` reads x again, joins the chunks of its plane (the same sum in every program, in the same
-  order) and writes the result.
+  `plane_norm_forward_apply` reads x again, joins the chunks of its plane (the same sum in the same order in every
+  program) and writes the result.
 
-Deviations are taken from the plane's first value of the group, an exact number near the mean, so that a mean far above
-the deviation costs no digits.
+Deviations are relative to the plane's first value of the group. It is an exact number near the mean, so a mean far
+above the deviation costs no digits.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from pvdm_fast.kernels.planes import chunk_of, chunks_of
 
 __all__ = ["backward", "forward", "refusal"]
 
-WIDEST_GROUP = 1024  # channels: 16 tokens of wider ones leave no room in a program's registers
-LARGEST_BATCH = 65535  # programs along the third axis of a grid
-# Most elements of a tile that holds a plane's tokens: 64 float32 a thread at 16 warps.
+WIDEST_GROUP = 1024  # channels: with wider groups, 16 tokens don't fit a program's registers
+LARGEST_BATCH = 65535  # the limit of a grid's third axis
+# The largest tile that holds a plane's tokens, in elements: 64 float32 per thread at 16 warps.
 WHOLE_TILE = 32768
-# Whole planes: 8 to 32 values a thread (64 in the largest tile), several loads of 16 bytes in flight: they are bound by
-# latency, and larger planes have enough values for more warps.
+# Whole planes: 8 to 32 values per thread (64 in the largest tile), and several loads of 16 bytes in flight. They are
+# bound by latency, and larger planes have enough values for more warps.
 WHOLE = ConfigTable(
     "plane_norm_whole",
     {
@@ -68,7 +68,7 @@ WHOLE = ConfigTable(
     },
     candidates=tuple(Config(num_warps=w) for w in (2, 4, 8, 16)),
 )
-# Chunks: TILE elements, rows of at least CHANNELS channels: 256 bytes in 16 bits, whole lines of memory.
+# Chunks: TILE elements, in rows of at least CHANNELS channels. In 16 bits that is 256 bytes: whole cache lines.
 CHUNKS = ConfigTable(
     "plane_norm_chunks",
     {
@@ -84,8 +84,8 @@ CHUNKS = ConfigTable(
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction (a tensor (B, N, C) first, then planes and groups) are beyond the
-    kernels."""
+    """Why the kernels don't take these arguments (of either direction: x (B, N, C) first, then planes and groups), or
+    None."""
     batch, _, channels = inputs[0].shape
     at = next(i for i, value in enumerate(inputs) if isinstance(value, (list, tuple)))
     if channels // inputs[at + 1] > WIDEST_GROUP:
@@ -100,7 +100,7 @@ def refusal(*inputs: Any) -> str | None:
 
 @triton.jit
 def _moments(x, origin, mask, count):
-    """Mean of x - origin and sum of squares around that mean, of each group (G) of a tile of `count` values a group."""
+    """Per group (G) of a tile with `count` values per group: mean of x - origin, and sum of squares around it."""
     deviation = tl.where(mask, x - origin[None, :, None], 0.0)
     mean = tl.sum(tl.sum(deviation, 2), 0) / count
     deviation = tl.where(mask, deviation - mean[None, :, None], 0.0)
@@ -109,15 +109,16 @@ def _moments(x, origin, mask, count):
 
 @triton.jit
 def plane_norm_forward_statistics(
-    X, PARTIALS, batch_stride, stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    x, partials, batch_stride, stride, chunks, PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """PARTIALS (2, B, chunks, G) of chunks of TILES tiles: mean from the plane's first value, and squares around it."""
+    """partials (2, B, chunks, G) of chunks of TILES tiles: mean minus the plane's first value, and sum of squares
+    around it."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     _, first, rows, columns, start = chunk_of(chunk, PLANES, TILES * BLOCK_N)
     group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
-    x = X + b * batch_stride + first.to(tl.int64) * stride
-    origin = tl.load(x + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
+    x_plane = x + b * batch_stride + first.to(tl.int64) * stride
+    origin = tl.load(x_plane + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
     tokens = rows * columns
     mean, squares = tl.zeros([BLOCK_G], tl.float32), tl.zeros([BLOCK_G], tl.float32)
     count = 0.0
@@ -126,25 +127,25 @@ def plane_norm_forward_statistics(
         token = begin + tl.arange(0, BLOCK_N)
         mask = (token < tokens)[:, None, None] & inside[None, :, :]
         here = tl.maximum(tl.minimum(tokens - begin, BLOCK_N), 0).to(tl.float32) * WIDTH
-        values = load_tile(x, stride, token, channel, mask)
+        values = load_tile(x_plane, stride, token, channel, mask)
         tile_mean, tile_squares = _moments(values, origin, mask, tl.maximum(here, 1.0))
         step, total = tile_mean - mean, count + here
         mean += step * (here / total)
         squares += tile_squares + step * step * (count * here / total)
         count = total
-    at = PARTIALS + (b * chunks + chunk) * GROUPS + group
+    at = partials + (b * chunks + chunk) * GROUPS + group
     tl.store(at, mean, mask=group < GROUPS)
     tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, squares, mask=group < GROUPS)
 
 
 @triton.jit
-def _join(PARTIALS, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+def _join(partials, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
           SIZE: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
-    """Mean (from the plane's first value) and sum of squares of a plane's groups (G), from its `own` <= OWN chunks."""
+    """Mean (minus the plane's first value) and sum of squares of a plane's groups (G), from its `own` <= OWN chunks."""
     k = tl.arange(0, OWN)
     mask = (k < own)[:, None] & (group < GROUPS)[None, :]
     count = tl.maximum(tl.minimum(tokens - k * SIZE, SIZE), 0).to(tl.float32)[:, None] * WIDTH
-    at = PARTIALS + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
+    at = partials + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
     means = tl.load(at, mask=mask, other=0.0)
     squares = tl.load(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, mask=mask, other=0.0)
     mean = sum_of_products(means, count, 0) / (tokens * WIDTH).to(tl.float32)
@@ -153,37 +154,38 @@ def _join(PARTIALS, b, chunks, start, own, tokens, group, GROUPS: tl.constexpr, 
 
 
 @triton.jit
-def _store_resampled(Y, y, begin, tokens, columns, channel, inside, CHANNELS: tl.constexpr, RESAMPLE: tl.constexpr,
+def _store_resampled(y, values, begin, tokens, columns, channel, inside, CHANNELS: tl.constexpr, RESAMPLE: tl.constexpr,
                      BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """Writes a tile: a plane's tokens from `begin` on (downwards, square by square). Y: of the resampled plane."""
+    """Writes a tile of a plane's tokens from `begin` on (resample down: square by square). y: that of the resampled
+    plane."""
     n = begin + tl.arange(0, BLOCK_N)
     if RESAMPLE < 0:
         quarter: tl.constexpr = BLOCK_N // 4
-        y = tl.sum(tl.reshape(y, [quarter, 4, BLOCK_G, BLOCK_W]), 1) * 0.25
+        values = tl.sum(tl.reshape(values, [quarter, 4, BLOCK_G, BLOCK_W]), 1) * 0.25
         n = begin // 4 + tl.arange(0, quarter)
         tokens = tokens // 4
     mask = (n < tokens)[:, None, None] & inside[None, :, :]
     if RESAMPLE > 0:
         n = n // columns * 4 * columns + n % columns * 2
-    at = Y + n.to(tl.int64)[:, None, None] * CHANNELS + channel[None, :, :]
-    y = y.to(Y.dtype.element_ty)
-    tl.store(at, y, mask=mask)
+    at = y + n.to(tl.int64)[:, None, None] * CHANNELS + channel[None, :, :]
+    values = values.to(y.dtype.element_ty)
+    tl.store(at, values, mask=mask)
     if RESAMPLE > 0:
-        tl.store(at + CHANNELS, y, mask=mask)
-        tl.store(at + 2 * columns * CHANNELS, y, mask=mask)
-        tl.store(at + (2 * columns + 1) * CHANNELS, y, mask=mask)
+        tl.store(at + CHANNELS, values, mask=mask)
+        tl.store(at + 2 * columns * CHANNELS, values, mask=mask)
+        tl.store(at + (2 * columns + 1) * CHANNELS, values, mask=mask)
 
 
 @triton.jit
 def plane_norm_forward_apply(
-    X, WEIGHT, BIAS, SCALE_SHIFT, PARTIALS, Y, MEAN, RSTD,
+    x, weight, bias, scale_shift, partials, y, mean_out, rstd_out,
     batch_stride, stride, scale_shift_stride, y_batch_stride, chunks, eps,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr,
     SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Norms and writes one tile; statistics from the tile itself where PARTIALS is None: it is then a whole plane.
+    """Norms and writes one tile. If partials is None, the tile is a whole plane and gives the statistics itself.
 
-    chunks, SIZE, OWN: of PARTIALS: chunks in all, tokens of one, and of one plane at most (padded).
+    chunks, SIZE, OWN describe partials: number of chunks in all, tokens per chunk, most chunks of a plane (padded).
     """
     b = tl.program_id(2).to(tl.int64)
     plane, first, rows, columns, start = chunk_of(tl.program_id(0), PLANES, BLOCK_N)
@@ -192,30 +194,30 @@ def plane_norm_forward_apply(
     begin = (tl.program_id(0) - start) * BLOCK_N
     n = begin + tl.arange(0, BLOCK_N)
     token = n
-    if RESAMPLE < 0:  # square by square, so that a square's four tokens are neighbours in the tile
+    if RESAMPLE < 0:  # square by square, so that the four tokens of a square are neighbours in the tile
         square, half = n // 4, columns // 2
         token = (square // half * 2 + n % 4 // 2) * columns + square % half * 2 + n % 2
     mask = (n < tokens)[:, None, None] & inside[None, :, :]
-    x = X + b * batch_stride + first.to(tl.int64) * stride
-    values = load_tile(x, stride, token, channel, mask)
-    origin = tl.load(x + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
-    if PARTIALS is None:
+    x_plane = x + b * batch_stride + first.to(tl.int64) * stride
+    values = load_tile(x_plane, stride, token, channel, mask)
+    origin = tl.load(x_plane + group * WIDTH, mask=group < GROUPS, other=0.0).to(tl.float32)
+    if partials is None:
         mean, squares = _moments(values, origin, mask, (tokens * WIDTH).to(tl.float32))
     else:
         initial, own = chunks_of(plane, PLANES, SIZE)
-        mean, squares = _join(PARTIALS, b, chunks, initial, own, tokens, group, GROUPS, WIDTH, SIZE, OWN)
+        mean, squares = _join(partials, b, chunks, initial, own, tokens, group, GROUPS, WIDTH, SIZE, OWN)
     rstd = tl.rsqrt(squares / (tokens * WIDTH).to(tl.float32) + eps)
     at = (b * (len(PLANES) // 2) + plane) * GROUPS + group
     if tl.program_id(0) == start:
-        tl.store(MEAN + at, origin + mean, mask=group < GROUPS)
-        tl.store(RSTD + at, rstd, mask=group < GROUPS)
-    gain, rest = load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
-    y = ((values - origin[None, :, None]) - mean[None, :, None]) * (rstd[:, None] * gain)[None, :, :] + rest[None, :, :]
+        tl.store(mean_out + at, origin + mean, mask=group < GROUPS)
+        tl.store(rstd_out + at, rstd, mask=group < GROUPS)
+    gain, rest = load_affine(weight, bias, scale_shift, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
+    z = ((values - origin[None, :, None]) - mean[None, :, None]) * (rstd[:, None] * gain)[None, :, :] + rest[None, :, :]
     if ACTIVATION:
-        y = silu(y)
+        z = silu(z)
     written = first * 4 if RESAMPLE > 0 else first // 4 if RESAMPLE < 0 else first
     _store_resampled(
-        Y + b * y_batch_stride + written.to(tl.int64) * (GROUPS * WIDTH), y, begin, tokens, columns, channel, inside,
+        y + b * y_batch_stride + written.to(tl.int64) * (GROUPS * WIDTH), z, begin, tokens, columns, channel, inside,
         GROUPS * WIDTH, RESAMPLE, BLOCK_N, BLOCK_G, BLOCK_W,
     )  # fmt: skip
 
@@ -231,7 +233,7 @@ def forward(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (B, N, C) -> y: (B, N', C); mean and 1 / std: (B, planes, groups) float32. One launch, or two."""
+    """x: (B, N, C) -> y: (B, N', C), and mean and 1 / std: (B, planes, groups) float32. One or two launches."""
     batch, tokens, channels = x.shape
     tokens = tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
     y = x.new_empty(batch, tokens, channels)

@@ -1,13 +1,15 @@
 """Gradients of `plane_norm`.
 
 With n = (x - mean) rstd, z = n gain + rest (weight, bias and FiLM folded) and dz the gradient of z:
-dx = rstd (gain dz - avg(gain dz) - n avg(gain dz n)), averages over a group's tokens and channels. Both averages, and
-the gradients of weight, bias and FiLM, follow from the sums over tokens of dz and of dz n for each channel, which a
-program writes for its tile. The gradient is read at its own resolution. As forward, planes are whole, or in chunks:
+dx = rstd (gain dz - avg(gain dz) - n avg(gain dz n)), averaged over a group's tokens and channels.
+
+Both averages, and the gradients of weight, bias and FiLM, follow from two sums over tokens per channel: of dz and of dz
+n. Each program writes them for its tile. The gradient is read at its own resolution. As in forward, planes are whole or
+in chunks:
 
 - whole: `plane_norm_backward_dx` (sums and dx from one reading of x and the gradient), then
   `plane_norm_backward_parameters`.
-- in chunks: `plane_norm_backward_sums`, `plane_norm_backward_dx` (reads again, joins the chunks' sums), then
+- in chunks: `plane_norm_backward_sums`, then `plane_norm_backward_dx` (reads again and joins the chunks' sums), then
   `plane_norm_backward_parameters`.
 """
 
@@ -39,10 +41,10 @@ from pvdm_fast.kernels.plane_norm_tiles import (
 )  # fmt: skip
 from pvdm_fast.kernels.planes import chunk_of, chunks_of
 
-# Most elements of a tile that holds a plane's tokens: n and dz take 64 registers a thread at 16 warps.
+# The largest tile that holds a plane's tokens, in elements: n and dz take 64 registers per thread at 16 warps.
 WHOLE_TILE = 16384
 
-# Whole planes: 8 or 16 values of x and of the gradient a thread, 32 in the largest tile.
+# Whole planes: 8 or 16 values of x and of the gradient per thread, 32 in the largest tile.
 WHOLE = ConfigTable(
     "plane_norm_backward_whole",
     {
@@ -66,7 +68,7 @@ CHUNKS = ConfigTable(
         for channels in (64, 128, 256)
     ),
 )
-# Sums of BLOCK_B batch elements x BLOCK_K chunks x BLOCK_C channels at a time.
+# BLOCK_B batch elements x BLOCK_K chunks x BLOCK_C channels at a time.
 PARAMETERS = ConfigTable(
     "plane_norm_parameter_gradients",
     {
@@ -78,82 +80,84 @@ PARAMETERS = ConfigTable(
 
 
 @triton.jit
-def _load_gradient(GRAD, stride, token, columns, channel, mask, RESAMPLE: tl.constexpr):
-    """The gradient of a plane's tokens (N) before resampling: (N, G, W). GRAD: of the resampled plane."""
+def _load_gradient(grad, stride, token, columns, channel, mask, RESAMPLE: tl.constexpr):
+    """The gradient of a plane's tokens (N) before resampling: (N, G, W). grad: that of the resampled plane."""
     if RESAMPLE == 0:
-        return load_tile(GRAD, stride, token, channel, mask)
+        return load_tile(grad, stride, token, channel, mask)
     i, j = token // columns, token % columns
     if RESAMPLE < 0:
-        return load_tile(GRAD, stride, i // 2 * (columns // 2) + j // 2, channel, mask) * 0.25
+        return load_tile(grad, stride, i // 2 * (columns // 2) + j // 2, channel, mask) * 0.25
     corner = 4 * i * columns + 2 * j
-    above = load_tile(GRAD, stride, corner, channel, mask) + load_tile(GRAD, stride, corner + 1, channel, mask)
+    above = load_tile(grad, stride, corner, channel, mask) + load_tile(grad, stride, corner + 1, channel, mask)
     corner += 2 * columns
-    return above + load_tile(GRAD, stride, corner, channel, mask) + load_tile(GRAD, stride, corner + 1, channel, mask)
+    return above + load_tile(grad, stride, corner, channel, mask) + load_tile(grad, stride, corner + 1, channel, mask)
 
 
 @triton.jit
 def _normed_and_gradient(
-    X, GRAD, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask,
+    x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask,
     ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """n and dz of a tile (N, G, W), both 0 outside the mask. X, GRAD: of the plane."""
-    x = load_tile(X, stride, token, channel, mask)
-    dz = _load_gradient(GRAD, grad_stride, token, columns, channel, mask, RESAMPLE)
-    n = tl.where(mask, (x - mean[None, :, None]) * rstd[None, :, None], 0.0)
+    """n and dz of a tile (N, G, W), both 0 outside the mask. x, grad: those of the plane."""
+    values = load_tile(x, stride, token, channel, mask)
+    dz = _load_gradient(grad, grad_stride, token, columns, channel, mask, RESAMPLE)
+    n = tl.where(mask, (values - mean[None, :, None]) * rstd[None, :, None], 0.0)
     if ACTIVATION:
         dz = rounded_product(dz, silu_derivative(n * gain[None, :, :] + rest[None, :, :]))
     return n, dz
 
 
 @triton.jit
-def _of_plane(X, GRAD, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE: tl.constexpr):
-    """Pointers to a plane's first token, and to that of its resampled gradient."""
+def _of_plane(x, grad, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE: tl.constexpr):
+    """Pointers to a plane's first token, and to the first token of its resampled gradient."""
     before = first * 4 if RESAMPLE > 0 else first // 4 if RESAMPLE < 0 else first
-    return X + b * batch_stride + first.to(tl.int64) * stride, (
-        GRAD + b * grad_batch_stride + before.to(tl.int64) * grad_stride
+    return x + b * batch_stride + first.to(tl.int64) * stride, (
+        grad + b * grad_batch_stride + before.to(tl.int64) * grad_stride
     )
 
 
 @triton.jit
-def _load_statistics(MEAN, RSTD, b, plane, group, PLANES: tl.constexpr, GROUPS: tl.constexpr):
+def _load_statistics(mean, rstd, b, plane, group, PLANES: tl.constexpr, GROUPS: tl.constexpr):
     at = (b * (len(PLANES) // 2) + plane) * GROUPS + group
-    mean = tl.load(MEAN + at, mask=group < GROUPS, other=0.0)
-    return mean, tl.load(RSTD + at, mask=group < GROUPS, other=0.0)
+    m = tl.load(mean + at, mask=group < GROUPS, other=0.0)
+    return m, tl.load(rstd + at, mask=group < GROUPS, other=0.0)
 
 
 @triton.jit
-def _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, CHANNELS: tl.constexpr):
-    """Sums over tokens of dz (level) and of dz n (tilt), each (G, W), into SUMS (2, B, chunks, C)."""
-    at = SUMS + (b * chunks + chunk) * CHANNELS + channel
+def _store_sums(sums, b, chunk, chunks, level, tilt, channel, inside, CHANNELS: tl.constexpr):
+    """Writes sums over tokens of dz (level) and dz n (tilt), each (G, W), to sums (2, B, chunks, C)."""
+    at = sums + (b * chunks + chunk) * CHANNELS + channel
     tl.store(at, level, mask=inside)
     tl.store(at + tl.num_programs(2).to(tl.int64) * chunks * CHANNELS, tilt, mask=inside)
 
 
 @triton.jit
 def plane_norm_backward_sums(
-    X, GRAD, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, SUMS, GROUP_SUMS,
+    x, grad, weight, bias, scale_shift, mean, rstd, sums, group_sums,
     batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, chunks,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr,
     RESAMPLE: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Of chunks of TILES tiles: SUMS (2, B, chunks, C) of dz and dz n; GROUP_SUMS (2, B, chunks, G), times gain."""
+    """Per chunk of TILES tiles: sums (2, B, chunks, C) of dz and dz n, and group_sums (2, B, chunks, G) of gain times
+    these."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     plane, first, rows, columns, start = chunk_of(chunk, PLANES, TILES * BLOCK_N)
     group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
-    mean, rstd = _load_statistics(MEAN, RSTD, b, plane, group, PLANES, GROUPS)
-    gain, rest = load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
-    x, grad = _of_plane(X, GRAD, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE)
+    m, r = _load_statistics(mean, rstd, b, plane, group, PLANES, GROUPS)
+    gain, rest = load_affine(weight, bias, scale_shift, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
+    x_plane, grad_plane = _of_plane(x, grad, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE)
     level, tilt = tl.zeros([BLOCK_G, BLOCK_W], tl.float32), tl.zeros([BLOCK_G, BLOCK_W], tl.float32)
     for tile in range(TILES):
         token = ((chunk - start) * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (token < rows * columns)[:, None, None] & inside[None, :, :]
         n, dz = _normed_and_gradient(
-            x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
-        )
+            x_plane, grad_plane, stride, grad_stride, m, r, gain, rest, token, columns, channel, mask,
+            ACTIVATION, RESAMPLE,
+        )  # fmt: skip
         level += tl.sum(dz, 0)
         tilt += sum_of_products(dz, n, 0)
-    _store_sums(SUMS, b, chunk, chunks, level, tilt, channel, inside, GROUPS * WIDTH)
-    at = GROUP_SUMS + (b * chunks + chunk) * GROUPS + group
+    _store_sums(sums, b, chunk, chunks, level, tilt, channel, inside, GROUPS * WIDTH)
+    at = group_sums + (b * chunks + chunk) * GROUPS + group
     tl.store(at, sum_of_products(gain, level, 1), mask=group < GROUPS)
     tl.store(
         at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, sum_of_products(gain, tilt, 1), mask=group < GROUPS
@@ -161,85 +165,85 @@ def plane_norm_backward_sums(
 
 
 @triton.jit
-def _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+def _join_sums(group_sums, b, plane, chunks, group, PLANES: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
                OWN: tl.constexpr):  # fmt: skip
     """Sums (G) of gain dz and of gain dz n over a plane's chunks."""
     start, own = chunks_of(plane, PLANES, SIZE)
     k = tl.arange(0, OWN)
     mask = (k < own)[:, None] & (group < GROUPS)[None, :]
-    at = GROUP_SUMS + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
+    at = group_sums + (b * chunks + start + k)[:, None] * GROUPS + group[None, :]
     level = tl.sum(tl.load(at, mask=mask, other=0.0), 0)
     return level, tl.sum(tl.load(at + tl.num_programs(2).to(tl.int64) * chunks * GROUPS, mask=mask, other=0.0), 0)
 
 
 @triton.jit
 def plane_norm_backward_dx(
-    X, GRAD, WEIGHT, BIAS, SCALE_SHIFT, MEAN, RSTD, SUMS, GROUP_SUMS, DX,
+    x, grad, weight, bias, scale_shift, mean, rstd, sums, group_sums, dx,
     batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, dx_batch_stride, chunks,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr, SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Writes one tile of DX. Where GROUP_SUMS is None the tile is a whole plane, whose SUMS it writes too.
+    """Writes one tile of dx. If group_sums is None, the tile is a whole plane, and its sums are written too.
 
-    chunks, SIZE, OWN: of GROUP_SUMS: chunks in all, tokens of one, and of one plane at most (padded).
+    chunks, SIZE, OWN describe group_sums: number of chunks in all, tokens per chunk, most chunks of a plane (padded).
     """
     b = tl.program_id(2).to(tl.int64)
     plane, first, rows, columns, start = chunk_of(tl.program_id(0), PLANES, BLOCK_N)
     group, channel, inside = group_tile(GROUPS, WIDTH, BLOCK_G, BLOCK_W)
-    mean, rstd = _load_statistics(MEAN, RSTD, b, plane, group, PLANES, GROUPS)
-    gain, rest = load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
-    x, grad = _of_plane(X, GRAD, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE)
+    m, r = _load_statistics(mean, rstd, b, plane, group, PLANES, GROUPS)
+    gain, rest = load_affine(weight, bias, scale_shift, b, scale_shift_stride, channel, inside, GROUPS * WIDTH)
+    x_plane, grad_plane = _of_plane(x, grad, b, first, batch_stride, stride, grad_batch_stride, grad_stride, RESAMPLE)
     token = (tl.program_id(0) - start) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (token < rows * columns)[:, None, None] & inside[None, :, :]
     n, dz = _normed_and_gradient(
-        x, grad, stride, grad_stride, mean, rstd, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
+        x_plane, grad_plane, stride, grad_stride, m, r, gain, rest, token, columns, channel, mask, ACTIVATION, RESAMPLE
     )
-    if GROUP_SUMS is None:
+    if group_sums is None:
         levels, tilts = tl.sum(dz, 0), sum_of_products(dz, n, 0)
-        _store_sums(SUMS, b, plane, chunks, levels, tilts, channel, inside, GROUPS * WIDTH)
+        _store_sums(sums, b, plane, chunks, levels, tilts, channel, inside, GROUPS * WIDTH)
         level, tilt = sum_of_products(gain, levels, 1), sum_of_products(gain, tilts, 1)
     else:
-        level, tilt = _join_sums(GROUP_SUMS, b, plane, chunks, group, PLANES, GROUPS, SIZE, OWN)
-    scale = rstd / (rows * columns * WIDTH).to(tl.float32)
-    dx = dz * (rstd[:, None] * gain)[None, :, :] - ((scale * level)[None, :, None] + n * (scale * tilt)[None, :, None])
-    at = DX + b * dx_batch_stride + (first + token).to(tl.int64)[:, None, None] * (GROUPS * WIDTH) + channel[None, :, :]
-    tl.store(at, dx.to(DX.dtype.element_ty), mask=mask)
+        level, tilt = _join_sums(group_sums, b, plane, chunks, group, PLANES, GROUPS, SIZE, OWN)
+    scale = r / (rows * columns * WIDTH).to(tl.float32)
+    result = dz * (r[:, None] * gain)[None, :, :] - ((scale * level)[None, :, None] + n * (scale * tilt)[None, :, None])
+    at = dx + b * dx_batch_stride + (first + token).to(tl.int64)[:, None, None] * (GROUPS * WIDTH) + channel[None, :, :]
+    tl.store(at, result.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def plane_norm_backward_parameters(
-    SUMS, WEIGHT, BIAS, SCALE_SHIFT, DWEIGHT, DBIAS, DSCALE_SHIFT, scale_shift_stride, batch, chunks, channels,
+    sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Adds SUMS (2, B, chunks, C) over chunks and, for weight and bias, over the batch, always in the same order."""
+    """Adds sums (2, B, chunks, C) over chunks and, for weight and bias, over the batch. Always in the same order."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < channels
-    weight = tl.load(WEIGHT + channel, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)
-    dweight, dbias = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    dweight_sum, dbias_sum = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     for begin in range(0, batch, BLOCK_B):
         b = (begin + tl.arange(0, BLOCK_B)).to(tl.int64)
         level, tilt = tl.zeros([BLOCK_B, BLOCK_C], tl.float32), tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
         for chunk in range(0, chunks, BLOCK_K):
             k = chunk + tl.arange(0, BLOCK_K)
             mask = (b < batch)[:, None, None] & (k < chunks)[None, :, None] & inside[None, None, :]
-            at = SUMS + (b[:, None, None] * chunks + k[None, :, None]) * channels + channel[None, None, :]
+            at = sums + (b[:, None, None] * chunks + k[None, :, None]) * channels + channel[None, None, :]
             level += tl.sum(tl.load(at, mask=mask, other=0.0), 1)
             second = at + tl.full([], batch, tl.int64) * chunks * channels
             tilt += tl.sum(tl.load(second, mask=mask, other=0.0), 1)
-        if SCALE_SHIFT is not None:
+        if scale_shift is not None:
             mask = (b < batch)[:, None] & inside[None, :]
-            at = DSCALE_SHIFT + b[:, None] * 2 * channels + channel[None, :]
-            tl.store(at, (tilt * weight[None, :] + level * bias[None, :]).to(DSCALE_SHIFT.dtype.element_ty), mask=mask)
-            tl.store(at + channels, level.to(DSCALE_SHIFT.dtype.element_ty), mask=mask)
-            scale_shift = SCALE_SHIFT + b[:, None] * scale_shift_stride + channel[None, :]
-            scale = 1.0 + tl.load(scale_shift, mask=mask, other=0.0).to(tl.float32)
+            at = dscale_shift + b[:, None] * 2 * channels + channel[None, :]
+            tl.store(at, (tilt * w[None, :] + level * shift[None, :]).to(dscale_shift.dtype.element_ty), mask=mask)
+            tl.store(at + channels, level.to(dscale_shift.dtype.element_ty), mask=mask)
+            source = scale_shift + b[:, None] * scale_shift_stride + channel[None, :]
+            scale = 1.0 + tl.load(source, mask=mask, other=0.0).to(tl.float32)
             level, tilt = rounded_product(level, scale), rounded_product(tilt, scale)
-        dweight += tl.sum(tilt, 0)
-        dbias += tl.sum(level, 0)
-    tl.store(DWEIGHT + channel, dweight.to(DWEIGHT.dtype.element_ty), mask=inside)
-    tl.store(DBIAS + channel, dbias.to(DBIAS.dtype.element_ty), mask=inside)
+        dweight_sum += tl.sum(tilt, 0)
+        dbias_sum += tl.sum(level, 0)
+    tl.store(dweight + channel, dweight_sum.to(dweight.dtype.element_ty), mask=inside)
+    tl.store(dbias + channel, dbias_sum.to(dbias.dtype.element_ty), mask=inside)
 
 
 def backward(
@@ -255,7 +259,7 @@ def backward(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, and of scale_shift (empty where there is none). Two launches, or three."""
+    """Gradients of x, weight, bias and scale_shift (empty if there is none). Two or three launches."""
     batch, _, channels = x.shape
     dx, dweight, dbias = x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     dscale_shift = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)

@@ -1,7 +1,7 @@
-"""Shared by the kernels of `plane_norm`, forward and backward: how planes are cut into tiles, and what a tile loads.
+"""Shared by the forward and backward kernels of `plane_norm`: how planes are cut into tiles, and what a tile loads.
 
-A tile is BLOCK_N tokens x BLOCK_G groups x BLOCK_W channels (a group's channels, padded to a power of two), which a
-program holds in registers.
+A tile is BLOCK_N tokens x BLOCK_G groups x BLOCK_W channels (a group's channels, padded to a power of two). A program
+holds it in registers.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config
 
-# Programs that keep every multiprocessor of a large GPU busy: 132 of an H100, 148 of a B200, 304 of an MI300X.
+# Enough programs to keep a large GPU busy: an H100 has 132 multiprocessors, a B200 148, an MI300X 304.
 ENOUGH_PROGRAMS = 256
-# Chunks of a plane, at most: what `plane_norm_forward_apply` joins in one tile.
+# Most chunks of a plane: `plane_norm_forward_apply` joins them in one tile.
 MOST_CHUNKS = 64
 
 
 def tile_class(elements: int) -> str:
-    """The shape class of a tile: its elements, a power of two, no less than 1024."""
+    """The shape class of a tile: its elements, rounded up to a power of two, at least 1024."""
     return f"tile{max(elements, 1024)}"
 
 
 def whole_blocks(x: Tensor, planes: Sequence[int], groups: int, most: int) -> dict[str, int] | None:
     """The tile that holds a plane's tokens; None where it would be larger than `most` elements.
 
-    It takes in further groups while their channels make less than 32 bytes a token (what memory hands over at once),
-    if enough programs are left.
+    It takes more groups while their channels are less than 32 bytes per token (one memory transaction) and enough
+    programs are left.
     """
     tokens = max(rows * columns for rows, columns in zip(planes[::2], planes[1::2], strict=True))
     block_n, block_w = max(16, triton.next_power_of_2(tokens)), triton.next_power_of_2(x.shape[2] // groups)
@@ -49,7 +49,7 @@ def whole_blocks(x: Tensor, planes: Sequence[int], groups: int, most: int) -> di
 
 
 def chunk_config(table: ConfigTable, x: Tensor, groups: int) -> Config:
-    """The configuration of kernels that go by chunks, its TILE and CHANNELS turned into block sizes."""
+    """The configuration of kernels that work by chunks, with TILE and CHANNELS turned into block sizes."""
     config = table(x.device, ANY, x.dtype)
     block_w = triton.next_power_of_2(x.shape[2] // groups)
     block_g = max(1, min(config.blocks["CHANNELS"] // block_w, triton.next_power_of_2(groups)))
@@ -63,7 +63,7 @@ def count_chunks(planes: Sequence[int], size: int) -> list[int]:
 
 
 def tiles_a_chunk(planes: Sequence[int], block_n: int) -> int:
-    """How many tiles a chunk needs for no plane to have more than MOST_CHUNKS: a power of two."""
+    """How many tiles make a chunk, so that no plane has more than MOST_CHUNKS: a power of two."""
     return triton.next_power_of_2(-(-max(count_chunks(planes, block_n)) // MOST_CHUNKS))
 
 
@@ -74,7 +74,7 @@ def constants_of(planes: Sequence[int], channels: int, groups: int) -> dict[str,
 
 @triton.jit
 def group_tile(GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Of this program (its place is axis 1 of the grid): groups (G), their channels (G, W) and which of them exist."""
+    """This program's groups (G), their channels (G, W), and which of them exist. Axis 1 of the grid counts groups."""
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     place = tl.arange(0, BLOCK_W)
     channel = group[:, None] * WIDTH + place[None, :]
@@ -82,20 +82,20 @@ def group_tile(GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_G: tl.constexpr,
 
 
 @triton.jit
-def load_tile(X, stride, token, channel, mask):
-    """(N, G, W) values in float32, 0 outside the mask. X: the batch element's, stride: of tokens."""
+def load_tile(x, stride, token, channel, mask):
+    """(N, G, W) values in float32, 0 outside the mask. x: that of the batch element. stride: between tokens."""
     at = token.to(tl.int64)[:, None, None] * stride + channel[None, :, :]
-    return tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_affine(WEIGHT, BIAS, SCALE_SHIFT, b, scale_shift_stride, channel, inside, CHANNELS: tl.constexpr):
+def load_affine(weight, bias, scale_shift, b, scale_shift_stride, channel, inside, CHANNELS: tl.constexpr):
     """weight (1 + scale) and bias (1 + scale) + shift, each (G, W) in float32."""
-    gain = tl.load(WEIGHT + channel, mask=inside, other=0.0).to(tl.float32)
-    rest = tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32)
-    if SCALE_SHIFT is not None:
-        scale_shift = SCALE_SHIFT + b * scale_shift_stride + channel
-        scale = 1.0 + tl.load(scale_shift, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    rest = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    if scale_shift is not None:
+        at = scale_shift + b * scale_shift_stride + channel
+        scale = 1.0 + tl.load(at, mask=inside, other=0.0).to(tl.float32)
         gain = gain * scale
-        rest = rest * scale + tl.load(scale_shift + CHANNELS, mask=inside, other=0.0).to(tl.float32)
+        rest = rest * scale + tl.load(at + CHANNELS, mask=inside, other=0.0).to(tl.float32)
     return gain, rest

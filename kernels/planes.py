@@ -1,7 +1,7 @@
-"""Where packed planes lie, for Triton kernels: PLANES is the constant (rows, columns, rows, columns, ...).
+"""Where packed planes lie, for Triton kernels. PLANES is the constant (rows, columns, rows, columns, ...).
 
-Sizes are compile-time constants: a kernel is compiled once for each layout (a U-Net has one a level), needs no table
-in memory, and divides by constants, which are shifts for the powers of two that models use.
+Sizes are compile-time constants, so a kernel is compiled once per layout (a U-Net has one per level). It needs no table
+in memory and divides by constants, which become shifts for the powers of two that models use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def chunk_of(chunk, PLANES: tl.constexpr, SIZE: tl.constexpr):
-    """Each plane is cut into chunks of at most SIZE tokens; of chunk number `chunk`, counted through all planes:
+    """Finds chunk number `chunk`, counted through all planes. Each plane is cut into chunks of at most SIZE tokens.
 
     Returns: the plane's number, first token, rows and columns, and the number of the plane's first chunk.
     """
@@ -33,7 +33,7 @@ def chunk_of(chunk, PLANES: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def chunks_of(plane, PLANES: tl.constexpr, SIZE: tl.constexpr):
-    """The number of the first of a plane's chunks, and how many it has."""
+    """The number of a plane's first chunk, and how many chunks it has."""
     start, count = plane * 0, plane * 0
     before: tl.constexpr = 0
     for p in tl.static_range(len(PLANES) // 2):
@@ -46,7 +46,7 @@ def chunks_of(plane, PLANES: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def place_of(token, PLANES: tl.constexpr):
-    """Row and column of each token in its plane, and that plane's numbers of rows and columns."""
+    """Row and column of each token in its plane, and the plane's numbers of rows and columns."""
     i, j, rows, columns = token * 0, token * 0, token * 0, token * 0
     tokens: tl.constexpr = 0
     for p in tl.static_range(len(PLANES) // 2):

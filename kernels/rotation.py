@@ -1,9 +1,10 @@
-"""The table rotation of neighbouring pairs, inside kernels: x cos + R(x) sin, where R takes (a, b) to (-b, a).
+"""The table rotation of neighbouring pairs inside kernels: x cos + R(x) sin, where R takes (a, b) to (-b, a).
 
-A pair lies in one thread's registers (a thread holds at least two neighbours of the last axis, in loaded tiles and in
-the accumulators of products), so taking pairs apart and together moves nothing, nor does the sum over a pair.
-The sum is there for the compiler: written as products of the halves, it would move the change to an operand's layout
-ahead of the rotation, and on sm_80 and sm_120 rotate each key four times over, in every warp, with spilled registers.
+A pair lies in the registers of one thread: both in loaded tiles and in accumulators of products, a thread holds at
+least two neighbours of the last axis. So splitting and joining pairs moves nothing, nor does the sum over a pair.
+
+The sum is there for the compiler. If the halves were multiplied instead, it would convert the operand's layout before
+the rotation. On sm_80 and sm_120 every warp would then rotate each key four times, with spilled registers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def from_pairs(even, odd):
 
 @triton.jit
 def rotate(x, sin, cos):
-    """x: (ROWS, WIDTH), and its tables: float32, (ROWS, WIDTH) -> float32."""
+    """x and its tables: float32, (ROWS, WIDTH) -> float32."""
     x = tl.reshape(x.to(tl.float32), (x.shape[0], x.shape[1] // 2, 2))
     sin_a, sin_b = pairs(sin)
     cos_a, cos_b = pairs(cos)

@@ -24,19 +24,22 @@ from pvdm_fast.kernels.segment_attention_forward import FORWARD, SEGMENTS, segme
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction (a tensor of heads first) are beyond the kernels."""
+    """Why the kernels don't take these arguments (of either direction, a tensor of heads first), or None."""
     return refuse_width(inputs[0].shape[-1])
 
 
 def shape_class(qkv: Tensor) -> str:
-    """ "d<head size>", the least of 32, 64, 128 and 256 that holds it; and "-few" where there are fewer queries than
-    would fill a large GPU with blocks of 128 of them (128 programs): N below 2048 at batch 1 with 8 heads."""
+    """ "d<head size>", the least of 32, 64, 128 and 256 that holds it. Then "-few" if there are few queries.
+
+    Few means less than a large GPU's worth: 128 programs of 128 queries each. At batch 1 with 8 heads, that is N below
+    2048.
+    """
     batch, tokens, _, heads, _ = qkv.shape
     return width_class(qkv.shape[-1]) + ("-few" if batch * heads * tokens < 128 * 128 else "")
 
 
 def constants(qkv: Tensor, offsets: Sequence[int], config: Config) -> dict[str, Any]:
-    """The compile-time arguments of all three kernels. EVEN: all blocks are full, so that nothing needs a mask."""
+    """The compile-time arguments of all three kernels. EVEN: all blocks are full, so nothing needs a mask."""
     blocks = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
     width = padded(qkv.shape[-1])
     return {
@@ -44,12 +47,12 @@ def constants(qkv: Tensor, offsets: Sequence[int], config: Config) -> dict[str, 
         "WIDTH": width,
         "EVEN": all((end - start) % block == 0 for start, end in pairwise(offsets) for block in blocks),
         "PRECISION": dot_precision(qkv),
-        "CHUNK": width,  # of the scores' sums: all at once, unless the configuration says otherwise
+        "CHUNK": width,  # for the scores' sums: all columns at once, unless the configuration says otherwise
     }
 
 
 def grids(offsets: Sequence[int], problems: int, block: int) -> Iterator[tuple[tuple[int], tuple[int, ...]]]:
-    """(grid, (blocks a problem, *bounds)) of each launch: SEGMENTS segments at a time, so that a triplane takes one."""
+    """(grid, (blocks per problem, *bounds)) of each launch. A launch takes SEGMENTS segments: a triplane is one."""
     for first in range(0, len(offsets) - 1, SEGMENTS):
         bounds = list(offsets[first : first + SEGMENTS + 1])
         blocks = sum(triton.cdiv(end - start, block) for start, end in pairwise(bounds))
@@ -77,7 +80,7 @@ def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> Tensor:
-    """The gradient of `qkv`, in its shape and memory order."""
+    """The gradient of `qkv`, with its shape and memory order."""
     batch, tokens, _, heads, _ = qkv.shape
     dqkv = torch.empty_like(qkv)
     written = dqkv if dqkv.stride(-1) == 1 else torch.empty_like(dqkv, memory_format=torch.contiguous_format)

@@ -1,7 +1,7 @@
 """Attention inside segments, backward: one kernel for the gradient of queries, one for that of keys and values.
 
-Both recompute the weights from the log-sum-exp that the forward pass kept. Each gradient is summed by the one program
-that stores it, in the order of tokens, so every run gives the same bits.
+Both recompute the weights from the log-sum-exp that forward saved. Each gradient is summed by the one program that
+stores it, in the order of tokens, so every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def segment_attention_backward_dq(
     HEAD: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The queries' part of dqkv; and delta (B, heads, N) = rowsum(dO . O), which the other kernel reads.
+    """The queries' part of dqkv. Also delta (B, heads, N) = rowsum(dO . O), which the other kernel reads.
 
     Grid: blocks of queries x heads x B. out and lse are contiguous, the others by strides.
     """
@@ -63,7 +63,7 @@ def segment_attention_backward_dq(
                 grad_base, first, grad_strides[1], v_base, key, strides[1], segment_end,
                 HEAD, BLOCK_M, BLOCK_N, WIDTH, CHUNK, EVEN, PRECISION,
             )  # fmt: skip
-        # A key that isn't there scores 0: against scores far below it, its weight would overflow.
+        # A missing key scores 0. Against scores far below 0, its weight would overflow.
         present = (key + tl.arange(0, BLOCK_N) < segment_end)[None, :]
         scores = where_present(scores * scale_log2 - log[:, None], present, float("-inf"), EVEN)
         dscores = tl.exp2(scores) * (dweights - d[:, None])
@@ -79,7 +79,7 @@ def segment_attention_backward_dkdv(
     HEAD: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The keys' and the values' part of dqkv: dV = P'dO, dK = dS'Q. Grid: blocks of keys x heads x B."""
+    """The keys' and values' parts of dqkv: dV = P'dO, dK = dS'Q. Grid: blocks of keys x heads x B."""
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = problem // heads, problem % heads
     segment_start, segment_end, first = locate(tl.program_id(0) % blocks, start, end0, end1, end2, BLOCK_N)
@@ -96,7 +96,7 @@ def segment_attention_backward_dkdv(
         g = load_rows(grad_base, query, segment_end, grad_strides[1], HEAD, BLOCK_M, WIDTH, HEAD == WIDTH, EVEN)
         rows = query + tl.arange(0, BLOCK_M)
         inside = rows < segment_end
-        # Keys that aren't there fill rows nobody stores.
+        # Missing keys fill rows that nobody stores.
         log = tl.load(lse + problem * tokens + rows, mask=inside, other=float("inf")) * LOG2_E
         d = tl.load(delta + problem * tokens + rows, mask=inside, other=0.0)
         if CHUNK >= WIDTH:
@@ -111,7 +111,7 @@ def segment_attention_backward_dkdv(
                 v_base, first, strides[1], grad_base, query, grad_strides[1], segment_end,
                 HEAD, BLOCK_N, BLOCK_M, WIDTH, CHUNK, EVEN, PRECISION,
             )  # fmt: skip
-        # A query that isn't there has no weights: an infinite log says so, but where a key is infinite.
+        # A missing query has an infinite log, so no weights, except where a key is infinite.
         weights = where_present(tl.exp2(scores * scale_log2 - log[None, :]), inside[None, :], 0.0, EVEN)
         dv = tl.dot(weights.to(g.dtype), g, dv, input_precision=PRECISION)
         dscores = weights * (dweights - d[None, :])
@@ -121,7 +121,7 @@ def segment_attention_backward_dkdv(
     store_rows(dk_base + d_strides[2], first, segment_end, d_strides[1], dv, HEAD, BLOCK_N, WIDTH)
 
 
-# Reasoned, not measured, as in the forward pass. A program of the second kernel holds two sums of BLOCK_N rows.
+# Reasoned, not measured, as in forward. A program of the second kernel holds two sums of BLOCK_N rows.
 DQ = table(
     "segment_attention_dq",
     {

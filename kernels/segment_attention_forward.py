@@ -1,4 +1,4 @@
-"""Attention inside segments, forward: a flash kernel, one program a block of queries of one head."""
+"""Attention inside segments, forward: a flash kernel. A program takes one block of queries of one head."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Sizes = tuple[int, ...]  # BLOCK_M, BLOCK_N, warps, stages
 def table(name: str, sixteen: dict[tuple[str, str], Sizes], float32: dict[tuple[str, str], Sizes]) -> ConfigTable:
     """The configurations of one kernel by (architecture, shape class), for 16-bit values and for float32.
 
-    float32 products are not computed by tensor cores on NVIDIA GPUs (unless TF32 is allowed): operands come into
-    registers whole, so the blocks are small, and scores of heads over 32 are summed by chunks.
+    NVIDIA GPUs don't compute float32 products on tensor cores (unless TF32 is allowed). Operands then come into
+    registers whole, so blocks are small, and scores of heads over 32 are summed by chunks.
     """
     entries = {("*", "*", "*"): Config({"BLOCK_M": 16, "BLOCK_N": 16, "CHUNK": 32}, 4, 1)}
     for (where, shape), (m, n, warps, stages) in sixteen.items():
@@ -42,17 +42,19 @@ def table(name: str, sixteen: dict[tuple[str, str], Sizes], float32: dict[tuple[
     return ConfigTable(name, entries, candidates)
 
 
-# How many segments one launch takes. Their bounds are plain integers of the launch, not a table in memory: nothing has
-# to be sent to the device, and no program waits for a load to know its place. Three: the planes of a triplane.
+# How many segments one launch takes: three, the planes of a triplane. Their bounds are integers of the launch, not a
+# table in memory. So nothing is sent to the device, and no program waits for a load to find its place.
+# They aren't one tuple, because Triton 3.6 to 3.9 compile tuple elements of 1, or divisible by 16, into the kernel even
+# with do_not_specialize.
 SEGMENTS = 3
-BOUNDS = ["start", "end0", "end1", "end2"]  # change with every layout: never compiled into a kernel
+BOUNDS = ["start", "end0", "end1", "end2"]  # change with every layout, so they are never compiled into a kernel
 
 
 @triton.jit
 def locate(block, start, end0, end1, end2, BLOCK: tl.constexpr):
-    """Where the `block`-th block of BLOCK tokens lies: (start, end) of its segment, and its first token.
+    """Finds the `block`-th block of BLOCK tokens: (start, end) of its segment, and its first token.
 
-    Segments are start..end0..end1..end2 (the last ones may be empty), and no block reaches over a segment's end.
+    Segments are start..end0..end1..end2, and the last ones may be empty. No block crosses a segment's end.
     """
     blocks0 = tl.cdiv(end0 - start, BLOCK)
     blocks1 = blocks0 + tl.cdiv(end1 - end0, BLOCK)
@@ -71,9 +73,11 @@ def segment_attention_forward(
 ):  # fmt: skip
     """qkv (B, N, 3, heads, HEAD) by `strides` -> out (B, N, heads, HEAD) and lse (B, heads, N), contiguous.
 
-    Grid: blocks of queries x heads x B, the blocks of one head side by side: they share its keys and values in the L2.
-    scale_log2 is positive, and sign is that of the scale: the scale may then follow the maximum of a row, and costs no
-    multiplication of its own.
+    Grid: blocks of queries x heads x B. Blocks of one head are neighbours, so that they share its keys and values in
+    the L2.
+
+    scale_log2 is positive, and sign is that of the scale. So the scale can be applied after a row's maximum, and costs
+    no multiplication of its own.
     """
     problem = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = problem // heads, problem % heads
@@ -105,10 +109,10 @@ def segment_attention_forward(
     store_rows(out_base, first, segment_end, heads * HEAD, sums / total[:, None], HEAD, BLOCK_M, WIDTH)
 
 
-# Reasoned, not measured. 128 queries give a tensor core of any kind full tiles, and each key read serves 128 of them;
-# 8 warps wherever 4 would not hold the sums in registers (compiled for every architecture here without spills). Where
-# shared memory allows (sm90, sm100), 128 keys at a time halve the number of rescalings. "-few": one program a
-# multiprocessor counts for more than what each of them reads again from the L2.
+# Reasoned, not measured. 128 queries give any tensor core full tiles, and each key that is read serves 128 of them. 8
+# warps wherever 4 can't hold the sums in registers (compiled for every architecture here without spills). If shared
+# memory allows (sm90, sm100), 128 keys at a time halve the number of rescalings. "-few": a program for every
+# multiprocessor matters more than reading keys from the L2 again.
 FORWARD = table(
     "segment_attention_forward",
     {

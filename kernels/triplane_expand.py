@@ -1,15 +1,17 @@
-"""`triplane_expand` in Triton: both directions as skinny products, the lattice written once, its gradient read once.
+"""`triplane_expand` in Triton: both directions as skinny products. The lattice is written once, its gradient read once.
 
-Every lattice token has its latents: P, a row of 3 D values, the tokens of xy, yt and xt that it lies over. Then
-    lattice = P W' + sum of biases,       W: (C, 3 D), the three weights side by side;
-    U = G W,       (tokens, 3 D), G the lattice's gradient: dplanes are sums of U along time, height and width;
-    dW = G' [P | 1 1 1],       (C, 3 D + 3): the ones give the biases' gradients.
-3 D is 12 at the full size, one step of a tensor core, and P is gathered from the caches where it is needed. Nothing as
-wide as C is summed over an axis, or stored between kernels.
+The latents of a lattice token are P, a row of 3 D values: the tokens of xy, yt and xt that it lies over. Then
 
-Bytes, C channels of s bytes: forward C s written for each lattice token. Backward C s read; U, 12 D bytes for each
-block of channels, and for each of at most PROGRAMS programs (12 D + 12) C of dW, both written and read once. At the
-full size in bf16 and batch 1 that is 19 % and 17 % of G, each way; the second is constant in the batch.
+    lattice = P W' + sum of biases, W: (C, 3 D), the three weights side by side
+    U = G W, (tokens, 3 D), G: the lattice's gradient. dplanes are sums of U along time, height and width
+    dW = G' [P | 1 1 1], (C, 3 D + 3): the ones give the biases' gradients
+
+At full size 3 D is 12, one step of a tensor core, and P is gathered from the caches where it is needed. Nothing as wide
+as C is summed over an axis, or stored between kernels.
+
+Bytes for C channels of s bytes. Forward writes C s per lattice token. Backward reads C s. It also writes and reads
+once: U, 12 D bytes for each block of channels, and (12 D + 12) C of dW for each of at most PROGRAMS programs. At full
+size in bf16 and batch 1 these are 19 % and 17 % of G, each way. The second doesn't grow with the batch.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.partials import sum_partials
 from pvdm_fast.layout import TriplaneLayout
 
-DEEPEST = 20  # channels of a latent: with the three ones, 63 columns of P
+DEEPEST = 20  # channels of a latent: with the three ones, P has 63 columns
 FORWARD = ConfigTable(
     "triplane_expand_forward",
     {
@@ -42,8 +44,8 @@ FORWARD = ConfigTable(
         Config({"ROWS": 64, "CHANNELS": 64}),
     ),
 )
-# PROGRAMS: about how many share the tokens, for each block of channels: each leaves 4 C (3 D + 3) bytes of dW.
-# float32 without tf32 has no tensor cores: smaller tiles, whose operands stay in registers.
+# PROGRAMS: about how many programs share the tokens, for each block of channels. Each writes 4 C (3 D + 3) bytes of dW.
+# float32 without TF32 has no tensor cores: smaller tiles, whose operands stay in registers.
 PRODUCTS = ConfigTable(
     "triplane_expand_products",
     {
@@ -68,7 +70,7 @@ AXIS_SUMS = ConfigTable(
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction are beyond the kernels; the weight is their last tensor of three axes."""
+    """Why the kernels don't take these arguments (of either direction), or None. The weight is the last 3-D tensor."""
     depth = [value for value in inputs if isinstance(value, Tensor) and value.dim() == 3][-1].shape[2]
     if depth > DEEPEST:
         return f"it takes latents of at most {DEEPEST} channels, not {depth}: use another backend."
@@ -77,7 +79,7 @@ def refusal(*inputs: Any) -> str | None:
 
 @triton.jit
 def _gather(planes, batch, token, side, batch_stride, token_stride, here, time, height, width, DEPTH: tl.constexpr):
-    """P of some lattice tokens: (rows, sides) in the dtype of planes; ones right of the 3 D latents, and where not
+    """P of some lattice tokens: (rows, sides), in the dtype of planes. Ones right of the 3 D latents, and where not
     `here`."""
     plane, d = side // DEPTH, side % DEPTH
     t, h, w = token // (height * width), token // width % height, token % width
@@ -91,7 +93,7 @@ def _gather(planes, batch, token, side, batch_stride, token_stride, here, time, 
 
 @triton.jit
 def _weights(weight, c, side, channels, DEPTH: tl.constexpr):
-    """W of some channels: (channels, sides); zeros right of the 3 D columns."""
+    """W of some channels: (channels, sides). Zeros right of the 3 D columns."""
     plane, d = side // DEPTH, side % DEPTH
     offset = (plane[None, :] * channels + c[:, None]) * DEPTH + d[None, :]
     return tl.load(weight + offset, mask=(c < channels)[:, None] & (plane < 3)[None, :], other=0.0)
@@ -149,7 +151,7 @@ def triplane_expand_backward_products(
             planes, batch, token, side, planes_batch_stride, planes_token_stride, here, time, height, width, DEPTH
         )  # fmt: skip
         dweight += tl.dot(tl.trans(g), latents, input_precision=PRECISION)
-    # In the order in which it is wanted: weight (3, C, D), then bias (3, C).
+    # In the output's order: weight (3, C, D), then bias (3, C).
     plane, d, ones = side // DEPTH, side % DEPTH, side - 3 * DEPTH
     target = tl.where(
         (ones < 0)[None, :],
@@ -165,8 +167,8 @@ def triplane_expand_backward_dplanes(
     parts, dplanes, batches, time, height, width, blocks,
     DEPTH: tl.constexpr, SIDES: tl.constexpr, TOKENS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    # A program has a block of one plane's tokens, of all batch elements; each is the sum of `count` lattice tokens,
-    # `step` apart, in each block of channels.
+    # A program takes a block of one plane's tokens, counted through all batch elements. Each is the sum of `count`
+    # lattice tokens, `step` apart, in each block of channels.
     area = height * width
     xy_programs = tl.cdiv(batches * area, TOKENS)
     yt_programs = tl.cdiv(batches * time * width, TOKENS)
@@ -229,7 +231,7 @@ def forward(planes: Tensor, weight: Tensor, bias: Tensor, time: int, height: int
 def _products_of(
     grad: Tensor, planes: Tensor, weight: Tensor, sizes: tuple[int, int, int], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """U (blocks of channels, B T H W, 3 D), and dW of each program, (programs, (3 D + 3) C), both float32."""
+    """U (blocks of channels, B T H W, 3 D), and each program's dW (programs, (3 D + 3) C), both float32."""
     (batch, tokens, channels), depth = grad.shape, planes.shape[2]
     blocks = triton.cdiv(channels, config.blocks["CHANNELS"])
     shares = min(triton.cdiv(batch * tokens, config.blocks["ROWS"]), config.blocks["PROGRAMS"])

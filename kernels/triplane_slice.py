@@ -1,8 +1,8 @@
-"""`triplane_slice` in Triton: sequences gathered in one pass; the gradient is read once.
+"""`triplane_slice` in Triton: one pass gathers the sequences. The gradient is read once.
 
-A row is C values of s bytes. Forward: each lattice row read once, each sequence row written once. Backward: each
-sequence row read once, each lattice row written once, and partial sums of the gradient of positions: 4 C bytes for
-each of some PROGRAMS programs, written and read once. Positions come from the caches.
+A row is C values of s bytes. Forward reads each lattice row once and writes each sequence row once. Backward reads each
+sequence row once and writes each lattice row once. It also writes and reads once the partial sums of the positions'
+gradient: 4 C bytes for each of about PROGRAMS programs. Positions come from the caches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORWARD = ConfigTable(
     },
     candidates=(Config({"ROWS": 16, "COLUMNS": 128}), Config({"ROWS": 64, "COLUMNS": 64}, num_warps=8)),
 )
-# PROGRAMS: about how many there are for each block of channels; a sequence position has its share of them.
+# PROGRAMS: about how many there are for each block of channels. Each sequence position gets its share of them.
 BACKWARD = ConfigTable(
     "triplane_slice_backward",
     {
@@ -65,7 +65,7 @@ def triplane_slice_forward(
     x, token, positions, out, rows, length, channels, inner, outer_step, step, batch_stride, token_stride,
     positions_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # rows = sites * (length + 1) of one batch element; a program has a block of them and a block of channels.
+    # rows = sites * (length + 1) of one batch element. A program takes a block of rows and a block of channels.
     across = tl.cdiv(channels, COLUMNS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(0) // across
@@ -91,14 +91,15 @@ def triplane_slice_backward(
     grad, dx, partials, sites_in_all, sites, length, channels, inner, outer_step, step, batch_stride, site_stride,
     row_stride, SITES: tl.constexpr, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    # A program has one position of the sequences, a block of channels and its share of the blocks of sites (of all
-    # batch elements). Channels, then positions, are the fastest part of the index: neighbours read neighbours.
+    # A program takes one position of the sequences, a block of channels, and its share of the blocks of sites (of all
+    # batch elements). Channels, then positions, are fastest in the index: neighbouring programs read neighbouring
+    # memory.
     across = tl.cdiv(channels, COLUMNS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(0) // across
     element, share = block % (length + 1), block // (length + 1)
     here = (column < channels)[None, :]
-    kept = tl.where(element < length, sites_in_all, 0)  # the token's gradient is no lattice token's
+    kept = tl.where(element < length, sites_in_all, 0)  # the gradient of the appended token belongs to no lattice token
     totals = tl.zeros([SITES, COLUMNS], tl.float32)
     for tile in range(share, tl.cdiv(sites_in_all, SITES), tl.cdiv(PROGRAMS, length + 1)):
         index = tile * SITES + tl.arange(0, SITES)

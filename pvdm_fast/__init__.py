@@ -21,7 +21,7 @@ _HOME = {
     "TriplaneLayout": "pvdm_fast.layout",
     "use_backend": "pvdm_fast.backends",
 }
-# Where the rest lives, for whoever looks for it here.
+# Where the rest lives, for people who look for it here.
 _ELSEWHERE = {
     "pvdm_fast.ops": (
         "add_layer_norm",
@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_HOME[name]), name)
     for module, names in _ELSEWHERE.items():
-        if name in names:  # not an AttributeError: `from pvdm_fast import ...` would hide its message
+        if name in names:  # not an AttributeError, because `from pvdm_fast import ...` would hide its message
             raise ImportError(f"{name} lives in {module}: from {module} import {name}")
     raise AttributeError(f"module 'pvdm_fast' has no attribute {name!r}")
 

@@ -1,7 +1,7 @@
-"""`torch.ops.pvdm_fast.<op>` after `import pvdm_fast` alone, without importing torch or the operations for it.
+"""`torch.ops.pvdm_fast.<op>` after `import pvdm_fast` alone, which imports neither torch nor the operations.
 
-Both take longer than a command's `--help` should. So the namespace that PyTorch holds for the operations is given a way
-to import them on first use: at once where torch is loaded, else as soon as it is.
+Importing both takes longer than a command's `--help` should. So PyTorch's namespace of the operations gets a hook that
+imports them on first use. If torch isn't loaded yet, the hook is set as soon as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class _AfterTorch:
-    """Finds torch as Python itself does, once, and prepares its namespace when it has been loaded."""
+    """Finds torch as Python itself does, once, and sets the hook after loading."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
         if name != "torch":
@@ -41,7 +41,7 @@ def _prepare() -> None:
     plain: Any = type(namespace)
 
     class Unregistered(plain):
-        """The namespace until its first use. What is asked of it then is asked of the plain one."""
+        """The namespace until its first use. Then it imports the operations and becomes a plain one."""
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):

@@ -1,4 +1,4 @@
-"""The release's checkpoints under the name that they had before `pvdm_fast.models.release`."""
+"""The release's checkpoints under their old name. They now live in `pvdm_fast.models.release`."""
 
 from pvdm_fast.models.release import (
     CheckpointError,

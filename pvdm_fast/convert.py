@@ -1,4 +1,4 @@
-"""`python -m pvdm_fast.convert IN.pth OUT_DIR`: a checkpoint of the authors' release becomes a model folder."""
+"""`python -m pvdm_fast.convert IN.pth OUT_DIR`: turns a checkpoint of the authors' release into a model folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_parser() -> Parser:
 
 
 def convert(source: str, output: str, *, frames: int, resolution: int, patch_size: int, num_heads: int) -> str:
-    """Write the model of `source` to the folder `output`; returns one line that says what it was."""
+    """Write the model of `source` to the folder `output`. Returns one line that says what it was."""
     from pvdm_fast.layout import TriplaneLayout
     from pvdm_fast.models import Autoencoder, Denoiser, release
 

@@ -1,4 +1,4 @@
-"""``python -m pvdm_fast.encode``: the latents of clips, made once, for the diffusion stage to read."""
+"""``python -m pvdm_fast.encode``: encodes clips once, so that the diffusion stage reads their latents."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
         return {"type": kind, "metavar": "N"}
 
     default = "(default: %(default)s)"
-    parser.add_argument("data", metavar="DATA", help="what --data of training takes")
+    parser.add_argument("data", metavar="DATA", help="videos, as for --data of training")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the latents")
-    parser.add_argument("--autoencoder", type=Path, required=True, metavar="RUN", help="its run, or its folder")
+    parser.add_argument("--autoencoder", type=Path, required=True, metavar="RUN", help="its run, or its own folder")
     parser.add_argument(
         "--clips", **number(numbers.VIDEOS), help="clips to encode (default: an epoch, one of each video)"
     )
@@ -55,8 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--windows",
         default=2,
         **number(numbers.CLIP_FRAMES),
-        help="windows of T frames encoded of each clip's 2T, evenly from the first to the last; T + 1 are all that "
-        f"training draws from {default}",
+        help="how many windows of T frames to encode of each clip's 2T, spread evenly; training draws from T + 1 "
+        f"{default}",
     )
     parser.add_argument(
         "--stride", default=1, **number(numbers.STRIDE), help=f"take every n-th frame of a video {default}"
@@ -64,12 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", default=0, **number(numbers.SEED), help=f"seed of the clips {default}")
     parser.add_argument("--flip", action="store_true", help="mirror half of the training clips")
     parser.add_argument("--batch-size", default=8, **number(numbers.BATCH), help=f"clips encoded at once {default}")
-    parser.add_argument("--shard-clips", default=512, **number(numbers.VIDEOS), help=f"clips in a file {default}")
+    parser.add_argument("--shard-clips", default=512, **number(numbers.VIDEOS), help=f"clips per file {default}")
     parser.add_argument(
         "--container",
         default="safetensors",
         metavar="{safetensors,tar}",
-        help=f"tar writes webdataset shards, a sample for each clip {default}",
+        help=f"tar writes webdataset shards with one sample per clip {default}",
     )
     parser.add_argument(
         "--workers", default=2, **number(numbers.WORKERS), help=f"processes that read clips ahead {default}"
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=READ_TIMEOUT,
         type=numbers.SECONDS,
         metavar="X",
-        help=f"seconds after which a file that cannot be read is left out {default}",
+        help=f"seconds that reading a file may take; slower ones are skipped {default}",
     )
     parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     return parser
@@ -128,7 +128,7 @@ def encode(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> tuple[int, int]:
-    """This process's number and how many there are; raises UserError for an option that cannot be."""
+    """This process's number, and how many there are. Raises UserError for an impossible option."""
     from pvdm_fast.data.latent_shards import CONTAINERS
     from pvdm_fast.data.shards import library
     from pvdm_fast.jobs.environment import place_in_job
@@ -194,7 +194,7 @@ def make_settings(
 
 @contextmanager
 def temporary_name(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` that no other process uses; nothing is left there."""
+    """A name next to ``path`` that no other process uses. Whatever is left there at the end is removed."""
     from pvdm_fast.jobs.files import TEMPORARY
 
     temporary = path.with_name(f"{TEMPORARY}{os.uname().nodename}-{os.getpid()}-{path.name}")
@@ -205,7 +205,7 @@ def temporary_name(path: Path) -> Iterator[Path]:
 
 
 def claim(out: Path, settings: Settings) -> None:
-    """Write the settings of a new folder; raises UserError where it holds anything made with others."""
+    """Write the settings of a new folder. Raises UserError if it holds anything made with other settings."""
     from pvdm_fast.data.latents import SETTINGS
     from pvdm_fast.jobs.files import flush
     from pvdm_fast.jobs.reading import read_json_object
@@ -219,7 +219,7 @@ def claim(out: Path, settings: Settings) -> None:
             with temporary_name(path) as temporary, suppress(FileExistsError):
                 temporary.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
                 flush(temporary)
-                os.link(temporary, path)  # fails where another process was first
+                os.link(temporary, path)  # fails if another process was first
         there = read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use the folder {out}: {getattr(error, 'strerror', None) or error}") from error
@@ -237,7 +237,7 @@ def encode_shards(
     autoencoder: Autoencoder,
     settings: Settings,
 ) -> None:
-    """Encode shards one after the other; the loader reads ahead across their borders."""
+    """Encode shards one after another. The loader reads ahead across their borders."""
     import torch
 
     from pvdm_fast.data.latents import describe_shard
@@ -264,7 +264,7 @@ def encode_shards(
 
 
 def encode_windows(video: torch.Tensor, autoencoder: Autoencoder, windows: int) -> torch.Tensor:
-    """Latents float32 (B, windows, D, N) on the CPU of clips (B, 3, 2T, H, W)."""
+    """Latents float32 (B, windows, D, N), on the CPU, of clips (B, 3, 2T, H, W)."""
     import torch
 
     from pvdm_fast.diffusion.noise import window_starts
@@ -279,7 +279,7 @@ def encode_windows(video: torch.Tensor, autoencoder: Autoencoder, windows: int) 
 
 
 def write_shard(out: Path, shard: Shard, settings: Settings, latents: torch.Tensor, about: dict[str, Any]) -> None:
-    """Write one shard, whole or not at all; raises UserError where it cannot be written or is not finite."""
+    """Write one shard, complete or not at all. Raises UserError if it can't be written or isn't finite."""
     from pvdm_fast.data.latent_shards import save_shard
     from pvdm_fast.jobs.files import flush
 
@@ -298,7 +298,7 @@ def write_shard(out: Path, shard: Shard, settings: Settings, latents: torch.Tens
 
 
 def finish(out: Path, settings: Settings) -> None:
-    """Write the index if every shard is there; whichever process comes last does."""
+    """Write the index if every shard is there. The last process to arrive does it."""
     from pvdm_fast.data.latents import INDEX, SPLITS, make_index, shard_problem
     from pvdm_fast.jobs.files import TEMPORARY, flush
 
@@ -313,7 +313,7 @@ def finish(out: Path, settings: Settings) -> None:
             flush(temporary)
             os.replace(temporary, out / INDEX)
         for split in SPLITS:
-            for left in out.glob(f"{TEMPORARY}*-{split}-*"):  # of shards, by processes that were killed
+            for left in out.glob(f"{TEMPORARY}*-{split}-*"):  # leftovers of killed processes
                 left.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out / INDEX}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""Errors whose cause and cure lie with the user; `jobs/command.py` shows each as one sentence."""
+"""Errors that the user can mend. `jobs/command.py` shows each as one sentence."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import signal
 
 
 def printable(text: object) -> str:
-    """A text on one line that any terminal can show: control characters, marks that turn the direction of writing, and
-    bytes that are not UTF-8 (as file names may hold them) are written as escapes such as ``\\x1b``."""
+    """A text on one line that any terminal can show.
+
+    Control characters, marks that change the direction of writing, and bytes that aren't UTF-8 (file names may hold
+    them) become escapes such as ``\\x1b``.
+    """
     shown = []
     for character in str(text):
         if character.isprintable():
             shown.append(character)
-        elif "\udc80" <= character <= "\udcff":  # how Python stands for a byte that is not UTF-8
+        elif "\udc80" <= character <= "\udcff":  # Python's stand-in for a byte that isn't UTF-8
             shown.append(f"\\x{ord(character) - 0xDC00:02x}")
         else:
             shown.append(character.encode("unicode_escape").decode())
@@ -22,7 +25,7 @@ def printable(text: object) -> str:
 class UserError(Exception):
     """Something the user can mend: a wrong option, a missing folder, a full disk.
 
-    The message is shown by :func:`printable`: it may hold the names of files, and those may hold anything.
+    The message is shown through `printable`, because it may hold file names, and those may hold anything.
     """
 
     exit_code = 2
@@ -32,13 +35,13 @@ class UserError(Exception):
 
 
 class NonFiniteLossError(UserError):
-    """The loss stayed infinite or NaN for longer than the configuration allows."""
+    """The loss was infinite or NaN for longer than the configuration allows."""
 
     exit_code = 3
 
 
 class Interrupted(Exception):
-    """Training stopped because of a signal, after saving; the exit code is the shell's, for example 130 or 143."""
+    """Training stopped because of a signal, after saving. The exit code is the shell's, for example 130 or 143."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -46,7 +49,7 @@ class Interrupted(Exception):
 
 
 class StoppedAtOnce(KeyboardInterrupt):
-    """A signal that ends what is at work, wherever it is; nothing but the command itself catches it."""
+    """A signal that ends the work wherever it is. Only the command itself catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped at once by {signal.Signals(number).name}")
@@ -54,4 +57,4 @@ class StoppedAtOnce(KeyboardInterrupt):
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot serve; the message says why and what to do."""
+    """A backend that was asked for by name can't be used. The message says why and what to do."""

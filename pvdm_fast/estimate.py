@@ -1,15 +1,16 @@
-"""``python -m pvdm_fast.estimate``: what a training step needs, in memory and arithmetic, before anything is run.
+"""``python -m pvdm_fast.estimate``: the memory and arithmetic of a training step, before anything is run.
 
-The step's own code runs by shapes alone: nothing is allocated or computed, a laptop can weigh what fits no machine.
+The step's own code runs on shapes alone. Nothing is allocated or computed, so a laptop can estimate what fits no
+machine.
 
-- saved for backward: the distinct tensors that autograd keeps, weights excluded, copies of them in 16 bits included.
-- at work: gradients and tensors of the passes that are alive at once, at the moment of highest use.
-- peak: that, and what stands between steps (weights, optimizer, averaged weights, the frozen autoencoder).
-- FLOPs: of all products of a step, a multiply-add being 2, those that recomputation repeats included.
-- checkpoint: weights, both moments, and for diffusion the averaged weights.
+- saved for backward: the distinct tensors that autograd keeps. Weights don't count, but their 16-bit copies do. - at
+work: gradients and tensors of the passes, at the moment when most are alive. - peak: the same plus what stays between
+steps (weights, optimizer, averaged weights, the frozen autoencoder). - FLOPs: those of all products of a step,
+including recomputation. A multiply-add is 2. - checkpoint: weights, both moments of the optimizer, and for diffusion
+the averaged weights.
 
-Not counted: scratch inside kernels, what the allocator loses to fragments, the program itself (about 0.6 GiB with
-PyTorch on a CPU, 0.5 to 1 GiB for a CUDA context), and the adversarial phase of the autoencoder.
+Not counted: scratch memory inside kernels, fragmentation in the allocator, the program itself (about 0.6 GiB with
+PyTorch on a CPU, 0.5 to 1 GiB for a CUDA context), and the autoencoder's adversarial phase.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
+from pvdm_fast.jobs.command import run_command  # first, so that a Ctrl-C during the other imports is one line
 
 # isort: split
 import torch
@@ -41,8 +42,8 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 class Estimate:
     """Bytes, and FLOPs of one optimizer step.
 
-    batch: clips of a forward pass. averaged: weights of the EMA. frozen: the autoencoder that the diffusion stage
-    encodes with, which makes `frozen_flops` of the `flops`. at_work: gradients included.
+    batch: clips per forward pass. averaged: the EMA's weights. frozen: the autoencoder that the diffusion stage encodes
+    with. Its share of `flops` is `frozen_flops`. at_work: includes gradients.
     """
 
     stage: str
@@ -61,7 +62,7 @@ class Estimate:
 
     @property
     def standing(self) -> int:
-        """Bytes that are there between steps."""
+        """Bytes that stay between steps."""
         return self.weights + self.optimizer + self.averaged + self.frozen
 
     @property
@@ -87,7 +88,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, stage: str) -> Estimate:
-    """Run a training step of a stage by shapes alone.
+    """Run a training step of a stage on shapes alone.
 
     Raises:
         UserError: sizes that do not fit.
@@ -139,10 +140,10 @@ def _bytes(model: nn.Module) -> int:
 def _step(
     config: TrainConfig, stage: str
 ) -> tuple[Any, nn.Module | None, Callable[[], Tensor | None], Callable[[], Tensor]]:
-    """The model trained, the one it builds on, what that computes, and a forward pass with its loss (and with that).
+    """The trained model, the one that it builds on, what that one computes, and a forward pass with its loss.
 
-    Diffusion: clips are conditional with the configuration's probability, so the batch's condition clips are that
-    share of it, rounded up.
+    Diffusion: clips have a condition with the configuration's probability. So that share of the batch, rounded up, has
+    one.
     """
     from pvdm_fast.diffusion.noise import diffusion_loss
     from pvdm_fast.models.noise_schedule import NoiseSchedule
@@ -204,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def configure(options: argparse.Namespace) -> TrainConfig:
-    """The training configuration of the command line; raises UserError for a value that doesn't fit."""
+    """The training configuration of the command line. Raises UserError for a value that doesn't fit."""
     from pvdm_fast.training.config import STAGES, make_config
 
     changes: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""``python -m pvdm_fast.evaluate RUN``: how well a trained run reconstructs and generates, with its protocol."""
+"""``python -m pvdm_fast.evaluate RUN``: how well a trained run reconstructs and generates, and by which protocol."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, help="the folder that training left, with autoencoder/ and denoiser/")
     add("--data", metavar="DIR", help="as for training (default: what the run was trained on)")
-    add("--split", metavar="{test,train,all}", help="which of its clips (default: test, those held out)")
+    add("--split", metavar="{test,train,all}", help="which clips (default: test, the held-out ones)")
     add("--clips", type=numbers.VIDEOS, metavar="N", help="number of real clips (default: 2048)")
     add(
         "--samples",
         type=numbers.whole(0, 10_000_000),
         metavar="N",
-        help="number of samples; 0: none (default: as many as clips)",
+        help="number of samples, 0 for none (default: as many as clips)",
     )
     add(
         "--frames",
@@ -57,19 +57,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--guidance",
         type=numbers.GUIDANCE,
         metavar="W",
-        help="how strongly later clips follow those before (default: 0)",
+        help="how strongly a clip follows the one before (default: 0)",
     )
-    add("--batch-size", type=numbers.BATCH, metavar="N", help="clips at once; part of the protocol (default: 8)")
+    add("--batch-size", type=numbers.BATCH, metavar="N", help="clips per batch, part of the protocol (default: 8)")
     add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")
     add("--device", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     add("--dtype", metavar="{fp32,bf16}", help="of weights and activations (default: fp32)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/evaluation)")
-    add("--save-every", type=numbers.VIDEOS, metavar="N", help="clips of a process between saves (default: 64)")
+    add("--save-every", type=numbers.VIDEOS, metavar="N", help="clips per process between saves (default: 64)")
     return parser
 
 
 def parse(arguments: Sequence[str] | None = None) -> Request:
-    """Read the command line; data and stride come from the run where they aren't given.
+    """Read the command line. Data and stride default to the run's.
 
     Raises:
         UserError: an unknown option, a value out of range, or a run that doesn't say what it was trained on.
@@ -98,7 +98,7 @@ def run_evaluation(arguments: Sequence[str] | None = None) -> None:
     from pvdm_fast.evaluation.session import evaluate
 
     results, folder = evaluate(request)
-    if results is None:  # another process writes and speaks
+    if results is None:  # another process writes and prints
         return
     rows = score_rows(results)
     width = max(len(name) for name, _, _ in rows)

@@ -1,4 +1,4 @@
-"""What is installed, what was built, and which backend serves each operation here: `python -m pvdm_fast.info`."""
+"""`python -m pvdm_fast.info`: what is installed, what was built, and which backend computes each operation here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
+from pvdm_fast.jobs.command import run_command  # first, so that a Ctrl-C during the other imports is one line
 
 # isort: split
 from pvdm_fast.analysis.machine import collect
@@ -29,7 +29,8 @@ def _build_lines(build: dict[str, Any]) -> list[str]:
 
 
 def _table(operations: dict[str, dict[str, str | None]]) -> list[str]:
-    """One row an operation: "*" the automatic choice, "serves", or the number of a note below the table."""
+    """One row per operation: "*" marks the automatic choice. Other cells are "serves" or the number of a note
+    below."""
     notes: list[str] = []
     rows = [f"  {'operation':<18}" + "".join(f"{name:<13}" for name in choice.BACKENDS)]
     for op, facts in operations.items():
@@ -49,7 +50,7 @@ def _table(operations: dict[str, dict[str, str | None]]) -> list[str]:
 
 
 def describe_machine(facts: dict[str, Any]) -> list[str]:
-    """What `collect()` found, but for the table of operations, as lines of text."""
+    """What `collect()` found, as lines of text, without the table of operations."""
     cpu, gpu, triton = facts["cpu"], facts["gpu"], facts["triton"]
     lines = ["Versions"]
     versions = {name: value for name, value in facts["versions"].items() if name != "torch_cuda"}

@@ -1,4 +1,4 @@
-"""The one place that knows how planes lie in one packed buffer."""
+"""How planes lie in one packed buffer. Only this module knows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PlaneLayout:
         planes: (rows, columns) of each plane.
 
     Raises:
-        ValueError: no plane, or a size below 1; from `downsample`, a size that the factor doesn't divide.
+        ValueError: there is no plane, or a size is below 1. From `downsample`: the factor doesn't divide a size.
     """
 
     planes: tuple[tuple[int, int], ...]
@@ -77,7 +77,7 @@ class PlaneLayout:
         return PlaneLayout(tuple((rows // factor, columns // factor) for rows, columns in self.planes))
 
     def split(self, packed: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
-        """Views of the planes of a packed tensor, the token axis `dim` unflattened to (rows, columns).
+        """Views of the planes of a packed tensor, with token axis `dim` unflattened to (rows, columns).
 
         Raises:
             ValueError: the axis does not hold N tokens.
@@ -101,14 +101,14 @@ class PlaneLayout:
 class TriplaneLayout(PlaneLayout):
     """The three planes of a latent lattice, N = HW + TW + TH tokens.
 
-    A plane is named after the axes it keeps, in the release's names (PVDM, Yu et al. 2023, section 3.1): `xy` keeps
-    (height, width) and comes first, `yt` keeps (time, width), `xt` keeps (time, height).
+    Planes have the release's names (PVDM, Yu et al. 2023, section 3.1). `xy` keeps (height, width) and comes first,
+    `yt` keeps (time, width), `xt` keeps (time, height).
 
     Args:
-        time, height, width: latent sizes (pixels / patch for height and width), each at least 1, all free.
+        time, height, width: latent sizes (pixels / patch for height and width), each at least 1.
 
     Raises:
-        ValueError: a size below 1, or (from `downsample`) one that the factor doesn't divide.
+        ValueError: a size is below 1. From `downsample`: the factor doesn't divide a size.
     """
 
     time: int

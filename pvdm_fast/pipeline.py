@@ -1,4 +1,4 @@
-"""The sampling functions under the name that they had before `pvdm_fast.diffusion.sampling`."""
+"""The sampling functions under their old name. They now live in `pvdm_fast.diffusion.sampling`."""
 
 from pvdm_fast.diffusion.sampling import (
     NoiseSource,

@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denoiser]:
-    """The models of a run in eval mode, in float32 or bfloat16; raises UserError where one is missing."""
+    """The models of a run in eval mode, in float32 or bfloat16. Raises UserError if one is missing."""
     import torch
 
     from pvdm_fast.backends.precision import bfloat16_serves
@@ -115,9 +115,9 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
 
 
 def write(path: Path, pieces: Iterable[Tensor], clips: int, frames: int, fps: float) -> None:
-    """Write ``clips`` videos of ``frames`` frames as they come, in pieces (B, 3, t, H, W) in [-1, 1]; none is kept.
+    """Write ``clips`` videos of ``frames`` frames as they come, in pieces (B, 3, t, H, W) in [-1, 1]. None is kept.
 
-    The suffix chooses the format; raises UserError where the file cannot be written.
+    The suffix chooses the format. Raises UserError if the file can't be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def write(path: Path, pieces: Iterable[Tensor], clips: int, frames: int, fps: fl
 
 @contextmanager
 def _open_grid(path: Path, clips: int, fps: float) -> Iterator[Append]:
-    """The videos side by side."""
+    """Opens a file with the videos side by side."""
     from pvdm_fast.data import open_video, video_grid
 
     with open_video(path, fps) as append:
@@ -139,9 +139,9 @@ def _open_grid(path: Path, clips: int, fps: float) -> Iterator[Append]:
 
 @contextmanager
 def _open_array(path: Path, frames: int) -> Iterator[Append]:
-    """A numpy file uint8 (clips, frames, height, width, 3), each piece written to its places in it.
+    """A numpy file uint8 (clips, frames, height, width, 3), with each piece written to its place.
 
-    Not through a memory map: a full disk would end the process there, here it is an OSError.
+    It isn't a memory map: a full disk would end the process. Here it is an OSError.
     """
     import numpy as np
 
@@ -211,7 +211,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises UserError for what argparse cannot check."""
+    """Raises UserError for what argparse can't check."""
     if options.out.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {options.out}: its name must end in {', '.join(SUFFIXES)}")
     from pvdm_fast.diffusion.schedulers import make_scheduler

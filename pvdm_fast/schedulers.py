@@ -1,4 +1,4 @@
-"""The schedulers under the name that they had before `pvdm_fast.diffusion.schedulers`."""
+"""The schedulers under their old name. They now live in `pvdm_fast.diffusion.schedulers`."""
 
 from pvdm_fast.diffusion.schedulers import (
     ReleaseDDIMScheduler,

@@ -9,7 +9,7 @@ from pvdm_fast.jobs.command import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 (a user's error), 3 (a loss that isn't finite), or 128 + a signal's number."""
+    """Run the command line. Returns 0, 2 (user's error), 3 (loss isn't finite), or 128 + the number of a signal."""
 
     def train() -> None:
         from pvdm_fast.training.options import parse

@@ -1,8 +1,8 @@
-"""``python -m pvdm_fast.tune``: the quickest configuration of every Triton kernel on this GPU, measured and kept.
+"""``python -m pvdm_fast.tune``: finds the fastest configuration of every Triton kernel on this GPU, and stores it.
 
-For each kernel, and each class of shapes that a network size asks of it, every candidate of the kernel's table is timed
-on that network's own calls. Those that beat the configuration which comes with the package go to the user's table,
-which every later process reads.
+For each kernel and each class of shapes that a network uses, every candidate of the kernel's table is timed on that
+network's own calls. Candidates that beat the package's configuration go to your own table, which every later process
+reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
+from pvdm_fast.jobs.command import run_command  # first, so that a Ctrl-C during the other imports is one line
 
 # isort: split
 import torch
@@ -32,13 +32,13 @@ from pvdm_fast.kernels.configs import ConfigTable, Key
 from pvdm_fast.kernels.launch import Config
 from pvdm_fast.models.presets import DENOISER
 
-# What a configuration must gain to be kept: less is within the spread of medians.
+# The least gain for which a configuration is kept. Less is within the spread of medians.
 GAIN = 0.03
-# Results of one kernel under two configurations differ by the order of its sums: at most some roundings of 16 bits.
+# Two configurations of a kernel differ in the order of sums, so by a few roundings of 16 bits at most.
 AGREEMENT = 0.02
-# The calls that a class of shapes is timed on: its largest, where the time goes.
+# A class of shapes is timed on its largest calls, which take most of the time.
 CALLS = 3
-ASSUMED = "sm90"  # in a dry run without a GPU
+ASSUMED = "sm90"  # for a dry run without a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Timer = Callable[[Callable[[], object]], float]
@@ -46,7 +46,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass
 class Task:
-    """One entry of one kernel's table: what serves now, what else to try, and on which calls."""
+    """One entry of one kernel's table: the current configuration, what else to try, and on which calls."""
 
     table: ConfigTable
     key: Key
@@ -58,7 +58,7 @@ class Task:
 
     @property
     def candidates(self) -> list[Config]:
-        """Candidates that are configured as what serves now is: by the same blocks."""
+        """Candidates with the same kinds of blocks as the current configuration."""
         fitting = [c for c in self.table.candidates if set(c.blocks) == set(self.present.blocks)]
         return [c for i, c in enumerate(fitting) if c != self.present and c not in fitting[:i]]
 
@@ -77,7 +77,7 @@ def size_of(call: Call) -> int:
 
 
 def plan(calls: Iterable[Call], architecture: str) -> list[Task]:
-    """Every entry of a table that serves `calls` on `architecture`, found without running anything."""
+    """Every entry of a table that `calls` use on `architecture`, found without running anything."""
     tasks: dict[tuple[str, Key], Task] = {}
     for call in calls:
         with configs.assume(architecture), launch.watch(lambda *launched: None):
@@ -91,8 +91,8 @@ def plan(calls: Iterable[Call], architecture: str) -> list[Task]:
 
 
 def measure(task: Task, config: Config, inputs: Sequence[Sequence[Any]], timer: Timer) -> tuple[float, list[Tensor]]:
-    """Seconds of all launches of the task's kernel in its calls, and what the calls returned."""
-    config = replace(config)  # an object of its own: launches are told apart by it
+    """Seconds of all launches of the task's kernel in its calls, and the calls' results."""
+    config = replace(config)  # a separate object, so that launches can be told apart
     task.table.asked[task.key] = config
     times: list[float] = []
     results: list[Tensor] = []
@@ -119,14 +119,15 @@ def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 def best(task: Task, device: torch.device, timer: Timer, say: Callable[[str], None]) -> Config | None:
-    """The candidate that beats what serves now, or None; one that fails, or computes something else, is left out."""
+    """The candidate that beats the current configuration, or None. One that fails or computes something else is
+    left out."""
     inputs = [call.inputs(device, lambda storage: storage.normal_(0, 0.1)) for call in task.calls]
     present, expected = measure(task, task.present, inputs, timer)
     chosen, least = None, present * (1 - GAIN)
     for candidate in task.candidates:
         try:
             seconds, results = measure(task, candidate, inputs, timer)
-        except Exception as error:  # too much shared memory, or the compiler gave up: Triton has many names for it
+        except Exception as error:  # too much shared memory, or the compiler gave up; Triton has many names for it
             say(f"  {candidate}: left out, {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
             continue
         if not agree(results, expected):
@@ -140,7 +141,7 @@ def best(task: Task, device: torch.device, timer: Timer, say: Callable[[str], No
 
 
 def write_user_table(found: Iterable[tuple[Task, Config | None]], path: Path) -> None:
-    """Put what was found into the user's table, beside what it holds of other entries; a damaged one is replaced."""
+    """Add what was found to the user's table, and keep its other entries. A damaged table is replaced."""
     from pvdm_fast.jobs.files import whole_file
 
     try:
@@ -184,7 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def gpu_timer(function: Callable[[], object]) -> float:
-    """Seconds, the median of Triton's own benchmark."""
+    """The median seconds of Triton's own benchmark."""
     from triton.testing import do_bench
 
     return 1e-3 * float(do_bench(function, return_mode="median"))

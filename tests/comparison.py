@@ -1,4 +1,4 @@
-"""Comparing tensors so that nothing hides: shapes, then finiteness, then the relative 2-norm of the difference."""
+"""Compares tensors so that nothing hides: shapes, then finiteness, then the difference's relative 2-norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: helpers beside this file are importable, and every test starts with the same seeds."""
+"""Shared by all tests: helpers next to this file can be imported, and every test starts with the same seeds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+if "PYTEST_XDIST_WORKER" in os.environ:  # xdist starts as many processes as cores, so one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels then run on the CPU, checked
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; kernels then run on the CPU, with checks
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from backends.builds import Builds
 from backends.cuda import emulated
 from hypothesis import HealthCheck, settings
 
-# A machine that is busy with something else is no fault of an example.
+# An example must not fail because the machine is busy.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
@@ -51,10 +51,10 @@ def _same_start() -> None:
 
 @pytest.fixture
 def float32_switches() -> Generator[Any, None, None]:
-    """PyTorch's switches for float32 products, put back afterwards as they were.
+    """PyTorch's switches for float32 products, restored after the test.
 
-    Both generations of them: reading the older one (`allow_tf32`) raises where the newer ones contradict it, and every
-    later test of the process would meet that.
+    This covers both generations. Reading the older one (`allow_tf32`) raises if the newer ones contradict it, and that
+    would hit every later test in the process.
     """
     matmul = torch.backends.cuda.matmul
     older, newer = matmul.allow_tf32, (matmul.fp32_precision, torch.backends.fp32_precision)
@@ -66,7 +66,7 @@ def float32_switches() -> Generator[Any, None, None]:
 
 @pytest.fixture(scope="session")
 def builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Builds:
-    """What is compiled for tests, kept for later runs (not with `-p no:cacheprovider`)."""
+    """What is compiled for tests, kept for later runs (except with `-p no:cacheprovider`)."""
     kept = getattr(request.config, "cache", None)
     return Builds(kept.mkdir("builds") if kept else tmp_path_factory.getbasetemp() / "builds")
 
@@ -79,7 +79,7 @@ def emulated_device(builds: Builds) -> ModuleType:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A skip says what would run the test: one that doesn't is a failure."""
+    """A skip must say what would run the test. Otherwise it is a failure."""
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple) and not REMEDY.search(report.longrepr[2]):
         report.outcome = "failed"
@@ -88,8 +88,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def interpreted_in_16_bits(item: pytest.Item) -> bool:
-    """Whether a test interprets a Triton kernel in 16 bits again: float32 runs all its code, and the operations' own
-    tests run all kernels in bfloat16."""
+    """Whether a test interprets a Triton kernel in 16 bits again.
+
+    float32 runs all of its code, and the operations' own tests run all kernels in bfloat16.
+    """
     given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
     if "backends/triton/" in item.nodeid:
         return any(value is torch.float16 or value is torch.bfloat16 for value in given)
@@ -99,13 +101,13 @@ def interpreted_in_16_bits(item: pytest.Item) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config.option, "loadscopereorder"):  # xdist would begin with the files of most tests
+    if hasattr(config.option, "loadscopereorder"):  # xdist would start with the files that have the most tests
         config.option.loadscopereorder = False
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+@pytest.hookimpl(tryfirst=True)  # before pytest evaluates -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What needs so much memory, or minutes, runs only where it is asked for; the longest files come first."""
+    """Tests that need much memory or minutes run only if you ask for them. The longest files come first."""
     items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONGEST))
     for item in items:
         if interpreted_in_16_bits(item):

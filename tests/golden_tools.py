@@ -1,4 +1,4 @@
-"""Golden values of the authors' release: how its weights and inputs are drawn (see golden/README.md), and results."""
+"""Golden values of the authors' release: how weights and inputs are drawn (see golden/README.md), and results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def draw(seed: int, case: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The recipe's standard normal numbers for a tensor of a case."""
+    """Standard normal numbers for a tensor of a case, by the recipe."""
     state = np.random.RandomState(zlib.crc32(f"{seed}:{case}:{name}".encode()))
     return torch.from_numpy(state.standard_normal(shape).astype(np.float32))
 
@@ -32,7 +32,7 @@ def draw_parameter(seed: int, case: str, name: str, shape: tuple[int, ...]) -> T
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """`meta`: the metadata; `tensors`: outputs and gradients of the release."""
+    """`meta`: the metadata. `tensors`: outputs and gradients of the release."""
 
     meta: dict[str, Any]
     tensors: dict[str, Tensor]

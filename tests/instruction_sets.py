@@ -12,7 +12,7 @@ ISAS: list[str] = extensions.extension("_cpu").isas() if extensions.availability
 
 @contextmanager
 def using(isa: str) -> Iterator[None]:
-    """The CPU kernels use `isa` within this, and after it what they used before."""
+    """The CPU kernels use `isa` in this block, and the previous set after it."""
     module = extensions.extension("_cpu")
     before = module.isa()
     module.set_isa(isa)

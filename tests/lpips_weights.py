@@ -1,11 +1,11 @@
-"""Random weights in the form of LPIPS's files: the trained ones cannot be fetched by a test."""
+"""Random weights in the form of LPIPS's files, because a test can't download the trained ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# VGG16's convolutions by torchvision's numbers, with their widths; and the layers after which LPIPS looks.
+# VGG16's convolutions by torchvision's numbers, with their widths. And the layers after which LPIPS looks.
 CONVOLUTIONS = dict(
     zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64,) * 2 + (128,) * 2 + (256,) * 3 + (512,) * 6, strict=True)
 )
@@ -13,7 +13,7 @@ SLICE_ENDS = (3, 8, 15, 22, 29)
 
 
 def random_backbone() -> dict[str, Tensor]:
-    """VGG16 by torchvision's names, of a size that keeps activations near 1."""
+    """VGG16 by torchvision's names, scaled so that activations stay near 1."""
     generator = torch.Generator().manual_seed(0)
     state, channels = {}, 3
     for number, width in CONVOLUTIONS.items():

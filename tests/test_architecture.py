@@ -1,4 +1,4 @@
-"""Imports point downwards through the layers that docs/architecture.md draws, and the page names every module once."""
+"""Imports point downwards through the layers of docs/architecture.md, and the page names every module once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name without the leading `pvdm_fast.`; `kernels/` is installed as a part of it."""
+    """Every module by its dotted name without the leading `pvdm_fast.`. `kernels/` is installed as part of the
+    package."""
     found = {}
     for path in (*ROOT.glob("pvdm_fast/**/*.py"), *ROOT.glob("kernels/*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -26,7 +27,7 @@ def modules() -> dict[str, Path]:
 
 
 def layers() -> list[list[str]]:
-    """The block of the page that draws them, top first: rooms or modules, several a line."""
+    """The page's block of layers, top first: rooms or modules, several per line."""
     block = re.search(r"^```text\n(commands.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     assert block, "docs/architecture.md has lost the block that draws the layers"
     return [re.sub(r"\(.*?\)", "", line).split() for line in block[1].splitlines()]
@@ -34,7 +35,7 @@ def layers() -> list[list[str]]:
 
 @cache
 def heights() -> dict[str, tuple[int, str]]:
-    """Of each module: its layer, 0 at the bottom, and its room, the longest name in the layers that holds it."""
+    """For each module, its layer (0 is the bottom) and its room: the longest name in the layers that contains it."""
     rooms = {room: height for height, line in enumerate(reversed(layers())) for room in line if room != "commands"}
     result = {}
     for name in modules():
@@ -45,7 +46,7 @@ def heights() -> dict[str, tuple[int, str]]:
 
 
 def imports(name: str) -> set[str]:
-    """The package's modules that a module imports, wherever in it; types alone count too."""
+    """The package's modules that a module imports anywhere, even for types alone."""
     found = set()
     for node in ast.walk(ast.parse(modules()[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -55,7 +56,7 @@ def imports(name: str) -> set[str]:
         else:
             continue
         short = [full.removeprefix("pvdm_fast.") for full in wanted if full.startswith("pvdm_fast.")]
-        # `from a import b` is of module a.b where there is one, else of a
+        # `from a import b` imports module a.b if it exists, otherwise a
         found |= set(short[:-1]) & set(modules()) or set(short[-1:]) & set(modules())
     return found - {name}
 
@@ -69,7 +70,7 @@ def test_imports_point_downwards(name: str) -> None:
 
 
 def test_every_folder_is_in_the_layers() -> None:
-    """A folder falls to the commands at the top only if nobody drew it: commands are single modules."""
+    """A folder that isn't drawn would count as a command at the top. But commands are single modules."""
     lost = {name for name, (_, room) in heights().items() if room == "commands" and "." in name}
     assert not lost, f"draw the folders of {', '.join(sorted(lost))} in docs/architecture.md"
 
@@ -79,7 +80,7 @@ def first_paragraph(path: Path) -> str:
 
 
 def test_the_page_names_every_module_once() -> None:
-    """With the first line of its docstring, which is thereby the one place where it is described."""
+    """With the first line of its docstring, so each module is described in one place."""
     paths = [path for path in modules().values() if path.name != "__init__.py"]
     wanted = Counter(f"| `{path.relative_to(ROOT)}` | {first_paragraph(path)} |" for path in paths)
     named = Counter(re.findall(r"^\| `[\w/]+\.py` \| .*$", PAGE, re.MULTILINE))

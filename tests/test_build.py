@@ -40,7 +40,7 @@ def test_bad_arch_list(text: str) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only: run on x86-64")
 def test_an_old_assembler_leaves_out_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest is built all the same, and nothing names the set."""
+    """Everything else is built, and nothing names the set."""
     old = tmp_path / "old-g++"
     old.write_text("#!/bin/sh\necho \"no such instruction: 'tilerelease'\" >&2\nexit 1\n")
     old.chmod(0o755)
@@ -88,7 +88,8 @@ def test_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
     build_tools.check_targets(nvcc, ["80", "90a"])
     with pytest.raises(Unbuildable, match=r"asks for sm_130, which .*nvcc does not know: .* sm_80, sm_90, sm_90a"):
         build_tools.check_targets(nvcc, ["90", "130"])
-    build_tools.check_targets(str(fake_nvcc(tmp_path / "silent", "exit 1") / "bin" / "nvcc"), ["130"])  # it will say
+    # its stderr says why
+    build_tools.check_targets(str(fake_nvcc(tmp_path / "silent", "exit 1") / "bin" / "nvcc"), ["130"])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
 def test_installation_goes_on_without_cuda(
     tmp_path: Path, script: str | None, architectures: str, message: str
 ) -> None:
-    """Whatever is wrong with nvcc: one line says it, and what to do; the installation goes on."""
+    """Whatever is wrong with nvcc, one line says it and what to do, and installation continues."""
     home = tmp_path / "cuda" if script is None else fake_nvcc(tmp_path / "cuda", script)
     sources = copy_of_sources(tmp_path / "sources")
     output = run_setup(
@@ -115,7 +116,7 @@ def test_installation_goes_on_without_cuda(
 
 
 def test_toolkit_of_a_wrapper(tmp_path: Path) -> None:
-    """An nvcc that is a script elsewhere: the root is what its dry run says, not the folder above it."""
+    """If nvcc is a script elsewhere, its dry run gives the root, not the folder above it."""
     folder = fake_nvcc(tmp_path / "elsewhere", f'echo "#\\$ TOP={tmp_path}/real/bin/.." >&2')
     assert build_tools._root_from_dryrun(str(folder / "bin" / "nvcc")) == tmp_path / "real"
 
@@ -127,7 +128,7 @@ def test_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def copy_of_sources(folder: Path) -> Path:
-    """What is tracked or new in the source tree, without what was built in it."""
+    """The tracked and new files of the source tree, without builds."""
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json", "*.egg-info")
     folder.mkdir()
     for name in ("csrc", "kernels", "pvdm_fast"):
@@ -139,7 +140,7 @@ def copy_of_sources(folder: Path) -> Path:
 
 
 def run_setup(folder: Path, *arguments: str, **variables: str) -> str:
-    """setup.py of a source tree; returns what it printed."""
+    """Runs setup.py of a source tree, and returns its output."""
     result = subprocess.run(
         [sys.executable, "setup.py", *arguments],
         cwd=folder,
@@ -153,7 +154,8 @@ def run_setup(folder: Path, *arguments: str, **variables: str) -> str:
 
 
 def test_nothing_can_be_built(tmp_path: Path) -> None:
-    """Neither compiler: installing goes on, one line each says what was left out and why, and the facts are stored."""
+    """With neither compiler installation continues. One line each says what was left out and why, and the facts
+    are stored."""
     sources = copy_of_sources(tmp_path / "sources")
     output = run_setup(sources, "build", CXX="no-such-compiler", PVDM_FAST_BUILD_CUDA="0")
     assert "left out _cpu: no C++ compiler found" in output
@@ -174,7 +176,7 @@ def test_compiler_that_fails(tmp_path: Path) -> None:
 
 
 def test_sdist(tmp_path: Path) -> None:
-    """The sdist has everything a build needs and nothing that was built."""
+    """The sdist has everything that a build needs, and nothing that was built."""
     run_setup(copy_of_sources(tmp_path / "sources"), "-q", "sdist", "--dist-dir", str(tmp_path))
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -188,9 +190,9 @@ def test_sdist(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: install g++")
 def test_wheel_installs_and_runs(tmp_path: Path) -> None:
-    """A wheel built from the sources, unpacked on its own: kernels, the _cpu extension and the facts are inside."""
+    """A wheel built from the sources and unpacked elsewhere has the kernels, the _cpu extension and the facts."""
     sources = copy_of_sources(tmp_path / "sources")
-    # Unoptimised: the kernels are only loaded, and take a minute less to compile.
+    # Without optimisation, which saves a minute: the kernels are only loaded.
     run_setup(sources, "-q", "bdist_wheel", "--dist-dir", str(tmp_path), PVDM_FAST_BUILD_CUDA="0", CXXFLAGS="-O0")
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "installed"

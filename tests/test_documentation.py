@@ -1,4 +1,4 @@
-"""The pages are true: links lead somewhere, their Python runs, what they name exists, and the site builds."""
+"""The pages are true: links work, their Python runs, what they name exists, and the site builds."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ YAML = sorted([*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml",
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-# What the worked example mentions, but geglu doesn't touch.
+# Mentioned in the worked example, though geglu doesn't touch it.
 NOT_IN_EXAMPLE = {
     "csrc/cpu/vec.h",
     "csrc/bindings_cuda.cpp",
-    "pvdm_fast/analysis/flops.py",  # it multiplies no matrices
+    "pvdm_fast/analysis/flops.py",  # geglu multiplies no matrices
     "tests/tolerances.py",
     "benchmarks/cases_networks.py",
 }
@@ -54,7 +54,7 @@ def test_commands_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("name", ["docs/use_kernels.md", "docs/api/index.md", "docs/api/models.md"])
 def test_python_runs(name: str) -> None:
-    """The blocks of a page, one after the other."""
+    """The blocks of a page, one after another."""
     blocks = re.findall(r"^```python\n(.*?)^```$", read(name), re.MULTILINE | re.DOTALL)
     assert blocks
     names: dict[str, Any] = {}
@@ -63,7 +63,7 @@ def test_python_runs(name: str) -> None:
 
 
 def test_contributing_names_files_that_exist() -> None:
-    """And the worked example goes through all of them."""
+    """And the worked example covers all of them."""
     text = read("CONTRIBUTING.md")
     named = {path for path in re.findall(r"`([\w./]+\.(?:py|cpp|h|cu|md|toml))`", text) if "/" in path}
     assert len(named) > 15
@@ -167,7 +167,7 @@ def test_ci_builds_the_site_with_the_extra_docs() -> None:
 
 @pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
-    """Strictly: no dead link, no page outside the navigation; and no page loads anything from elsewhere."""
+    """Strictly: no dead link, no page outside the navigation. And no page loads anything from elsewhere."""
     mkdocs = shutil.which("mkdocs", path=str(Path(sys.executable).parent)) or shutil.which("mkdocs")
     if mkdocs is None:
         pytest.skip('mkdocs is not installed: pip install -e ".[docs]"')
@@ -180,7 +180,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     built = list(tmp_path.rglob("*.html"))
-    assert len(built) > len(list((ROOT / "docs").rglob("*.md")))  # and a page for what isn't found
+    assert len(built) > len(list((ROOT / "docs").rglob("*.md")))  # and a page for "not found"
     for page in built:
         loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(https?:)?//", page.read_text())
         assert not loaded, page.name

@@ -1,6 +1,6 @@
-"""`import pvdm_fast` is quick, and loads neither Triton nor the large libraries.
+"""`import pvdm_fast` is fast, and loads neither Triton nor the large libraries.
 
-What counts is CPU time: a machine that is busy with something else makes no import slow.
+CPU time counts, so a busy machine doesn't make imports slow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ print(*sorted(name for name in set(sys.modules) - before if "." not in name))
 
 
 def test_import_is_quick() -> None:
-    for _ in range(3):  # the first try may compile to bytecode
+    for _ in range(3):  # the first try may compile bytecode
         result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
         time, modules = result.stdout.splitlines()
         assert not {"triton", "diffusers", "accelerate", "av", "matplotlib"} & set(modules.split())
@@ -35,7 +35,7 @@ def test_import_is_quick() -> None:
     "imports", ["import pvdm_fast, torch", "import torch, pvdm_fast", "import pvdm_fast.ops, torch"]
 )
 def test_operations_after_the_import_alone(imports: str) -> None:
-    """In either order; and a name that is none is an AttributeError, as in every namespace."""
+    """In either order. An unknown name is an AttributeError, as in every namespace."""
     code = f"""
 {imports}
 assert not hasattr(torch.ops.pvdm_fast, "nonsense")
@@ -46,6 +46,6 @@ assert type(torch.ops.pvdm_fast) is type(torch.ops.aten)
 
 
 def test_torch_is_not_imported() -> None:
-    """So that a command's --help is quick."""
+    """This keeps a command's --help fast."""
     code = "import pvdm_fast, sys; raise SystemExit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -36,7 +36,7 @@ def test_text_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_triton(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its version, whether it interprets, and where measured configurations are."""
+    """Its version, whether it interprets, and the file of measured configurations."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(machine, "installed_version", lambda name: "3.9.0" if name == "triton" else None)
     table = tmp_path / "pvdm_fast" / "triton.json"
@@ -55,7 +55,7 @@ def test_triton(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
 
 
 def test_build_facts() -> None:
-    """What was left out is named with its reason, and a source tree where nothing was built says what to do."""
+    """What was left out is named with its reason. A source tree without builds says what to do."""
     lines = info._build_lines({"_cpu": {"built": False, "reason": "no C++ compiler found"}})
     assert lines[0].endswith("left out: no C++ compiler found")
     assert extensions.REINSTALL in info._build_lines({})[0]

@@ -1,4 +1,4 @@
-"""What `pvdm_fast` shows of itself: its public names, where the others live, and types for a user's type checker."""
+"""What `pvdm_fast` shows: its public names, where the others live, and types for your type checker."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_old_import_paths_work(module: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mypy") is None, reason="needs mypy: pip install mypy")
 def test_types_reach_a_users_script(tmp_path: Path) -> None:
-    """Strictly checked, all but the last line, which is wrong, passes."""
+    """Under strict checks everything passes except the last line, which is wrong."""
     (tmp_path / "script.py").write_text(USER_SCRIPT)
     command = ["-m", "mypy", "--strict", "--follow-imports=silent", f"--cache-dir={tmp_path}", "script.py"]
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nmypy_path = {ROOT}\n")

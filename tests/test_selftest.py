@@ -1,4 +1,4 @@
-"""`python -m pvdm_fast.selftest`: what a user with a GPU runs first."""
+"""`python -m pvdm_fast.selftest`: the first command for a user with a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
-    """A backend "cpu" whose geglu has another backward pass."""
+    """A backend "cpu" with a wrong backward pass of geglu."""
     module = SimpleNamespace(forward=geglu.forward, backward=backward)
     real = choice.implementation
 

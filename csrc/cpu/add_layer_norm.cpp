@@ -1,4 +1,4 @@
-// add_layer_norm: each row is read from memory once, summed, and normed while it lies in the first cache.
+// add_layer_norm: each row is read from memory once, then summed and normed while it is in the L1 cache.
 // Formula: pvdm_fast/backends/reference/add_layer_norm.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
@@ -7,7 +7,8 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-constexpr int64_t chunk_rows = 64;  // summed in float before doubles; results don't depend on the thread count
+// rows summed in float, then added in double; so results don't depend on the thread count
+constexpr int64_t chunk_rows = 64;
 
 PVDM_INLINE float total_of(Vec v) {
   float part[lanes];
@@ -17,17 +18,18 @@ PVDM_INLINE float total_of(Vec v) {
   return part[0];
 }
 
-// The sum x + residual as it is stored, widened again, into `row` (padded with zeros); its sum over the channels.
+// Writes x + residual, rounded to the type it is stored in, to `row` as floats (padded with zeros). Returns the sum
+// over the channels.
 template <class X, class R>
 float add_row(const X* x, const R* residual, R* total, int64_t channels, float* row) {
   Vec sum = {};
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-    Vec v = load(x + c, count);
+    Vec v = load_n(x + c, count);
     if (residual) {
       R rounded[lanes];
-      store(rounded, v + load(residual + c, count));
+      store(rounded, v + load_n(residual + c, count));
       v = load(rounded);
-      store(total + c, v, count);
+      store_n(total + c, v, count);
     }
     store(row + c, v);
     sum += v;
@@ -35,8 +37,9 @@ float add_row(const X* x, const R* residual, R* total, int64_t channels, float* 
   return total_of(sum);
 }
 
-// From a row's deviations from a first mean: what that one lacks, and 1 / std. The two are not added before they are
-// subtracted: rounding a mean of 1000 standard deviations would cost 3e-5 of the result.
+// Takes a row's deviations from a first estimate of its mean. Gives the error of that estimate, and 1 / std. The two
+// parts of the mean stay separate until they are subtracted: rounding a mean of 1000 standard deviations costs 3e-5 of
+// the result.
 void moments(const float* row, float first, int64_t channels, float eps, float* shift, float* rstd) {
   Vec sum = {}, squares = {};
   int64_t c = 0;
@@ -80,20 +83,20 @@ void forward(const AddLayerNorm& tensors, float eps, int threads) {
       }
       R* out = normed.as<R>() + i * channels;
       for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-        store(out + c, (load(row + c) - first - shift) * r * load(w + c, count) + load(b + c, count), count);
+        store_n(out + c, (load(row + c) - first - shift) * r * load_n(w + c, count) + load_n(b + c, count), count);
       });
     }
   });
 }
 
-// One row of dx; adds to dweight and dbias.
+// Writes one row of dx, and adds to dweight and dbias.
 template <class T>
 void backward_row(const T* grad, const T* extra, const T* total, const float* weight, float mean, float rstd,
                   int64_t channels, T* dx, float* dweight, float* dbias) {
   Vec level = {}, tilt = {};
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-    const Vec g = load(grad + c, count), normed = (load(total + c, count) - mean) * rstd;
-    const Vec dn = g * load(weight + c);  // zero beyond the channels, as g is
+    const Vec g = load_n(grad + c, count), normed = (load_n(total + c, count) - mean) * rstd;
+    const Vec dn = g * load(weight + c);  // zero beyond the channels, because g is
     level += dn;
     tilt += dn * normed;
     store(dweight + c, load(dweight + c) + g * normed);
@@ -101,10 +104,10 @@ void backward_row(const T* grad, const T* extra, const T* total, const float* we
   });
   const float share = 1.0f / static_cast<float>(channels), a = total_of(level) * share, b = total_of(tilt) * share;
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-    const Vec normed = (load(total + c, count) - mean) * rstd;
-    Vec d = (load(grad + c, count) * load(weight + c) - (a + normed * b)) * rstd;
-    if (extra) d += load(extra + c, count);
-    store(dx + c, d, count);
+    const Vec normed = (load_n(total + c, count) - mean) * rstd;
+    Vec d = (load_n(grad + c, count) * load(weight + c) - (a + normed * b)) * rstd;
+    if (extra) d += load_n(extra + c, count);
+    store_n(dx + c, d, count);
   });
 }
 

@@ -1,7 +1,9 @@
-// What both directions of attention share: the tensors' geometry and the cut of the work into units and among threads.
+// Shared by attention's forward and backward: the tensors' geometry, and how work is split into blocks and among
+// threads.
 //
-// A problem is one (batch, site, head, segment). Work is cut into blocks of one problem; threads get consecutive blocks of
-// equal cost, so that unequal segments, and fewer problems than threads, stay balanced. Each output has one writer.
+// A problem is one (batch, site, head, segment), and is cut into blocks. Each thread gets a run of consecutive blocks
+// of equal cost. This keeps threads balanced when segments differ in length, or when there are fewer problems than
+// threads. Each output has one writer.
 #pragma once
 #include "attention_softmax.h"
 #include "attention_tiles.h"
@@ -14,10 +16,10 @@ namespace {
 constexpr int64_t short_sequence = 64;  // tokens
 
 struct Problem {
-  int64_t batch, site, head, start, count;  // the segment's first token, its tokens
+  int64_t batch, site, head, start, count;  // the segment's first token and its number of tokens
 };
 
-// A tensor (B, sites, L, ..., d) at one head: its tokens.
+// The tokens of one head of a tensor (B, sites, L, ..., d).
 template <class T>
 PVDM_INLINE Tokens<T> tokens_of(const TensorView& t, const Problem& p, int part = 0) {
   const int head = t.dims - 2;
@@ -30,8 +32,9 @@ PVDM_INLINE float* logs_of(const TensorView& lse, const Problem& p) {
   return lse.as<float>() + p.batch * lse.stride[0] + p.site * lse.stride[1] + p.head * lse.stride[2] + p.start;
 }
 
-// Short sequences are bound by the latency of memory: their rows lie far apart, where no prefetcher of the hardware follows.
-// So the next problem's tokens are asked for while this one is computed: time attention ran 1.5 times as fast in bf16.
+// Short sequences are bound by memory latency: their rows lie far apart, and hardware prefetchers don't follow. So this
+// prefetches the next problem's tokens while the current one is computed. It made attention along time 1.5 times as
+// fast in bf16.
 template <class T>
 PVDM_INLINE void prefetch(const Tokens<const T>& x, int64_t count, int64_t width) {
   if (count > short_sequence) return;
@@ -41,26 +44,26 @@ PVDM_INLINE void prefetch(const Tokens<const T>& x, int64_t count, int64_t width
   }
 }
 
-// Where a thread starts: a block of a segment of a (batch, site, head).
+// Where a thread starts: at a block of one segment of a (batch, site, head).
 struct Cursor {
   int64_t row, segment, block;
 };
 
 class Plan {
  public:
-  // single: one query a problem; else blocks are cut as `blocks_of` says, and cost their count of tokens.
+  // single: each problem has one query. Otherwise `blocks_of` cuts the blocks, and a block costs its number of tokens.
   Plan(const TensorView& qkv, const AttentionOptions& o, bool single, int64_t (*blocks_of)(int64_t))
       : places_(qkv.size[1]), heads_(qkv.size[4]), rows_(qkv.size[0] * places_ * heads_), o_(o), single_(single),
         blocks_of_(blocks_of) {
     for (int64_t s = 0; s < o.segments; s++) row_cost_ += blocks(s) * cost(s);
-    // A thread is worth waking for about 20 us of work.
+    // Waking a thread pays off from about 20 us of work.
     const double products = static_cast<double>(rows_) * static_cast<double>(row_cost_) * (single ? 1 : block_queries) *
                             static_cast<double>(qkv.size[5]);
     const int64_t worthwhile = 1 + static_cast<int64_t>(products / 5e5);
     threads = threads_for(o.threads, worthwhile);
   }
 
-  // Calls body(problem, the next one, first block, last block + 1, all blocks of the problem) for the share of a thread.
+  // Calls body(problem, next problem, first block, last block + 1, blocks of the problem) for one thread's share.
   template <class F>
   void run(int64_t thread, const F& body) const {
     Cursor at = start(thread);
@@ -78,7 +81,7 @@ class Plan {
     const int64_t begin = o_.offsets[at.segment];
     return {at.row / heads_ / places_, at.row / heads_ % places_, at.row % heads_, begin, tokens(at.segment)};
   }
-  // The first block whose work comes after share `thread` of `threads` of all the work.
+  // The first block of share `thread`, when all work is split into `threads` shares.
   Cursor start(int64_t thread) const {
     const int64_t target = static_cast<int64_t>(static_cast<__int128>(rows_) * row_cost_ * thread / threads);
     Cursor at{target / row_cost_, 0, 0};
@@ -106,7 +109,7 @@ class Plan {
  private:
   int64_t tokens(int64_t segment) const { return o_.offsets[segment + 1] - o_.offsets[segment]; }
   int64_t blocks(int64_t segment) const { return single_ ? 1 : blocks_of_(tokens(segment)); }
-  int64_t cost(int64_t segment) const { return tokens(segment) + 32; }  // 32: packing
+  int64_t cost(int64_t segment) const { return tokens(segment) + 32; }  // 32: the cost of packing
   void advance(Cursor& at) const {
     at.block = 0;
     if (++at.segment == o_.segments) at = {at.row + 1, 0, 0};
@@ -119,14 +122,14 @@ class Plan {
 };
 
 #if defined(PVDM_ISA_AVX512BF16)
-// Products of bf16 pairs, where storage is bf16 and problems are long enough that products decide. Short sequences are bound
-// by memory; in floats they keep some digits.
+// Whether to multiply bf16 pairs: storage must be bf16, and problems long enough to be bound by products. Short
+// sequences are bound by memory, and float products keep more digits there.
 PVDM_INLINE bool use_pairs(const TensorView& qkv, const AttentionOptions& o) {
   return qkv.dtype == Dtype::bf16 && o.offsets[o.segments] >= short_sequence * o.segments;
 }
 #endif
 
-// Rotation tables in floats, padded rows, the sine signed as Rotation wants it.
+// Rotation tables as floats in padded rows. The sine carries the sign that Rotation expects.
 class Tables {
  public:
   Tables(const TensorView& sin, const TensorView& cos)
@@ -150,7 +153,7 @@ class Tables {
   Buffer memory_;
 };
 
-// Hands out aligned parts of a thread's work-space; with a null start it only counts.
+// Hands out aligned parts of a thread's workspace. With a null start it only counts.
 struct Arena {
   float* next;
   int64_t used = 0;

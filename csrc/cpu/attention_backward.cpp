@@ -1,9 +1,10 @@
 // Softmax attention, backward: segment_attention and axial_attention.
 // Formula: pvdm_fast/backends/reference/{segment,axial}_attention.py.
 //
-// Probabilities are computed again from the saved log-sum-exp. A thread packs queries and gradients of a problem once, then
-// takes blocks of keys through all its queries: dK and dV of a block are summed in place, dQ in a buffer of the thread.
-// Where threads share a problem, their dQ are added in the threads' order afterwards: no atomics, the same bits every time.
+// Probabilities are recomputed from the saved log-sum-exp. A thread packs the queries and gradients of a problem once.
+// Then it takes each block of keys through all queries. dK and dV of the block are summed in place, dQ in a buffer of
+// the thread. Where threads share a problem, their dQ are added afterwards, in the order of the threads. There are no
+// atomics, so results are bitwise reproducible.
 #include "attention.h"
 
 namespace pvdm::PVDM_ISA {
@@ -12,11 +13,13 @@ namespace {
 int64_t key_blocks(int64_t tokens) { return (tokens + block_keys - 1) / block_keys; }
 
 struct Workspace {
-  int64_t tokens, block;                                   // of all query blocks; floats of one width x queries block
-  float *queries_across, *queries, *grads_across, *grads;  // blocks of panels side by side; rows
-  float *tops, *logs, *deltas;                             // of each query, see `weights`; rowsum(dO . O)
-  float *dqueries[2];                                      // transposed, block by block; [0]: begun by an earlier thread
-  float *keys_across, *keys, *values_across;               // of a block of keys
+  // tokens in whole blocks of queries; floats in one width x queries block
+  int64_t tokens, block;
+  float *queries_across, *queries, *grads_across, *grads;  // across: panels, block after block; the others: rows
+  float *tops, *logs, *deltas;                             // per query: see `weights`; delta is rowsum(dO . O)
+  // transposed, block by block; [0]: of a problem that an earlier thread began
+  float *dqueries[2];
+  float *keys_across, *keys, *values_across;               // one block of keys
   float *p, *ds, *p_pairs, *ds_pairs, *ds_along;           // keys x queries
   float *dkeys, *dvalues;
   int64_t size;
@@ -37,8 +40,8 @@ struct Workspace {
   }
 };
 
-// The zeros that tiles sum with what `weights` writes: behind an odd vector of queries half a tile's row, and behind the last
-// pair of keys.
+// Writes the zeros that AMX tiles sum with the output of `weights`: half a tile row behind an odd vector of queries,
+// and the rows behind the last pair of keys.
 template <class Op>
 void pad_weights(const Workspace& w, int64_t keys, int64_t vectors) {
   if constexpr (Op::depth == 1) return;
@@ -49,17 +52,18 @@ void pad_weights(const Workspace& w, int64_t keys, int64_t vectors) {
     for (int64_t v = 0; v < vectors; v++) store(w.ds_along + j * block_queries + v * lanes, Vec{});
 }
 
-// Scores S -> P = 2^((S - top) scale - log) and dP -> dS = P (dP - D), in place: top is 0 and log the saved log-sum-exp, or
-// top is the largest score and log what the exponentials sum up to (`find_logs`). Pairs: also rounded, P and dS paired along the queries and dS along keys.
+// In place: scores S become P = 2^((S - top) scale - log), and dP becomes dS = P (dP - D). Normally top is 0 and log is
+// the saved log-sum-exp. After `find_logs`, top is the largest score and log the logarithm of the sum of exponentials.
+// With bf16 pairs, the rounded values are stored too: P and dS paired along queries, dS also along keys.
 //
-// count: of queries. Lanes behind them get 0: with an infinite key they would be NaN, which sums over pairs and tiles of
-// queries would meet.
+// count: the number of queries. Lanes behind them get 0. An infinite key would make them NaN, and sums over pairs and
+// tiles of queries would pick that up.
 template <class Op>
 void weights(const Workspace& w, int64_t query, int64_t count, int64_t keys, float scale) {
   const int64_t vectors = (count + lanes - 1) / lanes;
   pad_weights<Op>(w, keys, vectors);
   for (int64_t v = 0; v < vectors; v++) {
-    const Ints there = first_lanes(count_at(v * lanes, count));
+    const Ints there = first_n(count_at(v * lanes, count));
     const Vec top = load(w.tops + query + v * lanes), log = load(w.logs + query + v * lanes);
     const Vec delta = load(w.deltas + query + v * lanes);
     for (int64_t j = 0; j < keys; j++) {
@@ -69,7 +73,7 @@ void weights(const Workspace& w, int64_t query, int64_t count, int64_t keys, flo
 #if defined(PVDM_ISA_AVX512BF16)
       if constexpr (Op::step == 2) {
         const auto halves = [&](float* to, Vec x) {
-          const __m256bh rounded = _mm512_cvtneps_pbh(cast<__m512>(x));
+          const __m256bh rounded = _mm512_cvtneps_pbh(bit_cast<__m512>(x));
           memcpy(reinterpret_cast<char*>(to) + at * 2, &rounded, sizeof rounded);
         };
         halves(w.p_pairs, p);
@@ -93,11 +97,12 @@ struct Backward {
   float scale;
   int64_t width;
 
-  // A log-sum-exp is saved in float32: rounding it, and from base e to 2, makes a probability wrong by up to 2e-7 of it.
-  // Where that is more than the dtype's own rounding, it is found again.
+  // The log-sum-exp is saved in float32. Its rounding, and the change from base e to 2, make a probability wrong by up
+  // to 2e-7 of the log-sum-exp's size. Above this limit the error would exceed the dtype's own rounding, and
+  // `find_logs` computes it again.
   static constexpr float exact_logs = sizeof(T) == 2 ? 4096 : 64;
 
-  // Everything of a problem that goes by queries. Returns whether a log-sum-exp is too large to be exact.
+  // Packs everything that is per query. Returns whether a log-sum-exp is too large to be exact.
   bool prepare(const Problem& p, const Workspace& w) const {
     bool large = false;
     const auto queries = tokens_of<const T>(qkv, p);
@@ -112,13 +117,13 @@ struct Backward {
       pack_panel<Op>(queries.from(n), count, width, turn.from(n), w.queries_across + at, block_queries);
       pack_panel<Op>(grads.from(n), count, width, Rotation{}, w.grads_across + at, block_queries);
       store(w.tops + n, Vec{});
-      store(w.logs + n, load(logs + n, count) * log2_e);
+      store(w.logs + n, load_n(logs + n, count) * log2_e);
       for (int i = 0; i < count; i++) large = large || logs[n + i] > exact_logs || logs[n + i] < -exact_logs;
       Vec products[lanes] = {}, sum = {};
       for (int i = 0; i < count; i++)
         for (int64_t c = 0; c < width; c += lanes)
           products[i] += piece(grads, n + i, c, width) * piece(outs, n + i, c, width);
-      transpose(products);  // then the sum over a row is a sum of vectors
+      transpose(products);  // turns sums over rows into one sum of vectors
       for (const Vec& part : products) sum += part;
       store(w.deltas + n, sum);
     }
@@ -135,7 +140,8 @@ struct Backward {
                  {w.queries_across + query * depth, block_queries}, {w.p, block_queries}, depth);
   }
 
-  // Largest score and log-sum-exp of every query, as the forward pass finds them: one more product of the five.
+  // Recomputes the largest score and log-sum-exp of every query, as the forward pass does. It costs one more product on
+  // top of five.
   void find_logs(const Problem& p, const Workspace& w) const {
     const float size = scale < 0 ? -scale : scale;
     alignas(64) float factor[block_queries];
@@ -154,7 +160,7 @@ struct Backward {
     if (scale < 0) negate<Floats>(w.tops, padded(p.count));
   }
 
-  // Blocks begin ... end of a problem's keys: writes their dK and dV, leaves their dQ in `dqueries`.
+  // Goes through key blocks begin ... end of a problem. Writes their dK and dV, and leaves their dQ in `dqueries`.
   void run(const Problem& p, int64_t begin, int64_t end, const Workspace& w, float* dqueries) const {
     if (prepare(p, w)) find_logs(p, w);
     const Rotation turn = rotation.from(p.start);
@@ -195,7 +201,8 @@ struct Backward {
     }
   }
 
-  // dQ of the problem in whose middle thread `t` starts, from all threads that have a part; by the first of these only.
+  // Thread `t` may start in the middle of a problem. Then this adds the dQ of all threads that share the problem. Only
+  // the first such thread does it.
   void join(const Plan& plan, int64_t t, float* memory, int64_t size, int64_t longest) const {
     const Cursor at = plan.start(t);
     const auto same = [&](const Cursor& other) { return other.row == at.row && other.segment == at.segment; };

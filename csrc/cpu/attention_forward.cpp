@@ -1,15 +1,15 @@
 // Softmax attention, forward: segment_attention and axial_attention.
 // Formula: pvdm_fast/backends/reference/{segment,axial}_attention.py.
 //
-// Flash-style: a thread packs keys and values of a problem once, then takes blocks of 48 or 64 queries through blocks of
-// keys with a running maximum. Work-space per thread: two packed copies of the longest segment, O(N d).
+// Flash-style: a thread packs the keys and values of a problem once. Then it takes blocks of 48 or 64 queries through
+// blocks of keys with a running maximum. Workspace per thread: two packed copies of the longest segment, O(N d).
 #include "attention.h"
 
 namespace pvdm::PVDM_ISA {
 namespace {
 
-// A lone query behind whole vectors of queries gets a row kernel of its own: a vector for it alone would double the cost of
-// the projections' 17 tokens.
+// A single query left over behind whole vectors gets its own row kernel. The projections have 17 tokens, and a whole
+// vector for the last one would double their cost.
 template <class Op>
 int64_t query_blocks(int64_t tokens) {
   const int64_t rest = tokens % block_queries;
@@ -18,7 +18,7 @@ int64_t query_blocks(int64_t tokens) {
 template <class Op>
 int64_t queries_of(int64_t block, int64_t tokens) {
   const int64_t rest = tokens - block * block_queries;
-  if (rest < 0) return 1;  // the lone query
+  if (rest < 0) return 1;  // the single query
   if (rest >= block_queries) return block_queries;
   return Op::step == 1 && rest > 1 && rest % lanes == 1 ? rest - 1 : rest;
 }
@@ -26,13 +26,13 @@ int64_t queries_of(int64_t block, int64_t tokens) {
 struct Workspace {
   float *keys, *values;             // panels; rows
   float *queries, *scores, *sums;   // panels of a block, side by side; keys x queries; width x queries
-  float *maximum, *total, *factor;  // of each query
+  float *maximum, *total, *factor;  // per query
   Workspace(Arena arena, int64_t longest, int64_t width) {
     const int64_t tokens = padded(longest), padding = padded(width);
     keys = arena.floats(tokens * padding);
     values = arena.floats(tokens * padding);
     queries = arena.floats(padding * block_queries);
-    // A lone query's scores against all keys use it too.
+    // A single query's scores against all keys use this buffer too.
     scores = arena.floats(tokens > block_keys * block_queries ? tokens : block_keys * block_queries);
     sums = arena.floats(padding * block_queries);
     maximum = arena.floats(block_queries);
@@ -73,7 +73,7 @@ struct Forward {
   void block(const Tokens<const T>& queries, const Rotation& turn, int64_t count, int64_t keys, const Tokens<T>& results,
              float* logs, const Workspace& w) const {
     const int64_t vectors = (count + lanes - 1) / lanes, depth = words<Op>(width), padding = padded(width);
-    // The sign of the scale goes into the queries (in bf16 nothing else could without rounding): maxima then are maxima.
+    // Queries take the sign of the scale, so that maxima stay maxima. Only the sign: in bf16 anything else would round.
     const float size = scale < 0 ? -scale : scale;
     for (int64_t v = 0; v < vectors; v++)
       pack_panel<Op>(queries.from(v * lanes), count_at(v * lanes, count), width, turn.from(v * lanes),
@@ -92,11 +92,11 @@ struct Forward {
       const int lane_count = count_at(v * lanes, count);
       write_columns(w.sums + v * lanes, block_queries, lane_count, width, 1.0f / total, Rotation{},
                     results.from(v * lanes));
-      store(logs + v * lanes, top * size + log2(total) * ln_2, lane_count);
+      store_n(logs + v * lanes, top * size + log2(total) * ln_2, lane_count);
     }
   }
 
-  // One query: keys in the lanes for the scores, the width in the lanes for the sum.
+  // One query. For the scores the lanes hold keys, for the sum they hold the width.
   void lone(const Tokens<const T>& queries, const Rotation& turn, int64_t keys, const Tokens<T>& results, float* logs,
             const Workspace& w) const {
     const int64_t padding = padded(width), all = padded(keys);
@@ -105,7 +105,7 @@ struct Forward {
     for (int64_t j = 0; j < all; j += lanes) multiply_row(1, w.queries, w.keys + j * width, lanes, w.scores + j, width);
     for (int64_t j = keys; j < all; j++) w.scores[j] = minus_infinity;
     Vec top = splat(minus_infinity), total = {};
-    for (int64_t j = 0; j < all; j += lanes) top = larger(top, load(w.scores + j));
+    for (int64_t j = 0; j < all; j += lanes) top = max(top, load(w.scores + j));
     float maximum = top[0];
     for (int i = 1; i < lanes; i++) maximum = top[i] > maximum ? top[i] : maximum;
     const Vec base = base_of(splat(maximum));
@@ -114,10 +114,10 @@ struct Forward {
       store(w.scores + j, p);
       total += p;
     }
-    const Vec sum = splat(sum_of(total)), inverse = 1.0f / sum;
+    const Vec sum = splat(reduce_sum(total)), inverse = 1.0f / sum;
     multiply_row(padding / lanes, w.scores, w.values, padding, w.sums, keys);
-    for (int64_t c = 0; c < width; c += lanes) store(results.data + c, load(w.sums + c) * inverse, count_at(c, width));
-    store(logs, (splat(maximum) + log2(sum)) * ln_2, 1);
+    for (int64_t c = 0; c < width; c += lanes) store_n(results.data + c, load(w.sums + c) * inverse, count_at(c, width));
+    store_n(logs, (splat(maximum) + log2(sum)) * ln_2, 1);
   }
 };
 

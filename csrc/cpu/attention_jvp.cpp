@@ -2,9 +2,9 @@
 // Formula: `jvp` of pvdm_fast/backends/reference/{segment,axial}_attention.py. With a dot for tangents, P = softmax(S):
 //   O. = P . (S. - <S.>) V + P V. = (P . S.) V + P V. - <S.> O,   <S.> = rowsum(P . S.),   S. = scale (Q. K' + Q K.').
 //
-// As the forward pass (attention_forward.cpp): blocks of queries go through blocks of keys with a running maximum, which
-// scales all three sums. 6 products to its 2, in float32 for every storage type. Work-space per thread: four packed copies
-// of the longest segment, O(N d).
+// Works like attention_forward.cpp: blocks of queries go through blocks of keys with a running maximum, which scales all
+// three sums. It takes 6 products instead of 2, in float32 for every storage type. Workspace per thread: four packed
+// copies of the longest segment, O(N d).
 #include "attention_jvp.h"
 
 #include "attention.h"
@@ -14,13 +14,13 @@ namespace {
 
 int64_t query_blocks(int64_t tokens) { return (tokens + block_queries - 1) / block_queries; }
 
-// Two products and their sum are one product of twice the length: what is summed over lies one behind the other.
+// Two products and their sum become one product of twice the length. So both operands lie one behind the other.
 struct Workspace {
-  float *keys, *values;     // panels of tangents, then keys; for each block of keys rows of values, then tangents
+  float *keys, *values;     // panels of tangents, then keys; per block of keys: rows of values, then tangents
   float* queries;           // panels of a block, side by side: queries, then tangents
   float* scores;            // keys x queries: P . S., then P
   float *sums, *dsums;      // width x queries
-  float *maximum, *total, *factor, *mean;  // of each query; `mean` of the scores' tangents, times `total`
+  float *maximum, *total, *factor, *mean;  // per query; `mean` is of the scores' tangents, times `total`
   Workspace(Arena arena, int64_t longest, int64_t width) {
     const int64_t tokens = padded(longest), padding = padded(width);
     for (float** part : {&keys, &values}) *part = arena.floats(2 * tokens * padding);
@@ -71,7 +71,7 @@ struct WithTangents {
   void pack_queries(const Tokens<const T>& queries, int64_t count, const Rotation& turn, float* to) const {
     for (int64_t n = 0; n < count; n += lanes)
       pack_panel<Floats>(queries.from(n), count_at(n, count), width, turn.from(n), to + n, block_queries);
-    if (scale < 0) negate<Floats>(to, width * block_queries);  // maxima of the scores then are maxima
+    if (scale < 0) negate<Floats>(to, width * block_queries);  // then maxima of the scores are maxima
   }
 
   void block(const Problem& p, int64_t at, int64_t count, const Rotation& turn, const Workspace& w) const {
@@ -84,7 +84,7 @@ struct WithTangents {
       const bool first = j == 0;
       const float *keys = w.keys + 2 * j * width, *values = w.values + 2 * j * padding;
       float* scores = w.scores + part * block_queries;
-      // The tangents first: whole panels of rows are written, so that some lie where the scores come.
+      // Tangents first: whole panels are written, and their padding runs into the place of the scores.
       multiply<Floats>(part, vectors, Panels{keys, panel, lanes}, {w.queries, block_queries}, {w.scores, block_queries},
                        2 * width);
       multiply<Floats>(part, vectors, Panels{keys + width * lanes, panel, lanes}, {w.queries, block_queries},
@@ -100,7 +100,7 @@ struct WithTangents {
     finish(p, at, count, vectors, w);
   }
 
-  // The scores' tangents become P . S., in place, and are added up.
+  // Turns the scores' tangents into P . S., in place, and sums them.
   void weigh(const float* scores, float* tangents, int64_t keys, int64_t vectors, float size, bool first,
              const Workspace& w) const {
     for (int64_t v = 0; v < vectors; v++) {
@@ -142,7 +142,7 @@ struct WithTangents {
       };
       write(w.sums, results);
       write(w.dsums, tangents);
-      store(logs + v * lanes, load(w.maximum + v * lanes) * size + log2(total) * ln_2, lane_count);
+      store_n(logs + v * lanes, load(w.maximum + v * lanes) * size + log2(total) * ln_2, lane_count);
     }
   }
 };

@@ -1,5 +1,5 @@
-// Packing for attention: tokens by strides, any storage type, rotated on the way, into operands of attention_product.h;
-// and the way back.
+// Packing for attention: turns strided tokens of any storage type into operands of attention_product.h, rotated on the
+// way. Also the way back.
 #pragma once
 #include <utility>
 
@@ -8,7 +8,7 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-// The tokens of one (batch, site, head): `width` numbers each, dense, a stride apart.
+// The tokens of one (batch, site, head): rows of `width` dense numbers, `stride` apart.
 template <class T>
 struct Tokens {
   T* data;
@@ -17,8 +17,8 @@ struct Tokens {
   Tokens from(int64_t n) const { return {at(n), stride}; }
 };
 
-// Rotation tables, rows of `padded(width)`: x becomes x cos + swap(x) sin, where swap exchanges neighbours and the sine
-// carries the sign: minus at even sites. Null: no rotation. The transpose is x cos + swap(x sin).
+// Rotation tables, rows of `padded(width)`. x becomes x cos + swap(x) sin, where swap exchanges neighbours and the sine
+// carries the sign (minus at even channels). The transpose is x cos + swap(x sin). Null: no rotation.
 struct Rotation {
   const float *cos = nullptr, *sin = nullptr;
   int64_t stride = 0;
@@ -60,10 +60,10 @@ PVDM_INLINE void transpose(Vec (&x)[lanes]) {
   }
 }
 
-// Numbers c ... c + count of token n, rotated where `turned`.
+// Numbers c ... c + count of token n; rotated if `turned`.
 template <bool turned, class T>
 PVDM_INLINE Vec piece(const Tokens<const T>& x, int64_t n, int64_t c, int count, const Rotation& rotation) {
-  const Vec value = load(x.at(n) + c, count);
+  const Vec value = load_n(x.at(n) + c, count);
   if (!turned) return value;
   const int64_t at = n * rotation.stride + c;
   return value * load(rotation.cos + at) + swap_neighbours(value) * load(rotation.sin + at);
@@ -80,35 +80,35 @@ PVDM_INLINE Vec unrotated(Vec x, int64_t n, int64_t c, const Rotation& rotation)
   return x * load(rotation.cos + at) + swap_neighbours(x * load(rotation.sin + at));
 }
 
-// Words that hold so many numbers, and the zeros behind them.
+// How many words hold `numbers` numbers, padded with zeros to whole steps.
 template <class Op>
 constexpr int64_t words(int64_t numbers) {
   constexpr int64_t whole = Op::step * Op::depth;
   return (numbers + whole - 1) / whole * Op::depth;
 }
 
-// Words k ... k + lanes along the width of token n. whole: the width reaches that far.
+// Words k ... k + lanes along the width of token n. whole: the width reaches at least that far.
 template <class Op, bool turned, bool whole, class T>
 PVDM_INLINE Vec along(const Tokens<const T>& x, int64_t n, int64_t k, int64_t width, const Rotation& rotation) {
 #if defined(PVDM_ISA_AVX512BF16)
   if constexpr (Op::step == 2) {
     const int64_t first = 2 * k, second = first + lanes;
     const Vec low = piece<turned>(x, n, first, whole ? lanes : count_at(first, width), rotation);
-    if (!whole && second >= width) return cast<Vec>(_mm512_cvtne2ps_pbh(__m512{}, cast<__m512>(low)));
+    if (!whole && second >= width) return bit_cast<Vec>(_mm512_cvtne2ps_pbh(__m512{}, bit_cast<__m512>(low)));
     const Vec high = piece<turned>(x, n, second, whole ? lanes : count_at(second, width), rotation);
-    return cast<Vec>(_mm512_cvtne2ps_pbh(cast<__m512>(high), cast<__m512>(low)));
+    return bit_cast<Vec>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
   }
 #endif
   return piece<turned>(x, n, k, whole ? lanes : count_at(k, width), rotation);
 }
 
 #if defined(PVDM_ISA_AVX512BF16)
-// (low[i], high[i]) side by side in word i.
+// Word i of the result holds low[i] and high[i].
 PVDM_INLINE Vec paired(Vec low, Vec high) {
   static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = cast<__m512i>(_mm512_cvtne2ps_pbh(cast<__m512>(high), cast<__m512>(low)));
-  return cast<Vec>(_mm512_permutexvar_epi16(fetch<__m512i>(order), both));
+  const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low)));
+  return bit_cast<Vec>(_mm512_permutexvar_epi16(fetch<__m512i>(order), both));
 }
 #endif
 
@@ -131,7 +131,7 @@ PVDM_INLINE void pack_square(const Tokens<const T>& x, int64_t count, int64_t k,
   }
 }
 
-// A single token as a panel: no transposing for one lane of it.
+// A single token as a panel: filling one lane needs no transpose.
 template <class Op, bool turned, class T>
 PVDM_INLINE void pack_lane(const Tokens<const T>& x, int64_t k, int64_t width, const Rotation& rotation, float* to,
                            int64_t stride) {
@@ -157,8 +157,8 @@ __attribute__((noinline)) void pack_squares(const Tokens<const T>& x, int64_t co
       pack_square<Op, turned, transposed, false>(x, count, k, width, rotation, to + k * stride, stride);
 }
 
-// `count` <= lanes tokens, transposed: word k of token n goes to to[k * stride + n]; lanes beyond the count get zeros.
-// Not transposed: each square of lanes x lanes words keeps a token in a row.
+// Packs `count` <= lanes tokens. transposed: word k of token n goes to to[k * stride + n], and lanes beyond the count
+// get zeros. Otherwise each square of lanes x lanes words keeps one token per row.
 template <class Op, bool transposed = true, class T>
 PVDM_INLINE void pack_panel(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to,
                             int64_t stride) {
@@ -168,7 +168,7 @@ PVDM_INLINE void pack_panel(const Tokens<const T>& x, int64_t count, int64_t wid
     pack_squares<Op, false, transposed>(x, count, width, rotation, to, stride);
 }
 
-// A left operand: all tokens as panels of `lanes` tokens, one after another.
+// A left operand: all tokens as panels of `lanes` tokens.
 template <class Op, class T>
 PVDM_INLINE void pack_panels(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to) {
   const int64_t panel = words<Op>(width) * lanes;
@@ -176,11 +176,11 @@ PVDM_INLINE void pack_panels(const Tokens<const T>& x, int64_t count, int64_t wi
     pack_panel<Op, Op::depth == 1>(x.from(n), count_at(n, count), width, rotation.from(n), to, lanes);
 }
 
-// Changes the sign of every number in `count` words.
+// Flips the sign of every number in `count` words.
 template <class Op>
 PVDM_INLINE void negate(float* data, int64_t count) {
   const uint32_t signs = Op::step == 2 ? 0x80008000u : 0x80000000u;
-  for (int64_t i = 0; i < count; i += lanes) store(data + i, cast<Vec>(fetch<Words>(data + i) ^ signs));
+  for (int64_t i = 0; i < count; i += lanes) store(data + i, bit_cast<Vec>(fetch<Words>(data + i) ^ signs));
 }
 
 template <class Op, bool turned, class T>
@@ -212,8 +212,8 @@ __attribute__((noinline)) void pack_all_rows(const Tokens<const T>& x, int64_t c
   for (int64_t i = 0; i < zeros * padded(width); i += lanes, to += lanes) store(to, Vec{});
 }
 
-// A right operand, token by token: word c of row n / step holds number c of tokens n (and n + 1). Rows of padded(width)
-// words.
+// A right operand, token by token. Word c of row n / step holds number c of token n (of pairs: and of token n + 1).
+// Rows have padded(width) words.
 template <class Op, class T>
 PVDM_INLINE void pack_rows(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation, float* to) {
   if (rotation.cos)
@@ -222,7 +222,7 @@ PVDM_INLINE void pack_rows(const Tokens<const T>& x, int64_t count, int64_t widt
     pack_all_rows<Op, false>(x, count, width, rotation, to);
 }
 
-// The same as a left operand.
+// The same tokens as a left operand.
 template <class Op, class T>
 PVDM_INLINE void pack_left_rows(const Tokens<const T>& x, int64_t count, int64_t width, const Rotation& rotation,
                                 float* to) {
@@ -249,12 +249,12 @@ PVDM_INLINE void write_all_rows(const float* from, int64_t count, int64_t width,
     for (; c + lanes <= width; c += lanes, from += lanes)
       store(to.at(n) + c, unrotated<turned>(load(from) * scale, n, c, rotation));
     if (c == width) continue;
-    store(to.at(n) + c, unrotated<turned>(load(from) * scale, n, c, rotation), count_at(c, width));
+    store_n(to.at(n) + c, unrotated<turned>(load(from) * scale, n, c, rotation), count_at(c, width));
     from += lanes;
   }
 }
 
-// Rows of floats -> tokens, scaled, rotated back.
+// Writes rows of floats to tokens: scaled, and rotated back.
 template <class T>
 void write_rows(const float* from, int64_t count, int64_t width, float scale, const Rotation& rotation,
                 const Tokens<T>& to) {
@@ -276,12 +276,12 @@ PVDM_INLINE void write_all_columns(const float* from, int64_t stride, int64_t co
 #pragma GCC unroll 16
       for (int n = 0; n < lanes; n++) store(to.at(n) + c, unrotated<turned>(square[n], n, c, rotation));
     } else {
-      for (int n = 0; n < count; n++) store(to.at(n) + c, unrotated<turned>(square[n], n, c, rotation), count_at(c, width));
+      for (int n = 0; n < count; n++) store_n(to.at(n) + c, unrotated<turned>(square[n], n, c, rotation), count_at(c, width));
     }
   }
 }
 
-// `count` <= lanes columns of a transposed block (rows `stride` apart) -> tokens, each lane times its factor.
+// Writes `count` <= lanes columns of a transposed block (rows `stride` apart) to tokens. Each lane has its own factor.
 template <class T>
 void write_columns(const float* from, int64_t stride, int64_t count, int64_t width, Vec factor, const Rotation& rotation,
                    const Tokens<T>& to) {

@@ -1,31 +1,34 @@
-// The products inside attention: small matrix products from packed, cache-resident operands.
+// The products inside attention: small matrix products of packed operands that stay in the cache.
 //
-// Scores are kept transposed, keys x queries with queries in the vector lanes. Every product then is "rows x vectors":
-// broadcast one word of the left operand, multiply a vector of the right. Row maxima and sums of the softmax are per lane,
-// odd numbers of keys cost nothing, and only queries are padded to whole vectors.
+// Scores are stored transposed, keys x queries, with queries in the vector lanes. Then every product is "rows x
+// vectors": broadcast one word of the left operand and multiply a vector of the right. Row maxima and sums of the
+// softmax are per lane, an odd number of keys costs nothing, and only queries are padded to whole vectors.
 #pragma once
 #include "vec.h"
 
 namespace pvdm::PVDM_ISA {
 namespace {
 
-// AVX-512 has 32 registers: 8 x 3 accumulators; otherwise 16: 4 x 3. Per step 11 (7) loads feed 24 (12) multiply-adds.
+// AVX-512 has 32 registers, enough for 8 x 3 accumulators. The others have 16, enough for 4 x 3. Each step feeds 24
+// (12) multiply-adds with 11 (7) loads.
 constexpr int tile_rows = lanes == 16 ? 8 : 4;
 constexpr int tile_vectors = 3;
-constexpr int few_rows = 4;        // what is left over; 17 keys are a tile of 16 rows and one of these
+constexpr int few_rows = 4;        // for leftovers: 17 keys are a tile of 16 rows and one of these
 #if defined(PVDM_ISA_AMX)
-constexpr int block_queries = 64;  // 32 pairs: where queries are summed over, 48 would fill one and a half AMX tiles
+// 32 pairs; 48 queries would fill one and a half AMX tiles where sums run over queries
+constexpr int block_queries = 64;
 #else
-constexpr int block_queries = 48;  // a whole number of tiles for every width of vectors
+constexpr int block_queries = 48;  // a multiple of every vector width
 #endif
-// Scores of a block: 24 KB (12 KB where the first-level cache tends to be 32 KB, not 48). 128 against 64: 2-4 % in fp32.
+// The scores of a block take 24 KB, or 12 KB where the L1 cache is usually 32 KB instead of 48. With AVX-512, 128 keys
+// beat 64 by 2-4 % in fp32.
 constexpr int block_keys = lanes == 16 ? 128 : 64;
 
-// An Op: `step` numbers of the summed index lie in a word; `depth` words are summed at once, and operands are padded with
-// zeros to a multiple of that; a Session lasts as long as a thread multiplies.
+// An Op says how words are multiplied. A word holds `step` numbers of the summed index. An instruction sums `depth`
+// words, and operands are zero-padded to a multiple of it. A Session must exist while a thread multiplies.
 struct NoSession {};
 
-// One word holds one float.
+// One word is one float.
 struct Floats {
   static constexpr int step = 1, depth = 1;
   using Session = NoSession;
@@ -33,27 +36,27 @@ struct Floats {
 };
 
 #if defined(PVDM_ISA_AVX512BF16)
-// One word holds two bf16 that are neighbours in the summed index: one instruction multiplies and adds both.
+// One word is two bf16, neighbours in the summed index. One instruction multiplies and adds both.
 struct Pairs {
   static constexpr int step = 2, depth = 1;
   using Session = NoSession;
   PVDM_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
-    return cast<Vec>(_mm512_dpbf16_ps(cast<__m512>(sum), cast<__m512bh>(a), cast<__m512bh>(b)));
+    return bit_cast<Vec>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
   }
 };
 #endif
 
 PVDM_INLINE Vec broadcast(const float* p) {
 #if defined(PVDM_ISA_AVX512)
-  return cast<Vec>(_mm512_set1_ps(*p));
+  return bit_cast<Vec>(_mm512_set1_ps(*p));
 #elif defined(PVDM_ISA_AVX2)
-  return cast<Vec>(_mm256_set1_ps(*p));
+  return bit_cast<Vec>(_mm256_set1_ps(*p));
 #else
   return splat(*p);
 #endif
 }
 
-// What happens to the result that is there: replaced, added to, or multiplied lane by lane and added to.
+// How a product is written: overwrite, accumulate, or rescale (lane by lane) and accumulate.
 struct Into {
   float* data;
   int64_t stride;  // between rows
@@ -61,15 +64,15 @@ struct Into {
   const float* factor = nullptr;
 };
 
-// Left operands. Panels of `lanes` rows, `panel` words apart, each with its rows side by side at every step: packed numbers.
-// Where Op::depth > 1, every square of lanes x lanes words is transposed in its place.
+// A left operand, packed in panels of `lanes` rows, `panel` words apart. Within a panel, every step has its rows side
+// by side. Where Op::depth > 1, each square of lanes x lanes words is transposed instead.
 struct Panels {
   static constexpr int row = 1;  // words between two rows
   const float* data;
   int64_t panel, step;
   const float* from(int64_t r) const { return data + r / lanes * panel + r % lanes; }
 };
-// Rows of `words` words: scores of a block.
+// A left operand in rows of `words` words: the scores of a block.
 template <int words>
 struct Lines {
   static constexpr int row = words;
@@ -84,7 +87,7 @@ struct Vectors {
 };
 
 // result[r][v] = sum over k of a[r * row + k * step_a] * b[k * step_b + v * lanes ...]. The sum starts from zero and is
-// added at the end: sums over many blocks of keys thereby lose fewer digits.
+// added to the old result at the end. Sums over many blocks of keys lose fewer digits this way.
 template <class Op, int rows, int vectors, int row>
 __attribute__((noinline)) void tile(const float* a, int64_t step_a, const float* b, int64_t step_b, Into to, int64_t steps) {
   Vec sum[rows][vectors] = {};
@@ -132,7 +135,7 @@ void multiply_in_registers(int64_t rows, int64_t vectors, const Left& a, Vectors
     if (vectors == 1) {
       tiles<Op, lanes, 1>(rows, a, b, to, steps);
       done = 1;
-    } else if (vectors == 2 || vectors == 4) {  // four are two and two, not three and one
+    } else if (vectors == 2 || vectors == 4) {  // 4 = 2 + 2 is faster than 3 + 1
       tiles<Op, tile_rows, 2>(rows, a, b, to, steps);
       done = 2;
     } else {
@@ -145,8 +148,8 @@ void multiply_in_registers(int64_t rows, int64_t vectors, const Left& a, Vectors
   }
 }
 
-// A (rows x vectors * lanes) product, summed over `steps`. All buffers are padded to whole panels of rows: rows up to the
-// next multiple of `lanes` are computed.
+// A (rows x vectors * lanes) product, summed over `steps`. Rows are computed up to the next multiple of `lanes`, so all
+// buffers must be padded to whole panels.
 template <class Op, class Left>
 void multiply(int64_t rows, int64_t vectors, const Left& a, const Vectors& b, const Into& to, int64_t steps) {
   if constexpr (Op::depth > 1)
@@ -155,7 +158,7 @@ void multiply(int64_t rows, int64_t vectors, const Left& a, const Vectors& b, co
     multiply_in_registers<Op>(rows, vectors, a, b, to, steps);
 }
 
-// One row: a[k] b[k * step_b ...], for a single query.
+// One row, for a single query: the sum of a[k] b[k * step_b ...].
 PVDM_INLINE void multiply_row(int64_t vectors, const float* a, const float* b, int64_t step_b, float* to, int64_t steps) {
   for (; vectors >= 4; vectors -= 4, b += 4 * lanes, to += 4 * lanes)
     tile<Floats, 1, 4, 1>(a, 1, b, step_b, {to, 0}, steps);

@@ -19,11 +19,12 @@ struct Workspace {
   }
 };
 
-// Scores -> probabilities, in place. As all of them are here, their log-sum-exp, which is rounded, isn't asked for.
+// Turns scores into probabilities, in place. All scores of the query are here, so the saved (rounded) log-sum-exp isn't
+// needed.
 void softmax(float* scores, int64_t count) {
   for (int64_t j = count; j < padded(count); j++) scores[j] = minus_infinity;
   Vec top = splat(minus_infinity), total = {};
-  for (int64_t j = 0; j < count; j += lanes) top = larger(top, load(scores + j));
+  for (int64_t j = 0; j < count; j += lanes) top = max(top, load(scores + j));
   float maximum = top[0];
   for (int i = 1; i < lanes; i++) maximum = top[i] > maximum ? top[i] : maximum;
   for (int64_t j = 0; j < count; j += lanes) {
@@ -31,7 +32,7 @@ void softmax(float* scores, int64_t count) {
     store(scores + j, p);
     total += p;
   }
-  const float inverse = 1.0f / sum_of(total);
+  const float inverse = 1.0f / reduce_sum(total);
   for (int64_t j = 0; j < count; j += lanes) store(scores + j, load(scores + j) * inverse);
 }
 
@@ -56,7 +57,7 @@ struct Single {
       store(w.grad + c, g);
       store(w.query + c, piece(queries, 0, c, width) * scale);
     }
-    const float delta = sum_of(products);
+    const float delta = reduce_sum(products);
     for (int64_t j = 0; j < p.count; j += lanes) {
       multiply_row(1, w.query, w.keys_across + j * width, lanes, w.p + j, width);
       multiply_row(1, w.grad, w.values_across + j * width, lanes, w.ds + j, width);
@@ -66,7 +67,7 @@ struct Single {
     multiply_row(padding / lanes, w.ds, w.keys, padding, w.dquery, p.count);
     const auto to = tokens_of<T>(dquery, p), dkeys = tokens_of<T>(dqkv, p, 0), dvalues = tokens_of<T>(dqkv, p, 1);
     write_rows(w.dquery, 1, width, scale, Rotation{}, to);
-    for (int64_t j = 0; j < p.count; j++) {  // outer products; the query here carries the scale
+    for (int64_t j = 0; j < p.count; j++) {  // outer products; the packed query includes the scale
       write_rows(w.query, 1, width, w.ds[j], Rotation{}, dkeys.from(j));
       write_rows(w.grad, 1, width, w.p[j], Rotation{}, dvalues.from(j));
     }

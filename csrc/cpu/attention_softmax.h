@@ -1,4 +1,4 @@
-// The element-wise half of attention: exponentials on base 2, running maxima and sums, lane by lane.
+// The element-wise half of attention: base-2 exponentials, running maxima and sums, lane by lane.
 #pragma once
 #include "attention_pack.h"
 
@@ -7,29 +7,29 @@ namespace {
 
 constexpr float minus_infinity = -__builtin_inff();
 
-// NaN in the second wins, so that it spreads.
-PVDM_INLINE Vec larger(Vec a, Vec b) {
+// If b is NaN, the result is NaN. So NaN spreads.
+PVDM_INLINE Vec max(Vec a, Vec b) {
 #if defined(PVDM_ISA_AVX512)
-  return cast<Vec>(_mm512_max_ps(cast<__m512>(a), cast<__m512>(b)));
+  return bit_cast<Vec>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
 #elif defined(PVDM_ISA_AVX2)
-  return cast<Vec>(_mm256_max_ps(cast<__m256>(a), cast<__m256>(b)));
+  return bit_cast<Vec>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
 #else
   return a > b ? a : b;
 #endif
 }
 
-PVDM_INLINE Vec smaller(Vec a, Vec b) {
+PVDM_INLINE Vec min(Vec a, Vec b) {
 #if defined(PVDM_ISA_AVX512)
-  return cast<Vec>(_mm512_min_ps(cast<__m512>(a), cast<__m512>(b)));
+  return bit_cast<Vec>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
 #elif defined(PVDM_ISA_AVX2)
-  return cast<Vec>(_mm256_min_ps(cast<__m256>(a), cast<__m256>(b)));
+  return bit_cast<Vec>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
 #else
   return a < b ? a : b;
 #endif
 }
 
-// 2^x for x <= about 0; 0 from below 2^-126 on, where numbers are slow. Relative error 1e-7; 8e-5 where the result is
-// rounded to bf16 anyway.
+// 2^x for x <= about 0. Below 2^-126, where denormals are slow, the result is 0. Relative error 1e-7, or 8e-5 where the
+// result is rounded to bf16 anyway.
 template <class Op>
 PVDM_INLINE Vec exp2(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
@@ -49,54 +49,55 @@ PVDM_INLINE Vec exp2(Vec x) {
     p = p * r + 1.00000012f;
   }
 #if defined(PVDM_ISA_AVX512)
-  const __mmask16 seen = _mm512_cmp_ps_mask(cast<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // and NaN
-  return cast<Vec>(_mm512_maskz_scalef_ps(seen, cast<__m512>(p), cast<__m512>(whole)));
+  const __mmask16 seen = _mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // keeps NaN
+  return bit_cast<Vec>(_mm512_maskz_scalef_ps(seen, bit_cast<__m512>(p), bit_cast<__m512>(whole)));
 #else
-  const Ints result = cast<Ints>(p) + (cast<Ints>(shifted) << 23), unseen = x < splat(-126.0f);
-  return cast<Vec>(result & ~unseen);
+  const Ints result = bit_cast<Ints>(p) + (bit_cast<Ints>(shifted) << 23), unseen = x < splat(-126.0f);
+  return bit_cast<Vec>(result & ~unseen);
 #endif
 }
 
-// log2 of a positive normal number, within 2e-7 absolutely or relatively; NaN and infinity give NaN.
+// log2 of a positive normal number, within 2e-7 (absolute or relative). NaN and infinity give NaN.
 PVDM_INLINE Vec log2(Vec x) {
-  const Ints bits = cast<Ints>(x) - 0x3f3504f3;  // the mantissa then lies between sqrt(1/2) and sqrt(2)
+  const Ints bits = bit_cast<Ints>(x) - 0x3f3504f3;  // the mantissa then lies between sqrt(1/2) and sqrt(2)
   const Vec exponent = __builtin_convertvector(bits >> 23, Vec);
-  const Vec m = cast<Vec>((bits & 0x7fffff) + 0x3f3504f3);
+  const Vec m = bit_cast<Vec>((bits & 0x7fffff) + 0x3f3504f3);
   const Vec t = (m - 1.0f) / (m + 1.0f), q = t * t;
   const Vec series = (((q * (1.0f / 9) + 1.0f / 7) * q + 0.2f) * q + 1.0f / 3) * q + 1.0f;
   return exponent + t * series * (2 * log2_e) + (x - x);
 }
 
-// A probability from its logarithm, computed again: rounding must not make it more than 1 (scores of 1e9 would overflow).
+// A probability from its recomputed logarithm. Rounding must not make it more than 1: scores of 1e9 would overflow.
 template <class Op>
 PVDM_INLINE Vec probability(Vec log) {
-  return exp2<Op>(smaller(Vec{}, log));
+  return exp2<Op>(min(Vec{}, log));
 }
 
-// All bits set in the first `count` lanes, none in the others; and what is left of a vector there.
-PVDM_INLINE Ints first_lanes(int count) {
+// A mask with all bits set in the first `count` lanes.
+PVDM_INLINE Ints first_n(int count) {
   Ints mask;
   for (int i = 0; i < lanes; i++) mask[i] = i < count ? -1 : 0;
   return mask;
 }
-PVDM_INLINE Vec masked(Vec x, Ints mask) { return cast<Vec>(cast<Ints>(x) & mask); }
+PVDM_INLINE Vec masked(Vec x, Ints mask) { return bit_cast<Vec>(bit_cast<Ints>(x) & mask); }
 
-PVDM_INLINE float sum_of(Vec x) {
+PVDM_INLINE float reduce_sum(Vec x) {
   float sum = 0;
   for (int i = 0; i < lanes; i++) sum += x[i];
   return sum;
 }
 
-// A maximum as scores are compared with it: where all are -inf so far, their difference would be NaN.
+// The maximum to subtract from scores. Where all scores so far are -inf it is 0, because -inf - -inf is NaN.
 PVDM_INLINE Vec base_of(Vec top) { return top == minus_infinity ? Vec{} : top; }
 
-// A block of scores becomes probabilities, in place, relative to the maximum so far. Keys x queries, rows of
-// block_queries; `vectors` of queries. maximum (unscaled), total: of each query; factor: what earlier sums must be
-// multiplied with. Pairs: rows 2i and 2i + 1 end up side by side in row i. Then come the zeros that the next product wants.
+// Turns a block of scores into probabilities, in place, relative to the running maximum. The block is keys x queries in
+// rows of block_queries, `vectors` vectors of queries wide. maximum (unscaled) and total: per query. factor: what
+// earlier sums must be multiplied with. With bf16 pairs, row i of the result holds rows 2i and 2i + 1 side by side. The
+// zeros that the next product needs follow.
 //
-// The difference is taken before it is scaled: the largest score's is exactly 0. A maximum that is scaled first is rounded
-// otherwise than the scores are: at 1e6 its probability would be 1.04, which bf16 rounds again, and a gradient that should
-// be 0 (dP - D, where D has the result) would be noise.
+// The difference is taken before it is scaled, so the largest score gives exactly 2^0. If the maximum were scaled
+// first, it would be rounded differently from the scores. At scores of 1e6 its probability would be 1.04. bf16 would
+// round that again, and a gradient that should be 0 (dP - D, where D comes from the result) would be noise.
 template <class Op>
 void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, bool first, float* maximum, float* total,
                   float* factor) {
@@ -106,10 +107,10 @@ void exponentials(float* scores, int64_t keys, int64_t vectors, float scale, boo
     int64_t j = 0;
     for (; j + 4 <= keys; j += 4)
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) tops[i] = larger(tops[i], load(s + (j + i) * block_queries));
-    for (; j < keys; j++) tops[0] = larger(tops[0], load(s + j * block_queries));
-    Vec top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
-    if (!first) top = larger(load(maximum + v * lanes), top);
+      for (int i = 0; i < 4; i++) tops[i] = max(tops[i], load(s + (j + i) * block_queries));
+    for (; j < keys; j++) tops[0] = max(tops[0], load(s + j * block_queries));
+    Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
+    if (!first) top = max(load(maximum + v * lanes), top);
     const Vec base = base_of(top);
     Vec sums[2] = {};
     for (j = 0; j + 2 <= keys; j += 2) {

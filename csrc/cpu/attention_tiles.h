@@ -1,4 +1,4 @@
-// Attention's products by the tiles of AMX: bf16 pairs, 16 rows x 16 lanes x 16 words an instruction.
+// Attention's products with AMX tiles: bf16 pairs, 16 rows x 16 lanes x 16 words per instruction.
 #pragma once
 #if defined(PVDM_ISA_AMX)
 #include <utility>
@@ -9,7 +9,7 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-// body(0), body(1), ...: constants, as tiles have numbers and no addresses.
+// Calls body(0), body(1), ... with constants: tiles have numbers, not addresses.
 template <class F, int... i>
 PVDM_INLINE void for_each(std::integer_sequence<int, i...>, const F& body) {
   (body(std::integral_constant<int, i>{}), ...);
@@ -19,13 +19,15 @@ PVDM_INLINE void unrolled(const F& body) {
   for_each(std::make_integer_sequence<int, count>{}, body);
 }
 
-// Where a left operand's next tile lies: of the next 16 rows, of the next 16 words, and a tile's rows within it.
+// Distances in a left operand: to the tile of the next 16 rows, to that of the next 16 words, and between rows of a
+// tile.
 struct TileSteps {
   int64_t rows, words, stride;
 };
 
-// rows x vectors tiles of the result, at most four: an instruction starts every 16 cycles and takes 52 (Intel's optimisation
-// manual), so that three others hide it. Tiles 0-3 are sums, 4 and 5 left operands, 6 and 7 right ones.
+// At most four tiles of the result, rows x vectors. An instruction can start every 16 cycles and takes 52 (Intel's
+// optimisation manual), so four independent sums hide the latency. Tiles 0-3 are sums, 4 and 5 left operands, 6 and 7
+// right ones.
 template <int rows, int vectors>
 __attribute__((noinline)) void tile_block(const float* a, TileSteps at, const float* b, int64_t step_b, Into to,
                                           int64_t steps) {
@@ -56,7 +58,7 @@ __attribute__((noinline)) void tile_block(const float* a, TileSteps at, const fl
   }
 }
 
-// As many blocks of so many tiles of rows as there are from row r on; returns the row behind them.
+// Computes as many blocks of `tiles` tiles as fit from row r on. Returns the row behind them.
 template <int tiles, int vectors>
 PVDM_INLINE int64_t tile_blocks(int64_t r, int64_t rows, const float* a, TileSteps at, const float* b, int64_t step_b,
                                 const Into& to, int64_t steps) {
@@ -67,12 +69,12 @@ PVDM_INLINE int64_t tile_blocks(int64_t r, int64_t rows, const float* a, TileSte
   return r;
 }
 
-// One word holds two bf16, as of Pairs.
+// One word is two bf16, as in Pairs.
 struct Tiles {
   static constexpr int step = 2, depth = 16;
   static_assert(depth == lanes);
 
-  // Tiles are released at the end: a thread that holds some has 8 KB more to save whenever it is switched.
+  // Tiles are released at the end. Otherwise every context switch would save 8 KB more for this thread.
   struct Session {
     Session() { configure_tiles(TileConfig{}); }
     ~Session() { release_tiles(); }

@@ -1,10 +1,11 @@
-// The CPU kernels: one line each; bindings/cpu/<op>.h has the arguments checked, csrc/cpu/<op>.cpp computes.
+// The CPU kernels. bindings/cpu/<op>.h checks their arguments, csrc/cpu/<op>.cpp defines them.
 #pragma once
 #include "../ops/add_layer_norm.h"
 #include "../ops/plane_norm.h"
 #include "runtime/isa.h"
 
-// planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) of the planes' dtype; last strides are 1.
+// planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) in the planes' dtype. Last strides are
+// 1.
 PVDM_CPU_KERNEL(triplane_expand_forward, (const TensorView& planes, const TensorView& weight, const TensorView& bias,
                                           const TensorView& out, const Layout& layout, int threads))
 // grad (B, T H W, C) -> sums (B, N, C) f32: over time for xy, height for yt, width for xt, in one pass.
@@ -16,48 +17,51 @@ PVDM_CPU_KERNEL(plane_norm_backward, (const PlaneNormInputs& in, const PlaneNorm
 
 namespace pvdm {
 struct AttentionOptions {
-  const int64_t* offsets;  // of the segments along L, and the end
+  const int64_t* offsets;  // where segments start along L, and the end of the last
   int64_t segments;
   double scale;
   int threads;
 };
 }  // namespace pvdm
 
-// qkv (B, sites, L, 3, heads, d), or keys and values (..., 2, heads, d) with query (B, sites, 1, heads, d); sin, cos (L, d)
-// f32 or null -> out (B, sites, L or 1, heads, d), of one dtype; lse (B, sites, heads, L or 1) f32. Attention is inside
-// each segment of L. Last strides are 1.
+// qkv (B, sites, L, 3, heads, d), or keys and values (..., 2, heads, d) with query (B, sites, 1, heads, d). sin, cos
+// (L, d) f32 or null. -> out (B, sites, L or 1, heads, d) in the same dtype; lse (B, sites, heads, L or 1) f32.
+// Attention stays inside each segment of L. Last strides are 1.
 PVDM_CPU_TILE_KERNEL(attention_forward,
                      (const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
                       const TensorView& out, const TensorView& lse, const AttentionOptions& options))
-// grad and out as out above -> dqkv as qkv.
+// grad and out have the shape of out above. -> dqkv like qkv.
 PVDM_CPU_TILE_KERNEL(attention_backward,
                      (const TensorView& grad, const TensorView& qkv, const TensorView& sin, const TensorView& cos,
                       const TensorView& out, const TensorView& lse, const TensorView& dqkv,
                       const AttentionOptions& options))
-// The same with a query: -> dqkv as qkv, dquery as query.
+// The same for a single query. -> dqkv like qkv, dquery like query.
 PVDM_CPU_KERNEL(attention_backward_single,
                 (const TensorView& grad, const TensorView& qkv, const TensorView& query, const TensorView& out,
                  const TensorView& dqkv, const TensorView& dquery, const AttentionOptions& options))
 
-// x (B, N, C) -> out (rows, 9 C) of its dtype: rows first ... of the unfolded matrix (B N, 9 C), taps fastest.
+// x (B, N, C) -> out (rows, 9 C) in the same dtype: rows first ... of the unfolded matrix (B N, 9 C), with taps
+// fastest.
 PVDM_CPU_KERNEL(plane_conv_unfold,
                 (const TensorView& x, const TensorView& out, const Planes& planes, int64_t first, int threads))
-// Adds rows first ... of an unfolded gradient (rows, 9 C), f32 or bf16, to dx (B, N, C) f32: the transpose of unfolding.
+// The transpose of unfolding: adds rows first ... of an unfolded gradient (rows, 9 C), f32 or bf16, to dx (B, N, C)
+// f32.
 PVDM_CPU_KERNEL(plane_conv_fold,
                 (const TensorView& unfolded, const TensorView& dx, const Planes& planes, int64_t first, int threads))
 
-// x (R, 2M) -> out (R, M); and its gradient.
+// x (R, 2M) -> out (R, M). And its gradient.
 PVDM_CPU_KERNEL(geglu_forward, (const TensorView& x, const TensorView& out, int threads))
 PVDM_CPU_KERNEL(geglu_backward, (const TensorView& grad, const TensorView& x, const TensorView& dx, int threads))
 
 PVDM_CPU_KERNEL(add_layer_norm_forward, (const AddLayerNorm& tensors, float eps, int threads))
 PVDM_CPU_KERNEL(add_layer_norm_backward, (const AddLayerNormGradients& tensors, int threads))
 
-// x (B, T H W, C), token (C) and positions (L + 1, C) f32 -> out (B, sites, L + 1, C) as x. plane: 0 xy, 1 yt, 2 xt.
+// x (B, T H W, C), token (C) and positions (L + 1, C) f32 -> out (B, sites, L + 1, C) like x. plane: 0 xy, 1 yt, 2 xt.
 PVDM_CPU_KERNEL(triplane_slice_forward,
                 (const TensorView& x, const TensorView& token, const TensorView& positions, const TensorView& out,
                  const Layout& layout, int plane, int threads))
-// grad (B, sites, L + 1, C) -> dx (B, T H W, C) of its dtype, dpositions (L + 1, C) f32; the token's is its last row.
+// grad (B, sites, L + 1, C) -> dx (B, T H W, C) in the same dtype, dpositions (L + 1, C) f32. The last row of
+// dpositions is the token's gradient.
 PVDM_CPU_KERNEL(triplane_slice_backward,
                 (const TensorView& grad, const TensorView& dx, const TensorView& dpositions, const Layout& layout,
                  int plane, int threads))

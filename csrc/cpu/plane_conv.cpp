@@ -1,9 +1,10 @@
-// plane_conv: the unfolded matrix of the 3 x 3 convolution and its transpose; the products are the vendor's GEMM.
+// plane_conv: unfolds the tokens for the 3 x 3 convolution, and folds gradients back. The products are the vendor's
+// GEMM.
 //
-// The unfolded row of a token is (channel, tap), taps fastest, as in the weight (C', C, 3, 3): so the weight is the
-// matrix (C', 9 C) as it lies in memory, in all three products, and its gradient comes out in place. Tap-major rows
-// would be plain copies, but would ask for a transposed weight at every step of an optimizer (38 MB for 1024 channels,
-// as much time as the product itself for 32 tokens). Transposing in registers here costs about what a copy does.
+// The unfolded row of a token is (channel, tap) with taps fastest, like the weight (C', C, 3, 3). So the weight in
+// memory already is the matrix (C', 9 C) of all three products, and its gradient needs no rearranging. Tap-major rows
+// would be plain copies, but the weight would need a transpose at every optimizer step: 38 MB for 1024 channels, which
+// takes as long as the product for 32 tokens. The transpose in registers here costs about as much as a copy.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"
@@ -18,7 +19,7 @@ namespace pvdm::PVDM_ISA {
 namespace {
 
 constexpr int taps = 9;
-constexpr int64_t slice = 16;  // channels: a cache line of floats, so that no two threads write one
+constexpr int64_t slice = 16;  // channels: a cache line of floats, so that no two threads write the same line
 
 typedef uint64_t Two __attribute__((vector_size(16)));
 typedef uint32_t Four __attribute__((vector_size(16)));
@@ -32,27 +33,27 @@ PVDM_INLINE Four high(Four a, Four b) { return PVDM_PICK(Four, a, b, 2, 6, 3, 7)
 PVDM_INLINE Two low(Two a, Two b) { return PVDM_PICK(Two, a, b, 0, 2); }
 PVDM_INLINE Two high(Two a, Two b) { return PVDM_PICK(Two, a, b, 1, 3); }
 
-// Four vectors in, their transpose out.
+// Transposes four vectors.
 PVDM_INLINE void transpose(Four* v) {
   const Four a = low(v[0], v[1]), b = low(v[2], v[3]), c = high(v[0], v[1]), d = high(v[2], v[3]);
-  v[0] = cast<Four>(low(cast<Two>(a), cast<Two>(b)));
-  v[1] = cast<Four>(high(cast<Two>(a), cast<Two>(b)));
-  v[2] = cast<Four>(low(cast<Two>(c), cast<Two>(d)));
-  v[3] = cast<Four>(high(cast<Two>(c), cast<Two>(d)));
+  v[0] = bit_cast<Four>(low(bit_cast<Two>(a), bit_cast<Two>(b)));
+  v[1] = bit_cast<Four>(high(bit_cast<Two>(a), bit_cast<Two>(b)));
+  v[2] = bit_cast<Four>(low(bit_cast<Two>(c), bit_cast<Two>(d)));
+  v[3] = bit_cast<Four>(high(bit_cast<Two>(c), bit_cast<Two>(d)));
 }
-// Eight in, eight out.
+// Transposes eight vectors.
 PVDM_INLINE void transpose(Eight* v) {
   Four lower[4], upper[4];  // pairs of rows: columns 0-3, columns 4-7
   for (int i = 0; i < 4; i++) {
-    lower[i] = cast<Four>(low(v[2 * i], v[2 * i + 1]));
-    upper[i] = cast<Four>(high(v[2 * i], v[2 * i + 1]));
+    lower[i] = bit_cast<Four>(low(v[2 * i], v[2 * i + 1]));
+    upper[i] = bit_cast<Four>(high(v[2 * i], v[2 * i + 1]));
   }
   transpose(lower);
   transpose(upper);
-  for (int i = 0; i < 4; i++) v[i] = cast<Eight>(lower[i]), v[4 + i] = cast<Eight>(upper[i]);
+  for (int i = 0; i < 4; i++) v[i] = bit_cast<Eight>(lower[i]), v[4 + i] = bit_cast<Eight>(upper[i]);
 }
 
-// What a type of storage is moved in.
+// The vector that moves a storage type.
 template <class E>
 struct Block;
 template <>
@@ -83,7 +84,8 @@ void unfold_token(const E* const* from, int64_t channels, E* out) {
     B::turn(v);
     E* to = out + c * taps;
     for (int i = 0; i < B::channels; i++, to += taps) {
-      // Four channels of 32 bits: v[i] holds taps 0-3, v[4 + i] taps 4-7. Eight of 16 bits: v[i] holds taps 0-7.
+      // 32-bit types have four channels: v[i] holds taps 0-3, v[4 + i] taps 4-7. 16-bit types have eight: v[i] holds
+      // taps 0-7.
       memcpy(to, &v[i], sizeof v[i]);
       if (B::channels == 4) memcpy(to + 4, &v[(4 + i) % 8], sizeof v[i]);
       to[8] = from[8][c + i];
@@ -94,15 +96,15 @@ void unfold_token(const E* const* from, int64_t channels, E* out) {
 }
 
 PVDM_INLINE void add(float* to, Four bits) {
-  const Floats sum = fetch<Floats>(to) + cast<Floats>(bits);
+  const Floats sum = fetch<Floats>(to) + bit_cast<Floats>(bits);
   memcpy(to, &sum, sizeof sum);
 }
 PVDM_INLINE void add(float* to, Eight bits) {  // a bfloat16 is the upper half of a float
-  add(to, cast<Four>(low(Eight{}, bits)));
-  add(to + 4, cast<Four>(high(Eight{}, bits)));
+  add(to, bit_cast<Four>(low(Eight{}, bits)));
+  add(to + 4, bit_cast<Four>(high(Eight{}, bits)));
 }
-PVDM_INLINE float value(uint32_t bits) { return cast<float>(bits); }
-PVDM_INLINE float value(uint16_t bits) { return cast<float>(static_cast<uint32_t>(bits) << 16); }
+PVDM_INLINE float value(uint32_t bits) { return bit_cast<float>(bits); }
+PVDM_INLINE float value(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
 // The transpose: to[k][c] += in[c][k] for the channels from first to last.
 template <class E>
@@ -124,7 +126,7 @@ void fold_token(const E* in, float* const* to, int64_t first, int64_t last) {
     for (int k = 0; k < taps; k++) to[k][c] += value(in[c * taps + k]);
 }
 
-// The packed tokens around row `row` of (B N), tap by tap; -1 outside the token's own plane.
+// For each tap, the packed token that it reads around row `row` of (B N), or -1 outside the token's plane.
 void neighbours(const Planes& planes, int64_t tokens, int64_t row, int64_t* found) {
   int64_t plane = 0, place = row % tokens, first = row - place;
   for (; place >= planes.tokens(plane); plane++) place -= planes.tokens(plane), first += planes.tokens(plane);
@@ -153,12 +155,12 @@ void unfold(const TensorView& x, const TensorView& out, const Planes& planes, in
   });
 }
 
-// A thread owns slices of channels: each sum has one owner and one order, whatever the number of threads.
+// A thread owns slices of channels. So each sum has one owner and a fixed order, for any number of threads.
 template <class E>
 void fold(const TensorView& unfolded, const TensorView& dx, const Planes& planes, int64_t first, int threads) {
   const int64_t tokens = dx.size[1], channels = dx.size[2], slices = (channels + slice - 1) / slice;
   threads = threads_for(threads, slices);
-  const Buffer sinks(threads * slices * slice * 4);  // what falls outside a plane
+  const Buffer sinks(threads * slices * slice * 4);  // takes what falls outside a plane
   memset(sinks.floats(), 0, threads * slices * slice * 4);
   parallel_for(threads, slices, [&](int64_t begin, int64_t end, int thread) {
     const int64_t last = end * slice < channels ? end * slice : channels;

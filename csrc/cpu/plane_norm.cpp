@@ -1,4 +1,5 @@
-// plane_norm, forward: one pass over x for the statistics, one to write. Formula: pvdm_fast/backends/reference/plane_norm.py.
+// plane_norm, forward: one pass over x for the statistics, one that writes. Formula:
+// pvdm_fast/backends/reference/plane_norm.py.
 #include "plane_norm.h"
 
 namespace pvdm::PVDM_ISA {
@@ -12,7 +13,7 @@ void accumulate(const T* x, int64_t stride, const float* shift, float* sum, floa
     Vec s = load(sum + c), q = load(square + c);
     const Vec origin = load(shift + c);
     for (int i = 0; i < tokens; i++) {
-      const Vec d = load(x + i * stride + c, count) - origin;
+      const Vec d = load_n(x + i * stride + c, count) - origin;
       s += d;
       q += d * d;
     }
@@ -21,14 +22,14 @@ void accumulate(const T* x, int64_t stride, const float* shift, float* sum, floa
   }
 }
 
-// Mean and sum of squared deviations of each channel over a chunk. Values are taken relative to the chunk's first token,
-// so that a mean far above the deviation costs no digits. work: 3 padded rows; result: 2 padded rows.
+// Mean and sum of squared deviations of each channel over a chunk. Values are taken relative to the chunk's first
+// token, so that a mean far above the deviation costs no digits. work: 3 padded rows. result: 2 padded rows.
 template <class T>
 void chunk_moments(const T* x, int64_t stride, int64_t tokens, int64_t channels, float* work, double* result) {
   const int64_t padding = padded(channels);
   float *shift = work, *sum = work + padding, *square = sum + padding;
   for (int64_t c = 0; c < padding; c += lanes)
-    store(shift + c, c < channels ? load(x + c, count_at(c, channels)) : Vec{});
+    store(shift + c, c < channels ? load_n(x + c, count_at(c, channels)) : Vec{});
   for (int64_t i = 0; i < 2 * padding; i++) sum[i] = 0, result[i] = 0;
   for (int64_t n = 0; n < tokens;) {
     const int64_t stop = n + exact_tokens < tokens ? n + exact_tokens : tokens;
@@ -44,7 +45,8 @@ void chunk_moments(const T* x, int64_t stride, int64_t tokens, int64_t channels,
   }
 }
 
-// Joins the moments of a plane's chunks and a group's channels into mean and variance. moments: of the first chunk.
+// Combines the moments of a plane's chunks and a group's channels into mean and variance. moments: those of the first
+// chunk.
 void group_moments(const double* moments, int64_t tokens, int64_t padding, int64_t first, int64_t width, double* mean,
                    double* variance) {
   const double count = static_cast<double>(tokens * width);
@@ -64,16 +66,16 @@ void group_moments(const double* moments, int64_t tokens, int64_t padding, int64
   *variance = squares > 0 || squares != squares ? squares / count : 0;
 }
 
-// z = (x - origin) * slope + rest; origin is the rounded mean, whose rounding error goes into rest.
+// z = (x - origin) * slope + rest. origin is the rounded mean, and rest includes its rounding error.
 struct Affine {
   const float *origin, *slope, *rest;
   template <class T, bool activation>
   inline __attribute__((always_inline)) Vec at(const T* x, int64_t c, int count) const {
-    return activated<activation>((load(x + c, count) - load(origin + c)) * load(slope + c) + load(rest + c));
+    return activated<activation>((load_n(x + c, count) - load(origin + c)) * load(slope + c) + load(rest + c));
   }
 };
 
-// Writes the tokens of one chunk. With resample -1 the chunk counts output tokens, else input tokens.
+// Writes the tokens of one chunk. With resample -1 the chunk counts output tokens, otherwise input tokens.
 template <class T, bool activation>
 void write_chunk(const T* x, int64_t stride, const Affine& affine, T* y, int64_t channels, const Chunk& chunk,
                  int64_t columns, int resample) {
@@ -82,16 +84,16 @@ void write_chunk(const T* x, int64_t stride, const Affine& affine, T* y, int64_t
     for (int64_t c = 0; c < channels; c += lanes) {
       const int count = count_at(c, channels);
       if (resample == 0) {
-        store(y + n * channels + c, affine.template at<T, activation>(x + n * stride, c, count), count);
+        store_n(y + n * channels + c, affine.template at<T, activation>(x + n * stride, c, count), count);
       } else if (resample > 0) {
         const Vec value = affine.template at<T, activation>(x + n * stride, c, count);
         for (int64_t k = 0; k < 4; k++)
-          store(y + ((2 * i + k / 2) * 2 * columns + 2 * j + k % 2) * channels + c, value, count);
+          store_n(y + ((2 * i + k / 2) * 2 * columns + 2 * j + k % 2) * channels + c, value, count);
       } else {
         Vec sum = {};
         for (int64_t k = 0; k < 4; k++)
           sum += affine.template at<T, activation>(x + ((2 * i + k / 2) * 2 * columns + 2 * j + k % 2) * stride, c, count);
-        store(y + n * channels + c, sum * 0.25f, count);
+        store_n(y + n * channels + c, sum * 0.25f, count);
       }
     }
   }
@@ -114,7 +116,7 @@ void all_moments(const PlaneNormInputs& in, const Chunks& chunks, double* moment
   });
 }
 
-// Statistics of one batch element, and the three rows of parameters of each of its planes.
+// Statistics of one batch element, and three rows of parameters for each of its planes.
 void prepare(const PlaneNormInputs& in, const double* moments, const Chunks& chunks, int64_t b, double eps,
              float* parameters) {
   const int64_t channels = in.x.size[2], padding = padded(channels), width = channels / in.groups;

@@ -1,4 +1,4 @@
-// What plane_norm's two directions share: the cut of the tokens into chunks, and the parameters.
+// Shared by plane_norm's forward and backward: how tokens are cut into chunks, and the parameters.
 #pragma once
 #include "kernels.h"
 #include "runtime/parallel.h"
@@ -7,9 +7,10 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-constexpr int64_t chunk_tokens = 128;  // a unit of work and of summation: results don't depend on the thread count
-constexpr int64_t exact_tokens = 32;   // summed in float before they are added in double
-constexpr int at_once = 4;             // tokens per sweep over the channels: sums are loaded and stored once for four
+constexpr int64_t chunk_tokens = 128;  // the unit of work and of summation, so results don't depend on the thread count
+constexpr int64_t exact_tokens = 32;   // summed in float, then added in double
+// tokens per sweep over the channels: sums are loaded and stored once per four tokens
+constexpr int at_once = 4;
 
 struct Chunk {
   int64_t plane, first, count;  // tokens counted within the plane
@@ -17,7 +18,7 @@ struct Chunk {
 
 PVDM_INLINE int64_t chunks_of(int64_t tokens) { return (tokens + chunk_tokens - 1) / chunk_tokens; }
 
-// Cuts planes into chunks; none holds tokens of two planes. halved: planes at half their size.
+// Cuts planes into chunks. No chunk spans two planes. halved: planes at half their size.
 struct Chunks {
   Planes planes;
   bool halved;
@@ -45,7 +46,7 @@ PVDM_INLINE float scale_shift_at(const PlaneNormInputs& in, int64_t b, int64_t i
   return in.scale_shift.data ? in.scale_shift.as<float>()[b * 2 * in.x.size[2] + i] : 0.0f;
 }
 
-// Adds `count` floats to doubles and clears them.
+// Adds `count` floats to doubles, and clears the floats.
 PVDM_INLINE void flush(float* from, double* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     to[i] += from[i];

@@ -1,7 +1,7 @@
-// plane_norm, backward: one pass over x and grad for the sums, one to write dx; the normed values are computed again.
+// plane_norm, backward: one pass over x and grad for the sums, one that writes dx. Normed values are recomputed.
 //
-// With n = (x - mean) rstd, z = n slope + rest (weight, bias and FiLM folded), dz the gradient of z:
-// dx = rstd (slope dz - avg(slope dz) - n avg(slope dz n)), averages over a group's tokens and channels.
+// With n = (x - mean) rstd, z = n slope + rest (weight, bias and FiLM folded), dz the gradient of z: dx = rstd (slope
+// dz - avg(slope dz) - n avg(slope dz n)), averaged over a group's tokens and channels.
 #include "plane_norm.h"
 
 namespace pvdm::PVDM_ISA {
@@ -9,7 +9,7 @@ namespace {
 
 enum Row { mean_row, rstd_row, slope_row, rest_row, gain_row, level_row, tilt_row, row_count };
 
-// The gradient of one plane, read as if at the resolution of x: the transpose of the resampling.
+// The gradient of one plane, read as if it had the resolution of x: the transpose of the resampling.
 template <class T>
 struct PlaneGrad {
   const T* data;
@@ -17,12 +17,12 @@ struct PlaneGrad {
   int resample;
 
   inline __attribute__((always_inline)) Vec at(int64_t n, int64_t c, int count) const {
-    if (resample == 0) return load(data + n * stride + c, count);
+    if (resample == 0) return load_n(data + n * stride + c, count);
     const int64_t i = n / columns, j = n % columns;
-    if (resample < 0) return load(data + (i / 2 * (columns / 2) + j / 2) * stride + c, count) * 0.25f;
+    if (resample < 0) return load_n(data + (i / 2 * (columns / 2) + j / 2) * stride + c, count) * 0.25f;
     const T* corner = data + (2 * i * 2 * columns + 2 * j) * stride + c;
-    return (load(corner, count) + load(corner + stride, count)) +
-           (load(corner + 2 * columns * stride, count) + load(corner + (2 * columns + 1) * stride, count));
+    return (load_n(corner, count) + load_n(corner + stride, count)) +
+           (load_n(corner + 2 * columns * stride, count) + load_n(corner + (2 * columns + 1) * stride, count));
   }
 };
 
@@ -45,7 +45,7 @@ void accumulate(const PlaneGrad<T>& grad, const T* x, int64_t stride, int64_t n,
     const Vec slope = load(rows + slope_row * padding + c), rest = load(rows + rest_row * padding + c);
     Vec a = load(first + c), b = load(second + c);
     for (int64_t i = n; i < n + tokens; i++) {
-      const Vec normed = (load(x + i * stride + c, count) - mean) * rstd;
+      const Vec normed = (load_n(x + i * stride + c, count) - mean) * rstd;
       const Vec dz = through_activation<activation>(grad.at(i, c, count), normed * slope + rest);
       a += dz;
       b += dz * normed;
@@ -78,15 +78,15 @@ void write_chunk(const PlaneGrad<T>& grad, const T* x, int64_t stride, const Chu
   for (int64_t n = chunk.first; n < chunk.first + chunk.count; n++)
     for (int64_t c = 0; c < channels; c += lanes) {
       const int count = count_at(c, channels);
-      const Vec normed = (load(x + n * stride + c, count) - load(rows + c)) * load(rows + rstd_row * padding + c);
+      const Vec normed = (load_n(x + n * stride + c, count) - load(rows + c)) * load(rows + rstd_row * padding + c);
       const Vec z = normed * load(rows + slope_row * padding + c) + load(rows + rest_row * padding + c);
       const Vec dz = through_activation<activation>(grad.at(n, c, count), z);
       const Vec back = load(rows + level_row * padding + c) + normed * load(rows + tilt_row * padding + c);
-      store(dx + n * channels + c, dz * load(rows + gain_row * padding + c) - back, count);
+      store_n(dx + n * channels + c, dz * load(rows + gain_row * padding + c) - back, count);
     }
 }
 
-// Rows of every (batch element, plane), as far as they are known before the sums.
+// For every (batch element, plane), the rows that are known before the sums.
 void prepare(const PlaneNormInputs& in, float* parameters) {
   const int64_t channels = in.x.size[2], padding = padded(channels), planes = in.planes.count;
   for (int64_t b = 0; b < in.x.size[0]; b++)
@@ -102,7 +102,7 @@ void prepare(const PlaneNormInputs& in, float* parameters) {
       }
 }
 
-// From the chunks' sums: the gradients of weight, bias and FiLM, and the remaining rows. Chunks are added in order.
+// From the chunks' sums: gradients of weight, bias and FiLM, and the remaining rows. Chunks are added in order.
 void combine(const PlaneNormInputs& in, const double* sums, const Chunks& chunks, const TensorView& dscale_shift,
              float* parameters, double* dweight, double* dbias, double* totals) {
   const int64_t channels = in.x.size[2], padding = padded(channels), width = channels / in.groups;

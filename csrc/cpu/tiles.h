@@ -1,12 +1,12 @@
-// The tile instructions of AMX, in assembly: GCC has their intrinsics from 11 on only, and in 12 they don't tell the
-// optimiser that loading a tile reads memory.
+// AMX tile instructions, in assembly. GCC has intrinsics only from 11 on, and those of GCC 12 don't tell the optimiser
+// that loading a tile reads memory.
 #pragma once
 #include <cstdint>
 
 namespace pvdm::PVDM_ISA {
 namespace {
 
-// The operand of LDTILECFG: all eight tiles have 16 rows of 64 bytes.
+// The operand of LDTILECFG: eight tiles of 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -30,7 +30,7 @@ template <int tile>
 void store_tile(float* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(tile), "r"(to), "r"(stride * 4) : "memory");
 }
-// sum[m][n] += of all words k: low(a[m][k]) low(b[k][n]) + high(a[m][k]) high(b[k][n]).
+// sum[m][n] += sum over words k of low(a[m][k]) low(b[k][n]) + high(a[m][k]) high(b[k][n]).
 template <int sum, int a, int b>
 void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));

@@ -1,4 +1,4 @@
-// From three planes to a lattice and back; the formulas are in pvdm_fast/backends/reference/triplane_expand.py.
+// triplane_expand: from three planes to a lattice and back. Formula: pvdm_fast/backends/reference/triplane_expand.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"
@@ -18,12 +18,12 @@ void transpose_weight(const TensorView& weight, int64_t padding, float* out) {
             c < channels ? weight.as<float>()[p * weight.stride[0] + c * weight.stride[1] + d * weight.stride[2]] : 0;
 }
 
-// One to four tokens: out[token] = x[token] @ weight + bias, all rows padded.
+// One to four tokens: out[token] = x[token] @ weight + bias. All rows are padded.
 template <class T>
 void project_tokens(const T* const* x, int count, const float* weight, const float* bias, int64_t depth,
                     int64_t padding, float* values, float* out) {
   for (int i = 0; i < tokens_at_once; i++)
-    for (int64_t d = 0; d < depth; d++) values[i * depth + d] = load(x[i < count ? i : 0] + d, 1)[0];
+    for (int64_t d = 0; d < depth; d++) values[i * depth + d] = load_n(x[i < count ? i : 0] + d, 1)[0];
   for (int64_t c = 0; c < padding; c += lanes) {
     Vec sum[tokens_at_once];
     for (auto& s : sum) s = load(bias + c);
@@ -35,7 +35,7 @@ void project_tokens(const T* const* x, int count, const float* weight, const flo
   }
 }
 
-// All tokens of one batch element, each with its plane's weights.
+// All tokens of one batch element, each with the weight of its plane.
 template <class T>
 void project(const T* planes, int64_t stride, const float* weight, const float* bias, int64_t depth, int64_t padding,
              const Layout& layout, int threads, float* values, float* out) {
@@ -56,7 +56,7 @@ void project(const T* planes, int64_t stride, const float* weight, const float* 
   });
 }
 
-// out[t, h, w] = xy[h, w] + yt[t, w] + xt[t, h]: units (h, t), so that a row of xy stays in cache for all t.
+// out[t, h, w] = xy[h, w] + yt[t, w] + xt[t, h]. Units are (h, t), so that a row of xy stays in cache for all t.
 template <class T>
 void broadcast_sum(const float* projected, int64_t channels, int64_t padding, const Layout& layout, int threads,
                    T* out) {
@@ -71,13 +71,13 @@ void broadcast_sum(const float* projected, int64_t channels, int64_t padding, co
         T* to = out + ((t * layout.height + h) * width + w) * channels;
         int64_t c = 0;
         for (; c + lanes <= channels; c += lanes) store(to + c, load(a + c) + load(b + c) + load(last + c));
-        if (c < channels) store(to + c, load(a + c) + load(b + c) + load(last + c), count_at(c, channels));
+        if (c < channels) store_n(to + c, load(a + c) + load(b + c) + load(last + c), count_at(c, channels));
       }
     }
   });
 }
 
-// The three sums of one slice of `vectors` registers of channels. `count` is below lanes in the last, cut one only.
+// The three sums for `vectors` registers of channels. Only in the last slice `count` may be below the number of lanes.
 template <class T, int vectors>
 void sum_slice(const T* grad, int64_t stride, float* sums, int64_t channels, const Layout& layout, int count) {
   float *xy = sums, *yt = sums + layout.offset(1) * channels, *xt = sums + layout.offset(2) * channels;
@@ -88,13 +88,13 @@ void sum_slice(const T* grad, int64_t stride, float* sums, int64_t channels, con
         const T* g = grad + ((t * layout.height + h) * layout.width + w) * stride;
         float *over_time = xy + (h * layout.width + w) * channels, *over_height = yt + (t * layout.width + w) * channels;
         for (int v = 0; v < vectors; v++) {
-          const Vec x = load(g + v * lanes, count);
+          const Vec x = load_n(g + v * lanes, count);
           row[v] += x;
-          store(over_time + v * lanes, t ? load(over_time + v * lanes, count) + x : x, count);
-          store(over_height + v * lanes, h ? load(over_height + v * lanes, count) + x : x, count);
+          store_n(over_time + v * lanes, t ? load_n(over_time + v * lanes, count) + x : x, count);
+          store_n(over_height + v * lanes, h ? load_n(over_height + v * lanes, count) + x : x, count);
         }
       }
-      for (int v = 0; v < vectors; v++) store(xt + (t * layout.height + h) * channels + v * lanes, row[v], count);
+      for (int v = 0; v < vectors; v++) store_n(xt + (t * layout.height + h) * channels + v * lanes, row[v], count);
     }
 }
 
@@ -117,7 +117,7 @@ void triplane_expand_forward(const TensorView& planes, const TensorView& weight,
   })
 }
 
-// A thread owns slices of channels, so each sum has one owner and one order, whatever the number of threads.
+// A thread owns slices of channels. So each sum has one owner and a fixed order, for any number of threads.
 void triplane_expand_sums(const TensorView& grad, const TensorView& sums, const Layout& layout, int threads) {
   constexpr int wide = 4;
   const int64_t batch = grad.size[0], channels = grad.size[2];

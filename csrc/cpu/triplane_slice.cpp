@@ -1,5 +1,5 @@
-// triplane_slice: sequences along one axis of a lattice, a token at their end, positions added; and the way back, which
-// reads the gradient once. Formula: pvdm_fast/backends/reference/triplane_slice.py.
+// triplane_slice: sequences along one axis of a lattice, with a token appended and positions added. Backward reads the
+// gradient once. Formula: pvdm_fast/backends/reference/triplane_slice.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
 #include "vec.h"
@@ -7,7 +7,8 @@
 namespace pvdm::PVDM_ISA {
 namespace {
 
-constexpr int64_t chunk_sequences = 64;  // summed in float before doubles; results don't depend on the thread count
+// sequences summed in float, then added in double; so results don't depend on the thread count
+constexpr int64_t chunk_sequences = 64;
 
 // Where the sequences of one plane lie in the lattice: element l of sequence `site` is token start(site) + l step().
 struct Sequences {
@@ -23,22 +24,23 @@ struct Sequences {
   }
 };
 
-// ahead: what will be read next; its rows are far apart, which the CPU's own prefetching does not follow.
+// ahead: the row to prefetch. Rows are too far apart for the CPU's own prefetching.
 template <class T>
 void add_row(const T* x, const T* ahead, const float* positions, T* out, int64_t channels) {
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
     __builtin_prefetch(ahead + c);
-    store(out + c, load(x + c, count) + load(positions + c), count);
+    store_n(out + c, load_n(x + c, count) + load(positions + c), count);
   });
 }
 
-// Copies a row of the gradient (the token's has no place to go) and adds it to the sum of its position.
+// Adds a row of the gradient to the sum of its position, and copies it to dx if `copied` (the token's row has no place
+// there).
 template <class T, bool copied>
 void take_row(const T* grad, T* dx, const T* ahead, float* sum, int64_t channels) {
   for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
     if (copied) __builtin_prefetch(ahead + c, 1);
-    const Vec g = load(grad + c, count);
-    if (copied) store(dx + c, g, count);
+    const Vec g = load_n(grad + c, count);
+    if (copied) store_n(dx + c, g, count);
     store(sum + c, load(sum + c) + g);
   });
 }
@@ -50,7 +52,7 @@ void triplane_slice_forward(const TensorView& x, const TensorView& token, const 
   const Sequences sequences{layout, plane};
   const int64_t channels = x.size[2], padding = padded(channels), length = sequences.length(), step = sequences.step();
   const int64_t sites = sequences.sites(), units = x.size[0] * sites;
-  const Buffer rows((length + 1) * padding * 4);  // the positions, the token added to the last
+  const Buffer rows((length + 1) * padding * 4);  // positions, with the token added to the last
   for (int64_t l = 0; l <= length; l++)
     for (int64_t c = 0; c < padding; c++)
       rows.floats()[l * padding + c] = c >= channels ? 0
@@ -65,7 +67,7 @@ void triplane_slice_forward(const TensorView& x, const TensorView& token, const 
         add_row(from + l * stride, from + (l + 1 < length ? l + 1 : l) * stride, rows.floats() + l * padding,
                 to + l * channels, channels);
       for_registers(channels, [&](int64_t c, int count) PVDM_BODY {
-        store(to + length * channels + c, load(rows.floats() + length * padding + c), count);
+        store_n(to + length * channels + c, load(rows.floats() + length * padding + c), count);
       });
     }
   }))

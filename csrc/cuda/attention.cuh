@@ -1,4 +1,4 @@
-// The geometry that the attention kernels share: rows of a sequence by strides, and blocks of rows by segments.
+// Shared by the attention kernels: how rows of a sequence are addressed, and how segments are cut into blocks of rows.
 #pragma once
 #include "../constants.h"
 #include "attention.h"
@@ -8,7 +8,7 @@ namespace pvdm::cuda {
 
 constexpr int max_segments = 32;
 
-// Rows (L, d) of a tensor (B, sites, L, ..., d) for each (batch, site, head), at one of the parts q, k, v.
+// One of q, k, v of a tensor (B, sites, L, ..., d): rows (L, d) for each (batch, site, head).
 template <class T>
 struct Rows {
   T* data;
@@ -30,17 +30,18 @@ struct Logs {
 };
 inline Logs logs_of(const TensorView& t) { return {t.as<float>(), t.stride[0], t.stride[1], t.stride[2]}; }
 
-// The cut of every sequence into blocks of rows that lie in one segment.
+// How every sequence is cut into blocks of rows. No block spans two segments.
 struct Cut {
-  int64_t sites, heads, blocks;  // blocks of rows a sequence
-  int segments, rows;             // rows a block
+  int64_t sites, heads, blocks;  // blocks: per sequence
+  int segments, rows;             // rows: per block
   int offset[max_segments + 1];
 
   struct Block {
     int64_t batch, site, head;
-    int begin, end, first;  // the segment, and the block's first row
+    int begin, end, first;  // the segment's bounds, and the block's first row
   };
-  // Blocks of one sequence are neighbours, so that its keys stay in the L2 cache; then heads, sites, batches.
+  // Neighbouring indices are blocks of one sequence, so that its keys stay in the L2 cache. Then come heads, sites,
+  // batches.
   __device__ Block at(int64_t index) const {
     int64_t block = index % blocks, rest = index / blocks;
     Block found{rest / heads / sites, rest / heads % sites, rest % heads, 0, 0, 0};

@@ -1,8 +1,8 @@
-// Attention of 16-bit tensors by tensor cores (mma.m16n8k16), flash-style: no score leaves the registers.
+// Attention of 16-bit tensors on tensor cores (mma.m16n8k16), flash-style: scores never leave the registers.
 //
-// Four warps own 16 rows each of a block of 64: queries in the forward pass and for dq, keys for dk and dv. The rows of
-// the other side come through shared memory in two stages, copied while the stage before is computed with. Every output
-// has one writer and sums run in the order of the rows: no atomics, the same bits every time.
+// Each of four warps owns 16 rows of a block of 64: queries in the forward pass and for dq, keys for dk and dv. Rows of
+// the other side pass through shared memory in two stages: one is copied while the other is used. Every output has one
+// writer, and sums run in the order of the rows. There are no atomics, so results are bitwise reproducible.
 #include "attention.cuh"
 #include "attention_tiles.cuh"
 
@@ -13,10 +13,11 @@ namespace {
 
 constexpr unsigned whole_warp = 0xffffffffu;
 
-// Rows of the other side a stage. 64 rows of 128 channels in two stages would take 70 KiB, with the own rows 104.
+// Rows of the other side per stage. Two stages of 64 rows x 128 channels would take 70 KiB, or 104 with the block's own
+// rows.
 template <int depth>
 constexpr int stage_rows = depth <= 64 ? 64 : 32;
-// The backward pass holds two products a step in registers: 32 rows of 128 channels would spill.
+// The backward pass holds two products per step in registers. With 32 rows of 128 channels they would spill.
 template <int depth>
 constexpr int backward_rows = depth <= 64 ? 32 : 16;
 
@@ -24,7 +25,7 @@ __device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x)
 __device__ __forceinline__ int lane_row(int half) { return static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half; }
 __device__ __forceinline__ int lane_column(int n, int i) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
 
-// Two tensors of one side, staged together: the first is rotated.
+// Two tensors of one side that are staged together. The first one is rotated.
 template <class T, int depth, int rows>
 struct Stages {
   T* memory;
@@ -38,7 +39,7 @@ struct Stages {
     second(s).template fetch<rows>(y, y_stride, start, end, width);
     commit_copies();
   }
-  // After this, the stage can be read by all, and the next is on its way.
+  // Afterwards all threads can read stage s, and the copy of the next one has started.
   __device__ void advance(int s, int start, const float* sin, const float* cos) const {
     if (start + rows < end) {
       fetch(s ^ 1, start + rows);
@@ -53,12 +54,12 @@ struct Stages {
   }
 };
 
-// The softmax so far of the two rows that a lane has a part of, in powers of two. The largest score begins finite: a row
-// of -inf then has weights of 0, and no -inf - -inf. (With base_of instead, 8 bytes spill on sm_80.)
+// The running softmax of the two rows that a lane shares, in base 2. The largest score starts finite, so that a row of
+// -inf gets weights of 0 instead of -inf - -inf. (With base_of instead, 8 bytes spill on sm_80.)
 struct Softmax {
   float largest[2] = {-FLT_MAX, -FLT_MAX}, total[2] = {0, 0};
 
-  // The scores of keys start ... become weights, and `sum`, of the weighted values so far, fits the new maxima.
+  // Turns the scores of keys start ... into weights, and rescales `sum`, the weighted values so far, to the new maxima.
   template <int score_tiles, int sum_tiles>
   __device__ __forceinline__ void take(float (&score)[score_tiles][4], float (&sum)[sum_tiles][4], float scale, int start,
                                        int end) {
@@ -85,7 +86,7 @@ struct Softmax {
       for (int n = 0; n < sum_tiles; n++) sum[n][2 * half] *= factor, sum[n][2 * half + 1] *= factor;
     }
   }
-  // The totals of whole rows, from those of their four lanes.
+  // Adds the totals of the four lanes that share a row.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(matrix_threads)
                          nullptr, nullptr);
 }
 
-// delta of the block's rows, sum of grad * out: two threads a row.
+// delta of the block's rows: the sum of grad * out. Two threads per row.
 template <class T, int depth>
 __device__ __forceinline__ void find_delta(const Tile<T, depth>& grad, const T* out, int64_t row_stride,
                                            const Cut::Block& at, int width, float* delta) {
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(matrix_threads)
   if (sin) queries.rotate(own_rows, sin, cos, at.first, at.end, width);
   float* deltas = delta.of(at.batch, at.site, at.head);
   find_delta(incoming, out.of(at.batch, at.site, at.head), out.row, at, width, deltas);
-  __syncthreads();  // also: deltas are seen by the block
+  __syncthreads();  // also publishes the deltas to the block
 
   float log_sum[2], product[2];
 #pragma unroll
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(matrix_threads)
   store_values<T, depth>(dvalue, dv.of(at.batch, at.site, at.head), dv.row, first, at.end, width, one, nullptr, nullptr);
 }
 
-// Bytes of shared memory: the own rows of `own` tensors and two stages of two.
+// Bytes of shared memory: the block's own rows of `own` tensors, and two stages of two tensors.
 template <int depth>
 constexpr size_t shared_bytes(int own, int rows) {
   return sizeof(uint16_t) * (depth + 8) * static_cast<size_t>(own * own_rows + 4 * rows);

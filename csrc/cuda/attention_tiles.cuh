@@ -1,4 +1,4 @@
-// Tiles of rows in shared memory and their products by tensor cores.
+// Tiles of rows in shared memory, and their products on tensor cores.
 #pragma once
 #include "attention.cuh"
 
@@ -6,14 +6,16 @@ namespace pvdm::cuda {
 
 constexpr int matrix_threads = 128, own_rows = 64;  // a warp owns 16 rows
 
-// `rows` rows of `depth` channels. Rows are 8 elements longer, so that eight of them meet no bank twice in ldmatrix.
+// `rows` rows of `depth` channels. Each row is padded by 8 elements, so that the eight rows of an ldmatrix use
+// different banks.
 template <class T, int depth>
 struct Tile {
   static constexpr int stride = depth + 8;
   T* at;
   __device__ T* row(int r) const { return at + r * stride; }
 
-  // Rows first ... of a sequence, asynchronously; zeros from `end` on and beyond `width`. All copies are issued together.
+  // Starts asynchronous copies of rows first ... of a sequence. From row `end` and channel `width` on, zeros are
+  // written.
   template <int rows>
   __device__ __forceinline__ void fetch(const T* from, int64_t row_stride, int first, int end, int width) const {
     static_assert(rows * (depth / 8) % matrix_threads == 0);
@@ -25,7 +27,7 @@ struct Tile {
       copy_async(row(r) + c, valid ? from + (first + r) * row_stride + c : from, valid);
     }
   }
-  // In site: x cos + R(x) sin for neighbouring pairs (a, b) -> (-b, a).
+  // In place: x cos + R(x) sin, where R takes each pair of neighbours (a, b) to (-b, a).
   __device__ __forceinline__ void rotate(int rows, const float* sin, const float* cos, int first, int end,
                                          int width) const {
     for (int i = static_cast<int>(threadIdx.x); i < rows * (depth / 8); i += matrix_threads) {
@@ -43,28 +45,29 @@ struct Tile {
       store_pack<true>(row(r) + c, 8, y);
     }
   }
-  // 16 rows and channels as the left factor of mma.
+  // 16 rows x 16 channels as the left operand of mma.
   __device__ __forceinline__ void left(uint32_t (&a)[4], int r, int k) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     ldmatrix_x4(a, row(r + lane % 16) + k + lane / 16 * 8);
   }
-  // The right factors of two products with this tile's transpose: rows r ... r + 7 in b[0], b[1], the next eight in b[2], b[3].
+  // The right operands of two products with this tile's transpose: rows r ... r + 7 in b[0], b[1], and the next eight
+  // in b[2], b[3].
   __device__ __forceinline__ void right_transposed(uint32_t (&b)[4], int r, int k) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     ldmatrix_x4(b, row(r + lane / 16 * 8 + lane % 8) + k + lane / 8 % 2 * 8);
   }
-  // The same with this tile itself: channels n ... n + 7 in b[0], b[1], the next eight in b[2], b[3].
+  // The same for the tile itself: channels n ... n + 7 in b[0], b[1], and the next eight in b[2], b[3].
   __device__ __forceinline__ void right(uint32_t (&b)[4], int r, int n) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     ldmatrix_x4<true>(b, row(r + lane % 16) + n + lane / 16 * 8);
   }
 };
 
-// Values of a 16 x columns matrix that a lane holds: [n][i] is row lane / 4 + i / 2 * 8, column 8 n + lane % 4 * 2 + i % 2.
+// A lane's values of a 16 x columns matrix: [n][i] is row lane / 4 + i / 2 * 8, column 8 n + lane % 4 * 2 + i % 2.
 template <int columns>
 using Values = float[columns / 8][4];
 
-// out (16 x columns) = left (16 x depth) right.T; left(a, k) gives the left factor at channel k.
+// out (16 x columns) = left (16 x depth) right.T. left(a, k) loads the left operand at channel k.
 template <class T, int depth, int columns, class Left>
 __device__ __forceinline__ void multiply_transposed(Values<columns>& out, const Left& left, const Tile<T, depth>& right) {
 #pragma unroll
@@ -103,7 +106,7 @@ __device__ __forceinline__ void multiply_add(Values<depth>& out, const Values<ro
   }
 }
 
-// The warp's 16 rows to global memory, times one factor a row half; rotated back where there are tables.
+// Writes the warp's 16 rows to global memory, times one factor per half. With tables, rows are rotated back.
 template <class T, int depth>
 __device__ __forceinline__ void store_values(const Values<depth>& values, T* to, int64_t row_stride, int first, int end,
                                              int width, const float (&factor)[2], const float* sin, const float* cos) {
@@ -123,7 +126,7 @@ __device__ __forceinline__ void store_values(const Values<depth>& values, T* to,
         x = a * cos[at] + b * sin[at + 1];
         y = b * cos[at + 1] - a * sin[at];
       }
-      // By memcpy it would be four stores of a byte each.
+      // memcpy would compile to four stores of one byte.
       *reinterpret_cast<uint32_t*>(to + row * row_stride + c) = pack_pair<T>(x, y);
     }
   }

@@ -1,25 +1,25 @@
 // Attention without tensor cores: for float32, and for sequences too short to fill a tensor core's tile.
 //
-// A query (or, for dk and dv, a key) belongs to `parts` neighbouring threads with 32 channels each, in packs of eight. A
-// block takes several whole sequences where they are short: what they attend to is staged in shared memory, rotated on the
-// way, a chunk of rows at a time. Each output has one writer; sums run in the order of the rows.
+// Each query (for dk and dv: each key) belongs to `parts` neighbouring threads with 32 channels each, in packs of
+// eight. A block takes several whole sequences if they are short. The rows that they attend to are staged in shared
+// memory a chunk at a time, rotated on the way. Each output has one writer, and sums run in the order of the rows.
 #include "attention.cuh"
 
 namespace pvdm::cuda {
 namespace {
 
 constexpr int threads = 128, own = 32, packs = own / 8;
-constexpr int shared_floats = 10 << 10;  // with the blocks' table just below 48 KiB, which needs no permission
+constexpr int shared_floats = 10 << 10;  // just below 48 KiB with the block's table; more would need permission
 constexpr unsigned whole_warp = 0xffffffffu;
 
-// Where a block's threads stand.
+// How a block's threads are laid out.
 struct Shape {
-  int parts;      // threads a row: 1, 2, 4, 8 for d up to 32, 64, 128, 256
+  int parts;      // threads per row: 1, 2, 4 or 8 for d up to 32, 64, 128 or 256
   int width;      // d
   int rows;       // rows of one sequence that a block owns
-  int sequences;  // that a block takes
-  int chunk;      // rows of each sequence that are staged at a time
-  int stride;     // floats between staged rows; off by four from a multiple of 32, so that rows meet different banks
+  int sequences;  // per block
+  int chunk;      // staged rows of each sequence
+  int stride;     // floats between staged rows: 4 more than a multiple of 32, so that rows use different banks
 };
 
 Shape shape_of(int64_t width, int64_t longest, bool alone, int staged) {
@@ -33,10 +33,11 @@ Shape shape_of(int64_t width, int64_t longest, bool alone, int staged) {
   return s;
 }
 
-// Pack i of a thread's channels starts here. Rows are 16-byte aligned and d is a multiple of 8, so that a pack is whole.
+// The first channel of pack i of a thread. Rows are 16-byte aligned and d is a multiple of 8, so that every pack is
+// whole.
 __device__ __forceinline__ int channel_of(int i, const Shape& s, int part) { return (i * s.parts + part) * 8; }
 
-// The thread's channels of a row. Beyond d, and of rows that aren't there: zeros.
+// Loads the thread's channels of a row. Zeros beyond d, and for rows that don't exist.
 template <class T>
 __device__ __forceinline__ void load_own(const T* row, bool there, const Shape& s, int part, float (&out)[own]) {
 #pragma unroll
@@ -67,7 +68,8 @@ __device__ __forceinline__ void store_own(T* row, const Shape& s, int part, cons
   }
 }
 
-// x cos + R(x) sin for neighbouring pairs (a, b) -> (-b, a), or the transpose, which takes a gradient back.
+// x cos + R(x) sin, where R takes each pair of neighbours (a, b) to (-b, a). Or the transpose, which rotates a gradient
+// back.
 __device__ __forceinline__ void rotate_own(float (&x)[own], const float* sin, const float* cos, const Shape& s, int part,
                                            bool transpose) {
 #pragma unroll
@@ -86,7 +88,7 @@ __device__ __forceinline__ void rotate_own(float (&x)[own], const float* sin, co
   }
 }
 
-// One row into shared memory, by `parts` threads.
+// Copies one row into shared memory, with `parts` threads.
 template <class T>
 __device__ __forceinline__ void stage_row(float* to, const T* row, bool there, const float* sin, const float* cos,
                                           const Shape& s, int part) {
@@ -122,14 +124,14 @@ __device__ __forceinline__ float sum_parts(float x, int parts) {
   return x;
 }
 
-// What a thread owns: a row of a sequence. Rows that aren't there own nothing, but take part in shuffles and barriers.
+// The row that a thread owns. Threads without a row own nothing, but still take part in shuffles and barriers.
 struct Owner {
   int part, sequence, row;
   bool there;
   Cut::Block at;
 };
 
-// Fills the table of the block's sequences and finds the thread's site in it.
+// Fills the table of the block's sequences, and finds the thread's place in it.
 __device__ __forceinline__ Owner find_owner(const Cut& cut, const Shape& s, int64_t units, Cut::Block* table) {
   if (static_cast<int>(threadIdx.x) < s.sequences) {
     const int64_t unit = blockIdx.x * int64_t{s.sequences} + threadIdx.x;
@@ -146,7 +148,7 @@ __device__ __forceinline__ Owner find_owner(const Cut& cut, const Shape& s, int6
   return o;
 }
 
-// Rows start ... start + chunk of every sequence's segment, of two tensors; the first is rotated.
+// Stages rows start ... start + chunk of every sequence's segment, for two tensors. The first one is rotated.
 template <class T>
 __device__ __forceinline__ void stage(float* shared, const Rows<const T>& x, const Rows<const T>& y, const float* sin,
                                       const float* cos, int start, const Shape& s, const Cut::Block* table) {
@@ -162,10 +164,10 @@ __device__ __forceinline__ void stage(float* shared, const Rows<const T>& x, con
   }
 }
 
-// The softmax so far of one query, in powers of two.
+// The running softmax of one query, in base 2.
 struct Softmax {
   float largest = -INFINITY, sum = 0;
-  // The factor for what was summed before `score` came; `weight` is the score's own.
+  // Returns the factor for sums of earlier scores. `weight` becomes that of `score`.
   __device__ float take(float score, float& weight) {
     const float next = fmaxf(largest, score), base = base_of(next);
     const float factor = fast_exp2(largest - base);
@@ -176,7 +178,7 @@ struct Softmax {
   }
 };
 
-// A tensor's row of this thread, rotated.
+// Loads this thread's row of a tensor, rotated.
 template <class T>
 __device__ __forceinline__ void load_rotated(const Rows<const T>& x, const Owner& o, const float* sin, const float* cos,
                                              const Shape& s, float (&out)[own]) {
@@ -184,7 +186,7 @@ __device__ __forceinline__ void load_rotated(const Rows<const T>& x, const Owner
   const int64_t table = int64_t{o.row} * s.width;
   if (sin && o.there) rotate_own(out, sin + table, cos + table, s, o.part, false);
 }
-// A gradient's row of this thread: times `factor`, rotated back.
+// Stores this thread's row of a gradient, times `factor`, rotated back.
 template <class T>
 __device__ __forceinline__ void store_rotated(const Rows<T>& to, const Owner& o, const float* sin, const float* cos,
                                               const Shape& s, float (&x)[own], float factor) {
@@ -208,7 +210,8 @@ __global__ void __launch_bounds__(threads)
     stage(shared, k, v, sin, cos, start, s, table);
     __syncthreads();
     const float *keys = shared + o.sequence * s.chunk * s.stride, *values = keys + s.sequences * s.chunk * s.stride;
-    for (int j = 0; j < s.chunk && start + j < longest; j++) {  // as often in every thread, for the shuffles
+    // the same number of times in every thread, because of the shuffles
+    for (int j = 0; j < s.chunk && start + j < longest; j++) {
       const bool there = o.there && o.at.begin + start + j < o.at.end;
       const int at = (o.there ? j : 0) * s.stride;
       const float score = sum_parts(o.there ? dot(query, keys + at, s, o.part) : 0.0f, s.parts);
@@ -227,7 +230,7 @@ __global__ void __launch_bounds__(threads)
     lse.of(o.at.batch, o.at.site, o.at.head)[o.row] = (softmax.largest + log2f(softmax.sum)) / log2_e;
 }
 
-// dq, and delta = sum of grad * out, which the keys' gradients need.
+// dq, and delta = sum of grad * out, which the kernel for dk and dv needs.
 template <class T>
 __global__ void __launch_bounds__(threads)
     vector_dq(Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<const T> grad, Rows<const T> out,
@@ -294,7 +297,7 @@ __global__ void __launch_bounds__(threads)
   store_rotated<T>(dv, o, nullptr, nullptr, s, dvalue, 1.0f);
 }
 
-// ------------------------------------------------------------------------------------------- one query a sequence
+// ---------------------------------------------------------------------------------------- one query per sequence
 
 __device__ __forceinline__ float product_of(const float (&x)[own], const float (&y)[own], int parts) {
   float sum = 0;
@@ -303,7 +306,7 @@ __device__ __forceinline__ float product_of(const float (&x)[own], const float (
   return sum_parts(sum, parts);
 }
 
-// No key is read twice, so nothing is staged.
+// Each key is read once, so nothing is staged.
 template <class T>
 __global__ void __launch_bounds__(threads)
     single_forward(Rows<const T> q, Rows<const T> k, Rows<const T> v, Cut cut, Shape s, int64_t units, int length,
@@ -354,7 +357,7 @@ __global__ void __launch_bounds__(threads)
   if (o.there) store_own(dq.of(o.at.batch, o.at.site, o.at.head), s, o.part, sum, scale);
 }
 
-// What every launch works out from the tensors.
+// What every launch derives from the tensors.
 struct Work {
   Shape shape;
   Cut cut;

@@ -1,4 +1,5 @@
-// A warp's matrix instructions, asynchronous copies and fast exponential: inline PTX on a device, csrc/emulation on the host.
+// A warp's matrix instructions, asynchronous copies and fast exponential: inline PTX on a device, csrc/emulation on the
+// host.
 #pragma once
 #include "launch.cuh"
 
@@ -17,8 +18,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 #endif
 
-// Four 8 x 8 matrices of 16-bit values from shared memory; lane 8 m + r gives the address of row r of matrix m. Register m
-// gets, of matrix m, row lane / 4 and elements 2 (lane % 4) and the next; `transposed`: column and row swapped.
+// Loads four 8 x 8 matrices of 16-bit values from shared memory. Lane 8 m + r passes the address of row r of matrix m.
+// Register m gets row lane / 4 of matrix m, elements 2 (lane % 4) and the next one. `transposed` swaps column and row.
 template <bool transposed = false>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
 #ifdef PVDM_EMULATE
@@ -37,7 +38,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], const void* row) 
 #endif
 }
 
-// c (16 x 8) += a (16 x 16, by rows) b (16 x 8, by columns), in float; fragments as in the PTX manual, m16n8k16.
+// c (16 x 8) += a (16 x 16, row-major) b (16 x 8, column-major), in float. Fragments as in the PTX manual, m16n8k16.
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -70,7 +71,8 @@ __device__ __forceinline__ void mma_16x8x16<__half>(float (&c)[4], const uint32_
 #undef PVDM_MMA
 #endif
 
-// 16 bytes from global to shared memory, past the registers; zeros where not `valid`. Both addresses 16-byte aligned.
+// Copies 16 bytes from global to shared memory, bypassing registers. Writes zeros if not `valid`. Both addresses must
+// be 16-byte aligned.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
 #ifdef PVDM_EMULATE
   emulation::copy_async(to, from, valid);
@@ -86,7 +88,8 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most `pending` of this thread's newest groups are under way. Other threads' need a barrier too.
+// Waits until at most the `pending` newest groups of this thread are in flight. To see other threads' copies, add a
+// barrier.
 template <int pending>
 __device__ __forceinline__ void wait_copies() {
 #ifdef PVDM_EMULATE
@@ -96,7 +99,7 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// 2^x, within 2 units in the last place; 0 for -infinity.
+// 2^x, within 2 ulp. -infinity gives 0.
 __device__ __forceinline__ float fast_exp2(float x) {
 #ifdef PVDM_EMULATE
   return exp2f(x);
@@ -107,11 +110,11 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-// 2^x with x at most 0: a probability from its logarithm, which rounding must not make more than 1. NaN stays NaN.
+// 2^x for x of at most 0: a probability from its logarithm. Rounding must not make it more than 1. NaN stays NaN.
 __device__ __forceinline__ float probability(float x) { return fast_exp2(x > 0.0f ? 0.0f : x); }
 
-// A score times its scale, rounded: fused with the subtraction of the maximum, which is rounded, the largest score's
-// probability would not be 1 (at 1e6 it would be 1.04).
+// A score times its scale, rounded by itself. Fused with the subtraction of the (rounded) maximum, the largest score's
+// probability would not be 1: at scores of 1e6 it would be 1.04.
 __device__ __forceinline__ float scaled(float score, float scale) {
 #ifdef PVDM_EMULATE
   const volatile float product = score * scale;
@@ -121,10 +124,10 @@ __device__ __forceinline__ float scaled(float score, float scale) {
 #endif
 }
 
-// A maximum as scores are compared with it: where all are -inf so far, their difference would be NaN.
+// The maximum to subtract from scores. Where all scores so far are -inf it is 0, because -inf - -inf is NaN.
 __device__ __forceinline__ float base_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }
 
-// Two values as one register of 16-bit pairs, `low` in the low half.
+// Packs two values into one register of 16-bit halves, `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   T pair[2];

@@ -1,14 +1,15 @@
-// The CUDA kernels: bindings/cuda/<op>.h has the arguments checked, csrc/cuda/<op>.cu computes. Nothing here allocates or waits.
+// The CUDA kernels. bindings/cuda/<op>.h checks their arguments, csrc/cuda/<op>.cu defines them. None allocates or
+// waits.
 #pragma once
 #include "../ops/plane_norm.h"
 
 namespace pvdm::cuda {
 struct LaunchTarget;
 
-// How many floats of workspace either direction needs.
+// Floats of workspace for either direction.
 int64_t triplane_expand_workspace(int64_t batch, int64_t channels, const Layout& layout);
 
-// planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) of the planes' dtype.
+// planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) in the planes' dtype.
 void triplane_expand_forward(const TensorView& planes, const TensorView& weight, const TensorView& bias,
                              const TensorView& out, const TensorView& workspace, const Layout& layout,
                              const LaunchTarget& target);
@@ -17,21 +18,21 @@ void triplane_expand_forward(const TensorView& planes, const TensorView& weight,
 void triplane_expand_sums(const TensorView& grad, const TensorView& sums, const TensorView& workspace,
                           const Layout& layout, const LaunchTarget& target);
 
-// How many floats of workspace the backward direction of triplane_slice needs.
+// Floats of workspace for the backward direction of triplane_slice.
 int64_t triplane_slice_workspace(int64_t batch, int64_t channels, int plane, const Layout& layout);
 
-// x (B, T H W, C), token (C) f32, positions (L + 1, C) f32 -> out (B, sites, L + 1, C); plane 0 xy, 1 yt, 2 xt.
+// x (B, T H W, C), token (C) f32, positions (L + 1, C) f32 -> out (B, sites, L + 1, C). plane: 0 xy, 1 yt, 2 xt.
 void triplane_slice_forward(const TensorView& x, const TensorView& token, const TensorView& positions,
                             const TensorView& out, int plane, const Layout& layout, const LaunchTarget& target);
 
-// grad like out -> dx, dpositions (L + 1, C) f32 (the last is the token's gradient). grad is read once.
+// grad (like out) -> dx, dpositions (L + 1, C) f32, whose last row is the token's gradient. grad is read once.
 void triplane_slice_backward(const TensorView& grad, const TensorView& dx, const TensorView& dpositions,
                              const TensorView& workspace, int plane, const Layout& layout, const LaunchTarget& target);
 
-// How many floats of workspace either direction of plane_norm needs.
+// Floats of workspace for either direction of plane_norm.
 int64_t plane_norm_workspace(int64_t batch, int64_t channels, int64_t groups, const Planes& planes);
 
-// -> y (B, N', C); fills mean and rstd.
+// Writes y (B, N', C), mean and rstd.
 void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const TensorView& workspace, float eps,
                         const LaunchTarget& target);
 void plane_norm_backward(const PlaneNormInputs& in, const PlaneNormGradients& gradients, const TensorView& workspace,

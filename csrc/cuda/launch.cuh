@@ -1,4 +1,4 @@
-// What every .cu file needs: storage types, 16-byte accesses, launches with checks. Also builds with g++ against the
+// Every .cu file needs this: storage types, 16-byte accesses, checked launches. It also builds with g++ against the
 // host stand-in of csrc/emulation (PVDM_EMULATE), which is how the kernels are tested without a GPU.
 #pragma once
 #include <cstdint>
@@ -15,7 +15,7 @@
 #include <cuda_runtime.h>
 #define PVDM_LAUNCH(kernel, grid, block, bytes, stream, ...) \
   (kernel)<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-// Shared memory: an array, and what the launch asked for.
+// Shared memory: a static array, and the dynamic memory of the launch.
 #define PVDM_SHARED(T, name, count) __shared__ T name[count]
 #define PVDM_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(128) unsigned char pvdm_dynamic_shared[]; \
@@ -35,7 +35,7 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": CUDA reports '" + cudaGetErrorString(error) + "'.");
 }
 
-// Makes a device current, and the previous one again at the end.
+// Makes a device current, and restores the previous one at the end.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -50,7 +50,7 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-// More than 48 KiB of shared memory needs to be asked for, kernel by kernel.
+// A kernel must ask for more than 48 KiB of shared memory.
 template <class Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
   if (bytes <= 48 << 10) return;
@@ -58,7 +58,7 @@ void allow_shared(Kernel kernel, size_t bytes) {
         "asking for shared memory");
 }
 
-// A grid of `blocks` blocks in one dimension.
+// A one-dimensional grid of `blocks` blocks.
 inline dim3 grid_of(int64_t blocks) {
   if (blocks > INT32_MAX)
     throw std::invalid_argument("The tensors are too large for one launch (" + std::to_string(blocks) + " blocks).");
@@ -74,7 +74,7 @@ __device__ __forceinline__ void narrow(float x, float& to) { to = x; }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
 __device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half(x); }
 
-// How many elements one 16-byte access holds, and that access.
+// A pack: the elements of one 16-byte access.
 template <class T>
 constexpr int pack = 16 / sizeof(T);
 
@@ -83,7 +83,8 @@ struct alignas(16) Pack {
   T at[pack<T>];
 };
 
-// `aligned`: p is 16-byte aligned and count covers the pack. Missing elements read as zero.
+// `aligned`: p is 16-byte aligned and the pack is whole. Otherwise only `count` elements are accessed, and the others
+// load as zero.
 template <bool aligned, class T>
 __device__ __forceinline__ void load_pack(const T* p, int64_t count, float (&out)[pack<T>]) {
   if (aligned) {
@@ -126,7 +127,7 @@ __device__ __forceinline__ void store_floats(float* p, const float (&values)[cou
     *reinterpret_cast<float4*>(p + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
 }
 
-// Whether every row of a tensor can be read in 16-byte packs.
+// Whether every row of a tensor can be accessed in 16-byte packs.
 template <class T>
 bool rows_aligned(const TensorView& t) {
   bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.size[t.dims - 1] % pack<T> == 0;

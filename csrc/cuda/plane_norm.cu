@@ -1,8 +1,9 @@
-// GroupNorm of packed planes with scale and shift, SiLU and x2 resampling; formulas in pvdm_fast/backends/reference/plane_norm.py.
+// GroupNorm of packed planes with scale and shift, SiLU and x2 resampling. Formula:
+// pvdm_fast/backends/reference/plane_norm.py.
 //
-// Both directions: sums a channel over chunks of tokens, their totals in a fixed order, then one pass that writes. A block
-// has `rows` tokens in flight, each in packs of channels. The gradient of everything follows from two sums a channel: of g
-// and of g n, where g is the gradient after scale and shift and n the normed input.
+// Both directions sum each channel over chunks of tokens, add the chunks' sums in a fixed order, and write in a second
+// pass. A block has `rows` tokens in flight, each in packs of channels. All gradients follow from two sums per channel:
+// of g and of g n, where g is the gradient after scale and shift, and n the normed input.
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -15,7 +16,7 @@ struct PlaneTable {
   int count, chunks;
   int64_t tokens;
   int columns[max_planes], offset[max_planes + 1];
-  int chunk[max_planes + 1];  // the first of a plane
+  int chunk[max_planes + 1];  // each plane's first chunk
   __device__ int of_token(int64_t n) const {
     int p = 0;
     while (n >= offset[p + 1]) p++;
@@ -66,7 +67,8 @@ struct Operands {
 
 __device__ __forceinline__ float sigmoid(float z) { return 1.0f / (1.0f + expf(-z)); }
 
-// The packed token of (row, column) 2 x 2 below `n` of plane p, in a layout of twice the sides (times 4 the offsets).
+// In a layout of twice the sides (so 4 times the offsets): the packed token at (row, column) of the 2 x 2 square below
+// `n` of plane p.
 __device__ __forceinline__ int64_t finer(const PlaneTable& t, int p, int64_t n, int corner) {
   const int64_t local = n - t.offset[p], row = local / t.columns[p], column = local % t.columns[p];
   return 4 * int64_t{t.offset[p]} + (2 * row + corner / 2) * 2 * t.columns[p] + 2 * column + corner % 2;
@@ -83,9 +85,9 @@ Input<T> input_of(const TensorView& t) {
   return {t.as<T>(), t.stride[0], t.stride[1]};
 }
 
-// A grid of batch x chunks x slices of channels; a block's threads are packs x rows.
+// A grid of batch x chunks x slices of channels. A block's threads are packs x rows.
 struct Grid {
-  int packs, rows;  // a block
+  int packs, rows;  // per block
   int64_t slices;
   template <class T>
   static Grid of(int64_t channels) {
@@ -98,7 +100,7 @@ struct Grid {
 struct Where {
   int64_t b, chunk, c;
   int plane, row;
-  int64_t first, end;  // tokens of the chunk
+  int64_t first, end;  // the chunk's tokens
   bool there;
 };
 template <int size>
@@ -115,7 +117,8 @@ __device__ __forceinline__ Where find(const PlaneTable& t, const Grid& g, int64_
   return w;
 }
 
-// Two sums a channel over the block's rows, to partial (2, B, chunks, C): row after row, in shared memory.
+// Writes two sums per channel over the block's rows to partial (2, B, chunks, C). Rows are added in order, in shared
+// memory.
 template <int size>
 __device__ __forceinline__ void add_rows(const float (&a)[size], const float (&b)[size], const Where& w, const Grid& g,
                                          int64_t channels, int64_t batch, int chunks, float* partial) {
@@ -133,7 +136,8 @@ __device__ __forceinline__ void add_rows(const float (&a)[size], const float (&b
     }
 }
 
-// Sums of x - x0 and its square, x0 the group's first value in the plane: no cancellation where the mean is large.
+// Sums of x - x0 and its square. x0 is the group's first value in the plane, so that nothing cancels where the mean is
+// large.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(block_threads)
     statistics(Input<T> x, PlaneTable t, Grid g, int64_t batch, int64_t channels, int64_t width, float* partial) {
@@ -152,7 +156,8 @@ __global__ void __launch_bounds__(block_threads)
   add_rows(sum, square, w, g, channels, batch, t.chunks, partial);
 }
 
-// Adds up a (plane, group)'s two partial sums, times `factor(c)`; every thread of the block (a warp) gets them.
+// Adds up two partial sums of a (plane, group), times `factor(c)`. Every thread of the block (one warp) gets the
+// results.
 template <class Factor>
 __device__ __forceinline__ void add_chunks(const float* partial, const PlaneTable& t, int64_t batch, int64_t b, int plane,
                                            int64_t first, int64_t width, int64_t channels, const Factor& factor,
@@ -169,7 +174,7 @@ __device__ __forceinline__ void add_chunks(const float* partial, const PlaneTabl
   }
 }
 
-// One warp a (batch, plane, group): mean and 1 / standard deviation.
+// One warp per (batch, plane, group): mean and 1 / standard deviation.
 template <class T>
 __global__ void __launch_bounds__(32)
     finish_statistics(Input<T> x, const float* partial, PlaneTable t, int64_t batch, float eps, Operands o) {
@@ -185,8 +190,8 @@ __global__ void __launch_bounds__(32)
   o.rstd[blockIdx.x] = rsqrtf((variance > 0 ? variance : 0.0f) + eps);
 }
 
-// One thread a pack of a token of the coarser side: the input's where sides are kept or doubled, the output's where halved
-// (`t` is that side's table).
+// One thread per pack of a token of the coarser side: the input's if sides are kept or doubled, the output's if they
+// are halved. `t` is the table of that side.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(block_threads)
     apply(Input<T> x, PlaneTable t, int64_t batch, Operands o, T* y) {
@@ -217,8 +222,8 @@ __global__ void __launch_bounds__(block_threads)
 
 // ---------------------------------------------------------------------------------------------------------- backward
 
-// n and g of a pack: the normed input, and the gradient before scale and shift... are undone. `fine`: the gradient's layout
-// has twice the sides (resample up); `coarse`, the gradient's table, where it has half of them.
+// n and g of a pack: the normed input, and the gradient after scale and shift. `fine`: the gradient's layout has twice
+// the sides (resample up). `coarse`: the gradient's table, if it has half the sides.
 template <class T, bool aligned>
 __device__ __forceinline__ void gradient_at(const Input<T>& x, const Input<T>& grad, const PlaneTable& t, const Operands& o,
                                             int64_t b, int plane, int64_t token, int64_t c, float (&normed)[pack<T>],
@@ -269,7 +274,7 @@ __global__ void __launch_bounds__(block_threads)
   add_rows(sum, product, w, grid, o.channels, batch, t.chunks, partial);
 }
 
-// One warp a (batch, plane, group): averages (2, B, planes, groups) of dn and dn n, where dn = g (1 + scale) weight.
+// One warp per (batch, plane, group): averages (2, B, planes, groups) of dn and dn n, where dn = g (1 + scale) weight.
 __global__ void __launch_bounds__(32)
     average(const float* partial, PlaneTable t, int64_t batch, Operands o, float* averages) {
   const int64_t width = o.channels / o.groups, group = blockIdx.x % o.groups, rest = blockIdx.x / o.groups;
@@ -284,7 +289,7 @@ __global__ void __launch_bounds__(32)
   averages[batch * t.count * o.groups + blockIdx.x] = sums[1] / count;
 }
 
-// One thread a channel: the parameters' gradients from the partial sums, in the order of batches and chunks.
+// One thread per channel: the parameters' gradients from the partial sums, in the order of batches and chunks.
 __global__ void __launch_bounds__(block_threads)
     parameter_gradients(const float* partial, int64_t batch, int chunks, Operands o, float* dweight, float* dbias,
                         float* dscale_shift) {

@@ -1,8 +1,8 @@
-// From three planes to a lattice and back; the formulas are in pvdm_fast/backends/reference/triplane_expand.py.
+// triplane_expand: from three planes to a lattice and back. Formula: pvdm_fast/backends/reference/triplane_expand.py.
 //
-// Forward: the planes' products with their weights go to a float workspace (megabytes, stays in L2), then one kernel
-// writes the broadcast sum. Backward: each warp reads a tile of the gradient once and leaves three partial sums; a second
-// kernel adds the tiles' parts in a fixed order. No atomics: results are the same bits every time.
+// Forward: the planes' products with their weights go to a float workspace (megabytes that stay in L2), and a second
+// kernel writes the broadcast sum. Backward: each warp reads a tile of the gradient once and writes three partial sums,
+// and a second kernel adds the tiles' sums in a fixed order. There are no atomics, so results are bitwise reproducible.
 #include "kernels.h"
 #include "launch.cuh"
 
@@ -10,14 +10,15 @@ namespace pvdm::cuda {
 namespace {
 
 constexpr int block_threads = 256, warps = block_threads / 32;
-constexpr int steps = 8;       // times one thread of the broadcast sum writes
-constexpr int channel_lanes = 4;  // of a warp; the other 8 are columns
+constexpr int steps = 8;       // times that one thread of the broadcast sum writes
+constexpr int channel_lanes = 4;  // lanes of a warp along channels; the other 8 are along columns
 constexpr int tile_time = 8, tile_height = 4, tile_width = 32 / channel_lanes;
-constexpr int64_t channel_unit = 32;  // workspace rows are padded to this, so that they are aligned for every dtype
+// workspace rows are padded to this many channels, so that they are aligned for every dtype
+constexpr int64_t channel_unit = 32;
 
 // ---------------------------------------------------------------------------------------------------------- forward
 
-// One block a token: projected[b, n, :] = planes[b, n, :] @ weight[plane].T + bias[plane].
+// One block per token: projected[b, n, :] = planes[b, n, :] @ weight[plane].T + bias[plane].
 template <class T>
 __global__ void __launch_bounds__(block_threads)
     project(const T* planes, int64_t batch_stride, int64_t token_stride, const float* weight, const float* bias,
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-// A thread has one (h, w, pack of channels) and writes up to `steps` times: xy stays in registers, xt in L1.
+// A thread has one (h, w, pack of channels) and writes up to `steps` times. So xy stays in registers and xt in L1.
 // Blocks: batch x time steps x height x parts of a row.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(block_threads)
@@ -67,8 +68,8 @@ __global__ void __launch_bounds__(block_threads)
 
 // --------------------------------------------------------------------------------------------------------- backward
 
-// The partial sums of all tiles, one after another: xy (time tiles, B, H, W, .), yt (height tiles, B, T, W, .),
-// xt (width tiles, B, T, H, .), rows of `padding` floats.
+// The partial sums of all tiles, one after another: xy (time tiles, B, H, W, .), yt (height tiles, B, T, W, .), xt
+// (width tiles, B, T, H, .). Rows have `padding` floats.
 struct Partials {
   int64_t time_tiles, height_tiles, width_tiles, yt_start, xt_start, size;
   __host__ __device__ Partials(int64_t batch, int64_t padding, const Layout& l)
@@ -80,8 +81,8 @@ struct Partials {
         size(xt_start + width_tiles * batch * l.time * l.height * padding) {}
 };
 
-// Sums v over the 8 lanes that differ in `lane / channel_lanes`. The lanes share the work: each ends with one channel in
-// v[0], the returned one; where there are more lanes than channels, several hold the same.
+// Sums v over the 8 lanes that differ in `lane / channel_lanes`. The lanes share the work: each ends with the sum of
+// one channel in v[0], and returns which one. With more lanes than channels, several lanes hold the same sum.
 template <int size>
 __device__ __forceinline__ int reduce_columns(float (&v)[size], int lane) {
   int channel = 0, left = size;
@@ -104,7 +105,8 @@ __device__ __forceinline__ int reduce_columns(float (&v)[size], int lane) {
   return channel;
 }
 
-// One warp a tile of 8 times x 4 rows x 8 columns x 4 packs of channels; channels are the fastest part of the index.
+// One warp per tile of 8 times x 4 rows x 8 columns x 4 packs of channels. Neighbouring warps take neighbouring
+// channels.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(block_threads)
     tile_sums(const T* grad, int64_t batch_stride, int64_t token_stride, int64_t batch, int64_t channels,
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(block_threads)
       store_floats(workspace + (((tt * batch + b) * l.height + h0 + i) * l.width + w) * padding + c, xy[i]);
 }
 
-// One block a token: sums[b, n, :] = its parts, in the order of the tiles.
+// One block per token: sums[b, n, :] = the sum of its parts, in the order of the tiles.
 __global__ void __launch_bounds__(block_threads)
     combine(const float* workspace, int64_t batch, int64_t channels, int64_t padding, Layout l, float* sums) {
   const Partials parts(batch, padding, l);

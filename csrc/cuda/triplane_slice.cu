@@ -1,15 +1,17 @@
-// An axis of the lattice as sequences, with the token at the end and positions added; formulas in
-// pvdm_fast/backends/reference/triplane_slice.py. A thread has one pack of channels. Nothing is read or written twice; the
-// positions' gradient is summed in a fixed order: over `places_each` sites by a thread, then over those.
+// An axis of the lattice as sequences, with a token appended and positions added. Formula:
+// pvdm_fast/backends/reference/triplane_slice.py.
+//
+// A thread has one pack of channels. Everything is read and written once. The positions' gradient is summed in a fixed
+// order: a thread sums `sites_each` sites, and a second kernel adds these sums.
 #include "kernels.h"
 #include "launch.cuh"
 
 namespace pvdm::cuda {
 namespace {
 
-constexpr int block_threads = 256, places_each = 32;
+constexpr int block_threads = 256, sites_each = 32;
 
-// Where sequences lie: x[b, site, i] is row b * tokens + place_of(site) + i * step.
+// Where sequences lie: x[b, site, i] is row b * tokens + row(site, i).
 struct Axis {
   int64_t length, sites, step, inner, inner_stride, outer_stride, tokens;
   __device__ int64_t row(int64_t site, int64_t i) const {
@@ -45,7 +47,7 @@ __global__ void __launch_bounds__(block_threads)
   store_pack<aligned>(out + row * channels + c, channels - c, value);
 }
 
-// dx, and the sum of each position over `places_each` sites.
+// Writes dx, and the sum of each position over `sites_each` sites.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(block_threads)
     unslice(const T* grad, int64_t batch_stride, int64_t site_stride, int64_t row_stride, int64_t batch,
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(block_threads)
   const int64_t c = item % packs * size, i = item / packs % (axis.length + 1), part = item / packs / (axis.length + 1);
   if (part >= parts) return;
   float sum[size] = {};
-  for (int64_t p = part * places_each; p < (part + 1) * places_each && p < batch * axis.sites; p++) {
+  for (int64_t p = part * sites_each; p < (part + 1) * sites_each && p < batch * axis.sites; p++) {
     const int64_t b = p / axis.sites, site = p % axis.sites;
     float value[size];
     load_pack<aligned>(grad + b * batch_stride + site * site_stride + i * row_stride + c, channels - c, value);
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(block_threads) add_parts(const float* partial,
   out[item] = sum;
 }
 
-int64_t parts_of(int64_t batch, const Axis& axis) { return divide_up(batch * axis.sites, places_each); }
+int64_t parts_of(int64_t batch, const Axis& axis) { return divide_up(batch * axis.sites, sites_each); }
 
 }  // namespace
 

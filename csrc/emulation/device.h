@@ -1,9 +1,14 @@
-// A host stand-in for the CUDA device: the vocabulary of the .cu files in C++, so that g++ builds them and tests run them.
+// A host stand-in for a CUDA device: the vocabulary of the .cu files in C++, so that g++ builds them and tests run
+// them.
 //
-// What it catches, and how (tests/backends/cuda/test_emulation.py plants each fault): reads of shared memory that nothing wrote,
-// or that a pending cp.async will write (NaN); missing barriers (schedules that disagree; ThreadSanitizer); barriers and
-// warp operations that only a part reaches, wrong masks, copies never waited for (errors); wrong addresses
-// (AddressSanitizer); missing atomics (ThreadSanitizer). What it can't see: speed, and a tensor core's rounding.
+// tests/backends/cuda/test_emulation.py plants each fault that it catches:
+// - reads of shared memory that nothing wrote, or that a pending cp.async will write: NaN
+// - missing barriers: schedules disagree, and ThreadSanitizer reports a race
+// - barriers and warp operations that not all threads reach, wrong masks, copies never waited for: errors
+// - wrong addresses: AddressSanitizer
+// - missing atomics: ThreadSanitizer
+//
+// It doesn't show speed, nor a tensor core's rounding.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -92,7 +97,7 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
-// Values of any 32-bit type.
+// For values of any 32-bit type.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {
   return pvdm::emulation::shuffle(mask, value, from % 32, "__shfl_sync");

@@ -1,8 +1,8 @@
-// Blocks of CUDA threads on the host: every CUDA thread is a fiber, every block runs on one OS thread.
+// Blocks of CUDA threads on the host: every CUDA thread is a fiber, and every block runs on one OS thread.
 //
-// A fiber runs until it has to wait (for a barrier, for the other lanes of its warp), then the scheduler takes another.
-// Three schedules take them in different orders: a result that depends on the order was a race. A block that can't go
-// on is an error that says who waits where. Errors are C++ exceptions, raised from the launch.
+// A fiber runs until it has to wait, for a barrier or for the other lanes of its warp. Then the scheduler picks
+// another. Three schedules pick in different orders: a result that depends on the order is a race. If a block can't go
+// on, the error says which threads wait where. Errors are C++ exceptions, raised from the launch.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -30,7 +30,7 @@ enum class State : uint8_t { ready, at_barrier, at_warp, done };
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
-  int bytes;  // that are read; the rest of the 16 becomes zero
+  int bytes;  // read; the rest of the 16 becomes zero
 };
 
 struct Fiber {
@@ -38,13 +38,13 @@ struct Fiber {
   void* tsan = nullptr;
   State state = State::ready;
   Index thread{};
-  int number = 0;          // of the thread in its block
-  const char* where = "";  // what it waits at
+  int number = 0;          // of the thread, in its block
+  const char* where = "";  // what it is waiting at
   std::vector<Copy> open;  // asynchronous copies since the last commit
   std::vector<std::vector<Copy>> groups;
 };
 
-// The lanes of a warp that come together for one operation.
+// The lanes of a warp that meet for one operation.
 struct Meeting {
   unsigned mask = 0, arrived = 0;
   const char* what = "";
@@ -60,7 +60,7 @@ inline Counters& counters() {
   return c;
 }
 
-// 0: warps ascending, each as far as it goes; 1: descending; 2: one lane at a time, in a random order.
+// 0: warps in ascending order, each as far as it gets. 1: in descending order. 2: one lane at a time, in random order.
 inline int& schedule() {
   static int order = 0;
   return order;
@@ -108,7 +108,7 @@ inline void yield() {
   Block& b = block();
   tsan_switch(b.scheduler_tsan);
   switch_context(b.running->context, b.scheduler);
-  if (b.error) std::terminate();  // a block that failed runs none of its fibers again
+  if (b.error) std::terminate();  // a failed block runs none of its fibers again
 }
 
 inline void release_barrier(Block& b) {
@@ -174,7 +174,7 @@ inline void resume(Block& b, Fiber& f) {
   }
 }
 
-// One lane after another of one warp, as long as one can go on.
+// Runs the lanes of one warp one after another, until none can go on.
 inline bool run_warp(Block& b, int first, bool down) {
   bool moved = false, again = true;
   while (again) {
@@ -219,7 +219,7 @@ inline void run_fibers(Block& b) {
   }
 }
 
-// Shared memory starts as NaN in every float type: what is read before it is written shows.
+// Shared memory starts as NaN in every float type, so that a read before a write shows.
 inline void prepare_memory(Block& b, size_t dynamic_bytes) {
   unpoison(b.memory.data(), b.memory.size());
   b.memory.assign(static_limit + red_zone + dynamic_bytes + red_zone + 128, 0xff);
@@ -241,7 +241,7 @@ inline void run_block(const std::function<void()>& body, size_t dynamic_bytes) {
   b.fibers.assign(b.threads, Fiber());
   b.meetings.assign((b.threads + 31) / 32, Meeting());
   prepare_memory(b, dynamic_bytes);
-  unpoison(b.stacks.data(), b.stacks.size());  // frames that a failed block left behind
+  unpoison(b.stacks.data(), b.stacks.size());  // a failed block may have left frames behind
   b.stacks.resize(stack_bytes * b.threads);
   b.scheduler_tsan = tsan_current();
   for (int i = 0; i < b.threads; i++) {
@@ -256,7 +256,7 @@ inline void run_block(const std::function<void()>& body, size_t dynamic_bytes) {
   for (const Fiber& f : b.fibers) tsan_retire(f.tsan);
 }
 
-// A variable in shared memory, by the address of something that only its declaration has.
+// A variable in shared memory. Its key is the address of something that only its declaration has.
 inline unsigned char* static_shared(const void* key, size_t bytes) {
   const Bookkeeping quiet;
   Block& b = block();
@@ -280,7 +280,7 @@ inline void launch(Index grid, Index threads, size_t dynamic_bytes, const std::f
   std::exception_ptr error;
   std::mutex guard;
   const auto work = [&] {
-    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // orders no blocks
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };  // relaxed: doesn't order blocks
     for (int64_t i = take(); i < blocks; i = take()) {
       const int64_t j = schedule() == 1 ? blocks - 1 - i : i;
       Block& b = block();

@@ -1,8 +1,8 @@
-// What the stand-in tells the sanitizers, where it is built with one.
+// What the stand-in tells the sanitizers, if it is built with one.
 //
-// AddressSanitizer: red zones around shared memory. ThreadSanitizer: every CUDA thread is a fiber of its own to it, a
-// barrier orders them, and blocks run on OS threads that nothing orders: a missing barrier or atomic is then a reported
-// race, whatever the schedule. The stand-in's own bookkeeping is hidden from it.
+// AddressSanitizer: red zones around shared memory. ThreadSanitizer: every CUDA thread is a separate fiber, barriers
+// order fibers, and blocks run on OS threads that nothing orders. So a missing barrier or atomic is reported as a race
+// under any schedule. The stand-in's own bookkeeping is hidden.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -53,7 +53,7 @@ inline void* tsan_create() { return __tsan_create_fiber(0); }
 inline void tsan_switch(void* fiber) { __tsan_switch_to_fiber(fiber, 1); }  // 1: the switch itself orders nothing
 inline void tsan_acquire(void* token) { __tsan_acquire(token); }
 inline void tsan_release(void* token) { __tsan_release(token); }
-// A destroyed fiber's number is used again, which would hide races between blocks: they are destroyed late.
+// The number of a destroyed fiber is reused, which would hide races between blocks. So fibers are destroyed late.
 inline void tsan_retire(void* fiber) {
   static std::deque<void*> old;
   old.push_back(fiber);
@@ -69,7 +69,7 @@ class Bookkeeping {
   static void begin() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
   static void end() { AnnotateIgnoreReadsEnd("", 0), AnnotateIgnoreWritesEnd("", 0); }
 };
-// One block after another, each on a new OS thread that isn't joined: joining would order the blocks.
+// Runs one block after another, each on a new OS thread. Threads aren't joined: that would order the blocks.
 inline void run_blocks(int64_t blocks, const std::function<void()>& work) {
   static char end;
   static std::atomic<int64_t> ended{0};
@@ -97,7 +97,7 @@ struct Bookkeeping {
   static void begin() {}
   static void end() {}
 };
-// Blocks are taken by as many OS threads as there are cores, at most one a block.
+// Runs blocks on as many OS threads as there are cores, but at most one per block.
 inline void run_blocks(int64_t blocks, const std::function<void()>& work) {
   const auto cores = static_cast<int64_t>(std::thread::hardware_concurrency());
   std::vector<std::thread> others;

@@ -4,7 +4,8 @@
 #include <cstdint>
 
 #if defined(__x86_64__)
-// Six registers survive a call in the System V ABI; swapcontext would also make two system calls (20 times slower).
+// The System V ABI preserves six registers over a call. swapcontext would also make two system calls, and be 20 times
+// slower.
 asm(R"(
 .text
 .weak pvdm_switch_stack
@@ -36,7 +37,7 @@ struct Context {
 inline void switch_context(Context& from, Context& to) { pvdm_switch_stack(&from.stack, to.stack); }
 inline void make_context(Context& c, unsigned char* memory, size_t bytes, void (*entry)()) {
   void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(memory) + bytes) & ~uintptr_t{15});
-  top[-1] = nullptr;  // nowhere to return to; keeps the ABI's alignment at entry
+  top[-1] = nullptr;  // no return address; keeps the ABI's alignment at entry
   top[-2] = reinterpret_cast<void*>(entry);
   for (int i = 3; i <= 8; i++) top[-i] = nullptr;
   c.stack = top - 8;

@@ -1,5 +1,5 @@
-// Runs compiled tile instructions on an x86-64 Linux whose CPU has none: each raises SIGILL, and the handler does by the
-// stand-in what the bytes at the instruction pointer say. What is tested thereby is the machine code that AMX would run.
+// Runs compiled AMX instructions on x86-64 Linux without AMX. Each one raises SIGILL, and the handler decodes its bytes
+// and runs the stand-in. So tests run the machine code that a CPU with AMX would run.
 #pragma once
 #include <csignal>
 #include <cstdlib>
@@ -14,7 +14,7 @@ namespace pvdm::emulation {
 
 // An instruction of the form VEX.128.0F38.W0, its registers and its memory operand.
 struct TileInstruction {
-  int prefix, opcode;        // none, 66, F3, F2 as 0 ... 3
+  int prefix, opcode;        // prefix: none, 66, F3, F2 as 0 ... 3
   int reg, rm, vvvv;         // of ModRM, and VEX.vvvv
   bool memory;
   char* address;             // of a memory operand, without its index
@@ -30,7 +30,7 @@ inline int64_t general_register(const ucontext_t& context, int number) {
 
 inline TileInstruction decode_tile_instruction(const ucontext_t& context) {
   const auto* const code = reinterpret_cast<const unsigned char*>(context.uc_mcontext.gregs[REG_RIP]);
-  // C4, then R X B inverted and the map (2: 0F38), then W, vvvv inverted, L and the prefix.
+  // C4; then R X B inverted and the map (2: 0F38); then W, vvvv inverted, L and the prefix.
   demand(code[0] == 0xc4 && (code[1] & 0x9f) == 0x82 && (code[2] & 0x84) == 0, "SIGILL", "this is no tile instruction");
   const int extended_index = code[1] & 0x40 ? 0 : 8, extended_base = code[1] & 0x20 ? 0 : 8, modrm = code[4];
   const int mode = modrm >> 6, rm = modrm & 7;
@@ -68,7 +68,7 @@ inline void run_tile_instruction(const TileInstruction& i) {
   demand(false, "SIGILL", "a tile instruction that the stand-in does not know");
 }
 
-// Faults end the program with their message: no exception may leave a signal's handler.
+// Faults print their message and end the program, because no exception may leave a signal handler.
 inline void trap_tiles() {
   struct sigaction action = {};
   action.sa_flags = SA_SIGINFO;

@@ -1,7 +1,7 @@
-// A host stand-in for the tiles of AMX: their instructions as functions, after Intel's manual (SDM, volume 2).
+// A host stand-in for AMX tiles: each instruction is a function, following Intel's manual (SDM, volume 2).
 //
-// What the CPU would refuse is an error here: a shape that is none, tiles that no configuration has or whose shapes don't
-// match. So is, as a rule of this project, a configuration that the one before wasn't released for.
+// What a CPU would refuse is an error: invalid shapes, tiles that aren't configured, shapes that don't match. This
+// project also makes it an error to configure tiles before the last ones were released.
 #pragma once
 #include <immintrin.h>
 
@@ -76,7 +76,7 @@ inline void tilestored(int number, void* to, int64_t stride) {
     std::memcpy(static_cast<char*>(to) + r * stride, tile.data[r], static_cast<size_t>(tile.row_bytes));
 }
 
-// One row of a product: low and high halves of the words are summed apart, by fused multiply-adds, and then added.
+// One row of a product. Low and high halves of the words are summed separately with fused multiply-adds, then added.
 __attribute__((noipa)) inline void tile_row(float* sum, const uint32_t* a, const Tile& b) {
   float low[16] = {}, high[16] = {};
   const auto number = [](uint32_t bits) {
@@ -102,7 +102,7 @@ inline void tdpbf16ps(int sum_number, int a_number, int b_number) {
   demand(sum.row_bytes % 4 == 0 && a.row_bytes % 4 == 0 && b.row_bytes % 4 == 0, name, "rows must be whole words");
   demand(sum.rows == a.rows && sum.row_bytes == b.row_bytes && a.row_bytes == 4 * b.rows, name, "the shapes don't match");
   const unsigned before = _mm_getcsr();
-  _mm_setcsr(0x9fc0);  // denormals are zeros, read and written; to nearest; no exceptions
+  _mm_setcsr(0x9fc0);  // denormals count as zero, round to nearest, no exceptions
   for (int m = 0; m < sum.rows; m++) {
     uint32_t left[16];
     float row[16];

@@ -6,7 +6,7 @@
 
 namespace pvdm::emulation {
 
-// Every lane of `mask` hands in a pointer; the last to come runs `act` on all of them.
+// Every lane of `mask` passes a pointer. The last lane to arrive runs `act` on all of them.
 inline void meet(unsigned mask, const char* what, void* given, void (*act)(void**, unsigned)) {
   const Bookkeeping quiet;
   Block& b = block();
@@ -55,7 +55,7 @@ T shuffle(unsigned mask, T value, int from, const char* what) {
     for (int l = 0; l < 32; l++) {
       if (!(lanes >> l & 1)) continue;
       auto* mine = static_cast<Shuffle<T>*>(all[l]);
-      if (mine->from < 0) continue;  // past the end of the warp: keeps its own
+      if (mine->from < 0) continue;  // past the end of the warp: the lane keeps its own value
       if (!(lanes >> mine->from & 1)) fail("a shuffle reads from a lane outside its mask");
       mine->taken = static_cast<Shuffle<T>*>(all[mine->from])->given;
     }
@@ -88,12 +88,12 @@ inline unsigned ballot(unsigned mask, bool value) {
 
 struct LoadMatrix {
   uint32_t* to;
-  const unsigned char* row;  // lane 8 m + r hands in row r of matrix m
+  const unsigned char* row;  // lane 8 m + r passes row r of matrix m
   int matrices;
   bool transposed;
 };
 
-// Eight rows of 16 bytes are one transaction; two in the same 16 bytes of the 128 of all banks take turns.
+// Eight rows of 16 bytes are one transaction. Rows that use the same 16 of the banks' 128 bytes take turns.
 inline void count_conflicts(void** all, int matrix) {
   int rows[8] = {}, worst = 0;
   for (int r = 0; r < 8; r++) {
@@ -104,7 +104,8 @@ inline void count_conflicts(void** all, int matrix) {
   counters().bank_conflicts += worst - 1;
 }
 
-// Register m of lane l: of matrix m the row l / 4, elements 2 (l % 4) and the next; transposed: column and row swapped.
+// Register m of lane l gets row l / 4 of matrix m, elements 2 (l % 4) and the next one. transposed: column and row
+// swapped.
 inline void load_matrices(void** all, unsigned lanes) {
   if (lanes != 0xffffffffu) fail("ldmatrix needs the whole warp");
   const int matrices = static_cast<LoadMatrix*>(all[0])->matrices;
@@ -181,7 +182,7 @@ inline void finish(std::vector<Copy>& group) {
   }
 }
 
-// The destination is NaN until the copy is waited for, so that nobody reads it early, or still what it held before.
+// The destination is NaN until the thread waits for the copy. A read that is too early sees neither old nor new data.
 inline void copy_async(void* to, const void* from, bool valid) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(valid ? from : nullptr)) % 16)
     fail("cp.async of 16 bytes at an address that is not a multiple of 16");
@@ -197,7 +198,7 @@ inline void commit_copies() {
   me.groups.push_back(std::move(me.open));
   me.open.clear();
 }
-// Until at most `pending` of the newest groups are under way.
+// Waits until at most the `pending` newest groups are in flight.
 inline void wait_copies(size_t pending) {
   Bookkeeping::begin();
   Fiber& me = *block().running;

@@ -1,11 +1,11 @@
-// add_layer_norm at the border of the native backends.
+// add_layer_norm: arguments and checks of the native backends.
 #pragma once
 #include "sizes.h"
 
 namespace pvdm {
 
-// x (..., C) as rows (R, C), residual (R, C) of another dtype or none, weight and bias (C) f32 -> total (none without residual) and normed
-// (R, C) of the residual's dtype, mean and rstd (R) f32, or neither.
+// x (..., C) as rows (R, C), residual (R, C) of another dtype or none, weight and bias (C) f32 -> total (none without
+// residual) and normed (R, C) in the residual's dtype, or x's without one; mean and rstd (R) f32, or neither.
 struct AddLayerNorm {
   TensorView x, residual, weight, bias, total, normed, mean, rstd;
   AddLayerNorm rows() const {
@@ -14,7 +14,8 @@ struct AddLayerNorm {
   }
 };
 
-// grad of normed, extra of total (or none), total (..., C) as rows (R, C) of one dtype -> dx (R, C) of it; dweight, dbias (C) f32.
+// grad of normed, extra of total (or none), and total (..., C) as rows (R, C), all of one dtype -> dx (R, C) in that
+// dtype; dweight, dbias (C) f32.
 struct AddLayerNormGradients {
   TensorView grad, extra, total, weight, mean, rstd, dx, dweight, dbias;
   AddLayerNormGradients rows() const {

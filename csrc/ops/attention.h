@@ -1,4 +1,4 @@
-// segment_attention and axial_attention at the border of both native backends.
+// segment_attention and axial_attention: checks of both native backends.
 #pragma once
 #include "sizes.h"
 
@@ -9,7 +9,7 @@ inline void check_offsets(const std::vector<int64_t>& offsets, int64_t tokens) {
   for (size_t i = 1; i < offsets.size(); i++) require(offsets[i - 1] < offsets[i], "The offsets must rise.");
 }
 
-// What both directions read.
+// Checks what both directions read.
 inline void check_attention(const TensorView& qkv, const TensorView& query, const TensorView& sin, const TensorView& cos,
                             const TensorView& out, const TensorView& lse, const std::vector<int64_t>& offsets) {
   require(qkv.dims == 6, "qkv must be (B, sites, L, parts, heads, d).");

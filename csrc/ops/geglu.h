@@ -1,4 +1,4 @@
-// geglu at the border of the native backends.
+// geglu: checks of the native backends.
 #pragma once
 #include "sizes.h"
 

@@ -1,10 +1,10 @@
-// plane_conv at the border of the native backends: its unfolded tokens.
+// plane_conv: checks of its unfolded tokens.
 #pragma once
 #include "sizes.h"
 
 namespace pvdm {
 
-// tokens: (B, N, C) of the planes; unfolded: (rows, 9 C), of which row 0 is row `first` of all B N.
+// tokens: (B, N, C) of the planes. unfolded: (rows, 9 C), whose row 0 is row `first` of all B N.
 inline void check_unfolded(const TensorView& tokens, const TensorView& unfolded, const Planes& planes, int64_t first) {
   const int64_t batch = tokens.size[0], count = planes.offset(planes.count), channels = tokens.size[2];
   check("The packed tensor", tokens, {batch, count, channels});

@@ -1,11 +1,11 @@
-// plane_norm at the border of both native backends: what its two directions read and write, and what must hold of it.
+// plane_norm: arguments of both directions, and their checks, for both native backends.
 #pragma once
 #include "sizes.h"
 
 namespace pvdm {
 
-// x (B, N, C); weight and bias (C), scale_shift (B, 2C) or none, mean and rstd (B, planes, groups): all float32, contiguous.
-// The forward pass fills mean and rstd.
+// x (B, N, C); weight and bias (C), scale_shift (B, 2C) or none, mean and rstd (B, planes, groups), all float32 and
+// contiguous. The forward pass writes mean and rstd.
 struct PlaneNormTensors {
   TensorView x, weight, bias, scale_shift, mean, rstd;
 };
@@ -16,12 +16,12 @@ struct PlaneNormInputs : PlaneNormTensors {
   bool activation;
   int resample;  // 1 doubles sides, -1 halves them, 0 leaves them
 
-  // Tokens that are written where `tokens` are read.
+  // Number of tokens written where `tokens` are read.
   int64_t written(int64_t tokens) const { return resample > 0 ? tokens * 4 : resample < 0 ? tokens / 4 : tokens; }
 };
 
-// grad (B, N', C) as x -> dx (B, N, C) as x; dweight and dbias (C), dscale_shift (B, 2C) or none: float32. dx and these are
-// contiguous.
+// grad (B, N', C) like x -> dx (B, N, C) like x; dweight and dbias (C), dscale_shift (B, 2C) or none, all float32. dx
+// and the float32 gradients are contiguous.
 struct PlaneNormGradients {
   TensorView grad, dx, dweight, dbias, dscale_shift;
 };

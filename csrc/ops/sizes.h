@@ -1,4 +1,4 @@
-// Sizes as they come from Python, any whole numbers: their sums and products are checked.
+// Sizes from Python may be any whole numbers, so their sums and products are checked for overflow.
 #pragma once
 #include <initializer_list>
 #include <vector>
@@ -42,14 +42,15 @@ inline TensorView rows_of(const char* name, const TensorView& t, int kept = 1) {
   return rows;
 }
 
-// A video lattice. Whatever is counted of its planes is then below 2^63.
+// A video lattice. The check keeps every count derived from its planes below 2^63.
 inline Layout layout_of(int64_t time, int64_t height, int64_t width) {
   require(time > 0 && height > 0 && width > 0, "The layout's sizes must be positive.");
   product({3, time, height, width});
   return {time, height, width};
 }
 
-// (rows, columns, rows, columns, ...), whose memory must live on; also of doubled sides all tokens are below 2^63.
+// sizes: (rows, columns, rows, columns, ...). The caller keeps them alive. All tokens, also of doubled sides, stay
+// below 2^63.
 inline Planes planes_of(const std::vector<int64_t>& sizes) {
   require(!sizes.empty() && sizes.size() % 2 == 0, "planes must be (rows, columns, rows, columns, ...).");
   int64_t tokens = 0;

@@ -1,10 +1,10 @@
-// triplane_expand at the border of both native backends.
+// triplane_expand: checks of both native backends.
 #pragma once
 #include "sizes.h"
 
 namespace pvdm {
 
-// planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) of the planes' dtype.
+// planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) in the planes' dtype.
 inline void check_expand(const TensorView& planes, const TensorView& weight, const TensorView& bias, const TensorView& out,
                          const Layout& layout) {
   const int64_t batch = planes.size[0], channels = weight.size[1], depth = weight.size[2];

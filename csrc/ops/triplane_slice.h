@@ -1,11 +1,11 @@
-// triplane_slice at the border of both native backends.
+// triplane_slice: checks of both native backends.
 #pragma once
 #include "sizes.h"
 
 namespace pvdm {
 
-// lattice: (B, T H W, C), sequences: (B, sites, L + 1, C) of one dtype, positions: (L + 1, C) f32. plane: 0 xy, 1 yt, 2 xt.
-// What is written is contiguous.
+// lattice: (B, T H W, C); sequences: (B, sites, L + 1, C) in the same dtype; positions: (L + 1, C) f32. plane: 0 xy, 1
+// yt, 2 xt. Outputs are contiguous.
 inline void check_slice(const TensorView& lattice, const TensorView& sequences, const TensorView& positions,
                         const Layout& layout, int plane) {
   require(plane >= 0 && plane < 3, "plane must be 0, 1 or 2.");
@@ -20,7 +20,7 @@ inline void check_slice(const TensorView& lattice, const TensorView& sequences, 
           "Lattice and sequences must share a dtype of at most 32 bits.");
 }
 
-// The forward pass: x, token (C) f32 and positions -> out.
+// Forward: x, token (C) f32 and positions -> out.
 inline void check_slice(const TensorView& x, const TensorView& token, const TensorView& positions, const TensorView& out,
                         const Layout& layout, int plane) {
   check_slice(x, out, positions, layout, plane);
@@ -29,7 +29,7 @@ inline void check_slice(const TensorView& x, const TensorView& token, const Tens
   check_dense("out", out);
 }
 
-// The backward pass: grad -> dx, dpositions.
+// Backward: grad -> dx, dpositions.
 inline void check_slice_gradients(const TensorView& grad, const TensorView& dx, const TensorView& dpositions,
                                   const Layout& layout, int plane) {
   check_slice(dx, grad, dpositions, layout, plane);

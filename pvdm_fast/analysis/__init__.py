@@ -1,1 +1,1 @@
-"""What a model computes and keeps, counted without running it: arithmetic, saved memory, calls of operations."""
+"""Counts what a model computes and keeps, without running it: arithmetic, saved memory, calls of operations."""

@@ -1,9 +1,9 @@
-"""The registry of cases: every operation with inputs to call it on. Tests, self-test and benchmarks share it.
+"""The registry of cases: every operation, with inputs to call it on. Tests, self-test and benchmarks share it.
 
-One function for each operation makes a case at given sizes: the shapes of its differentiable tensors, the call, and the
-FLOPs of its products. Three tables hold the cases that are run everywhere: `SMALL` (odd and unequal sizes that no
-kernel's blocks divide), `USUAL` (sizes like the networks', which tensor cores take) and `ONE_TOKEN` (the least there
-is). Each table has every operation; a test holds that.
+One function per operation makes a case at given sizes: the shapes of its differentiable tensors, the call, and the
+FLOPs of its products. Three tables hold the cases that run everywhere. `SMALL` has odd and unequal sizes that no
+kernel's blocks divide. `USUAL` has sizes like the networks', which tensor cores take. `ONE_TOKEN` has the smallest.
+Each table must have every operation, and a test checks that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Case:
         op: the operation's name.
         shapes: of its differentiable tensors, by name.
         run: calls the operation on them, in that order or by name.
-        flops: the least that the products of a forward pass take; a multiply-add is 2.
+        flops: the fewest FLOPs that the products of a forward pass can take. A multiply-add is 2.
     """
 
     op: str
@@ -43,7 +43,7 @@ class Case:
     flops: int = 0
 
     def tensors(self, draw: Draw) -> dict[str, Tensor]:
-        """The tensors by name, as large as a network's; draw(index, shape) gives standard normal numbers."""
+        """The tensors by name, scaled like a network's. draw(index, shape) gives standard normal numbers."""
         return {name: _scaled(name, draw(i, shape)) for i, (name, shape) in enumerate(self.shapes.items())}
 
     def inputs(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -56,18 +56,18 @@ class Case:
 def _scaled(name: str, values: Tensor) -> Tensor:
     if name == "weight" and values.dim() == 1:  # of a norm
         return 1 + 0.1 * values
-    if name == "weight" and values.dim() == 4:  # of a convolution: unit variance goes through
+    if name == "weight" and values.dim() == 4:  # of a convolution: the result keeps unit variance
         return values / math.prod(values.shape[1:]) ** 0.5
     return 0.2 * values if name == "scale_shift" else values
 
 
 def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    """An operation's results, also where there is one."""
+    """An operation's results as a tuple, even if there is one."""
     return results if isinstance(results, tuple) else (results,)
 
 
 def leaves(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values, to differentiate by."""
+    """The same values as leaves, to differentiate with respect to."""
     return {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
 
 
@@ -79,8 +79,8 @@ def run_with_gradients(
 ) -> dict[str, Tensor]:
     """Results ("output 0", ...) and gradients ("gradient of x", ...) by name.
 
-    Incoming gradients are random numbers, exact in `rounded_to`: the same for every backend and dtype. `change` lays
-    them out in memory.
+    Incoming gradients are random numbers, exact in `rounded_to`, and the same for every backend and dtype. `change`
+    gives them another memory layout.
     """
     inputs = leaves(inputs)
     results = as_tuple(case.run(**inputs))
@@ -93,7 +93,7 @@ def run_with_gradients(
 
 
 def rotation(length: int, width: int) -> Tables:
-    """Tables of sines and cosines, each (length, width), of any angles."""
+    """Tables of sines and cosines of random angles, each (length, width)."""
     angles = torch.linspace(0, 3, length * width).reshape(length, width)
     return angles.sin(), angles.cos()
 
@@ -109,7 +109,7 @@ def segment_attention(offsets: Sequence[int], heads: int, width: int, batch: int
 def axial_attention(
     axis: str, lattice: tuple[int, int, int], heads: int, width: int, batch: int = BATCH, tables: Tables | None = None
 ) -> Case:
-    """Along "time" or "space"; `tables` rotate queries and keys."""
+    """Along "time" or "space". `tables` rotate queries and keys."""
     time, sites = lattice[0], lattice[1] * lattice[2]
     sequences, length = (sites, time) if axis == "time" else (time, sites)
 
@@ -122,7 +122,7 @@ def axial_attention(
 
 
 def single_query(lattice: tuple[int, int, int], heads: int, width: int, batch: int = BATCH) -> Case:
-    """Axial attention along time of one query a sequence."""
+    """Axial attention along time with one query per sequence."""
     shapes = {"qkv": (batch, *lattice, 2, heads, width), "query": (batch, 1, *lattice[1:], heads, width)}
     products = costs.attention(batch * lattice[1] * lattice[2], 1, lattice[0], heads * width)
     return Case("axial_attention", shapes, lambda qkv, query: ops.axial_attention(qkv, "time", query=query), products)
@@ -187,7 +187,7 @@ def triplane_expand(layout: TriplaneLayout, depth: int, channels: int, batch: in
 
 
 def geglu(tokens: tuple[int, ...], channels: int) -> Case:
-    """channels: of the result, half of those given."""
+    """channels: those of the result. The input has twice as many."""
     return Case("geglu", {"x": (*tokens, 2 * channels)}, lambda x: ops.geglu(x))
 
 

@@ -1,4 +1,4 @@
-"""How far two results are apart: the one measure of tests, self-test and benchmarks."""
+"""How far two results are apart: the one measure for tests, self-test and benchmarks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def relative_error(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
-    """|actual - expected| / |expected| in the 2-norm, computed in float64; over all tensors where lists are given.
+    """|actual - expected| / |expected| in the 2-norm, computed in float64. For lists: over all their tensors.
 
-    Where all that is expected is 0, |actual| itself. NaN, which is no more than any tolerance and no tolerance either,
-    where shapes differ or a value of either is not finite.
+    If all expected values are 0: |actual|. If shapes differ or any value is not finite: NaN, which fails every
+    comparison with a tolerance.
     """
     left, right = _listed(actual), _listed(expected)
     difference = total = 0.0

@@ -1,4 +1,4 @@
-"""FLOPs of products, found without computing: a multiply-add is 2; exponentials, norms and activations are none."""
+"""FLOPs of products, counted without computing. A multiply-add is 2; exponentials, norms, activations are 0."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pvdm_fast.ops.registry import FLOPS
 
 
 def operation_flops(op: str, direction: str, inputs: Sequence[Any]) -> int:
-    """FLOPs of the products of one of this package's operations, as it states them where it is registered.
+    """FLOPs of the products of one of this package's operations, as stated where it is registered.
 
     Args:
-        direction: "forward", "backward" or "jvp". inputs: the registered operation's arguments but the backend.
+        direction: "forward", "backward" or "jvp".
+        inputs: the registered operation's arguments, without the backend.
     """
     return FLOPS[op](direction, *inputs)
 
 
 class FlopCount(Recorder):
-    """Adds up the FLOPs of every product that reaches PyTorch while it is on, those of recomputation too."""
+    """Adds up the FLOPs of every product that reaches PyTorch while it is active, including recomputation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +35,8 @@ class FlopCount(Recorder):
 
 
 def product_flops(function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> int:
-    """FLOPs of one of PyTorch's own operations, by PyTorch's formula; 0 for what multiplies no matrices."""
-    from torch.utils.flop_counter import flop_registry  # takes 0.15 s, and few who import this module count
+    """FLOPs of one of PyTorch's own operations, by PyTorch's formula. 0 if it multiplies no matrices."""
+    from torch.utils.flop_counter import flop_registry  # takes 0.15 s, and few importers of this module count FLOPs
 
     formula = flop_registry.get(function._overloadpacket)
     return int(formula(*arguments, **options, out_val=result)) if formula else 0

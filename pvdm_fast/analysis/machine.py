@@ -1,4 +1,4 @@
-"""What is installed, what was built, and which backend serves what on this machine, as plain values."""
+"""What is installed, what was built, and which backend computes what on this machine, as plain values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def installed_version(package: str) -> str | None:
 
 
 def cpu_facts() -> dict[str, Any]:
-    """The processor's name, those of its features that kernels may use, and the instruction set that is in use."""
+    """The processor's name, its features that matter to kernels, and the instruction set in use."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -43,7 +43,7 @@ def cpu_facts() -> dict[str, Any]:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """The driver's GPUs, or why none can be listed."""
+    """The driver's GPUs, or why they can't be listed."""
     try:
         import pynvml
     except ImportError:
@@ -70,7 +70,7 @@ def gpu_facts() -> dict[str, Any]:
 
 
 def triton_facts() -> dict[str, Any]:
-    """Whether Triton's kernels would be interpreted, and the file of configurations that were measured here."""
+    """Whether Triton's interpreter is on, and the file of configurations that were measured on this machine."""
     path = user_table()
     return {"interpreter": choice.interpreting(), "user_table": str(path), "user_table_present": path.exists()}
 
@@ -80,7 +80,7 @@ def _text(value: str | bytes) -> str:
 
 
 def collect() -> dict[str, Any]:
-    """Everything this module shows, as plain values."""
+    """All facts of this module, as plain values."""
     return {
         "versions": {
             "pvdm_fast": pvdm_fast.__version__,

@@ -1,4 +1,4 @@
-"""Weighing memory: what a graph saves for its backward pass, and what is alive at once."""
+"""Measures memory: what a graph saves for its backward pass, and what is alive at once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pvdm_fast.analysis.recorder import Recorder
 
 
 def saved_bytes(run: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor]) -> int:
-    """Bytes of the distinct storages that the graph of `run()` keeps for its backward pass, parameters excluded.
+    """Bytes of the distinct storages that the graph of `run()` keeps for its backward pass, without parameters.
 
-    What a checkpointed function keeps (its inputs) is seen by the same hooks. Works in a FakeTensorMode too.
+    The inputs that a checkpointed function keeps are counted too. Works in a FakeTensorMode.
     """
     excluded = {parameter.untyped_storage()._cdata for parameter in parameters}
     kept: dict[int, Any] = {}
@@ -24,7 +24,7 @@ def saved_bytes(run: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in excluded:
-            kept[storage._cdata] = storage  # held, so that no other storage can take its address
+            kept[storage._cdata] = storage  # kept alive, so that no other storage can take its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -33,9 +33,10 @@ def saved_bytes(run: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor
 
 
 class LiveMemory(Recorder):
-    """Counts the bytes of all storages that operations make while it is on: `now`, and their highest sum, `peak`.
+    """Counts the bytes of all storages that operations allocate while it is active: `now`, and the maximum, `peak`.
 
-    Scratch inside a kernel is not seen. In a FakeTensorMode nothing is allocated, so what would not fit can be weighed.
+    Scratch memory inside kernels isn't seen. In a FakeTensorMode nothing is allocated, so you can measure what would
+    not fit.
     """
 
     def __init__(self) -> None:

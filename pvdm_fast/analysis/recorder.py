@@ -1,4 +1,4 @@
-"""Watching operations as they reach PyTorch, below autograd: what counts, records or weighs calls starts here."""
+"""Watches operations as they reach PyTorch, below autograd, for whatever counts, records or measures calls."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Recorder(TorchDispatchMode):
-    """Runs every operation that reaches PyTorch while it is on, those of recomputation too, and then calls `note`."""
+    """Runs every operation that reaches PyTorch while it is active, including recomputation, and then calls
+    `note`."""
 
     @abstractmethod
     def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
-        """Take note of one operation (a torch._ops.OpOverload), which has run."""
+        """Called for each operation (a torch._ops.OpOverload), after it has run."""
 
     def __torch_dispatch__(
         self, function: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -26,7 +27,7 @@ class Recorder(TorchDispatchMode):
 
 
 class OwnCalls(Recorder):
-    """Collects the calls of this package's operations, (function, arguments) each, in their order."""
+    """Collects the calls of this package's operations in order: (function, arguments) each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,10 +39,7 @@ class OwnCalls(Recorder):
 
 
 def own_operation(function: Any) -> tuple[str, str] | None:
-    """The name and direction of one of this package's operations; None for any other.
-
-    Directions are "forward", "backward" (gradients) and "jvp" (tangents).
-    """
+    """The name and direction of one of this package's operations. None for any other operation."""
     if function.namespace != "pvdm_fast":
         return None
     name = name_of(function)

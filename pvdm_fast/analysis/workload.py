@@ -1,6 +1,6 @@
-"""What the networks ask of the operations: every call, with shapes, strides and dtypes, found without running them.
+"""Which calls the networks make: every operation with its shapes, strides and dtypes, found without running them.
 
-The kernels are tuned for these calls (`pvdm_fast.tune`) and compiled ahead of time for them.
+The kernels are tuned (`pvdm_fast.tune`) and compiled ahead of time for these calls.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `<op>.<direction>` ("forward" or "backward"), a TensorSpec in each tensor's place."""
+    """One call of `<op>.<direction>` ("forward" or "backward"), with a TensorSpec in place of each tensor."""
 
     op: str
     direction: str
     arguments: tuple[Any, ...]
 
     def with_dtype(self, before: torch.dtype, after: torch.dtype) -> Call:
-        """The same call with tensors of one dtype in another."""
+        """The same call, with the tensors of one dtype changed to another."""
 
         def change(value: Any) -> Any:
             fits = isinstance(value, TensorSpec) and value.dtype == before
@@ -59,7 +59,7 @@ class Call:
         return Call(self.op, self.direction, tuple(change(value) for value in self.arguments))
 
     def inputs(self, device: torch.device | str, fill: Fill = lambda storage: storage) -> list[Any]:
-        """The arguments, tensors made on `device`."""
+        """The arguments, with tensors made on `device`."""
         return [a.make(device, fill) if isinstance(a, TensorSpec) else list_of(a) for a in self.arguments]
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ def list_of(value: Any) -> Any:
 
 
 class _DifferentCalls(Recorder):
-    """Collects calls of this package's operations, each once, in the order of their first use."""
+    """Collects this package's calls, each distinct one once, in the order of their first use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,16 +99,16 @@ def calls(
     denoiser: dict[str, Any] | None = None,
     autoencoder: dict[str, Any] | None = None,
 ) -> list[Call]:
-    """All different calls that both networks of a preset make where Triton serves: without gradient, then with.
+    """All distinct calls that both networks of a preset make with Triton's kernels: without gradient, then with.
 
     Args:
         size: a preset: "tiny", "small", "base".
-        dtype: of weights and activations; with `mixed`, autocast's, the weights being float32.
+        dtype: of weights and activations. With `mixed` it is autocast's dtype, and weights are float32.
         batch: clips.
-        denoiser, autoencoder: arguments of theirs in place of the preset's.
+        denoiser, autoencoder: arguments that replace the preset's.
 
     Raises:
-        ValueError: no preset of that name.
+        ValueError: there is no such preset.
     """
     preset(DENOISER, size, {})
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -133,7 +133,8 @@ def calls(
 
 @contextmanager
 def _served_by_triton() -> Iterator[None]:
-    """The networks ask whether a kernel serves before they fuse: yes, though Triton may not run here."""
+    """Networks ask whether a kernel is available before they fuse operations. Answers yes, though Triton may not
+    run here."""
     before = choice.serves
     choice.serves = lambda backend, op, *_: op in choice.SERVED[backend]
     try:

@@ -1,4 +1,4 @@
-"""Where an operation is computed: the choice of a backend, and the backends themselves but Triton's (`kernels/`)."""
+"""Where an operation is computed: the choice of a backend, and all backends except Triton's (`kernels/`)."""
 
 from pvdm_fast.backends.choice import (
     BACKENDS,

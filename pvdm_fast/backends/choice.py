@@ -1,7 +1,7 @@
-"""Which backend serves an operation: what is available, why not, and the user's choice.
+"""Which backend computes an operation: what is available, why not, and the user's choice.
 
-An operation `<op>` is served by a backend when `<package of the backend>.<op>` has `forward` and `backward` taking the
-registered operation's arguments. `SERVED` lists them; everything else here follows from it.
+A backend computes an operation `<op>` if `<package of the backend>.<op>` has `forward` and `backward`, which take the
+registered operation's arguments. `SERVED` lists these. Everything else here follows from it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PACKAGE = {
     "cuda": "pvdm_fast.backends.cuda",
 }
 BACKENDS = tuple(PACKAGE)
-# Not among OPERATIONS: without gradient, and used only where a kernel serves it (pvdm_fast/ops/attention_block.py).
+# Not in OPERATIONS: it has no gradient, and is used only if a kernel exists for it (pvdm_fast/ops/attention_block.py).
 FUSED = ("attention_block",)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": (*OPERATIONS, *FUSED),
@@ -51,26 +51,27 @@ SERVED: dict[str, tuple[str, ...]] = {
     "cuda": ("segment_attention", "axial_attention", "plane_norm", "triplane_slice", "triplane_expand"),
 }
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # where a backend's tensors must be
+# the device that a backend's tensors must be on
+DEVICE = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
-# What automatic choice tries, best first; on a GPU that is reasoned from the instructions and launches of both kernels,
+# What automatic choice tries, best first. On a GPU the order is reasoned from both kernels' instructions and launches,
 # not measured.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 ATTENTION = ("segment_attention", "axial_attention")
 
 
 def triton_first(op: str, dtype: torch.dtype, capability: tuple[int, int], tf32: bool) -> bool:
-    """Whether Triton's kernel goes before that of CUDA C++ on a GPU of this compute capability.
+    """Whether Triton's kernel comes before the CUDA C++ one on a GPU of this compute capability.
 
     Args:
-        tf32: whether PyTorch may use it for float32 products.
+        tf32: whether PyTorch may use TF32 for float32 products.
     """
     if op in ATTENTION:
-        # Triton takes the matrix instructions of Hopper (9.x) and of Blackwell's data centre GPUs (10.x), which have
-        # about twice the rate of the mma.sync that the CUDA kernels use and that is the best of 8.x and 12.x; and tf32,
-        # where the CUDA kernels compute float32 without tensor cores.
+        # Triton uses the matrix instructions of Hopper (9.x) and Blackwell's data centre GPUs (10.x). They have about
+        # twice the rate of mma.sync, which the CUDA kernels use, and which is the best on 8.x and 12.x. Triton also
+        # uses TF32, where the CUDA kernels compute float32 without tensor cores.
         return capability[0] in (9, 10) or (dtype == torch.float32 and tf32)
-    # One launch forward and two backward against three and four: at one clip these tensors take microseconds.
+    # One launch forward and two backward, against three and four. At one clip these tensors take microseconds.
     return op == "plane_norm"
 
 
@@ -82,29 +83,29 @@ def _check_name(name: str) -> str:
 
 _default = _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
 _requested = _default
-_requests: list[use_backend] = []  # the last counts
+_requests: list[use_backend] = []  # the last one counts
 _changing = Lock()
 
 
 def requested() -> str:
-    """The backend asked for ("auto" where none was). Process-wide, so that autograd's threads see it too."""
+    """The backend that was asked for, or "auto". It holds for the process, so that autograd's threads see it too."""
     return _requested
 
 
 class use_backend:
     """Ask for one backend, for the whole process: `use_backend("cpu")`, or `with use_backend("cpu"): ...`.
 
-    The last request counts, in every thread. A block takes back its own request when it ends, in whatever order the
-    blocks of several threads end: when all have ended, what was asked for before them counts again. A request without
-    `with` counts until the next one.
+    The last request counts, in every thread. A block withdraws its own request when it ends. Blocks of several threads
+    may end in any order: when all have ended, the request before them counts again. A request without `with` counts
+    until the next one.
 
     Args:
         name: "reference", "cpu", "triton", "cuda", or "auto" to choose by device again.
 
     Raises:
         ValueError: the name is unknown.
-        BackendError: nothing of that backend can run on this machine. A single operation or tensor that it cannot
-            serve raises the same when it is used.
+        BackendError: the backend can't run on this machine at all. If it can't compute a particular operation or
+            tensor, that raises the same error when it is used.
     """
 
     def __init__(self, name: str) -> None:
@@ -112,7 +113,7 @@ class use_backend:
         if name != "auto" and (reason := unavailable(name)):
             raise BackendError(f"Backend {name!r} cannot run here: {reason}")
         self.name, self._in_block = name, False
-        # Of those without `with` the last may count again after a block, the ones before never.
+        # Of the requests without `with`, only the last one may count again after a block.
         outside = [request for request in _requests if not request._in_block][:-1]
         self._change(drop=(*outside, self), add=True)
 
@@ -134,13 +135,13 @@ class use_backend:
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU: for tests and for looking into kernels."""
+    """Whether Triton runs kernels in its interpreter on the CPU. It is for tests and for debugging kernels."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
 def unavailable(backend: str) -> str | None:
-    """Why a backend can't run on this machine at all, with the remedy; None where it can."""
+    """Why a backend can't run on this machine at all, with the remedy. None if it can."""
     if backend == "reference":
         return None
     if backend == "triton":
@@ -155,7 +156,7 @@ def unavailable(backend: str) -> str | None:
 
 
 def why_not(backend: str, op: str, tensor: Tensor | None = None) -> str | None:
-    """Why `backend` can't serve `op` (for `tensor`, where one is given), with the remedy; None where it can."""
+    """Why `backend` can't compute `op` (for `tensor`, if given), with the remedy. None if it can."""
     if op not in SERVED[backend]:
         return f"it has no kernel for {op} yet: use another backend, or auto."
     if reason := unavailable(backend):
@@ -176,20 +177,20 @@ def implementation(backend: str, op: str) -> ModuleType:
 
 
 def refusal(backend: str, op: str, inputs: Sequence[Any]) -> str | None:
-    """Why `backend`, which serves `op` here, can't for these arguments of either direction, by the limits that its
-    launcher states; None where it can."""
+    """Why `backend` can't take these arguments of `op` (of either direction), by its launcher's limits. None if
+    it can."""
     limits = getattr(implementation(backend, op), "refusal", None)
     return limits(*inputs) if limits else None
 
 
 def choose(op: str, name: str, inputs: Sequence[Any]) -> ModuleType:
-    """The module that computes `op` for `inputs`: the backend called `name`, or with "auto" the best that serves.
+    """The module that computes `op` for `inputs`: the backend called `name`, or with "auto" the best available one.
 
     Args:
         inputs: the arguments of either direction, a tensor first.
 
     Raises:
-        BackendError: a backend asked for by name cannot serve this operation or these arguments.
+        BackendError: the backend called `name` can't compute this operation, or not for these arguments.
     """
     tensor = inputs[0]
     if name != "auto":
@@ -210,7 +211,8 @@ def _tf32(tensor: Tensor) -> bool:
 
 
 def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether `backend` is what computes `op` for tensors of this kind, where `name` (or "auto") is asked for."""
+    """Whether `backend` is the one that computes `op` for tensors of this kind when `name` (or "auto") is asked
+    for."""
     if name == "auto":
         return ranking(op, torch.device(device), dtype)[0] == backend
     return name == backend and why_not(name, op, torch.empty(0, dtype=dtype, device=device)) is None
@@ -218,7 +220,7 @@ def serves(backend: str, op: str, name: str, device: str, dtype: torch.dtype) ->
 
 @cache
 def ranking(op: str, device: torch.device, dtype: torch.dtype, tf32: bool = False) -> tuple[str, ...]:
-    """The backends that serve `op` on `device`, best first; the reference always does."""
+    """The backends that compute `op` on `device`, best first. The reference is always among them."""
     sample = torch.empty(0, dtype=dtype, device=device)
     order = PREFERENCE.get(device.type, ("reference",))
     if device.type == "cuda" and triton_first(op, dtype, torch.cuda.get_device_capability(device), tf32):
@@ -226,7 +228,7 @@ def ranking(op: str, device: torch.device, dtype: torch.dtype, tf32: bool = Fals
     return tuple(backend for backend in order if why_not(backend, op, sample) is None)
 
 
-@cache  # so that each is logged once
+@cache  # so that each choice is logged once
 def _log_choice(op: str, device: str, dtype: torch.dtype, backend: str) -> None:
     level = logging.WARNING if device == "cuda" and backend == "reference" else logging.INFO
     log.log(level, "%s on %s, %s: backend %s", op, device, str(dtype).removeprefix("torch."), backend)
@@ -238,12 +240,13 @@ def _log_refusal(op: str, backend: str, reason: str) -> None:
 
 
 def automatic(op: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that automatic choice takes for an operation, unless its arguments are beyond that one's limits."""
+    """The backend that automatic choice takes for an operation, unless the arguments are beyond its limits."""
     return ranking(op, torch.device(device), dtype)[0]
 
 
 def report(device: str | None = None) -> dict[str, dict[str, str | None]]:
-    """For each operation: None (serves) or the reason why not, by backend, and the automatic choice under "auto"."""
+    """For each operation: by backend, None or the reason why it isn't available, and the automatic choice under
+    "auto"."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return {
         op: {"auto": automatic(op, device, torch.float32), **{name: why_not(name, op) for name in BACKENDS}}

@@ -1,4 +1,4 @@
-"""The matrix products of `triplane_expand`'s backward, for every device: small, so they are the vendor library's."""
+"""The small matrix products of `triplane_expand`'s backward pass, by the vendor's library, for every device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pvdm_fast.layout import TriplaneLayout
 def products(sums: Tensor, planes: Tensor, weight: Tensor, layout: TriplaneLayout) -> tuple[Tensor, Tensor, Tensor]:
     """sums: (B, N, C) float32, the gradient summed over each plane's missing axis.
 
-    Returns the gradients of planes, weight and bias in the dtypes of planes and weight.
+    Returns the gradients of planes, weight and bias, in the dtypes of planes and weight.
     """
     (_, channels, depth), batch = weight.shape, planes.shape[0]
     dplanes = planes.new_empty(batch, layout.num_tokens, depth)

@@ -1,6 +1,6 @@
-"""The compiled extensions: loaded on first use, and asked why not where they can't be.
+"""The compiled extensions: loads them on first use, and says why if it can't.
 
-`pvdm_fast._cpu` and `pvdm_fast._cuda` are built by setup.py, which leaves its facts in `_build_info.json`.
+setup.py builds `pvdm_fast._cpu` and `pvdm_fast._cuda`, and writes the facts to `_build_info.json`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 
 import torch
 
-# Raised with every change of a binding's arguments. The build reads it here, and the extensions carry it.
+# Raise it with every change of a binding's arguments. The build reads it here, and the extensions contain it.
 ABI = 5
 REINSTALL = "install pvdm_fast again (pip install -e . in its source folder)"
 
 
 class ExtensionError(ImportError):
-    """An extension is absent, outdated or doesn't load; the message says why and what to do."""
+    """An extension is missing, outdated or doesn't load. The message says why and what to do."""
 
 
 @cache
 def build_info() -> dict[str, Any]:
-    """What was built, for which targets, by which compiler, and why not the rest; {} where nothing was ever built."""
+    """What was built, for which targets, with which compiler, and why not the rest. {} if nothing was built."""
     path = Path(__file__).resolve().parent.parent / "_build_info.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 @cache
 def extension(name: str) -> ModuleType:
-    """The extension "_cpu" or "_cuda". torch is imported first: the extension then shares its OpenMP run time.
+    """The extension "_cpu" or "_cuda". torch is imported first, so that the extension shares its OpenMP library.
 
     Raises:
         ExtensionError: it was left out of the build, doesn't load, or belongs to another version of these sources.
@@ -64,11 +64,12 @@ def call_key() -> Callable[..., bytes | None]:
 
 @cache
 def availability(name: str) -> str | None:
-    """None where "cpu" or "cuda" kernels can run on this machine, else one sentence: the reason and the remedy."""
+    """None if "cpu" or "cuda" kernels can run on this machine, otherwise one sentence with the reason and the
+    remedy."""
     try:
         module = extension(f"_{name}")
         if name == "cpu":
-            module.isa()  # raises where PVDM_FAST_CPU_ISA asks for what this CPU has not
+            module.isa()  # raises if PVDM_FAST_CPU_ISA asks for a set that this CPU doesn't have
     except (ExtensionError, ValueError) as error:
         return str(error)
     return None if name == "cpu" else _gpu_reason(build_info().get("_cuda", {}).get("targets", ()))
@@ -89,8 +90,9 @@ def _gpu_reason(targets: Sequence[str]) -> str | None:
 def runs_on(targets: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether code built for `targets` ("sm_90", "ptx_120", ...) runs on a GPU of this compute capability.
 
-    Machine code runs within its major version from its minor one on, PTX everywhere from there on. What ends in "a"
-    runs on that version only, in "f" within its family, which is taken for the major version here.
+    Machine code runs within its major version, from its minor version on. PTX runs everywhere from its version on.
+    Targets ending in "a" run on that version only. Those ending in "f" run within their family, which is taken to be
+    the major version.
     """
     for target in targets:
         kind, _, version = target.partition("_")

@@ -1,4 +1,4 @@
-"""The vendor's matrix product on the CPU, by the quicker of torch's two ways to it."""
+"""The vendor's matrix product on the CPU, by the faster of PyTorch's two ways."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pvdm_fast.backends.rows import matrix, vector
 
 @cache
 def _onednn() -> bool:
-    """Whether torch has oneDNN's linear layer as an operation. Inductor calls it, so its schema is kept; checked all
-    the same, once, on a small product whose result is known."""
+    """Whether PyTorch has oneDNN's linear layer as an operation.
+
+    Inductor calls it, so its schema is stable. It is still checked once, on a small product with a known result.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -26,8 +28,11 @@ def _onednn() -> bool:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which products of tensors of `dtype` run fast and accurately: bfloat16 where the CPU multiplies it
-    (in float32 sums), otherwise float32. float16 is widened: torch's float16 product runs at 2-25 GFLOP/s a core."""
+    """The dtype in which products of tensors of `dtype` are fast and accurate: bfloat16 or float32.
+
+    bfloat16 (with float32 sums) if the CPU multiplies it. float16 becomes float32, because PyTorch's float16 product
+    runs at 2 to 25 GFLOP/s per core.
+    """
     return dtype if dtype == torch.bfloat16 and cpu_multiplies_bfloat16() else torch.float32
 
 
@@ -58,8 +63,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad.T @ x for grad: (R, M), x: (R, K) -> (M, K), contiguous.
 
-    oneDNN transposes its first factor in memory, so the narrower one is put there: for (2048, 512) and (2048, 64) that
-    takes 1.1 ms instead of 1.7 (torch.mm: 1.9), for (2048, 192) and (2048, 4) 0.05 instead of 0.26 (0.35).
+    oneDNN transposes its first operand in memory, so the narrower one goes there. For (2048, 512) and (2048, 64) this
+    takes 1.1 ms instead of 1.7 (torch.mm: 1.9). For (2048, 192) and (2048, 4) it takes 0.05 ms instead of 0.26
+    (torch.mm: 0.35).
     """
     if _small(grad, x.t()):
         return grad.t() @ x

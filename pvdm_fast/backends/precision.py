@@ -1,4 +1,4 @@
-"""bfloat16 on the CPU: only where the CPU multiplies it; elsewhere it costs digits and gains nothing."""
+"""bfloat16 on the CPU: only if the CPU multiplies it. Otherwise it costs digits and gains nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def bfloat16_serves(device: torch.device | str, option: str) -> bool:
-    """Whether bfloat16, asked for by `option`, is to be used on `device`; where not, says so and why in one line."""
+    """Whether to use bfloat16, which `option` asks for, on `device`. If not, prints one line that says why."""
     if torch.device(device).type != "cpu" or cpu_multiplies_bfloat16():
         return True
     print(f"{option}: this CPU has neither AVX512-BF16 nor AMX-BF16, so float32 is used instead", flush=True)

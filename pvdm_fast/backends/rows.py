@@ -1,6 +1,6 @@
-"""How kernels take the tensors that they read: whatever strides a tensor has, one of these makes it fit.
+"""Brings tensors of any strides into the form that kernels read.
 
-The bindings check the same and raise, so that a launcher that forgets one of these can't read a neighbour's memory.
+The bindings check the same and raise, so a launcher that forgets one of these can't read past a tensor's memory.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def matrix(x: Tensor) -> Tensor:
-    """A matrix as the vendor's products take it: `x` itself if its rows or its columns are dense and don't overlap,
-    else a contiguous copy. oneDNN raises on other weights."""
+    """A matrix as the vendor's products take it: `x` itself, or a contiguous copy.
+
+    `x` itself needs dense rows or dense columns that don't overlap. oneDNN raises on other weights.
+    """
     (rows, columns), (row, column) = x.shape, x.stride()
     whole = (column == 1 and row >= max(columns, 1)) or (row == 1 and column >= max(rows, 1))
     return x if whole else x.contiguous()
 
 
 def vector(x: Tensor) -> Tensor:
-    """A vector as the vendor's products take it: they read its elements side by side, whatever its stride is."""
+    """A vector as the vendor's products take it: contiguous, because they ignore its stride."""
     return x.contiguous()

@@ -1,4 +1,4 @@
-"""Clips of video to train on: folders of videos or frames, UCF-101, SkyTimelapse, and scenes rendered on the fly."""
+"""Clips of video for training: folders of videos or frames, UCF-101, SkyTimelapse, and rendered scenes."""
 
 from __future__ import annotations
 

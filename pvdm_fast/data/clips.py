@@ -1,4 +1,4 @@
-"""Datasets of clips: ``dataset[draw]`` is a function of the draw number alone, for any draw >= 0."""
+"""Datasets of clips. ``dataset[draw]`` depends on the draw number alone, for any draw >= 0."""
 
 from __future__ import annotations
 
@@ -34,9 +34,12 @@ State = tuple[int, int, int] | None  # of a file, see _state
 
 
 class Item(TypedDict):
-    """One clip: float32 (3, frames, height, width) in [-1, 1] (uint8 pixels as :meth:`ClipDataset.read` gives it); file
-    and start frame; the name of its class, if it has one; files skipped, with reasons. Of cached latents ``video`` is
-    float32 (windows, D, N): see LatentClips."""
+    """One clip: pixels, where it comes from, its class, and files that were skipped.
+
+    ``video`` is float32 (3, frames, height, width) in [-1, 1], or uint8 pixels from `ClipDataset.read`. Of cached
+    latents it is float32 (windows, D, N), see `LatentClips`. ``name`` holds file and start frame, ``label`` the name of
+    its class, and ``skipped`` the files that were skipped, with reasons.
+    """
 
     video: torch.Tensor
     name: str
@@ -45,8 +48,11 @@ class Item(TypedDict):
 
 
 class Batch(TypedDict):
-    """Clips of one size: float32 (B, 3, frames, height, width) in [-1, 1], or uint8 pixels where the loader was asked
-    for them; or cached latents, (B, windows, D, N)."""
+    """Clips of one size.
+
+    ``video`` is float32 (B, 3, frames, height, width) in [-1, 1], or uint8 pixels if the loader was asked for them. Of
+    cached latents it is (B, windows, D, N).
+    """
 
     video: torch.Tensor
     names: list[str]
@@ -79,9 +85,9 @@ class ClipSpec:
 
 
 class ClipDataset(torch.utils.data.Dataset[Item], ABC):
-    """Clips by draw number. ``len`` is the number of videos, an epoch; draws beyond it go on with the next epoch.
+    """Clips by draw number. ``len`` is the number of videos: one epoch. Later draws continue with the next epoch.
 
-    ``description`` says what was found: the layout, how many videos, the split. ``left_out`` says what else lies there.
+    ``description`` says what was found: the layout, how many videos, the split. ``left_out`` says what else is there.
     """
 
     spec: ClipSpec
@@ -95,18 +101,18 @@ class ClipDataset(torch.utils.data.Dataset[Item], ABC):
     def __getitem__(self, draw: int) -> Item: ...
 
     def read(self, draw: int) -> Item:
-        """The clip as it travels from a worker: 8-bit pixels where it has some, a quarter of the bytes.
+        """The clip as it travels from a worker. Pixels are 8-bit, a quarter of the bytes.
 
-        :func:`~pvdm_fast.data.transforms.to_float` makes ``dataset[draw]`` of it.
+        `pvdm_fast.data.transforms.to_float` turns it into ``dataset[draw]``.
         """
         return self[draw]
 
     def set_aside(self, file: str, reason: str) -> None:
-        """Leave a file out from now on, as if it had been found unreadable for ``reason``."""
+        """Skip a file from now on, as if it had been found unreadable for ``reason``."""
 
 
 class PixelClips(ClipDataset):
-    """Clips that :meth:`read` makes of 8-bit pixels."""
+    """Clips whose `read` gives 8-bit pixels."""
 
     @abstractmethod
     def read(self, draw: int) -> Item: ...
@@ -119,9 +125,9 @@ class PixelClips(ClipDataset):
 class FolderClips(PixelClips):
     """Clips from videos on disk.
 
-    The video is picked by a permutation seeded by (seed, epoch); window, crop and mirroring by (seed, draw). A video
-    that cannot give a clip is recorded in the item, and the next one of the permutation takes its place. One that can
-    give none at all (it cannot be opened, or is too short) is not opened again before it has changed on the disk.
+    A permutation seeded by (seed, epoch) picks the video. (seed, draw) picks window, crop and mirroring. If a video
+    can't give a clip, the item records it, and the next video of the permutation takes its place. If it can give no
+    clip at all (it can't be opened, or is too short), it isn't opened again until it changes on the disk.
     """
 
     def __init__(self, root: Path, found: Found, spec: ClipSpec) -> None:
@@ -163,7 +169,7 @@ class FolderClips(PixelClips):
         raise DataError(_none_usable(self.root, self.description, skipped))
 
     def _known_reason(self, video: Video) -> str | None:
-        """Why a video is passed over without opening it."""
+        """Why a video is skipped without opening it, or None."""
         if video.place in self._set_aside:
             return self._set_aside[video.place]
         state, reason = self._unusable.get(video.place, (None, None))
@@ -174,7 +180,7 @@ class FolderClips(PixelClips):
         return epoch_order(len(self), self.spec.seed, epoch)
 
     def _source(self, video: Video) -> tuple[Source, str | None]:
-        """A video file, or what it holds, and the name of its class."""
+        """A video file, or its contents, and the name of its class."""
         return video.path, video.label
 
     def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray], str | None]:
@@ -185,7 +191,7 @@ class FolderClips(PixelClips):
         place = rng.bit_generator.state
 
         def choose(total: int) -> Window:
-            rng.bit_generator.state = place  # the same choice however often the length has to be found
+            rng.bit_generator.state = place  # the same choice, however often the length must be found
             return draw_window(total, spec.frames, spec.stride, rng)
 
         def each(frame: np.ndarray) -> np.ndarray:
@@ -203,7 +209,7 @@ class FolderClips(PixelClips):
     def _file_clip(
         self, place: str, source: Source, choose: Callable[[int], Window], each: Callable[[np.ndarray], np.ndarray]
     ) -> tuple[Window, list[np.ndarray]]:
-        """A clip by the time stamps of the packets, or by counting decoded frames where those mislead."""
+        """A clip by the packets' time stamps, or by counting decoded frames if those mislead."""
         for build in (packet_index, counted_index):
             with _every_window():
                 index = self._indices.get(place, source, build)
@@ -212,11 +218,11 @@ class FolderClips(PixelClips):
                 return window, read_frames(source, index, window.indices, each)
             except IndexMismatch:
                 continue
-        raise UnusableVideo("delivers other frames each time it is decoded")
+        raise UnusableVideo("gives different frames each time it is decoded")
 
 
 class ShardClips(FolderClips):
-    """Clips from the videos of webdataset shards (:mod:`pvdm_fast.data.shards`), in an order that stays near."""
+    """Clips from the videos of webdataset shards (`pvdm_fast.data.shards`). Neighbouring draws read few shards."""
 
     def __init__(self, root: Path, found: Found, spec: ClipSpec) -> None:
         super().__init__(root, found, spec)
@@ -231,7 +237,8 @@ class ShardClips(FolderClips):
 
 
 class SyntheticClips(PixelClips):
-    """Moving shapes rendered on the fly: a new scene for every training draw, 256 fixed ones for the test split."""
+    """Moving shapes rendered on the fly: a new scene for every training draw, 256 fixed scenes for the test
+    split."""
 
     def __init__(self, spec: ClipSpec) -> None:
         self.spec = spec
@@ -254,7 +261,7 @@ class SyntheticClips(PixelClips):
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """Items of one size as a batch."""
+    """Joins items of one size into a batch."""
     return {
         "video": torch.stack([item["video"] for item in items]),
         "names": [item["name"] for item in items],
@@ -264,7 +271,7 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 def is_long_enough(video: Video, spec: ClipSpec) -> bool:
-    """Whether a video has the frames of a clip, as far as can be told without decoding."""
+    """Whether a video has enough frames for a clip, as far as this can be told without decoding."""
     try:
         with reading(video.place, spec.read_timeout):
             if video.is_folder:
@@ -276,7 +283,8 @@ def is_long_enough(video: Video, spec: ClipSpec) -> bool:
 
 
 def _state(path: Path) -> State:
-    """What changes with a file or folder: size, times of its content and of its rights; None where it isn't there."""
+    """What changes with a file or folder: size, and times of its content and its permissions. None if it doesn't
+    exist."""
     try:
         found = path.stat()
     except OSError:
@@ -285,12 +293,12 @@ def _state(path: Path) -> State:
 
 
 class UnusableVideo(UnreadableVideo):
-    """A video that cannot give any clip, whatever the window."""
+    """A video that can't give any clip, whatever the window."""
 
 
 @contextmanager
 def _every_window() -> Iterator[None]:
-    """What cannot be read in the block keeps every window from being read, unless the cause may pass."""
+    """Errors in the block mean that no window can be read, unless the cause may pass."""
     try:
         yield
     except UnreadableVideo as error:

@@ -1,4 +1,4 @@
-"""The end of a given video, as the clip that samples continue."""
+"""The end of a video that you give, as the clip that samples continue."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pvdm_fast.jobs.reading import READ_TIMEOUT
 
 
 def last_clip(path: str | Path, *, frames: int, height: int, width: int, stride: int = 1) -> torch.Tensor:
-    """The last ``frames`` frames of a video file or a folder of frames, ``stride`` apart, ending with its last one.
+    """The last ``frames`` frames of a video file or a folder of frames, ``stride`` apart, up to the very last one.
 
-    Cropped at the centre and resized as the test split's clips: float32 (1, 3, frames, height, width) in [-1, 1].
-    Raises :class:`DataError` where the video is too short or cannot be read.
+    They are cropped at the centre and resized like clips of the test split: float32 (1, 3, frames, height, width) in
+    [-1, 1]. Raises `DataError` if the video is too short or can't be read.
     """
     path = Path(path)
     if stride < 1:
@@ -38,7 +38,8 @@ def last_clip(path: str | Path, *, frames: int, height: int, width: int, stride:
 
 
 def fit_clip(frames: Sequence[np.ndarray], height: int, width: int) -> torch.Tensor:
-    """uint8 frames (h, w, 3), cropped at the centre and resized: float32 (1, 3, frames, height, width) in [-1, 1]."""
+    """Crops uint8 frames (h, w, 3) at the centre and resizes them: float32 (1, 3, frames, height, width) in [-1,
+    1]."""
     return to_video([fit(frame, height, width, View()) for frame in frames])[None]
 
 
@@ -52,7 +53,7 @@ def _last_frames(path: Path, frames: int, stride: int) -> list[np.ndarray]:
             return read_frames(path, index, _last(index.frames, frames, stride), lambda frame: frame)
         except IndexMismatch:
             continue
-    raise UnreadableVideo("it delivers other frames each time it is decoded")
+    raise UnreadableVideo("it gives different frames each time it is decoded")
 
 
 def _last(total: int, frames: int, stride: int) -> range:

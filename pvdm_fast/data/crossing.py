@@ -1,4 +1,4 @@
-"""How batches come from data workers: in shared memory, which may be full, and errors with their own sentence."""
+"""How batches travel from data workers: through shared memory, which may be full, with errors as plain sentences."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ REMEDY = (
     "give the container more shared memory (docker run --shm-size 8g), or use fewer --workers (0 reads the clips in "
     "the process itself)"
 )
-ROOM_SECONDS = 20.0  # how long a worker waits for room: other batches leave when they are taken
-LOST_SECONDS = 300.0  # how long a batch may take while no worker has a file in hand
+ROOM_SECONDS = 20.0  # how long a worker waits for shared memory, which is freed as batches are taken
+LOST_SECONDS = 300.0  # how long a batch may take while no worker reads a file
 POLL_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1  # prctl.h
 
 
 class Guarded(Dataset[Item]):
-    """A dataset as a worker reads it: batches of draws, and what is wrong with the data as a value.
+    """A dataset as a worker reads it: it returns batches of draws, and faults of the data as values.
 
-    Raised in a worker, an error would reach the training process with a traceback as its message.
+    If a worker raised an error, the training process would get it with a traceback as its message.
     """
 
     def __init__(self, dataset: ClipDataset) -> None:
@@ -43,7 +43,7 @@ class Guarded(Dataset[Item]):
 
 
 def shared_batch(items: list[Item] | DataError) -> Batch | DataError:
-    """A batch in shared memory, where it would otherwise be lost later, in a thread whose errors nobody sees."""
+    """A batch in shared memory. Without this it could be lost later, in a thread whose errors nobody sees."""
     if isinstance(items, DataError):
         return items
     batch, deadline = collate(items), time.monotonic() + ROOM_SECONDS
@@ -55,14 +55,14 @@ def shared_batch(items: list[Item] | DataError) -> Batch | DataError:
                 batch["video"].share_memory_()
                 return batch
         except RuntimeError:
-            pass  # another worker was quicker
+            pass  # another worker was faster
         if time.monotonic() > deadline or whole < size:
             return no_room(size)
         time.sleep(0.2)
 
 
 def _room() -> tuple[float, float]:
-    """Bytes of shared memory that are free, and in all; infinite where it is no file system."""
+    """Bytes of shared memory: free, and in total. Infinite if it isn't a file system."""
     try:
         facts = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -84,29 +84,29 @@ def cannot_start(workers: int, error: OSError | RuntimeError) -> DataError:
 
 
 class Patience:
-    """How long a batch may be waited for: while workers have files in hand, as long as these may take."""
+    """How long to wait for a batch. While workers read files, it is as long as those files may take."""
 
     def __init__(self, notes: Notes) -> None:
         self.notes = notes
         self.since, self.state = time.monotonic(), b""
 
     def check(self) -> None:
-        """Raises DataError where nothing has moved for too long, and no worker is at a file."""
+        """Raises DataError if nothing has happened for too long and no worker is reading a file."""
         state = self.notes.rows.numpy().tobytes()
         if state != self.state or self.notes.any_file():
             self.since, self.state = time.monotonic(), state
         elif time.monotonic() - self.since > LOST_SECONDS:
             raise DataError(
-                f"no batch of clips came for {LOST_SECONDS:g} s, while no data worker had a file in hand "
+                f"no batch of clips came for {LOST_SECONDS:g} s, while no data worker was reading a file "
                 f"({_free()}): {REMEDY}"
             )
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process by SIGKILL as soon as the thread that started it ends, however that happens (Linux)."""
+    """End this process with SIGKILL as soon as the thread that started it ends, for any reason (Linux)."""
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (AttributeError, OSError):
         return
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # the parent had already ended
         os._exit(1)

@@ -1,6 +1,6 @@
-"""Everything random about a clip, as pure functions of numbers: seeds, order of videos, windows, crops, splits.
+"""Everything random about a clip, as pure functions: seeds, order of videos, windows, crops, splits.
 
-Nothing here depends on the process, the worker count or Python's salted ``hash``: the same arguments give the same
+Nothing here depends on the process, the number of workers or Python's salted ``hash``. The same arguments give the same
 clip on every machine.
 """
 
@@ -19,18 +19,18 @@ TEST_FRACTION = 0.1
 
 
 def stable_hash(*parts: Hashable) -> int:
-    """A 128-bit number that depends on the parts alone (strings, ints, None), equal in every process."""
+    """A 128-bit number that depends only on the parts (strings, ints, None). It is the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest(), "little")
 
 
 def generator(*parts: Hashable) -> np.random.Generator:
-    """A random generator seeded by :func:`stable_hash` of the parts."""
+    """A random generator seeded by `stable_hash` of the parts."""
     return np.random.Generator(np.random.PCG64(stable_hash(*parts)))
 
 
 @lru_cache(maxsize=4)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which ``count`` videos are visited in an epoch: an int64 permutation, read-only."""
+    """The order of ``count`` videos in an epoch: an int64 permutation, read-only."""
     order = generator("order", seed, epoch).permutation(count)
     order.flags.writeable = False
     return order
@@ -52,8 +52,8 @@ class Window:
 def draw_window(total: int, frames: int, stride: int, rng: np.random.Generator) -> Window:
     """A window drawn uniformly among those that fit a video of ``total`` frames.
 
-    A video too short for the stride is read with the largest stride that fits. Raises :class:`UnreadableVideo` when
-    it has fewer frames than the window even at stride 1.
+    If a video is too short for the stride, the largest stride that fits is used. Raises `UnreadableVideo` if it has
+    fewer frames than the window even at stride 1.
     """
     if total < frames:
         raise UnreadableVideo(f"too short: {total} frame{'s' * (total != 1)}, a clip needs {frames}")
@@ -65,7 +65,8 @@ def draw_window(total: int, frames: int, stride: int, rng: np.random.Generator) 
 
 @dataclass(frozen=True)
 class View:
-    """Where a crop lies among those possible (0 to 1 on each axis; 0.5 is the centre), and whether it is mirrored."""
+    """Where a crop lies among those possible (0 to 1 on each axis, 0.5 is the centre), and whether it is
+    mirrored."""
 
     down: float = 0.5
     right: float = 0.5
@@ -78,10 +79,10 @@ class View:
 
 
 def crop_box(source: tuple[int, int], target: tuple[int, int], down: float, right: float) -> tuple[int, int, int, int]:
-    """The part of a frame that, resized to ``target``, is the crop: (top, left, height, width) in source pixels.
+    """The part of a frame that becomes the crop when it is resized to ``target``: (top, left, height, width) in pixels.
 
-    This is the crop one gets by resizing the frame, aspect kept, until it just covers ``target`` (height, width): the
-    box spans the frame on one axis and has the target's aspect, to the nearest pixel.
+    The box has the aspect of ``target`` (height, width), to the nearest pixel, and spans the frame on one axis. You get
+    the same crop if you resize the frame, with its aspect, until it just covers the target.
     """
     (height, width), (rows, columns) = source, target
     scale = min(height / rows, width / columns)  # source pixels per target pixel
@@ -93,11 +94,12 @@ def crop_box(source: tuple[int, int], target: tuple[int, int], down: float, righ
 
 
 def is_held_out(keys: Sequence[str], usable: Callable[[int], bool] = lambda number: True) -> list[bool]:
-    """Which of the videos belong to the test split, by a hash of their keys: about a tenth.
+    """Which videos belong to the test split, by a hash of their keys. It is about a tenth.
 
-    Videos with equal keys stay together. With two or more different keys both splits get at least one; with a single
-    key nothing is held out. While none of the videos held out is ``usable`` (asked by its place in ``keys``, no more
-    often than needed), those with the next hashes are held out too, so that one bad file cannot spoil the split.
+    Videos with equal keys stay together. With two or more different keys each split gets at least one. With a single
+    key nothing is held out. If none of the held-out videos is ``usable``, those with the next hashes are held out too,
+    so that one bad file can't spoil the split. ``usable`` takes a place in ``keys``, and is called no more often than
+    needed.
     """
     members: dict[str, list[int]] = {}
     for number, key in enumerate(keys):
@@ -105,7 +107,7 @@ def is_held_out(keys: Sequence[str], usable: Callable[[int], bool] = lambda numb
     ranked = sorted((stable_hash("split", key), key) for key in members)
     test: set[str] = set()
     met_usable = False
-    for rank, key in ranked[:-1]:  # the last one trains in any case
+    for rank, key in ranked[:-1]:  # the last key always trains
         if met_usable and rank >= TEST_FRACTION * 2**128:
             break
         test.add(key)

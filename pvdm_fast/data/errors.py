@@ -1,4 +1,4 @@
-"""The two things that can go wrong with video data: one file cannot be used, or nothing can."""
+"""What can go wrong with video data: one file can't be used, or none can."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pvdm_fast.errors import UserError
 
 
 class DataError(UserError):
-    """The data as a whole cannot be used; the message says what was looked for, where, and what to do."""
+    """The data as a whole can't be used. The message says what was looked for, where, and what to do."""
 
 
 class UnreadableVideo(Exception):
-    """One video cannot give a clip; the message is the reason. The dataset skips the video and records the reason.
+    """One video can't give a clip, and the message is the reason. The dataset skips the video and records the reason.
 
-    ``passing``: the cause may be gone at the next try: too many open files, a network disk that stutters.
+    ``passing``: the cause may be gone at the next try, such as too many open files or a network disk that doesn't
+    answer.
     """
 
     passing = False
 
 
-# What the system says of a file that may be all right: not enough of something, or a disk that doesn't answer now.
+# System errors of a file that may be fine: the system has too little of something, or a disk doesn't answer right now.
 _PASSING = frozenset(
     {
         errno.EMFILE,
@@ -40,7 +41,7 @@ _PASSING = frozenset(
 
 
 def unreadable(what: str, error: Exception) -> UnreadableVideo:
-    """The reason that an error of a library is: ``what``, and the error's own words."""
+    """The reason from a library's error: ``what``, and the error's own words."""
     words = getattr(error, "strerror", None) or error or type(error).__name__
     reason = UnreadableVideo(f"{what}: {words}")
     reason.passing = isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING

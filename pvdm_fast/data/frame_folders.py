@@ -1,4 +1,4 @@
-"""Videos stored as a folder of pictures, one per frame, through Pillow."""
+"""Videos stored as a folder of pictures, one per frame. Read with Pillow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-MAX_PIXELS = 1 << 26  # 8192 x 8192: beyond it a header is taken to be damaged rather than memory filled
+MAX_PIXELS = 1 << 26  # 8192 x 8192; a header that claims more is taken to be damaged, instead of filling memory
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -40,9 +40,9 @@ def _names(folder: Path) -> list[str]:
 def read_picture(path: Path) -> np.ndarray:
     """One picture as writable uint8 (height, width, 3) RGB, turned and mirrored as its EXIF orientation says.
 
-    Grey and palette pictures become RGB; 16-bit ones keep their upper 8 bits; transparent ones are laid over black.
-    Its name doesn't decide what it is, but only the formats of IMAGE_SUFFIXES are tried: for others Pillow would start
-    other programs.
+    Grey and palette pictures become RGB. 16-bit pictures keep their upper 8 bits. Transparent ones are laid over black.
+    The contents decide the format, not the name. Only the formats of IMAGE_SUFFIXES are tried, because for some others
+    Pillow would start other programs.
     """
     from PIL import Image, ImageOps
 
@@ -53,7 +53,7 @@ def read_picture(path: Path) -> np.ndarray:
             return np.array(_as_rgb(ImageOps.exif_transpose(picture)))
     except UnreadableVideo:
         raise
-    except Exception as error:  # whatever a damaged picture provokes, it is a reason to skip the video
+    except Exception as error:  # a damaged picture can raise anything; the video is skipped
         raise unreadable(f"{path.name} cannot be decoded", error) from error
 
 
@@ -64,7 +64,7 @@ def over_black(rgba: np.ndarray) -> np.ndarray:
 
 
 def _as_rgb(picture: Image) -> np.ndarray:
-    if picture.mode.startswith("I"):  # 16-bit grey, in whatever container type this Pillow uses for it
+    if picture.mode.startswith("I"):  # 16-bit grey, in whichever mode this Pillow uses for it
         values = np.asarray(picture).astype(np.int64)
         return np.repeat((values.clip(0, 65535) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
     if picture.mode == "F":

@@ -1,6 +1,6 @@
-"""How a shard of latents lies on the disk: one safetensors file, or a webdataset shard with a sample for each clip.
+"""How a shard of latents is stored: one safetensors file, or a webdataset shard with one sample per clip.
 
-Beside the latents, float32 (n, windows, D, N), each holds one JSON object about all of them.
+Next to the latents, float32 (n, windows, D, N), a shard holds one JSON object about all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ABOUT = "__about__"  # the library leaves members with such names out of sample
 
 
 class LatentShard(ABC):
-    """A shard that is open: ``about``, the shape of its latents, and its clips by number."""
+    """An open shard: ``about``, the shape of its latents, and its clips by number."""
 
     about: dict[str, Any]
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class SafetensorsShard(LatentShard):
 
 class TarShard(LatentShard):
     def __init__(self, path: Path) -> None:
-        places = scan(path)  # which refuses sizes that go beyond the file
+        places = scan(path)  # scan refuses sizes beyond the end of the file
         with open_regular(path) as shard, tarfile.open(fileobj=shard, mode="r:") as archive:
             first = archive.next()
             file = archive.extractfile(first) if first is not None and first.name == _ABOUT else None
@@ -66,7 +66,7 @@ class TarShard(LatentShard):
 
 
 def _array(content: bytes) -> np.ndarray:
-    """The array of a .npy file, whose header must fit its bytes: np.load would take memory for what it says first."""
+    """The array of a .npy file. Its header must fit its bytes: np.load would allocate whatever the header claims."""
     file = io.BytesIO(content)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("its .npy is not of version 1.0")
@@ -85,18 +85,18 @@ def _about(text: str | bytes) -> dict[str, Any]:
 
 
 def open_shard(path: Path) -> LatentShard:
-    """A shard by its suffix. What a missing or damaged one raises is of many types."""
+    """Opens a shard by its suffix. A missing or damaged one raises errors of many types."""
     return TarShard(path) if path.suffix == ".tar" else SafetensorsShard(path)
 
 
 def save_shard(path: Path, container: str, first: int, latents: torch.Tensor, about: dict[str, Any]) -> None:
-    """Write latents of the draws from ``first`` on; the same ones give the same bytes. Raises OSError."""
+    """Write latents of the draws from ``first`` on. The same latents give the same bytes. Raises OSError."""
     if container == "safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         try:
-            # one entry of metadata: safetensors writes several in any order
+            # a single entry of metadata, because safetensors writes several in any order
             save_file({"latents": latents.contiguous()}, path, {"about": json.dumps(about)})
         except SafetensorError as error:
             raise OSError(str(error)) from error

@@ -1,7 +1,8 @@
-"""Latents made once and read by the diffusion stage: shards, and an index that says what they are.
+"""Cached latents for the diffusion stage: shards, and an index that says what they are.
 
-A folder of latents holds ``settings.json`` (what is encoded, and how: written first), ``train-00000.safetensors``,
-``test-00000.safetensors`` and so on (or ``.tar``), and ``index.json``, which is written when every shard is there.
+A folder of latents holds ``settings.json`` (what is encoded, and how), which is written first. Then come
+``train-00000.safetensors``, ``test-00000.safetensors`` and so on (or ``.tar``). ``index.json`` is written last, when
+every shard is there.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ SETTINGS_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """What a folder of latents holds; every process that writes to it must have the same.
+    """What a folder of latents holds. Every process that writes to it must have the same settings.
 
-    ``autoencoder`` is its :func:`fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of
-    T; ``train_clips`` and ``test_clips`` are the draws 0, 1, ... of ``data``, ``shard_clips`` of them in a shard.
+    ``autoencoder`` is its `fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of T.
+    ``train_clips`` and ``test_clips`` count the draws 0, 1, ... of ``data``. A shard holds ``shard_clips`` of them.
     ``container`` is the shards' suffix, "safetensors" or "tar".
     """
 
@@ -96,7 +97,7 @@ class Shard:
 
 
 def fingerprint(autoencoder: Autoencoder) -> str:
-    """SHA-256 of an autoencoder's sizes and weights, whatever file they came from."""
+    """SHA-256 of an autoencoder's sizes and weights, whichever file they came from."""
     sizes = {name: value for name, value in autoencoder.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True, default=str).encode())
     for name, tensor in sorted(autoencoder.state_dict().items()):
@@ -106,12 +107,12 @@ def fingerprint(autoencoder: Autoencoder) -> str:
 
 
 def shard_problem(path: Path, shard: Shard, settings: Settings) -> str | None:
-    """Why a file is not this shard, whole; None where it is."""
+    """Why a file isn't this shard, complete. None if it is."""
     try:
         found = open_shard(path)
     except FileNotFoundError:
         return "it is missing"
-    except Exception as error:  # whatever a damaged file provokes
+    except Exception as error:  # a damaged file can raise anything
         return f"it cannot be read ({error})"
     if found.about.get("settings") != settings.hash():
         return "it was written with other settings"
@@ -123,12 +124,12 @@ def shard_problem(path: Path, shard: Shard, settings: Settings) -> str | None:
 
 
 def read_index(root: Path) -> Settings:
-    """The settings of a complete folder of latents; raises :class:`DataError` where it is none."""
+    """The settings of a complete folder of latents. Raises `DataError` if it isn't one."""
     return _read_index(root)[0]
 
 
 def _read_index(root: Path) -> tuple[Settings, list[str]]:
-    """Settings and labels. What they say is compared with the files that are there before anything follows from it."""
+    """Settings and labels. They are compared with the files on the disk before anything relies on them."""
     place = root / INDEX
     try:
         index = read_json_object(place)
@@ -151,14 +152,14 @@ def _read_index(root: Path) -> tuple[Settings, list[str]]:
 
 
 def read_labels(root: Path) -> list[str]:
-    """The classes in a folder of latents, in the order of their numbers; raises DataError where it has no index."""
+    """The classes in a folder of latents, in the order of their numbers. Raises DataError if there is no index."""
     return _read_index(root)[1]
 
 
 def is_latents(root: Path) -> bool:
-    """Whether a folder was written by ``python -m pvdm_fast.encode``; raises DataError where it isn't finished.
+    """Whether ``python -m pvdm_fast.encode`` wrote this folder. Raises DataError if it isn't finished.
 
-    A settings.json of something else, beside videos perhaps, makes no latents of a folder.
+    A settings.json of something else, perhaps next to videos, doesn't count.
     """
     try:
         settings = read_json(root / SETTINGS, SETTINGS_BYTES)
@@ -175,9 +176,9 @@ def is_latents(root: Path) -> bool:
 
 
 class LatentClips(ClipDataset):
-    """Cached latents by draw number; an item's ``video`` is float32 (windows, D, N).
+    """Cached latents by draw number. An item's ``video`` is float32 (windows, D, N).
 
-    The first ``len`` draws are those draws of the videos that were encoded; after them come other orders of the same.
+    The first ``len`` draws are the encoded draws of the videos. Later draws repeat them in other orders.
     """
 
     def __init__(self, root: Path, spec: ClipSpec) -> None:
@@ -215,7 +216,7 @@ class LatentClips(ClipDataset):
                 opened = _opened(path, self._hash)
                 latents = opened.clip(row)
                 name, label = opened.about["names"][row], opened.about["labels"][row]
-        except Exception as error:  # whatever a damaged file provokes
+        except Exception as error:  # a damaged file can raise anything
             problem = shard_problem(path, shard, self.settings) or error
             raise DataError(f"the shard {path} cannot be used: {problem}; delete it and encode again") from error
         return {"video": latents, "name": name, "label": label, "skipped": []}
@@ -223,7 +224,7 @@ class LatentClips(ClipDataset):
 
 @lru_cache(OPEN_SHARDS)
 def _opened(path: Path, settings: str) -> LatentShard:
-    """A shard; one of other settings is refused."""
+    """Opens a shard, and refuses one with other settings."""
     shard = open_shard(path)
     if shard.about["settings"] != settings:
         raise DataError("it was written with other settings")
@@ -233,7 +234,7 @@ def _opened(path: Path, settings: str) -> LatentShard:
 def describe_shard(
     settings: Settings, latents: torch.Tensor, names: list[str], labels: list[str | None], skipped: Skipped
 ) -> dict[str, Any]:
-    """What a shard says of its latents (n, windows, D, N): per channel, too, what the statistics are made of."""
+    """What a shard says about its latents (n, windows, D, N), with the sums per channel that the statistics need."""
     values = latents.double().transpose(0, 2).flatten(1)  # (D, n * windows * N)
     moments = (values.sum(1), values.square().sum(1), values.amin(1), values.amax(1))
     return {
@@ -246,7 +247,7 @@ def describe_shard(
 
 
 def make_index(root: Path, settings: Settings) -> dict[str, Any]:
-    """The index of a complete folder: settings, shards, labels, and each channel's statistics over both splits."""
+    """The index of a complete folder: settings, shards, labels, and statistics per channel over both splits."""
     abouts = [open_shard(root / shard.name).about for shard in settings.shards()]
     labels = {label for about in abouts for label in about["labels"] if label is not None}
     count = (settings.train_clips + settings.test_clips) * settings.windows * settings.tokens

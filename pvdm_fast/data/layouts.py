@@ -1,11 +1,11 @@
-"""Which videos of a folder belong to a split: the layout is detected, never configured.
+"""Which videos of a folder belong to a split. The layout is detected, never configured.
 
-Looked for in this order:
+These are tried in order:
 
 1. The official lists of UCF-101, ``trainlist01.txt`` and ``testlist01.txt``, in the folder, one level up, or in
-   ``ucfTrainTestlist`` in either: for the videos that they name.
+``ucfTrainTestlist`` in either. They apply to the videos that they name.
 2. Folders named as splits side by side, at any depth and in any case: ``train`` and ``test``, ``val`` or the like.
-3. A hash of the names, for videos named ``v_<Class>_g01_c01.avi`` of class and group.
+3. A hash of the names. For videos named like ``v_<Class>_g01_c01.avi``, a hash of class and group.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pvdm_fast.jobs.reading import UnreadableFile, read_text
 
 SPLITS = ("train", "test")
 LIST_BYTES = 64 << 20
-# "val", "Training_set", "sky_test", "train_256": a split's name, and what commonly stands before and after it.
+# "val", "Training_set", "sky_test", "train_256": a split's name, and what commonly surrounds it.
 _SPLIT_NAME = re.compile(
     r"(?:(?:sky|kinetics\d*|k[467]00|ucf(?:101)?|videos?|clips?|frames?)[_\- ]?)?"
     r"(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?)"
@@ -35,7 +35,7 @@ _SPLIT_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Found:
-    """The videos of one split, in natural order of their names, a sentence on what they are, and what else is there."""
+    """The videos of one split in natural order of their names, a sentence about them, and what else is there."""
 
     videos: list[Video]
     description: str
@@ -43,9 +43,10 @@ class Found:
 
 
 def find_videos(root: Path, split: str, usable: Callable[[Video], bool] = lambda video: True) -> Found:
-    """The videos of a split ("train" or "test"). Raises :class:`DataError`, saying what was looked for, if none.
+    """The videos of a split ("train" or "test"). If there are none, raises `DataError` that says what was looked for.
 
-    ``usable`` tells whether a video can give clips; it is asked of a few only, so that a split by hash holds out one.
+    ``usable`` tells whether a video can give clips. It is called for only a few, to make sure that a split by hash
+    holds out a usable one.
     """
     if split not in SPLITS:
         raise DataError(f'no split "{split}": choose "train" or "test"')
@@ -91,7 +92,7 @@ def _kind(videos: list[Video]) -> str:
 
 
 def _split_by_hash(videos: list[Video], split: str, usable: Callable[[Video], bool]) -> Found:
-    """About a tenth is held out. Clips cut from one recording of UCF-101 stay together, whatever lies beside them."""
+    """Holds out about a tenth. Clips cut from one UCF-101 recording stay together, whatever lies next to them."""
     matches = [None if video.is_folder else video.ucf_name for video in videos]
     keys = [
         f"{match['label']}/{match['group']}" if match else video.name
@@ -115,9 +116,9 @@ def _role(folder: str) -> str | None:
 
 
 def _split_by_folders(videos: list[Video], split: str) -> Found | None:
-    """The split by folder names, or None where no training folder lies beside a held-out one, both with videos.
+    """The split by folder names. None unless a training folder and a held-out one lie side by side, both with videos.
 
-    Where both a test and a validation folder lie there, the validation videos belong to neither split.
+    If there are both a test and a validation folder, the validation videos belong to neither split.
     """
     folders = [video.name.split("/") if video.is_folder else video.name.split("/")[:-1] for video in videos]
     beside: dict[tuple[str, ...], set[str]] = {}
@@ -154,7 +155,8 @@ def _few(names: dict[str, None]) -> str:
 
 
 def _split_by_lists(root: Path, videos: list[Video], split: str) -> Found | None:
-    """The official split of the videos that UCF-101's lists name; None without lists, or where they name none."""
+    """The official split of the videos that UCF-101's lists name. None without lists, or if they name no video
+    here."""
     folder = _find_lists(root)
     if folder is None:
         return None
@@ -163,7 +165,7 @@ def _split_by_lists(root: Path, videos: list[Video], split: str) -> Found | None
     for video in videos:
         by_stem.setdefault(Path(video.name).stem, []).append(video)
     if by_stem.keys().isdisjoint({*listed["train"], *listed["test"]}) and not any(video.ucf_name for video in videos):
-        return None  # of other data that lies beside
+        return None  # the lists belong to other data next to it
     wanted = [name for name in listed[split] if split == "test" or name not in listed["test"]]
     chosen = [video for name in wanted for video in by_stem.get(name, [])]
     if not chosen:
@@ -193,8 +195,11 @@ def _find_lists(root: Path) -> Path | None:
 
 
 def _read_list(path: Path) -> dict[str, None]:
-    """Names of a split file without their suffixes, in its order, each once; its lines are ``<Class>/<file>`` with, for
-    training, a class number. Suffixes don't count: the videos may have been converted."""
+    """Names of a split file without suffixes, each once, in the file's order.
+
+    Its lines are ``<Class>/<file>``, for training followed by a class number. Suffixes don't count, because the videos
+    may have been converted.
+    """
     try:
         lines = read_text(path, LIST_BYTES).splitlines()
     except (OSError, UnreadableFile) as error:

@@ -1,4 +1,4 @@
-"""What lies in a folder: its videos, what is left out, and what could not be looked into."""
+"""What a folder holds: its videos, what is left out, and what couldn't be read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _SUFFIX_LIST = (
 VIDEO_SUFFIXES = frozenset(_SUFFIX_LIST.split())
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g(?P<group>\d+)_c\d+$")
 RUN_FILES = ("metrics.jsonl", "trainer.lock", "results.json", "checkpoints")
-NAMED = 3  # folders and kinds of files named in a sentence
+NAMED = 3  # how many folders and kinds of files a sentence names
 
 
 @dataclass(frozen=True)
 class Video:
-    """One video: a file, or a folder of frames. ``name`` is its path below the data folder, with forward slashes."""
+    """One video: a file, or a folder of frames. ``name`` is its path relative to the data folder, with forward
+    slashes."""
 
     path: Path
     name: str
@@ -31,32 +32,32 @@ class Video:
 
     @property
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Its path, for messages."""
         return str(self.path)
 
     @property
     def ucf_name(self) -> re.Match[str] | None:
-        """Class and group, where it is named as in UCF-101."""
+        """Class and group, if it is named as in UCF-101."""
         return UCF_NAME.match(Path(self.name).stem)
 
     @property
     def label(self) -> str | None:
-        """The name of its class, where it is named as in UCF-101."""
+        """The name of its class, if it is named as in UCF-101."""
         match = self.ucf_name
         return match["label"] if match else None
 
 
 @dataclass
 class Listing:
-    """``videos`` in natural order of their names; folders that could not be read, with reasons; and what else there is,
-    by kind ("run folder", ".txt file") with its number."""
+    """``videos`` in natural order of their names, folders that couldn't be read (with reasons), and the number of
+    other things by kind ("run folder", ".txt file")."""
 
     videos: list[Video] = field(default_factory=list)
     unread: dict[str, str] = field(default_factory=dict)
     others: Counter[str] = field(default_factory=Counter)
 
     def unread_note(self) -> str:
-        """The end of a sentence about folders that could not be read, or nothing."""
+        """The end of a sentence about folders that couldn't be read. Empty if there are none."""
         if not self.unread:
             return ""
         named = ", ".join(f"{name} ({reason})" for name, reason in list(self.unread.items())[:NAMED])
@@ -66,7 +67,7 @@ class Listing:
         )
 
     def left_out(self) -> str:
-        """What else lies there, the most frequent first, or nothing."""
+        """What else is there, most frequent first. Empty if there is nothing."""
         kinds = [
             counted(number, kind) for kind, number in sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
         ]
@@ -78,9 +79,9 @@ def counted(number: int, what: str = "video") -> str:
 
 
 def list_folder(root: Path) -> Listing:
-    """All video files below ``root``, or all folders with pictures where there are more of those.
+    """All video files below ``root``, or all folders of pictures if there are more of those.
 
-    A folder that this package wrote (a run, an evaluation) is left out with all it holds, unless it is ``root``.
+    Folders that this package wrote (runs, evaluations) are left out with everything in them, except ``root`` itself.
     """
     listing = Listing()
     files: list[Video] = []
@@ -112,7 +113,8 @@ def list_folder(root: Path) -> Listing:
 
 
 def _walk(root: Path, listing: Listing) -> Iterator[tuple[Path, list[str]]]:
-    """Folders below ``root`` with the names of their ordinary files; hidden ones left out, each real folder once."""
+    """Folders below ``root``, and the names of their ordinary files. Leaves out hidden ones, and visits each real
+    folder once."""
 
     def note(place: str | Path, error: OSError) -> None:
         name = os.path.relpath(place, root)
@@ -121,7 +123,7 @@ def _walk(root: Path, listing: Listing) -> Iterator[tuple[Path, list[str]]]:
     visited: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=lambda error: note(error.filename, error)):
         real = os.path.realpath(folder)
-        if real in visited:  # a link that leads back
+        if real in visited:  # a link back to a folder above
             subfolders.clear()
             continue
         visited.add(real)
@@ -140,14 +142,14 @@ def _walk(root: Path, listing: Listing) -> Iterator[tuple[Path, list[str]]]:
                     ordinary.append(name)
                 else:
                     listing.others["broken link or device"] += 1
-        except OSError as error:  # a folder whose names may be read, but not its files
+        except OSError as error:  # a folder that lists its names but not its files
             note(here, error)
             continue
         yield here, ordinary
 
 
 def _is_own(names: list[str], subfolders: list[str]) -> bool:
-    """Whether a folder is a run or an evaluation: its videos were made by models, or show what they made."""
+    """Whether a folder is a run or an evaluation. Models made the videos in it."""
     here = {*names, *subfolders}
     run = "config.yaml" in here and not here.isdisjoint(
         {"metrics.jsonl", "trainer.lock", "results.json", "checkpoints"}

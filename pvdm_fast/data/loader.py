@@ -1,4 +1,4 @@
-"""Endless batches of clips from worker processes, beginning at any draw, and going on when a worker dies."""
+"""Endless batches of clips from worker processes. You can start at any draw, and it goes on when a worker dies."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from pvdm_fast.errors import printable
 from pvdm_fast.jobs.signals import ENDING, in_main_thread
 
 ENDING_SECONDS = 10.0
-RESTARTS = 3  # in a row, without a batch between them
+RESTARTS = 3  # in a row, without a batch in between
 
 
 class DrawBatches(Sampler[list[int]]):
-    """Draw numbers of one rank's batches, without end.
+    """The draw numbers of one rank's batches, without end.
 
-    All ranks together read ``start_draw``, ``start_draw + 1``, ... in global batches of ``batch_size * world``; within
+    All ranks together read ``start_draw``, ``start_draw + 1``, ... in global batches of ``batch_size * world``. Of
     each, a rank takes every ``world``-th draw.
     """
 
@@ -55,32 +55,32 @@ class DrawBatches(Sampler[list[int]]):
 
 @dataclass
 class _Crew:
-    """The workers of one DataLoader, and what they note."""
+    """The workers of one DataLoader, and their notes."""
 
     notes: Notes
     processes: list[BaseProcess] = field(default_factory=list)
 
     def dead(self, seconds: float) -> list[tuple[int, int, str | None]]:
-        """(process id, exit code, file in hand) of each worker that has ended; a negative code is a signal's.
+        """(process id, exit code, file being read) of each worker that has ended. A negative code is a signal's number.
 
         Waits up to ``seconds`` for the first.
         """
         ending = wait([process.sentinel for process in self.processes], seconds)
         for process in self.processes:
-            if process.sentinel in ending:  # closed while it ends, which takes a while longer
+            if process.sentinel in ending:  # its sentinel closes a while before it has ended
                 process.join(seconds)
         ended = [(process.pid or 0, process.exitcode) for process in self.processes]
         return [(pid, code, self.notes.file_of(pid)) for pid, code in ended if code is not None]
 
     def end(self) -> None:
-        """Kill who is left: they may wait for ever for a lock that the dead held."""
+        """Kill the other workers: they may wait forever for a lock that a dead one held."""
         for process in self.processes:
             process.kill()
             process.join()
 
 
 class ClipLoader:
-    """Iterates over the batches of the given draws; each ``iter`` begins again. See `make_loader`."""
+    """Iterates over the batches of the given draws. Each ``iter`` starts again. See `make_loader`."""
 
     def __init__(
         self,
@@ -106,8 +106,9 @@ class ClipLoader:
                     restarts = 0
                 return
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                # A death shows as torch's RuntimeError or, when a batch was on its way, as a broken connection; that
-                # breaks a while before the process has ended, above all where it leaves its memory in a file.
+                # A worker's death shows as PyTorch's RuntimeError. If a batch was being sent, it shows as a broken
+                # connection, and that comes a while before the process has ended, above all if it writes its memory to
+                # a file.
                 deaths = crew.dead(0 if isinstance(error, RuntimeError) else ENDING_SECONDS) if self.workers else []
                 if not deaths:
                     raise
@@ -130,7 +131,7 @@ class ClipLoader:
             raise cannot_start(self.workers, error) from error
 
     def _judge(self, pid: int, code: int, file: str | None, killed: set[str]) -> str:
-        """What to say of a worker's death; the file that is to blame is set aside."""
+        """What to say about a worker's death. Skips the file that is to blame from now on."""
         ended = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if file is None:
             return f"a data worker died (process {pid}, {ended}), not while reading a file"
@@ -146,12 +147,13 @@ class ClipLoader:
         return f"{while_reading}: it {reason}, and is left out from now on"
 
     def _read(self, done: int, crew: _Crew) -> Iterator[Batch]:
-        """The batches after the first ``done``, without the SIGCHLD handler that torch installs.
+        """The batches after the first ``done``, without the SIGCHLD handler that PyTorch installs.
 
-        That one raises wherever the process happens to be, in the middle of a training step for example. Without it,
-        a death shows here within five seconds of asking for the next batch.
+        That handler raises wherever the process is, for example in the middle of a training step. Without it, a
+        worker's death shows here within five seconds after the next batch is asked for.
         """
-        dies_with = os.getpid() if in_main_thread() else None  # the kernel's parent is a thread, which may end before
+        # to the kernel the parent is a thread, and threads may end early
+        dies_with = os.getpid() if in_main_thread() else None
         loader: DataLoader[Any] = DataLoader(
             Guarded(self.dataset) if self.workers else _Travelling(self.dataset),
             batch_sampler=_From(self.batches, done),
@@ -160,7 +162,7 @@ class ClipLoader:
             pin_memory=self.pin_memory,
             timeout=POLL_SECONDS if self.workers else 0,
             worker_init_fn=partial(_prepare_worker, crew.notes, dies_with),
-            generator=torch.Generator(),  # else iterating would draw from the global random state
+            generator=torch.Generator(),  # otherwise iterating would draw from the global random state
         )
         before, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
         try:
@@ -188,7 +190,7 @@ class ClipLoader:
 
 
 class _Travelling(Dataset[Item]):
-    """A dataset whose clips are as they cross from the workers."""
+    """A dataset whose clips have the form in which they travel from the workers."""
 
     def __init__(self, dataset: ClipDataset) -> None:
         self.dataset = dataset
@@ -198,7 +200,7 @@ class _Travelling(Dataset[Item]):
 
 
 class _From(Sampler[list[int]]):
-    """Batches of draws without the first ``done``."""
+    """Batches of draws, without the first ``done``."""
 
     def __init__(self, batches: Iterable[list[int]], done: int) -> None:
         self.batches, self.done = batches, done
@@ -218,26 +220,26 @@ def make_loader(
     pin_memory: bool = False,
     pixels: bool = False,
 ) -> ClipLoader:
-    """Endless batches of draws ``start_draw``, ``start_draw + 1``, ...; the same ones for any number of workers.
+    """Endless batches of draws ``start_draw``, ``start_draw + 1``, ... They are the same for any number of workers.
 
-    ``rank`` and ``world`` share each global batch of ``batch_size * world`` clips among processes: the next draw to
-    resume from is ``start_draw + batch_size * world * batches``. Neither the loader nor the workers touch the global
-    random states.
+    ``rank`` and ``world`` divide each global batch of ``batch_size * world`` clips among processes. To resume, start at
+    draw ``start_draw + batch_size * world * batches``. Neither the loader nor the workers touch the global random
+    states.
 
-    With ``pixels`` the clips are left as uint8, as they cross from the workers, for
-    :func:`~pvdm_fast.data.transforms.to_float` on the GPU.
+    With ``pixels`` clips stay uint8, as they come from the workers. Call `pvdm_fast.data.transforms.to_float` on the
+    GPU.
 
-    A worker that dies is replaced, and what it had in hand is read again, so that no batch is lost or repeated; a line
-    on stderr names the process and the file. A file that took longer than the dataset's ``read_timeout``, crashed its
-    reader, or was twice in hand when the system killed it, is set aside. After three replacements without a batch
-    `DataError` is raised.
+    A worker that dies is replaced. The new one reads the interrupted batch again, so no batch is lost or repeated. A
+    line on stderr names the process and the file. A file is skipped from then on if it took longer than the dataset's
+    ``read_timeout``, crashed its reader, or was being read twice when the system killed the worker. After three
+    replacements without a batch, `DataError` is raised.
     """
     batches = DrawBatches(batch_size, start_draw, rank, world)
     return ClipLoader(dataset, batches, workers=workers, pin_memory=pin_memory, pixels=pixels)
 
 
 def _prepare_worker(notes: Notes, dies_with: int | None, worker: int) -> None:
-    """One thread a worker; what a terminal or scheduler sends to the whole group is the training process's to answer.
+    """Prepares a worker: one thread, and it leaves signals to the whole process group to the training process.
 
     It dies with the process ``dies_with``.
     """
@@ -251,5 +253,5 @@ def _prepare_worker(notes: Notes, dies_with: int | None, worker: int) -> None:
 
 
 def _survive_once(number: int, frame: FrameType | None) -> None:
-    """Let the next such signal end the process, so that a stuck worker can still be stopped."""
+    """Ignores the signal once. The next one ends the process, so a stuck worker can still be stopped."""
     signal.signal(number, signal.SIG_DFL)

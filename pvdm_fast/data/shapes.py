@@ -1,8 +1,8 @@
-"""Small moving scenes rendered on the fly: several objects, each with its own speed, hiding one another by depth.
+"""Small moving scenes rendered on the fly: several objects with their own speeds, nearer ones hide farther ones.
 
-A scene is drawn in units of the frame's short side, so that it looks the same at any resolution, and is a function of
-continuous time: any number of frames, at any stride, is one uninterrupted motion. Objects either bounce at the walls
-or cross the frame, leaving on one side and entering on the other.
+Units are the frame's short side, so a scene looks the same at any resolution. Time is continuous: any number of frames
+at any stride shows one uninterrupted motion. Objects either bounce at the walls, or leave the frame on one side and
+enter on the other.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Scene:
         """Centres (frames, n, 2) at the given times (frames,)."""
         straight = self.start + self.velocity * times[:, None, None]
         radius = self.radius[:, None]
-        room = self.extent - 2 * radius  # bouncing keeps the whole object inside
+        room = self.extent - 2 * radius  # bouncing objects stay inside as a whole
         folded = room - np.abs((straight - radius) % (2 * room) - room) + radius
-        lap = self.extent + 2 * radius  # crossing objects vanish entirely before they come back
+        lap = self.extent + 2 * radius  # crossing objects vanish completely before they come back
         wrapped = (straight + radius) % lap - radius
         return np.where(self.bounces[:, None], folded, wrapped)
 
     def render(self, frames: int, height: int, width: int, stride: int = 1) -> np.ndarray:
-        """uint8 (frames, height, width, 3), edges antialiased over one pixel."""
+        """uint8 (frames, height, width, 3). Edges are antialiased over one pixel."""
         unit = np.float32(min(height, width))
         rows = (np.arange(height, dtype=np.float32) + 0.5) / unit
         columns = (np.arange(width, dtype=np.float32) + 0.5) / unit
@@ -67,7 +67,7 @@ class Scene:
         return np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 3, 0))
 
     def _paint_backdrop(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """float32 (3, height, width): an even change from one colour to the other."""
+        """float32 (3, height, width): an even transition from one colour to the other."""
         across = self.slope[0] * (rows / self.extent[0] - 0.5)[:, None] + self.slope[1] * (
             columns / self.extent[1] - 0.5
         )
@@ -97,7 +97,7 @@ def draw_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
 
 
 def _vivid(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Bright saturated colours (count, 3) whose hues lie well apart."""
+    """Bright, saturated colours (count, 3) with hues well apart."""
     hue = (rng.random() + np.arange(count) / count + rng.uniform(-0.08, 0.08, count)) % 1.0
     wheel = np.clip(np.abs((hue[:, None] * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
     lightest = rng.uniform(0.8, 1.0, (count, 1))
@@ -105,7 +105,7 @@ def _vivid(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _distance(kind: int, down: np.ndarray, right: np.ndarray, radius: np.float32) -> np.ndarray:
-    """Signed distance to the outline, negative inside; all shapes fit in a disc of ``radius``."""
+    """Signed distance to the outline, negative inside. All shapes fit in a disc of ``radius``."""
     if kind == 0:  # disc
         return np.sqrt(down * down + right * right) - radius
     if kind == 1:  # square

@@ -1,8 +1,8 @@
-"""Videos in webdataset shards: ``.tar`` files whose members with one key and different suffixes are one sample.
+"""Videos in webdataset shards: ``.tar`` files in which members with the same key and different suffixes form a sample.
 
-The shards are uncompressed files that can be read from any place (a disk, a network file system, a mounted bucket), not
-streams. Their headers are read once, to learn where each sample lies; after that a draw reads its own sample and no
-other. So the order is a function of the draw number as for any other data, and ranks and workers share the draws.
+Shards are uncompressed files on a disk, a network file system or a mounted bucket, not streams. Their headers are read
+once to find each sample. After that a draw reads only its own sample. So the order depends on the draw number, as for
+any other data, and ranks and workers share the draws.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from pvdm_fast.data.layouts import Found
 from pvdm_fast.data.listing import VIDEO_SUFFIXES, Video
 from pvdm_fast.jobs.reading import file_clock, open_regular
 
-SHUFFLED_SHARDS = 16  # at a time: what a rank reads from at one time
+SHUFFLED_SHARDS = 16  # shuffled together: a rank reads from this many shards at a time
 MAX_SHARDS = 100_000
-MAX_HEADER = 1 << 20  # bytes: long names and PAX records; the longest path has 4096
+MAX_HEADER = 1 << 20  # bytes, for long names and PAX records; the longest path has 4096
 _BLOCK = 512
 _BRACES = re.compile(r"\{.*\}")
 
 
 def library() -> ModuleType:
-    """webdataset, which defines what a sample is; raises :class:`DataError` without it."""
+    """webdataset, which defines what a sample is. Raises `DataError` if it isn't installed."""
     try:
         import webdataset
     except ImportError as error:
@@ -45,7 +45,7 @@ def library() -> ModuleType:
 
 @dataclass(frozen=True)
 class Sample(Video):
-    """A video inside a shard: ``path`` is the shard's, the sample's members lie from ``begin`` to ``end``."""
+    """A video inside a shard. ``path`` is the shard's, and the sample's members lie from ``begin`` to ``end``."""
 
     begin: int = 0
     end: int = 0
@@ -58,11 +58,11 @@ class Sample(Video):
 def list_shards(source: str | Path) -> list[Path] | None:
     """The shards that a pattern such as ``shards/{0000..0099}.tar``, a folder of .tar files or one file names.
 
-    None where ``source`` is none of these. Raises :class:`DataError` for URLs, and where files are missing.
+    None if ``source`` is none of these. Raises `DataError` for URLs and for missing files.
     """
     text, path = str(source), Path(source)
     if text.endswith(".tar") and re.match(r"(\w+://|pipe:)", text):
-        raise DataError(f"{text}: shards are read from any place, which streams don't allow; mount the bucket, or copy")
+        raise DataError(f"{text}: shards must be files, because any part may be read next: mount the bucket, or copy")
     if text.endswith(".tar") and _BRACES.search(text):
         library()
         from braceexpand import braceexpand
@@ -94,9 +94,9 @@ Place = tuple[str, int, int, tuple[str, ...]]
 
 
 def scan(shard: Path) -> tuple[Place, ...]:
-    """Key, first byte, end and suffixes of each sample of a shard, from its headers alone; the library's rules.
+    """Key, first byte, end and suffixes of each sample of a shard, from its headers alone, by the library's rules.
 
-    A shard is scanned once in a process, unless it changes.
+    A process scans a shard once, unless it changes.
     """
     library()
     try:
@@ -111,7 +111,7 @@ def _scan(shard: Path, size: int, changed: int) -> tuple[Place, ...]:
     try:
         with file_clock(shard), _Headers(open_regular(shard)) as file:  # type: ignore[arg-type]
             return tuple(_samples(file, size))
-    except Exception as error:  # whatever damaged headers provoke: of tarfile, numbers that are none, endless chains
+    except Exception as error:  # damaged headers can raise anything: tarfile's errors, invalid numbers, endless chains
         raise DataError(
             f"the shard {shard} cannot be read ({error}): fetch it again, or take it out; compressed ones must be "
             "unpacked (gunzip)"
@@ -119,7 +119,7 @@ def _scan(shard: Path, size: int, changed: int) -> tuple[Place, ...]:
 
 
 class _Headers(io.BufferedReader):
-    """A file of which headers are read: none of them is large, whatever size it gives itself."""
+    """A file of which only headers are read. None is large, whatever size it claims."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER:
@@ -128,7 +128,8 @@ class _Headers(io.BufferedReader):
 
 
 def _samples(file: BinaryIO, size: int) -> Iterator[Place]:
-    """Places in a shard of ``size`` bytes. Every member must lie behind the one before, and inside the file."""
+    """Where samples lie in a shard of ``size`` bytes. Every member must lie behind the one before, and inside the
+    file."""
     from webdataset.tariterators import base_plus_ext, meta_prefix, meta_suffix
 
     key, begin, end, suffixes = None, 0, 0, list[str]()
@@ -165,7 +166,7 @@ def has_videos(shards: Sequence[Path]) -> bool:
 
 
 def find_samples(shards: Sequence[Path], split: str, usable: Callable[[Video], bool]) -> Found:
-    """The samples with a video of a split, about a tenth of all in the test split, by a hash of the keys."""
+    """The samples of a split that have a video. A hash of the keys puts about a tenth into the test split."""
     samples = [
         Sample(shard, f"{shard.name}/{key}.{suffix}", False, begin, end)
         for shard in shards
@@ -188,7 +189,7 @@ def _is_video(suffix: str) -> bool:
 
 
 def read_sample(sample: Sample) -> dict[str, bytes]:
-    """The members of a sample by suffix; raises UnreadableVideo."""
+    """The members of a sample by suffix. Raises UnreadableVideo."""
     library()
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -197,13 +198,13 @@ def read_sample(sample: Sample) -> dict[str, bytes]:
             file.seek(sample.begin)
             stream = io.BytesIO(file.read(sample.end - sample.begin))
         (members,) = group_by_keys(tar_file_expander([{"url": str(sample.path), "stream": stream}]))
-    except Exception as error:  # whatever a shard that has changed or is damaged provokes
+    except Exception as error:  # a changed or damaged shard can raise anything
         raise unreadable("cannot be read from its shard", error) from error
     return {suffix: value for suffix, value in members.items() if not suffix.startswith("__")}
 
 
 def read_video(sample: Sample) -> tuple[bytes, str | None]:
-    """The video's bytes, and the text of the sample's ``.cls``, where it has one."""
+    """The video's bytes, and the text of the sample's ``.cls`` if it has one."""
     members = read_sample(sample)
     suffix = next((suffix for suffix in members if _is_video(suffix)), None)
     if suffix is None:
@@ -214,9 +215,9 @@ def read_video(sample: Sample) -> tuple[bytes, str | None]:
 
 @lru_cache(maxsize=4)
 def shard_order(sizes: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
-    """The order in which the samples of shards of these sizes are visited in an epoch: an int64 permutation, read-only.
+    """The order of the samples in an epoch, for shards of these sizes: an int64 permutation, read-only.
 
-    Shards come in a random order, and the samples of 16 at a time are shuffled together.
+    Shards come in random order, and the samples of 16 shards at a time are shuffled together.
     """
     rng = generator("order", seed, epoch)
     ends = np.cumsum(sizes)

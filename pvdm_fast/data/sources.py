@@ -1,4 +1,4 @@
-"""What ``--data`` names, whatever it is: clips from it, and its classes."""
+"""Opens whatever ``--data`` names: clips, and their classes."""
 
 from __future__ import annotations
 
@@ -41,10 +41,9 @@ def open_dataset(
     A folder that ``python -m pvdm_fast.encode`` wrote gives latents: `pvdm_fast.data.latents.LatentClips`.
 
     ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
-    holds other videos, cropped at the centre and never mirrored. Raises `DataError` when no video can be used;
-    one clip is read to find out. A file that takes longer than ``read_timeout`` seconds (0: no limit) is skipped; see
-    `pvdm_fast.data.watch` for what that can interrupt. ``centred``: training clips too are cropped at the centre
-    and not mirrored.
+    holds other videos, cropped at the centre and never mirrored. ``centred`` does the same to training clips. A file
+    that takes longer than ``read_timeout`` seconds (0: no limit) is skipped. `pvdm_fast.data.watch` says what that can
+    interrupt. One clip is read to check the data: raises `DataError` if no video can be used.
     """
     spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout, centred)
     if str(source).startswith("synthetic:"):
@@ -68,8 +67,11 @@ def open_dataset(
 
 
 def _shards(source: str | Path) -> list[Path] | None:
-    """The webdataset shards that the data is, if it is such. Archives that lie beside videos, from which these were
-    unpacked perhaps, are no shards; raises DataError where both could be meant."""
+    """The webdataset shards that the data consists of, or None.
+
+    Archives next to videos, perhaps those that the videos were unpacked from, aren't shards. Raises DataError if both
+    could be meant.
+    """
     shards, root = list_shards(source), Path(source)
     if not shards or not root.is_dir():
         return shards
@@ -78,7 +80,7 @@ def _shards(source: str | Path) -> list[Path] | None:
         return shards
     try:
         samples = has_videos(shards)
-    except DataError:  # they are damaged, or packed
+    except DataError:  # damaged, or compressed
         return None
     if not samples:
         return None
@@ -90,8 +92,8 @@ def _shards(source: str | Path) -> list[Path] | None:
 
 
 def find_classes(root: Path) -> list[str]:
-    """The classes of the videos of ``root``, both splits, in alphabetical order, as UCF-101 numbers them; or those
-    of its cached latents.
+    """The classes of the videos of ``root``, both splits, in alphabetical order, as UCF-101 numbers them. Or the
+    classes of its cached latents.
 
     Raises `DataError` unless every video is named as in UCF-101.
     """

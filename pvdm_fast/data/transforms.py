@@ -11,9 +11,9 @@ from pvdm_fast.data.draws import View, crop_box
 
 
 def fit(frame: np.ndarray, height: int, width: int, view: View) -> np.ndarray:
-    """Crop and resize a writable uint8 (h, w, 3) frame to (height, width, 3), antialiased; small ones are enlarged.
+    """Crop and resize a writable uint8 (h, w, 3) frame to (height, width, 3), antialiased. Small frames are enlarged.
 
-    torch's uint8 bicubic, since it takes a fifth of the time of Pillow's.
+    Uses PyTorch's uint8 bicubic, which takes a fifth of the time of Pillow's.
     """
     top, left, rows, columns = crop_box((frame.shape[0], frame.shape[1]), (height, width), view.down, view.right)
     cropped = torch.from_numpy(frame).permute(2, 0, 1)[None, :, top : top + rows, left : left + columns]
@@ -23,18 +23,19 @@ def fit(frame: np.ndarray, height: int, width: int, view: View) -> np.ndarray:
 
 
 def to_pixels(frames: Sequence[np.ndarray] | np.ndarray) -> torch.Tensor:
-    """uint8 frames (T, H, W, 3) as a contiguous uint8 video (3, T, H, W): how clips cross from the workers."""
+    """uint8 frames (T, H, W, 3) as a contiguous uint8 video (3, T, H, W), the form in which clips travel from the
+    workers."""
     return torch.from_numpy(np.ascontiguousarray(np.stack(list(frames)).transpose(3, 0, 1, 2)))
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels as float32 in [-1, 1], where they lie: p / 127.5 - 1, the same to the bit on every device.
+    """uint8 pixels as float32 in [-1, 1], on their device: p / 127.5 - 1, bit-identical on every device.
 
-    What is not uint8 (cached latents) is returned as it is.
+    Other dtypes (cached latents) are returned unchanged.
     """
     if pixels.dtype != torch.uint8:
         return pixels
-    # A tensor, since a GPU would multiply by the rounded reciprocal of a number.
+    # A tensor, because a GPU would multiply by the rounded reciprocal of a Python number.
     scale = torch.tensor(127.5, device=pixels.device)
     return pixels.float().div_(scale).sub_(1)
 

@@ -1,9 +1,9 @@
 """Frames of a video file by number, through PyAV: seeks to the key frame before a window and decodes from there.
 
-Frame i of a video is the i-th in order of presentation. Reading the packets once, without decoding, gives every
-frame's time stamp (:class:`VideoIndex`), so neither a constant frame rate nor the frame count of the header is
-relied on. Where time stamps are missing, repeat or do not match what the decoder delivers, frames are counted from
-the start of the file instead: slower, never wrong.
+Frame i of a video is the i-th in order of presentation. Reading the packets once, without decoding, gives every frame's
+time stamp (`VideoIndex`). So nothing relies on a constant frame rate, or on the frame count in the header. If time
+stamps are missing, repeat, or don't match the decoded frames, frames are counted from the start of the file. That is
+slower, but never wrong.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ if TYPE_CHECKING:
 
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 T = TypeVar("T")
-Source = Path | bytes  # a file, or what it holds
+Source = Path | bytes  # a file, or its contents
 
 
 class IndexMismatch(Exception):
-    """The decoder did not deliver the frames that the packets announced."""
+    """The decoder didn't deliver the frames that the packets announced."""
 
 
 @dataclass(frozen=True)
 class VideoIndex:
     """Which frames a video has.
 
-    ``pts``: int64 (frames,), increasing presentation times in stream time base, or None where only counting helps.
-    ``keys``: int64, increasing numbers of the key frames, where decoding can begin; the first is 0. None with ``pts``.
+    ``pts``: int64 (frames,), increasing presentation times in the stream's time base, or None if frames must be
+    counted.
+    ``keys``: int64, increasing numbers of the key frames, where decoding can begin. The first is 0. None with ``pts``.
     """
 
     frames: int
@@ -54,14 +55,14 @@ class VideoIndex:
 
 @contextmanager
 def _opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first video stream, decoding on one thread; any failure is an UnreadableVideo."""
+    """The container and its first video stream, decoding on one thread. Any failure becomes an UnreadableVideo."""
     import av
 
     try:
-        # Only local files: a playlist posing as a video must not make the decoder open addresses.
+        # Only local files: a playlist that poses as a video must not make the decoder open addresses.
         file = io.BytesIO(source) if isinstance(source, bytes) else str(source.absolute())
         container = av.open(file, "r", options={"protocol_whitelist": "file"})
-    except Exception as error:  # whatever a damaged file provokes, it is a reason to skip it
+    except Exception as error:  # a damaged file can raise anything; it is skipped
         raise unreadable("cannot be opened", error) from error
     with container:
         stream = next((stream for stream in container.streams.video if not _is_cover(stream)), None)
@@ -88,7 +89,7 @@ def _is_cover(stream: VideoStream) -> bool:
 
 
 def _decoder(stream: VideoStream) -> Callable[[Packet[VideoStream]], list[VideoFrame]]:
-    """What decodes a stream's packets. FFmpeg's own decoders of VP8 and VP9 leave WebM's transparency out."""
+    """Decodes a stream's packets. FFmpeg's own decoders of VP8 and VP9 ignore WebM's transparency."""
     import av
 
     name = ALPHA_DECODERS.get(stream.codec_context.name)
@@ -103,9 +104,9 @@ def _decoder(stream: VideoStream) -> Callable[[Packet[VideoStream]], list[VideoF
 
 
 def packet_index(source: Source) -> VideoIndex:
-    """Frame times from the packets of a file, without decoding; by counting where packets have no usable times.
+    """Frame times from the packets of a file, without decoding. If packets have no usable times, frames are counted.
 
-    Frames before the first key frame cannot be decoded and are left out, like those that an edit list cuts away.
+    Frames before the first key frame can't be decoded. They are left out, like frames that an edit list cuts.
     """
     pts: list[int | None] = []
     keys: list[int] = []
@@ -124,7 +125,7 @@ def packet_index(source: Source) -> VideoIndex:
 
 
 def counted_index(source: Source) -> VideoIndex:
-    """The number of frames the decoder really delivers, found by decoding the whole file."""
+    """The number of frames that the decoder really delivers, found by decoding the whole file."""
     with _opened(source) as (container, stream):
         frames = sum(1 for _ in container.decode(stream))
     if frames == 0:
@@ -133,10 +134,10 @@ def counted_index(source: Source) -> VideoIndex:
 
 
 def read_frames(source: Source, index: VideoIndex, wanted: Sequence[int], each: Callable[[np.ndarray], T]) -> list[T]:
-    """``each`` applied to the wanted frames (increasing numbers), given as uint8 (height, width, 3) RGB arrays.
+    """``each`` of the wanted frames (increasing numbers). It gets them as uint8 (height, width, 3) RGB arrays.
 
-    Raises :class:`IndexMismatch` when the time stamps of ``index`` do not lead to the frames, and
-    :class:`UnreadableVideo` when they cannot be decoded.
+    Raises `IndexMismatch` if the time stamps of ``index`` don't lead to the frames, and `UnreadableVideo` if they can't
+    be decoded.
     """
     if index.pts is None or index.keys is None:
         return _read_counting(source, wanted, each)
@@ -149,8 +150,11 @@ def read_frames(source: Source, index: VideoIndex, wanted: Sequence[int], each: 
 
 @contextmanager
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Iterator[Packet[VideoStream]]]:
-    """The packets of a stream. PyAV's generator of them is closed here: where one is dropped before its end (with 18.1;
-    container.decode's too) 150 bytes of native memory are lost, a kilobyte for each step of training."""
+    """The packets of a stream, from a generator of PyAV that is closed here.
+
+    If such a generator (or container.decode's) is dropped before its end, PyAV 18.1 leaks 150 bytes of native memory.
+    That is a kilobyte per training step.
+    """
     packets = cast("Generator[Packet[VideoStream]]", container.demux(stream))
     try:
         yield packets
@@ -159,9 +163,10 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Iterato
 
 
 def _seek_targets(keys: np.ndarray, first: int) -> list[int]:
-    """Frame numbers to seek to, best first: key frames ever farther before ``first``, then 0 for the start.
+    """Frame numbers to seek to, best first: key frames farther and farther before ``first``, then 0, the start.
 
-    Some containers (MPEG-TS, MPEG-PS) land a little after the place sought, so the nearest key frame may be missed.
+    Some containers (MPEG-TS, MPEG-PS) land a little after the requested place, so a seek may miss the nearest key
+    frame.
     """
     nearest = bisect_right(keys, first) - 1
     return [int(keys[at]) for at in (nearest, nearest - 1, nearest - 3) if at > 0] + [0]
@@ -170,10 +175,10 @@ def _seek_targets(keys: np.ndarray, first: int) -> list[int]:
 def _read_from(
     source: Source, pts: np.ndarray, target: int, wanted: Sequence[int], each: Callable[[np.ndarray], T]
 ) -> list[T] | None:
-    """Seek to frame ``target``, decode to the last wanted frame; None when this does not lead there.
+    """Seek to frame ``target`` and decode to the last wanted frame. None if that doesn't lead there.
 
-    Every frame on the way must have the time stamp the index gives it: otherwise the stamps are not to be trusted
-    (H.264 in AVI gives them in coding order, for example).
+    Every frame on the way must have its time stamp from the index. Otherwise the stamps can't be trusted: H.264 in AVI,
+    for example, has them in coding order.
     """
     found: list[T] = []
     numbers = set(wanted)
@@ -189,7 +194,7 @@ def _read_from(
             for frame in (frame for packet in chain([key], packets) for frame in decode(packet)):
                 screen.look(frame)
                 if frame.pts is not None and frame.pts < key.pts:
-                    continue  # shown before the key frame, and built on what came before it
+                    continue  # shown before the key frame, but based on frames before that
                 if frame.pts != pts[number]:
                     return None
                 if number in numbers:
@@ -197,14 +202,14 @@ def _read_from(
                 if number == wanted[-1]:
                     return found
                 number += 1
-    except UnreadableVideo:  # a seek that misleads, or damage before the window: the start of the file decides
+    except UnreadableVideo:  # a misleading seek, or damage before the window: decoding from the start decides
         if target == 0:
             raise
     return None
 
 
 def _read_counting(source: Source, wanted: Sequence[int], each: Callable[[np.ndarray], T]) -> list[T]:
-    """The wanted frames by counting from the start of the file."""
+    """The wanted frames, counted from the start of the file."""
     found: list[T] = []
     numbers = set(wanted)
     with _opened(source) as (container, stream), _packets(container, stream) as packets:
@@ -219,35 +224,36 @@ def _read_counting(source: Source, wanted: Sequence[int], each: Callable[[np.nda
 
 
 class _Screen:
-    """Shows a stream's frames as its file says: square pixels, transparent ones over black, turned and mirrored.
+    """Shows a stream's frames as its file intends: square pixels, transparency over black, turned and mirrored.
 
-    A display matrix turns by quarters and mirrors: phones store what was filmed lying down, front cameras what a mirror
-    would show. It takes column x and row y to column a x + c y and row b x + d y. Some streams have it at key frames
-    only.
+    A display matrix turns by quarters and mirrors. Phones store videos that were filmed in portrait lying on their
+    side, and front cameras store mirror images. The matrix takes column x and row y to column a x + c y and row b x + d
+    y. Some streams have it only at key frames.
     """
 
     def __init__(self, stream: VideoStream) -> None:
         aspect = stream.sample_aspect_ratio
-        self.pixel = Fraction(aspect) if aspect else Fraction(1)  # its width over its height: not 1 for DV and DVD
+        self.pixel = Fraction(aspect) if aspect else Fraction(1)  # width over height of a pixel: not 1 for DV and DVD
         self.matrix: tuple[int, int, int, int] | None = None
 
     def look(self, frame: VideoFrame) -> None:
-        """Take note of what a frame says, whether it is wanted or not."""
+        """Note what a frame says, even if it isn't wanted."""
         from av.sidedata.sidedata import SideDataContainer, Type
 
-        # Not frame.side_data, which the frame keeps, a ring of references: frames would stay until the collector came,
-        # with the threads that scaled them, and in a forked worker it would wait for threads that are not there.
+        # Not frame.side_data: the frame keeps it, in a cycle of references. Frames would stay until the garbage
+        # collector came, together with the threads that scaled them. In a forked worker the collector would wait for
+        # threads that don't exist there.
         found = SideDataContainer(frame).get(Type.DISPLAYMATRIX)  # type: ignore[call-arg]  # its stubs lack it
         if found is not None:
             a, b, _, c, d = np.frombuffer(bytes(found), np.int32)[:5].tolist()
             self.matrix = (a, b, c, d)
 
     def show(self, frame: VideoFrame) -> np.ndarray:
-        """The frame as uint8 (height, width, 3), in memory of its own; damaged frames are refused."""
+        """The frame as uint8 (height, width, 3), in its own memory. Damaged frames raise."""
         if frame.is_corrupt:
             raise UnreadableVideo(f"a damaged frame at {frame.time} s")
         width, height = frame.width, frame.height
-        if self.pixel > 1:  # the shorter side grows, so that nothing is lost
+        if self.pixel > 1:  # the shorter side grows, so nothing is lost
             width = round(width * self.pixel)
         elif self.pixel < 1:
             height = round(height / self.pixel)
@@ -274,7 +280,7 @@ class _Screen:
 
 
 class IndexCache:
-    """Indices of the files read last, at most ``budget`` frames altogether, so that files are scanned once."""
+    """The indices of the most recent files, at most ``budget`` frames in total, so that files are scanned once."""
 
     def __init__(self, budget: int = 4_000_000) -> None:
         self.budget = budget
@@ -282,7 +288,7 @@ class IndexCache:
         self.frames = 0
 
     def get(self, place: str, source: Source, build: Callable[[Source], VideoIndex]) -> VideoIndex:
-        """The index of the video at ``place``, made from ``source`` unless it is known."""
+        """The index of the video at ``place``. If it isn't known, it is made from ``source``."""
         key = (place, build)
         if key in self.entries:
             self.entries.move_to_end(key)

@@ -1,4 +1,4 @@
-"""Write frames as mp4, gif or npy, all at once or as they come; the same frames give the same bytes."""
+"""Write frames as mp4, gif or npy, all at once or as they come. The same frames give the same bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-# x264's macroblock tree reads memory it never wrote: with it the bytes change from one run to the next.
+# x264's macroblock tree reads uninitialised memory. With it the bytes change from run to run.
 X264_OPTIONS = {"crf": "18", "x264-params": "mbtree=0"}
 
 Write = Callable[[np.ndarray], None]
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float = 8) -> None:
-    """Write uint8 ``frames`` (T, H, W, 3) to ``path``: `open_video` for frames that are all there."""
+    """Write uint8 ``frames`` (T, H, W, 3) to ``path``: `open_video` when all frames are there."""
     _check_frames(frames)
     with open_video(path, fps) as write:
         write(frames)
@@ -27,13 +27,13 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 8) -> None:
 
 @contextmanager
 def open_video(path: str | Path, fps: float = 8) -> Iterator[Write]:
-    """Write a video as its frames come: gives a function that appends uint8 frames (T, H, W, 3), all of one size.
+    """Write a video as its frames come. Gives a function that appends uint8 frames (T, H, W, 3), all of one size.
 
-    The suffix .mp4, .gif or .npy chooses the format. mp4: H.264, or MPEG-4 part 2 where PyAV comes without libx264; odd
-    sizes are padded by one row or column. gif: 256 colours a frame, the duration of a frame rounded to 10 ms; Pillow
-    writes it at the end, so that its frames are kept until then, a byte a pixel. npy: one array of all frames.
-    However the frames are cut into pieces, the file is the same. It appears whole when the block ends, and not at all
-    where the block raises. Raises ValueError for other suffixes and shapes, OSError when it cannot be written.
+    The suffix chooses the format. .mp4: H.264, or MPEG-4 part 2 if PyAV has no libx264. Odd sizes are padded by one row
+    or column. .gif: 256 colours per frame, frame durations rounded to 10 ms. Pillow writes it at the end, so its frames
+    are kept until then, one byte per pixel. .npy: one array of all frames. The file is the same however you split the
+    frames into pieces. It appears when the block ends, complete. If the block raises, no file appears. Raises
+    ValueError for other suffixes and shapes, OSError if the file can't be written.
     """
     path = Path(path)
     formats = {".mp4": _mp4, ".gif": _gif, ".npy": _npy}
@@ -59,12 +59,13 @@ def open_video(path: str | Path, fps: float = 8) -> Iterator[Write]:
 
 def _check_frames(frames: np.ndarray) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"expected uint8 frames (T, H, W, 3), none of them 0, got {frames.dtype} {frames.shape}")
+        raise ValueError(f"expected uint8 frames (T, H, W, 3), no size 0, got {frames.dtype} {frames.shape}")
 
 
 @contextmanager
 def whole_video(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; what was written there is flushed to the disk and renamed, or removed."""
+    """A temporary name next to ``path``. What you write there is flushed to the disk and renamed, or on errors
+    removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -116,7 +117,7 @@ def _npy(path: Path, fps: float) -> Iterator[Write]:
         shape: list[int] = []
 
         def header() -> None:
-            """Numpy leaves room in it for the first axis to grow, so that it can be written again over itself."""
+            """numpy leaves room in it for the first axis to grow, so it can be rewritten in place."""
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
 
         def write(frames: np.ndarray) -> None:
@@ -133,7 +134,8 @@ def _npy(path: Path, fps: float) -> Iterator[Write]:
 
 
 def video_grid(videos: torch.Tensor, columns: int, gap: int = 2) -> np.ndarray:
-    """Videos (B, 3, T, H, W) in [-1, 1] side by side: uint8 frames (T, rows, columns of pixels, 3), black between."""
+    """Videos (B, 3, T, H, W) in [-1, 1] side by side with black in between: uint8 frames (T, pixel rows, pixel
+    columns, 3)."""
     if videos.ndim != 5 or videos.shape[1] != 3 or columns < 1:
         raise ValueError(f"expected videos (B, 3, T, H, W) and columns >= 1, got {tuple(videos.shape)}, {columns}")
     pixels = videos.detach().float().add(1).mul(127.5).round().clamp(0, 255).to("cpu", torch.uint8)

@@ -1,9 +1,9 @@
-"""A clock on every file that is read, and a note of it that outlives the process: for decoders that hang or crash.
+"""A time limit for every file that is read, and a note that outlives the process: for decoders that hang or crash.
 
-A decoder may never come back: a file system that doesn't answer, a file made to keep it busy. In a data worker the
-kernel's alarm clock (SIGALRM) then ends the process, whatever it is doing; the loader reads from the note which file it
-was, and goes on without it. In the main process the clock can only interrupt what returns to Python now and then, or
-waits in the kernel; a loop inside the decoder it cannot.
+A decoder may never return, because a file system doesn't answer, or because a file was made to keep it busy. In a data
+worker SIGALRM then ends the process, whatever it is doing. The loader finds the file in the note and goes on without
+it. In the main process the limit can only interrupt code that returns to Python now and then, or that waits in the
+kernel. It can't interrupt a loop inside the decoder.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _note: np.ndarray | None = None  # this worker's row of the notes
 
 
 class TooSlow(UnreadableVideo):
-    """A file took longer than it may; it is not tried again."""
+    """A file took longer than it may. It isn't tried again."""
 
 
 class Notes:
-    """One row for each worker, in memory shared with it: its process id, and the file it has in hand."""
+    """One row per worker, in memory shared with it: its process id, and the file that it is reading."""
 
     def __init__(self, workers: int) -> None:
         self.rows = torch.zeros(workers, _HEADER + LONGEST_PATH, dtype=torch.uint8).share_memory_()
 
     def file_of(self, pid: int) -> str | None:
-        """The file that a worker was reading when it last noted anything; None between files."""
+        """The file that a worker was reading at its last note. None between files."""
         for row in self.rows.numpy():
             owner, length = row[:_HEADER].view(np.int64).tolist()
             if owner == pid and length:
@@ -45,12 +45,12 @@ class Notes:
         return None
 
     def any_file(self) -> bool:
-        """Whether any worker has a file in hand."""
+        """Whether any worker is reading a file."""
         return bool((self.rows.numpy()[:, 8:_HEADER].copy().view(np.int64) > 0).any())
 
 
 def begin_notes(notes: Notes, worker: int) -> None:
-    """In a worker: from here on :func:`reading` writes to its row, and an alarm ends the process."""
+    """In a worker: from now on `reading` writes to its row, and an alarm ends the process."""
     global _note
     _note = notes.rows[worker].numpy()
     _note[:_HEADER].view(np.int64)[:] = os.getpid(), 0
@@ -61,8 +61,8 @@ def begin_notes(notes: Notes, worker: int) -> None:
 def reading(name: str, seconds: float) -> Iterator[None]:
     """Allow the block ``seconds`` (0: any time) to read the file ``name``.
 
-    In a worker of the loader the process ends when they are over. Elsewhere :class:`TooSlow` is raised as soon as
-    Python is reached, in the main thread only; without a limit where another alarm is already set.
+    In a worker of the loader the process ends when the time is over. Elsewhere `TooSlow` is raised as soon as Python
+    runs again, in the main thread only. There is no limit if another alarm is already set.
     """
     if _note is None:
         with time_limit(seconds, lambda: TooSlow(too_slow(seconds))):
@@ -85,5 +85,5 @@ def too_slow(seconds: float) -> str:
 
 
 def is_lasting(reason: str) -> bool:
-    """Whether a file was set aside for this reason: every window of it, not only the one that was damaged."""
+    """Whether this reason concerns every window of the file, not only the damaged one."""
     return reason.startswith((TOO_SLOW, CRASHED))

@@ -1,1 +1,1 @@
-"""From noise to latents: noise levels and their loss, schedulers, guidance, sampling, and the diffusers pipeline."""
+"""From noise to latents: noise levels and the loss, schedulers, guidance, sampling, and the diffusers pipeline."""

@@ -1,6 +1,6 @@
-"""The denoiser's pass of a sampling step as a CUDA graph: all its launches handed to the GPU at once.
+"""The denoiser's pass of a sampling step as a CUDA graph, so that the GPU gets all its launches at once.
 
-Not yet run on a GPU: what is tested is which calls are made, and that replaying them gives the same latents.
+Not yet run on a GPU. Tests check which calls are made, and that replaying them gives the same latents.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pvdm_fast.errors import UserError
 if TYPE_CHECKING:
     from pvdm_fast.models import Denoiser
 
-WARM_UP_PASSES = 3  # before capturing: kernels are compiled, library handles and workspaces made
+WARM_UP_PASSES = 3  # before capturing: they compile kernels, and make library handles and workspaces
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """A graph with the tensors it reads and the one it writes."""
+    """A graph with the tensors that it reads and the one that it writes."""
 
     graph: torch.cuda.CUDAGraph
     latent: Tensor
@@ -33,9 +33,9 @@ class _Captured:
 
 
 class GraphedPrediction:
-    """`predict_noise` of one denoiser, captured once for each shape of its arguments, then replayed.
+    """`predict_noise` of one denoiser, captured once per shape of its arguments, then replayed.
 
-    The denoiser must stay where it is, in eval mode. A captured graph keeps the memory of its activations for itself.
+    The denoiser must stay in place and in eval mode. A captured graph keeps the memory of its activations.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class GraphedPrediction:
         guidance: float = 0.0,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """As `predict_noise`, without gradients; the result is the caller's to keep."""
+        """Like `predict_noise`, without gradients. You may keep the result."""
         kinds = (None if condition is None else condition.dtype, labels is None)
         key = (denoiser, tuple(latent.shape), latent.dtype, *kinds, guidance)
         with torch.no_grad():
@@ -88,10 +88,10 @@ class GraphedPrediction:
 
 
 def graphed_prediction(denoiser: Denoiser) -> GraphedPrediction:
-    """What predicts noise by CUDA graphs.
+    """A `GraphedPrediction` of the denoiser.
 
     Raises:
-        UserError: the denoiser is on no CUDA GPU.
+        UserError: the denoiser isn't on a CUDA GPU.
     """
     device = next(denoiser.parameters()).device
     if device.type != "cuda":

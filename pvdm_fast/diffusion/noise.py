@@ -1,4 +1,4 @@
-"""What the diffusion model learns: its loss, and the targets and conditions of its training batches."""
+"""What the diffusion model learns: its loss, and the targets and conditions of training batches."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def diffusion_loss(
     Args:
         denoiser: called as ``denoiser(noisy, timestep, condition=condition).sample``.
         target: clean latents (B, D, N).
-        condition: latents of the preceding clips (B, D, N); zeros where there is none.
+        condition: latents of the preceding clips (B, D, N), or zeros if there is none.
         noise: standard normal (B, D, N).
         timestep: (B,) int64 in [0, 1000).
-        prediction: "noise", or "v": the error of the v = sqrt(a) noise - sqrt(1 - a) latent that goes with the
-            predicted noise, which is the noise's error divided by sqrt(a).
+        prediction: "noise", or "v". With "v" it is the error of v = sqrt(a) noise - sqrt(1 - a) latent, where v follows
+            from the predicted noise. That is the noise's error divided by sqrt(a).
     """
     noisy = schedule.q_sample(target, noise, timestep)
     predicted: Tensor = denoiser(noisy, timestep, condition=condition).sample  # type: ignore[attr-defined]
@@ -47,10 +47,10 @@ def joint_batch(
     generator: torch.Generator,
     share: Share = Share(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
-    """Targets and conditions of the joint unconditional and conditional training.
+    """Targets and conditions for joint unconditional and conditional training.
 
-    Each clip of 2T frames is, with the given probability, split into condition (first T frames) and target (last T);
-    otherwise the target is a random window of T frames and the condition is zeros.
+    With the given probability, a clip of 2T frames is split into condition (first T frames) and target (last T).
+    Otherwise the target is a random window of T frames, and the condition is zeros.
 
     Args:
         video: (B, 3, 2T, H, W) in [-1, 1].
@@ -86,12 +86,12 @@ def joint_latents(
     generator: torch.Generator,
     share: Share = Share(),  # noqa: B008
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`joint_batch` gives, from cached latents: the same draws, each window's nearest cached one.
+    """`joint_batch` from cached latents: the same draws, each with the nearest cached window.
 
     Args:
-        latents: (B, W, D, N), each clip of 2T frames encoded at the W >= 2 windows of :func:`window_starts`.
+        latents: (B, W, D, N), each clip of 2T frames encoded at the W >= 2 windows of `window_starts`.
         frames: T.
-        conditional_probability, generator, share: as for :func:`joint_batch`. With W = T + 1 the result is the same.
+        conditional_probability, generator, share: as for `joint_batch`. With W = T + 1 the result is the same.
 
     Returns:
         target and condition, both (B, D, N).
@@ -105,14 +105,14 @@ def joint_latents(
 
 
 def window_starts(frames: int, windows: int) -> list[int]:
-    """First frames of ``windows`` windows of ``frames`` frames, evenly over a clip of twice as many."""
+    """First frames of ``windows`` windows of ``frames`` frames, spread evenly over a clip of twice as many."""
     return [round(index * frames / (windows - 1)) for index in range(windows)]
 
 
 def _draw_targets(
     batch: int, half: int, conditional_probability: float, generator: torch.Generator, share: Share
 ) -> tuple[Tensor, Tensor]:
-    """Which clips have a condition, and where in its 2T frames each one's target begins: bool and int64 (B,)."""
+    """Which clips have a condition, and where in the 2T frames each target begins: bool and int64 (B,)."""
     conditional = share.of(torch.rand(share.world * batch, generator=generator)) < conditional_probability
     starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator)).clone()
     starts[conditional] = half

@@ -1,6 +1,6 @@
 """Sampling as a diffusers pipeline: ``PVDMPipeline.from_pretrained(run)(num_frames=128).frames``."""
 
-# No `from __future__ import annotations` here: diffusers reads the types of the pipeline's parts from its signature.
+# No `from __future__ import annotations`: diffusers reads the types of the pipeline's parts from its signature.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_model
 
 MODELS = ("autoencoder", "denoiser")
-# Options of diffusers' loading that change nothing where the files are at hand, as safetensors.
+# diffusers' loading options that change nothing if the files are on this machine, as safetensors.
 DOWNLOADING = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"}
 DOWNLOADING |= {"low_cpu_mem_usage", "use_safetensors"}
 
@@ -35,12 +35,12 @@ class PVDMPipelineOutput(BaseOutput):
 
 
 class PVDMPipeline(DiffusionPipeline):
-    """Samples videos of any length: without a condition, of a class, or as the continuation of a given video.
+    """Samples videos of any length: unconditionally, of a class, or as the continuation of a video that you give.
 
     Args:
         autoencoder, denoiser: two models that were trained together.
-        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`. Another of diffusers' works where it needs no
-            scaling of the latents; only those of ``make_scheduler`` clamp the clean latents.
+        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`. Other diffusers schedulers work if they don't
+            need scaled latents, but they don't clamp the clean latents.
 
     Raises:
         UserError: the models don't belong together.
@@ -59,9 +59,9 @@ class PVDMPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
         """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``.
 
-        ``options`` are diffusers'; of a run's folder ``torch_dtype`` (or ``dtype``) and the parts, for example
-        ``scheduler=``, while those about downloading change nothing. Raises UserError where a run lacks a model, or for
-        an option that a run's folder doesn't take.
+        ``options`` are diffusers'. For a run's folder they are ``torch_dtype`` (or ``dtype``) and the parts, for
+        example ``scheduler=``. Options about downloading change nothing there. Raises UserError if a run lacks a model,
+        or for an option that a run's folder doesn't take.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir() or (folder / "model_index.json").is_file():
@@ -92,27 +92,27 @@ class PVDMPipeline(DiffusionPipeline):
         """Sample videos.
 
         Args:
-            num_frames: of a video; by default one clip of the model. Beyond it, clip after clip.
-            num_inference_steps: denoising steps a clip.
+            num_frames: per video. The default is one clip of the model. Longer videos are made clip after clip.
+            num_inference_steps: denoising steps per clip.
             batch_size: number of videos.
-            condition: what they continue: the path of a video file or folder of frames, or a video as diffusers'
-                pipelines take them (PIL pictures, numpy (T, H, W, 3) or torch (T, 3, H, W) in [0, 1], or ``batch_size``
-                of those). Its last T frames are taken, cropped at the centre and resized.
-            class_labels: number or name of a class, or one for each video; for a denoiser that was trained with them.
-            guidance_scale: 1 + w of `pvdm_fast.diffusion.guidance.predict_noise`; 1 or less: without guidance.
-            eta: DDIM's share of new noise: 1 is the release's choice, 0 is deterministic.
-            generator: where all noise comes from; a list: one for each video. By default one seeded by torch's own.
+            condition: the video to continue. Either the path of a video file or folder of frames, or a video as
+                diffusers' pipelines take them: PIL pictures, numpy (T, H, W, 3) or torch (T, 3, H, W) in [0, 1], or
+                ``batch_size`` of those. Its last T frames are used, cropped at the centre and resized.
+            class_labels: number or name of a class, or one per video. The denoiser must have been trained with classes.
+            guidance_scale: 1 + w of `pvdm_fast.diffusion.guidance.predict_noise`. No guidance at 1 or less.
+            eta: DDIM's share of new noise. 1 is the release's choice, 0 is deterministic.
+            generator: the source of all noise, or a list with one per video. The default is seeded by PyTorch's own.
             output_type: "np", "pt" or "pil".
-            return_dict: False: a tuple instead of the output object.
-            callback_on_step_end: called as ``f(pipeline, step, timestep, {"latents": ...})``; the latents that it
-                returns in a dictionary are taken on. ``step`` counts on over the clips of a video.
+            return_dict: pass False for a tuple instead of the output object.
+            callback_on_step_end: called as ``f(pipeline, step, timestep, {"latents": ...})``. If it returns a
+                dictionary with latents, sampling continues with these. ``step`` counts through all clips of a video.
             callback_on_step_end_tensor_inputs: "latents", or nothing.
 
         Returns:
             `PVDMPipelineOutput`, or ``(frames,)``.
 
         Raises:
-            UserError: an argument out of range, or a condition that cannot be used.
+            UserError: an argument is out of range, or the condition can't be used.
         """
         if output_type not in ("np", "pt", "pil"):
             raise UserError(f'output_type must be "np", "pt" or "pil", not {output_type!r}')
@@ -129,7 +129,7 @@ class PVDMPipeline(DiffusionPipeline):
             shown = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
             return (callback_on_step_end(self, step, timestep, shown) or {}).get("latents", latents)
 
-        # From here on the names are this package's, not diffusers'.
+        # From here on, names are this package's, not diffusers'.
         options = SamplingOptions(
             clips=batch_size,
             frames=self.denoiser.layout.time if num_frames is None else num_frames,
@@ -149,7 +149,7 @@ class PVDMPipeline(DiffusionPipeline):
         return PVDMPipelineOutput(frames=result) if return_dict else (result,)
 
     def _condition(self, condition: Any) -> Tensor:
-        """The given video's last frames, (B, 3, T, H, W) in [-1, 1]."""
+        """The last frames of the given video, (B, 3, T, H, W) in [-1, 1]."""
         config = self.autoencoder.config
         size = {"height": config["height"], "width": config["width"]}
         if isinstance(condition, (str, Path)):
@@ -170,7 +170,7 @@ class PVDMPipeline(DiffusionPipeline):
 
 
 def _dtypes(options: dict[str, Any]) -> dict[str, torch.dtype]:
-    """The dtype of each model of a run's folder, from diffusers' options for loading; UserError for others."""
+    """The dtype of each model of a run's folder, from diffusers' loading options. UserError for other options."""
     given = options.pop("torch_dtype", None)
     given = options.pop("dtype", given)
     unknown = sorted(options.keys() - DOWNLOADING)
@@ -188,7 +188,7 @@ def _dtypes(options: dict[str, Any]) -> dict[str, torch.dtype]:
 
 
 def load_part(folder: Path, name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
-    """A run's "autoencoder" or "denoiser"; raises UserError where it is missing or damaged."""
+    """A run's "autoencoder" or "denoiser". Raises UserError if it is missing or damaged."""
     if not (folder / name / "config.json").is_file():
         raise UserError(f"there is no trained {name} in {folder / name}: train it, or finish with --resume {folder}")
     kind: Any = {"autoencoder": Autoencoder, "denoiser": Denoiser}[name]
@@ -196,7 +196,8 @@ def load_part(folder: Path, name: str, torch_dtype: torch.dtype = torch.float32)
 
 
 def class_numbers(denoiser: Denoiser, classes: int | str | Sequence[int | str], clips: int) -> Tensor:
-    """Numbers (clips,) int64 of one class for all, or of one for each; raises UserError for unknown ones."""
+    """Class numbers (clips,) int64, from one class for all clips or one per clip. Raises UserError for unknown
+    classes."""
     count, names = denoiser.config["num_classes"], list(denoiser.config["class_names"] or ())
     if count is None:
         raise UserError(

@@ -25,10 +25,10 @@ OnStep = Callable[[int, int, Tensor], Tensor]
 
 
 class NoiseSource:
-    """Standard normal noise, drawn on the CPU so that a seed means the same noise on every device.
+    """Standard normal noise. It is drawn on the CPU, so a seed gives the same noise on every device.
 
     Args:
-        seed: a number; or a generator, which is used where it is, or a list with one for each video.
+        seed: a number, a generator (used on its own device), or a list with one generator per video.
     """
 
     def __init__(self, seed: int | torch.Generator | list[torch.Generator]) -> None:
@@ -67,17 +67,18 @@ def sample_latents(
     """Denoise latents from pure noise.
 
     Args:
-        denoiser: predicts noise; put it into eval mode first.
-        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`, or another of diffusers' that takes the noise.
+        denoiser: predicts noise. Put it into eval mode first.
+        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`, or another diffusers scheduler that takes the
+            noise.
         shape: (B, D, N) of the latents.
         steps: number of denoising steps, 1 to 1000.
-        noise: where the starting noise and that of each step come from.
+        noise: the source of the starting noise and of each step's noise.
         condition: latents (B, D, N) of the clips before, or None.
         labels: classes (B,) int64, or None.
-        guidance: weight w of `pvdm_fast.diffusion.guidance`; without a condition or labels it changes nothing.
+        guidance: weight w of `pvdm_fast.diffusion.guidance`. It changes nothing without a condition or labels.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
         predict: what predicts the noise, with the arguments of `pvdm_fast.diffusion.guidance.predict_noise`.
-        on_step: called as ``on_step(index of the step, timestep, latent)``; returns the latent to go on with.
+        on_step: called as ``on_step(index of the step, timestep, latent)``. Returns the latent to continue with.
 
     Returns:
         (B, D, N) float32 on the denoiser's device.
@@ -85,7 +86,7 @@ def sample_latents(
     steps = numbers.SAMPLING_STEPS.checked("the number of sampling steps", steps)
     guidance, eta = numbers.GUIDANCE.checked("guidance", guidance), numbers.ETA.checked("eta", eta)
     device = next(denoiser.parameters()).device
-    with plain_defaults():  # what diffusers' schedulers compute with
+    with plain_defaults():  # diffusers' schedulers compute with these
         scheduler.set_timesteps(steps, device=device)
     latent = noise(shape).to(device)
     for index, timestep in enumerate(scheduler.timesteps.tolist()):
@@ -100,7 +101,7 @@ def sample_latents(
 def _scheduler_step(
     scheduler: Any, predicted: Tensor, timestep: int, latent: Tensor, noise: NoiseSource, eta: float
 ) -> Tensor:
-    """One step of whichever scheduler this is, all its randomness taken from ``noise``."""
+    """One step of any scheduler, with all its randomness from ``noise``."""
     from pvdm_fast.diffusion.schedulers import ReleaseDDIMScheduler
 
     if isinstance(scheduler, ReleaseDDIMScheduler):
@@ -118,23 +119,23 @@ def _scheduler_step(
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """What is sampled, and how: checked here, and carried as one thing from the command or the pipeline to the loop.
+    """What is sampled, and how. The values are checked here, and passed on as one object.
 
     Args:
         clips: number of videos B.
-        frames: their length; the last piece is cut to fit.
-        steps: number of denoising steps a clip, 1 to 1000.
+        frames: their length. The last clip is cut to fit.
+        steps: number of denoising steps per clip, 1 to 1000.
         scheduler: "ddim", "ddpm", "dpm++" or "unipc", or a scheduler.
-        guidance: weight w of :mod:`pvdm_fast.diffusion.guidance`; 0 is none.
+        guidance: weight w of `pvdm_fast.diffusion.guidance`. 0 turns it off.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
-        seed: decides everything: the same seed gives the same videos on the same machine. Or where noise comes from.
-        condition: video (B or 1, 3, T, H, W) in [-1, 1] of the model's size that the samples continue; it isn't
-            repeated in them. Without it the first clip has no condition.
-        labels: classes (B,) int64, for a denoiser with classes; None: of no class.
-        cuda_graph: capture the denoiser's pass as a CUDA graph and replay it in every step. Not yet run on a GPU.
+        seed: the same seed gives the same videos on the same machine. Or a source of noise.
+        condition: the video that the samples continue, (B or 1, 3, T, H, W) in [-1, 1], of the model's size. It isn't
+            repeated in the samples. Without it the first clip has no condition.
+        labels: classes (B,) int64, for a denoiser with classes. None: no class.
+        cuda_graph: capture the denoiser's pass as a CUDA graph, and replay it in every step. Not yet run on a GPU.
 
     Raises:
-        UserError: a number out of range, or an unknown scheduler.
+        UserError: a number is out of range, or the scheduler is unknown.
     """
 
     clips: int
@@ -181,22 +182,22 @@ def stream_video(
     on_step: OnStep | None = None,
     **fields: Any,
 ) -> Iterator[Tensor]:
-    """Videos of any length in pieces: the model's clips one after the other, each conditioned on the one before.
+    """Videos of any length in pieces: one clip of the model after the other, each conditioned on the one before.
 
-    What is sampled depends on the latent of the clip before alone, so memory doesn't grow with the length.
+    Each clip depends only on the latent of the clip before, so memory doesn't grow with the length.
 
     Args:
         autoencoder, denoiser: a matching pair in eval mode, on one device.
         options: what to sample, and how.
-        fields: of :class:`SamplingOptions`, written out where there are no ``options``.
-        progress: called as ``progress(steps done, steps in all)``.
-        on_step: called as ``on_step(steps done before, timestep, latent)``; returns the latent to go on with.
+        fields: those of `SamplingOptions`, in place of ``options``.
+        progress: called as ``progress(steps done, total steps)``.
+        on_step: called as ``on_step(steps done before, timestep, latent)``. Returns the latent to continue with.
 
     Yields:
-        (B, 3, t, H, W) float32 in [-1, 1] on the CPU: T frames each, the last one what is left.
+        (B, 3, t, H, W) float32 in [-1, 1] on the CPU. Each has T frames, the last one the rest.
 
     Raises:
-        UserError: the two models don't belong together, or a number is out of range; a CUDA graph without a GPU.
+        UserError: the two models don't belong together, a number is out of range, or a CUDA graph has no GPU.
     """
     wanted = SamplingOptions(**fields) if options is None else replace(options, **fields)
     steps, frames = wanted.steps, wanted.frames
@@ -241,7 +242,8 @@ def stream_video(
 def sample_video(
     autoencoder: Autoencoder, denoiser: Denoiser, options: SamplingOptions | None = None, **more: Any
 ) -> Tensor:
-    """All of :func:`stream_video`, with its arguments: videos (B, 3, frames, H, W) float32 in [-1, 1], on the CPU."""
+    """`stream_video` as one tensor, with its arguments: videos (B, 3, frames, H, W) float32 in [-1, 1], on the
+    CPU."""
     return torch.cat(list(stream_video(autoencoder, denoiser, options, **more)), dim=2)
 
 
@@ -259,7 +261,7 @@ def _checked_scheduler(scheduler: str | Any) -> Any:
 
 
 def _check_request(autoencoder: Autoencoder, denoiser: Denoiser, options: SamplingOptions) -> None:
-    """Raises UserError where these models cannot sample that."""
+    """Raises UserError if these models can't sample what was asked for."""
     clips, condition, labels = options.clips, options.condition, options.labels
     check_pair(autoencoder, denoiser)
     if condition is not None:

@@ -1,4 +1,4 @@
-"""The samplers: diffusers' schedulers, set up for PVDM's noise schedule and its clamped, tanh-bounded latents."""
+"""The samplers: diffusers' schedulers, set up for PVDM's noise schedule and its latents, which lie in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ def release_times(steps: int) -> list[int]:
 
 
 class _ReleaseLevels:
-    """The release's noise levels in a scheduler of diffusers, rounded once from float64.
+    """The release's noise levels in a diffusers scheduler, rounded once from float64.
 
-    Diffusers multiplies them up in float32, 9.9e-6 off at the end. ValueError where a configuration names others.
+    diffusers multiplies them in float32, and is off by 9.9e-6 at the end. ValueError if a configuration has other
+    levels.
     """
 
     def _take_levels(self) -> None:
@@ -53,7 +54,7 @@ class _ReleaseLevels:
 
 
 class _ReleaseSolverLevels(_ReleaseLevels):
-    """The same for diffusers' solvers, with what they derive from the levels."""
+    """The same for diffusers' solvers, including what they derive from the levels."""
 
     def _take_levels(self) -> None:
         super()._take_levels()
@@ -63,10 +64,10 @@ class _ReleaseSolverLevels(_ReleaseLevels):
 
 
 class ReleaseDDIMScheduler(_ReleaseLevels, DDIMScheduler):
-    """DDIM on the release's times, also where the number of steps doesn't divide 1000.
+    """DDIM on the release's times, also if the number of steps doesn't divide 1000.
 
-    Diffusers walks in equal strides; the release goes from each of its times to the next one. At time -1 the clean
-    prediction itself is returned.
+    diffusers takes equal strides. The release goes from each of its times to the next. At time -1 the clean prediction
+    itself is returned.
     """
 
     @functools.wraps(DDIMScheduler.__init__)  # type: ignore[misc]  # its arguments are what a configuration can hold
@@ -76,19 +77,19 @@ class ReleaseDDIMScheduler(_ReleaseLevels, DDIMScheduler):
         self._levels: list[float] = self.alphas_cumprod.tolist()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Fix the times to visit; raises UserError when there are more steps than noise levels."""
+        """Fix the times to visit. Raises UserError if there are more steps than noise levels."""
         times = release_times(num_inference_steps)
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.tensor(times[:-1], device=device)
         self._next_time = dict(itertools.pairwise(times))
 
     def next_time(self, timestep: int) -> int:
-        """The time after ``timestep``; -1 at the end."""
+        """The time after ``timestep``, or -1 at the end."""
         try:
             return self._next_time[int(timestep)]
         except KeyError:
             raise UserError(
-                f"{int(timestep)} is none of this scheduler's times: take them from its timesteps"
+                f"{int(timestep)} isn't one of this scheduler's times: take them from its timesteps"
             ) from None
 
     def step(
@@ -102,7 +103,7 @@ class ReleaseDDIMScheduler(_ReleaseLevels, DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step from ``timestep`` to the next time; arguments as in diffusers, but eta is 1 by default."""
+        """One step from ``timestep`` to the next time. Arguments as in diffusers, but eta is 1 by default."""
         eta = ETA.checked("eta", eta)
         next_time = self.next_time(timestep)
         level = self._levels[int(timestep)]
@@ -128,7 +129,8 @@ class ReleaseDDIMScheduler(_ReleaseLevels, DDIMScheduler):
 
 
 class ReleaseDDPMScheduler(_ReleaseLevels, DDPMScheduler):
-    """Diffusers' DDPM on the release's times: for numbers of steps that divide 1000 this is its "trailing" spacing."""
+    """diffusers' DDPM on the release's times. If the number of steps divides 1000, this is its "trailing"
+    spacing."""
 
     @functools.wraps(DDPMScheduler.__init__)  # type: ignore[misc]
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -136,7 +138,7 @@ class ReleaseDDPMScheduler(_ReleaseLevels, DDPMScheduler):
         self._take_levels()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Fix the times to visit; raises UserError when there are more steps than noise levels."""
+        """Fix the times to visit. Raises UserError if there are more steps than noise levels."""
         super().set_timesteps(timesteps=release_times(num_inference_steps)[:-1], device=device)
         self.num_inference_steps = num_inference_steps
 
@@ -162,9 +164,10 @@ class ReleaseUniPCScheduler(_ReleaseSolverLevels, UniPCMultistepScheduler):
 def make_scheduler(name: str) -> SchedulerMixin:
     """The scheduler called ``name``: "ddim", "ddpm", "dpm++" or "unipc".
 
-    ddim and ddpm take the predicted noise. dpm++ and unipc take the clean latent, which the sampling loop clamps first,
-    because diffusers' solvers cannot clamp by a fixed range; their steps are even in the logarithm of the noise level
-    (in 10 steps 4 dB nearer to the exact trajectory, docs/results/samplers.md). Raises UserError for another name.
+    ddim and ddpm take the predicted noise. dpm++ and unipc take the clean latent. The sampling loop clamps it first,
+    because diffusers' solvers can't clamp to a fixed range. Their steps are even in the logarithm of the noise level,
+    which brings 10 steps 4 dB nearer to the exact trajectory (docs/results/samplers.md). Raises UserError for another
+    name.
     """
     if name == "ddim":
         return ReleaseDDIMScheduler(**_BETAS)

@@ -1,1 +1,1 @@
-"""How good a trained run is: reconstruction and generation scores, their protocol, and a report of both."""
+"""How good a trained run is: reconstruction and generation scores, their protocol, and a report."""

@@ -1,4 +1,4 @@
-"""The clips that are evaluated: numbered draws of a split, or of both splits together, read ahead by workers."""
+"""The clips for evaluation: numbered draws of one split or of both, read ahead by workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESIZING = "torch's bicubic, antialiased, in 8 bits, of the largest crop of the 
 
 
 class BothSplits(ClipDataset):
-    """Every video of the test and the train split once in each epoch, in an order seeded by (seed, epoch)."""
+    """Every video of both splits once per epoch, in an order seeded by (seed, epoch)."""
 
     def __init__(self, test: ClipDataset, train: ClipDataset) -> None:
         self.test, self.train, self.spec = test, train, test.spec
@@ -48,10 +48,10 @@ class BothSplits(ClipDataset):
 def open_clips(
     source: str | Path, split: str, *, frames: int, size: tuple[int, int], stride: int, seed: int
 ) -> ClipDataset:
-    """The clips of a split ("test", "train" or "all"), cropped at the centre, never mirrored.
+    """The clips of a split ("test", "train" or "all"), cropped at the centre and never mirrored.
 
     Raises:
-        DataError: there are none, or the source holds latents.
+        DataError: there are no clips, or the source holds latents.
     """
     if is_latents(Path(source)):
         raise DataError(f"{source} holds latents: name the videos they were made of with --data")
@@ -66,6 +66,6 @@ def open_clips(
 
 
 def read_batches(dataset: ClipDataset, batches: Sequence[Sequence[int]], workers: int) -> Iterator[Batch]:
-    """These batches of draws, in order, read ahead by so many worker processes; raises DataError where one dies."""
+    """These batches of draws, in order, read ahead by `workers` processes. Raises DataError if one dies."""
     if batches:
         yield from ClipLoader(dataset, [list(batch) for batch in batches], workers=workers)

@@ -1,4 +1,4 @@
-"""Training's records as curves, one SVG for each measured value."""
+"""Training records as curves: one SVG per measured value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def curves(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def thinned(points: np.ndarray) -> np.ndarray:
-    """Points (n, 2) averaged in groups of neighbours, so that at most MAX_POINTS are left."""
+    """Points (n, 2), averaged in groups of neighbours so that at most MAX_POINTS are left."""
     group = -(-len(points) // MAX_POINTS)
     edges = np.arange(0, len(points), group)
     counts = np.diff([*edges, len(points)])

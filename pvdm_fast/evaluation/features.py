@@ -1,4 +1,4 @@
-"""The feature network of the Fréchet video distance: a TorchScript file of known hash, and how frames are fed to it."""
+"""The feature network of the Fréchet video distance: a TorchScript file of known hash, and how to feed it frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pvdm_fast.jobs.reading import UnreadableFile, file_clock
 SIDE = 224
 FRAMES_AT_ONCE = 128
 I3D_SOURCE = "https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt"
-# As several projects that use the file publish it; 51,235,320 bytes.
+# As published by several projects that use the file. It has 51,235,320 bytes.
 I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
 INPUT = (
     f"8-bit frames, bilinear to {SIDE} x {SIDE} without antialiasing (align_corners=False), scaled to [-1, 1]; "
@@ -32,13 +32,13 @@ class FeatureNetwork:
     """Features of videos from a TorchScript network with the interface of StyleGAN-V's I3D.
 
     Args:
-        path: the file; called as ``network(video (B, 3, T, 224, 224) in [-1, 1], rescale=False, resize=False,
+        path: the file. Called as ``network(video (B, 3, T, 224, 224) in [-1, 1], rescale=False, resize=False,
             return_features=True)``, it gives (B, D).
-        expected: the sha256 that the file must have; it is not opened otherwise.
+        expected: the sha256 that the file must have. Otherwise it isn't opened.
         device: where it computes.
 
     Raises:
-        UserError: there is no such file, its hash is another, or it is no TorchScript.
+        UserError: the file doesn't exist, has another hash, or isn't TorchScript.
     """
 
     def __init__(self, path: Path, expected: str, device: torch.device) -> None:
@@ -50,18 +50,18 @@ class FeatureNetwork:
             raise UserError(f"the feature network {path} cannot be read: {error}") from error
         if self.sha256 != expected.lower():
             raise UserError(
-                f"the sha256 of {path} is {self.sha256}, not {expected}: it is another file, or was cut off in "
-                "fetching, and is not opened; fetch it again, or give the hash that its source publishes"
+                f"the sha256 of {path} is {self.sha256}, not {expected}: it is another file, or an incomplete "
+                "download, and is not opened; download it again, or give the hash that its source publishes"
             )
         try:
             with file_clock(path):
                 self.network = torch.jit.load(str(path), map_location=device).eval()
-        except Exception as error:  # of a damaged file: RuntimeError, UnicodeDecodeError, ...
+        except Exception as error:  # a damaged file raises RuntimeError, UnicodeDecodeError, ...
             raise UserError(f"{path} is no TorchScript file: {first_line(error)}") from error
 
     @property
     def is_i3d(self) -> bool:
-        """Whether this is the network that published distances were computed with."""
+        """Whether this is the network of published distances."""
         return self.sha256 == I3D_SHA256
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class FeatureNetwork:
         """Features (B, D) float64 on the CPU, of videos (B, 3, T, H, W) in [-1, 1].
 
         Raises:
-            UserError: the network takes no clips of this length, or its features aren't finite rows.
+            UserError: the network doesn't take clips of this length, or its features aren't finite rows.
         """
         pieces = video.split(max(1, FRAMES_AT_ONCE // video.shape[2]))
         features = torch.cat([self._features(piece.to(self.device)) for piece in pieces]).to("cpu", torch.float64)
@@ -97,7 +97,7 @@ class FeatureNetwork:
 
 
 def prepare(video: Tensor) -> Tensor:
-    """Videos (B, 3, T, H, W) in [-1, 1] as the network takes them: float32 (B, 3, T, 224, 224) in [-1, 1]."""
+    """Videos (B, 3, T, H, W) in [-1, 1] in the network's form: float32 (B, 3, T, 224, 224) in [-1, 1]."""
     batch, channels, frames = video.shape[:3]
     pixels = video.float().add(1).mul(127.5).round().clamp(0, 255)
     flat = pixels.transpose(1, 2).flatten(0, 1)

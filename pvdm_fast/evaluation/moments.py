@@ -1,4 +1,4 @@
-"""Mean and covariance from sums that can be added up in any pieces, and the Fréchet distance of two Gaussians."""
+"""Mean and covariance from sums that can be added in any pieces, and the Fréchet distance of two Gaussians."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def moments(values: Tensor) -> Tensor:
-    """Count, sums and outer products of rows at once: (D + 1, D + 1) float64, the sum of z zᵀ for z = (1, row).
+    """Count, sums and outer products of rows in one matrix: (D + 1, D + 1) float64, the sum of z zᵀ for z = (1, row).
 
-    Moments of several sets of rows add up to those of all rows.
+    The moments of several sets of rows add up to the moments of all rows.
 
     Args:
         values: (B, D).
@@ -23,7 +23,7 @@ def moments(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """``mean`` (D,) and ``covariance`` (D, D) of ``count`` rows, float64; the covariance divides by the count."""
+    """``mean`` (D,) and ``covariance`` (D, D) of ``count`` rows, float64. The covariance divides by the count."""
 
     count: int
     mean: Tensor
@@ -31,14 +31,14 @@ class Gaussian:
 
     @staticmethod
     def of(sums: Tensor) -> Gaussian:
-        """From :func:`moments`."""
+        """From `moments`."""
         count = sums[0, 0]
         mean = sums[0, 1:] / count
         return Gaussian(int(count), mean, sums[1:, 1:] / count - torch.outer(mean, mean))
 
     @property
     def standard_error(self) -> Tensor:
-        """Of the mean, (D,); NaN for a single row."""
+        """The mean's standard error, (D,). NaN for a single row."""
         variance = self.covariance.diagonal().clamp_min(0)
         return (variance / (self.count - 1)).sqrt() if self.count > 1 else torch.full_like(variance, torch.nan)
 
@@ -46,9 +46,9 @@ class Gaussian:
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """|m1 - m2|² + tr(C1) + tr(C2) - 2 tr((C1 C2)^½), in float64.
 
-    The last trace is the sum of the singular values of C1^½ C2^½. Both roots come from symmetric eigenproblems whose
-    eigenvalues below their rounding error count as 0, so that covariances of few clips, which have no full rank, are
-    as good as others: the general square root of the product C1 C2 is neither symmetric nor always real.
+    The last trace is the sum of the singular values of C1^½ C2^½. Both roots come from symmetric eigenproblems, and
+    eigenvalues below their rounding error count as 0. So covariances of few clips, which don't have full rank, work
+    too. The general square root of C1 C2 is neither symmetric nor always real.
     """
     product = _root(first.covariance) @ _root(second.covariance)
     common = torch.linalg.svdvals(product).sum()

@@ -1,4 +1,4 @@
-"""The passes of an evaluation: reconstructions, real clips of other lengths, samples; each in batches, resumable."""
+"""The passes of an evaluation: reconstructions, real clips of other lengths, samples. In batches, and resumable."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ Measure = Callable[[Sequence[range], Path], Iterator[Measured]]
 class Pass:
     """One thing to measure on ``clips`` clips.
 
-    ``identity`` is all that decides the values; statistics of another identity lie in another folder. ``measure`` is
-    given batches of clip numbers and the pass's folder, for videos, and yields what each batch gave.
+    ``identity`` is everything that decides the values. Statistics of another identity lie in another folder.
+    ``measure`` takes batches of clip numbers and the pass's folder (for videos), and yields what it measured on each
+    batch.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Moments by name, files that could not be read, and where the videos lie."""
+    """Moments by name, files that couldn't be read, and the folder of the videos."""
 
     sums: dict[str, Tensor]
     unreadable: dict[str, str]
@@ -68,21 +69,21 @@ class Outcome:
 
 
 def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, save_every: int) -> Outcome:
-    """Do what is left of a pass, together with the other processes, and add everything up.
+    """Do the rest of a pass, together with the other processes, and add everything up.
 
-    What is left is shared out anew at each start, so that an interrupted pass can go on with another number of
-    processes. Every process writes its own file.
+    The rest is divided again at each start. So an interrupted pass can continue with another number of processes. Every
+    process writes its own file.
 
     Raises:
-        Interrupted: a signal came; what was done is saved.
-        UserError: the statistics could not be written, or the processes don't see each other's files.
+        Interrupted: a signal came, and what was done is saved.
+        UserError: the statistics couldn't be written, or the processes don't see each other's files.
     """
     folder, batches, share = work.folder(parent), work.batches, processes.share
     tallies = read_tallies(folder, len(batches))
     name = f"part-{share.rank}.safetensors"
     own = tallies.get(name) or Tally(folder / name, len(batches))
     todo = remaining(list(tallies.values()), len(batches))
-    wait(processes)  # everybody has read before anybody writes
+    wait(processes)  # everybody reads before anybody writes
     mine = todo[share.rank :: share.world]
     unsaved = 0
     done = work.clips - sum(len(batches[number]) for number in todo)
@@ -93,7 +94,7 @@ def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, 
             if unsaved >= save_every or stop.number is not None:
                 own.save()
                 unsaved = 0
-            if stop.number is not None:  # each process for itself: they have different numbers of batches
+            if stop.number is not None:  # each process for itself, because they have different numbers of batches
                 raise Interrupted(stop.number)
             bar.update(len(batches[number]) * share.world)
     if unsaved:
@@ -111,7 +112,7 @@ def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, 
 def measure_reconstructions(
     subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, workers: int
 ) -> Measure:
-    """Measures PSNR, SSIM (where frames are large enough) and the features of originals and reconstructions."""
+    """Measures PSNR, SSIM (if frames are large enough), and the features of originals and reconstructions."""
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for numbers, batch in zip(batches, read_batches(dataset, batches, workers), strict=True):
@@ -141,9 +142,9 @@ def measure_real_clips(dataset: ClipDataset, network: FeatureNetwork, workers: i
 def measure_samples(
     subject: Subject, network: FeatureNetwork | None, lengths: Sequence[int], sampling: dict[str, Any]
 ) -> Measure:
-    """Samples videos of the greatest length, and measures the features of their first frames for every length.
+    """Samples videos of the greatest length. For every length, measures the features of their first frames.
 
-    A sample's first frames don't depend on how long it goes on: each clip is conditioned on the one before.
+    A sample's first frames don't depend on its length, because each clip is conditioned only on the one before.
     """
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
@@ -157,7 +158,8 @@ def measure_samples(
 
 
 def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:
-    """The samples of these numbers, (B, 3, frames, H, W) in [-1, 1]; their noise depends on seed and numbers alone."""
+    """The samples with these numbers, (B, 3, frames, H, W) in [-1, 1]. Their noise depends only on seed and
+    numbers."""
     from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 
     assert subject.denoiser is not None
@@ -171,7 +173,8 @@ def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[s
 
 
 def _show(folder: Path, numbers: Sequence[int], videos: Tensor, fps: float) -> None:
-    """Write the first clips as mp4: of each, videos (n, 3, T, H, W) side by side; small ones enlarged, pixels kept."""
+    """Write the first clips as mp4, with the videos (n, 3, T, H, W) of each clip side by side. Small ones are
+    enlarged by whole factors."""
     for number, row in zip(numbers, videos, strict=True):
         if number >= SHOWN:
             return

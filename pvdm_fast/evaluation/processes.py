@@ -8,11 +8,11 @@ import torch
 
 from pvdm_fast.jobs.processes import Processes
 
-PATIENCE = timedelta(hours=6)  # how long a process that has finished its share waits for the others
+PATIENCE = timedelta(hours=6)  # how long a process that has finished waits for the others
 
 
 def these_processes(device: str) -> Processes:
-    """What the launcher started; ``device`` is "auto" (a GPU where there is one) or "cpu"."""
+    """The processes that the launcher started. ``device`` is "auto" (a GPU if there is one) or "cpu"."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
@@ -20,5 +20,5 @@ def these_processes(device: str) -> Processes:
 
 
 def wait(processes: Processes) -> None:
-    """Returns when all processes have come here."""
+    """Returns when all processes have got here."""
     processes.gathered(None)

@@ -1,4 +1,4 @@
-"""What was asked for, and the protocol that goes with every number: everything that another group must know."""
+"""What was asked for, and the protocol of every number: all that another group must know to compare."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The parts of the protocol, each plain values; :meth:`identity` is what decides the values of a pass."""
+    """The parts of the protocol as plain values. `identity` says what decides the values of a pass."""
 
     data: dict[str, Any]
     model: dict[str, Any]
@@ -101,7 +101,7 @@ class Protocol:
     environment: dict[str, Any]
 
     def identity(self, *parts: str, **more: Any) -> dict[str, Any]:
-        """The named parts and the versions: where one of them changes, statistics aren't added to earlier ones."""
+        """The named parts and the versions. If one of them changes, statistics aren't added to earlier ones."""
         software = {key: self.environment[key] for key in ("versions", "device", "backends")}
         return {**{part: getattr(self, part) for part in parts}, **more, "software": software}
 
@@ -146,7 +146,7 @@ def make_protocol(
 
 
 def count_samples(request: Request, subject: Subject, network: FeatureNetwork | None) -> int:
-    """How many samples are made: without features only those that are shown."""
+    """How many samples are made. Without features, only those that are shown."""
     if subject.denoiser is None:
         return 0
     wanted = request.clips if request.samples is None else request.samples

@@ -1,4 +1,4 @@
-"""The readable report: one HTML file that holds everything, videos included, and asks nothing of the network."""
+"""The readable report: one HTML file with everything in it, including videos. It needs no network."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ onClick("restart", video => { video.currentTime = 0; video.play(); });
 
 
 def escape(text: str) -> str:
-    """A text inside the page, as :func:`printable` shows it: file names may hold what UTF-8 cannot."""
+    """A text for the page, through `printable`: file names may hold bytes that aren't UTF-8."""
     return html.escape(printable(text))
 
 
@@ -96,11 +96,11 @@ def write_report(path: Path, document: dict[str, Any], videos: dict[str, Path], 
         + "\n".join(part for part in parts if part)
         + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names need not be UTF-8
 
 
 def score_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, of what) of every score, for people; a distance is called FVD only where it is one."""
+    """(name, value, of what) of every score, for people. A distance is called FVD only if it is one."""
     reconstruction = results["reconstruction"]
     clips = f"{reconstruction['clips']:,} clips of {reconstruction['frames']} frames"
     rows = []
@@ -121,7 +121,7 @@ def score_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested values as ("data.split", "test") pairs; what every operation shares is said once."""
+    """Nested values as ("data.split", "test") pairs. What all operations share is said once."""
     for key, value in values.items():
         label = f"{prefix}{key}"
         if isinstance(value, dict) and len(set(map(str, value.values()))) == 1 and len(value) > 2:
@@ -162,7 +162,7 @@ def _figures(figures: Iterable[tuple[str, str]]) -> str:
 
 
 def _videos(title: str, note: str, folder: Path | None) -> str:
-    """The section of a folder's videos, inside the page as data; empty where there are none."""
+    """The section of a folder's videos, embedded as data. Empty if there are none."""
     paths = [] if folder is None else sorted(folder.glob("clip-*.mp4"), key=lambda path: int(path.stem.split("-")[1]))
     if not paths:
         return ""

@@ -41,7 +41,7 @@ PUBLISHED_CLIPS = 2048
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the passes share."""
+    """What the passes have in common."""
 
     request: Request
     processes: Processes
@@ -50,14 +50,14 @@ class Evaluation:
     datasets: dict[int, ClipDataset]
     protocol: Protocol
     folder: Path
-    records: list[dict[str, Any]]  # of training, as it stood at the start: read before the work, not after it
+    records: list[dict[str, Any]]  # training's records at the start of the evaluation: the run may still be training
 
     @property
     def samples(self) -> int:
         return int(self.protocol.sampling["samples"])
 
     def passes(self) -> dict[str, Pass]:
-        """By name: "reconstruction", "real-16" for each other length with features, "samples"."""
+        """The passes by name: "reconstruction", "real-16" for each other length with features, "samples"."""
         request, network, length = self.request, self.network, self.subject.frames
         measure = measure_reconstructions(self.subject, self.datasets[length], network, request.workers)
         made = {"reconstruction": self._data_pass("reconstruction", measure, "model", frames=length)}
@@ -80,10 +80,10 @@ def evaluate(request: Request) -> tuple[dict[str, Any] | None, Path]:
     """Evaluate a run.
 
     Returns:
-        The results, as in evaluation.json (in the first process; None in the others), and their folder.
+        The results, as in evaluation.json, and their folder. In all processes except the first the results are None.
 
     Raises:
-        UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
+        UserError: something that you can mend. Interrupted: a signal came, and everything is saved.
     """
     with plain_torch(), only_the_launcher():
         return _evaluate(request)
@@ -112,7 +112,7 @@ def _evaluate(request: Request) -> tuple[dict[str, Any] | None, Path]:
 
 @contextmanager
 def _alone(evaluation: Evaluation) -> Iterator[None]:
-    """Make the folder, and keep other evaluations out of it; raises UserError where one is at work there."""
+    """Make the folder and lock it. Raises UserError if another evaluation is running there."""
     if not evaluation.processes.main:
         yield
         return
@@ -125,7 +125,7 @@ def _alone(evaluation: Evaluation) -> Iterator[None]:
 
 
 def prepare(request: Request, processes: Processes) -> Evaluation:
-    """Open everything, so that what doesn't fit is found before anything is computed."""
+    """Open everything first, so that what doesn't fit is found before any computing."""
     subject = load_subject(request.run, processes.device, request.dtype)
     if subject.denoiser is not None:
         from pvdm_fast.diffusion.schedulers import make_scheduler
@@ -149,7 +149,7 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
 
 
 def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    """All scores, what is missing and how to get it, and what a reader should beware of."""
+    """All scores, what is missing and how to get it, and warnings for the reader."""
     reconstruction = outcomes["reconstruction"].sums
     scores: dict[str, Any] = {"frames": evaluation.subject.frames, "clips": evaluation.request.clips}
     for name in ("psnr", "ssim"):
@@ -168,7 +168,7 @@ def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, A
 
 
 def _generation(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    """By number of frames: the distance of samples from real clips."""
+    """By number of frames: the distance between samples and real clips."""
     if "samples" not in outcomes:
         return {}
     scores: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def _score(sums: Any) -> dict[str, Any]:
 
 
 def _distance(evaluation: Evaluation, real: Gaussian, made: Gaussian) -> dict[str, Any]:
-    """The distance, under the name of FVD only where the network is the one that gives it its meaning."""
+    """The distance. It is called FVD only with the feature network that defines FVD."""
     assert evaluation.network is not None
     distance = frechet_distance(real, made)
     return {
@@ -241,7 +241,7 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
 
 
 def write(evaluation: Evaluation, result: dict[str, Any], outcomes: dict[str, Outcome]) -> None:
-    """evaluation.json and report.html, each whole or not at all."""
+    """Write evaluation.json and report.html, each complete or not at all."""
     document = {"results": result, "protocol": evaluation.protocol.as_dict(), "run": str(evaluation.request.run)}
     folder = evaluation.folder
     try:

@@ -1,4 +1,4 @@
-"""Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004) of videos, frame by frame and colour by colour."""
+"""Structural similarity (Wang, Bovik, Sheikh, Simoncelli 2004) of videos, per frame and colour."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ K1, K2 = 0.01, 0.03
 def ssim(first: Tensor, second: Tensor, data_range: float = 2.0) -> Tensor:
     """Mean structural similarity of each clip, computed in float64.
 
-    The Gaussian window of 11 pixels and sigma 1.5 stays inside the frame (no padding), and variances divide by the
+    The Gaussian window has 11 pixels and sigma 1.5, and stays inside the frame (no padding). Variances divide by the
     number of pixels, as in the paper.
 
     Args:
-        first, second: (B, C, T, H, W), with values ``data_range`` apart at most; H and W at least 11.
+        first, second: (B, C, T, H, W), with values at most ``data_range`` apart. H and W are at least 11.
 
     Returns:
         (B,) float64.
@@ -44,7 +44,7 @@ def ssim(first: Tensor, second: Tensor, data_range: float = 2.0) -> Tensor:
 
 
 def _blur_matrix(size: int, device: torch.device) -> Tensor:
-    """(size - 10, size) float64: each row is the window at one place, so that blurring an axis is a product."""
+    """(size - 10, size) float64: each row is the window at one place, so a product blurs an axis."""
     places = torch.arange(WINDOW, dtype=torch.float64, device=device) - WINDOW // 2
     window = torch.exp(-0.5 * (places / SIGMA) ** 2)
     rows = size - WINDOW + 1

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """A run's models in eval mode; ``denoiser`` is None where only the autoencoder was trained."""
+    """A run's models in eval mode. ``denoiser`` is None if only the autoencoder was trained."""
 
     run: RunFolder
     autoencoder: Autoencoder
@@ -39,11 +39,12 @@ class Subject:
 
     @property
     def fps(self) -> float:
-        """Of the videos that are shown."""
+        """Frames per second of the shown videos."""
         return 8.0 if self.config is None else self.config.video.fps
 
     def facts(self) -> dict[str, Any]:
-        """The models as part of the protocol: hashes of their weights, sizes, dtype, whether they are averaged."""
+        """The models as part of the protocol: hashes of their weights, sizes, dtype, and whether they are
+        averaged."""
         facts: dict[str, Any] = {"autoencoder": _model_facts(self.autoencoder, self.run.autoencoder)}
         if self.denoiser is not None:
             ema = None if self.config is None else {"decay": self.config.diffusion.ema_decay}
@@ -58,8 +59,10 @@ class Subject:
 
 
 def load_subject(run: Path, device: torch.device, dtype: str) -> Subject:
-    """The models of a run on a device, in "fp32" or "bf16"; raises UserError where there is no autoencoder, or one of
-    the models is damaged."""
+    """The models of a run on a device, in "fp32" or "bf16".
+
+    Raises UserError if there is no autoencoder, or if a model is damaged.
+    """
     from pvdm_fast.models import Autoencoder, Denoiser
     from pvdm_fast.models.release import load_model
 

@@ -20,7 +20,7 @@ from pvdm_fast.jobs.reading import file_clock, parse_json
 
 @dataclass
 class Measured:
-    """What a batch gave: values (B, D) by name, and files that could not be read, with reasons."""
+    """What a batch gave: values (B, D) by name, and files that couldn't be read, with reasons."""
 
     values: dict[str, Tensor]
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -30,11 +30,11 @@ class Tally:
     """The part of a pass that one process has done.
 
     Args:
-        path: the file that :meth:`save` writes; where it exists, this goes on from what it holds.
+        path: the file that `save` writes. If it exists, this continues from its contents.
         batches: number of batches of the whole pass.
 
     Raises:
-        UserError: the file cannot be read, or is of another number of batches.
+        UserError: the file can't be read, or belongs to another number of batches.
     """
 
     def __init__(self, path: Path, batches: int) -> None:
@@ -53,7 +53,7 @@ class Tally:
                 self.unreadable = parse_json((file.metadata() or {})["unreadable"])
             done = tensors.pop("done").bool()
             if not isinstance(self.unreadable, dict):
-                raise ValueError("its list of unreadable files is none")
+                raise ValueError("its list of unreadable files is invalid")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"the statistics {self.path} cannot be read ({error}): {advice}") from error
         if done.shape != self.done.shape:
@@ -61,7 +61,7 @@ class Tally:
         self.done, self.sums = done, tensors
 
     def add(self, batch: int, measured: Measured) -> None:
-        """Count a batch in; in memory only. Raises UserError for values that are not finite."""
+        """Add a batch, in memory only. Raises UserError for values that aren't finite."""
         for name, values in measured.values.items():
             if not values.isfinite().all():
                 raise UserError(f"{name} is not finite for batch {batch}: the model's weights must be damaged")
@@ -71,7 +71,7 @@ class Tally:
         self.done[batch] = True
 
     def save(self) -> None:
-        """Write the file, whole or not at all; raises UserError where the disk is full."""
+        """Write the file, complete or not at all. Raises UserError if the disk is full."""
         tensors = {**self.sums, "done": self.done.to(torch.uint8)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,12 +82,12 @@ class Tally:
 
 
 def read_tallies(folder: Path, batches: int) -> dict[str, Tally]:
-    """The tallies that any process has left in a folder, by file name, in order of the names."""
+    """The tallies that processes have left in a folder, by file name, sorted by name."""
     return {path.name: Tally(path, batches) for path in sorted(folder.glob("[!.]*.safetensors"))}
 
 
 def remaining(tallies: Sequence[Tally], batches: int) -> list[int]:
-    """The batches that none of the tallies holds."""
+    """The batches that are in none of the tallies."""
     done = torch.zeros(batches, dtype=torch.bool)
     for tally in tallies:
         done |= tally.done
@@ -95,7 +95,7 @@ def remaining(tallies: Sequence[Tally], batches: int) -> list[int]:
 
 
 def total(tallies: Sequence[Tally]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Sums and unreadable files of all tallies together."""
+    """Sums and unreadable files of all tallies."""
     sums: dict[str, Tensor] = {}
     unreadable: dict[str, str] = {}
     for tally in tallies:

@@ -32,7 +32,7 @@ def checksum(path: Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal: which file it is. Raises UnreadableFile as :func:`checksum` does."""
+    """SHA-256 of a file, in hexadecimal: which file it is. Raises UnreadableFile as `checksum` does."""
     digest = hashlib.sha256()
     with file_clock(path):
         for piece in _pieces(path):

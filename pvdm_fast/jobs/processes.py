@@ -62,7 +62,7 @@ class Processes:
         """The result of ``action``, run by the main process while the others wait.
 
         Raises:
-            UserError: what ``action`` raised, by :meth:`fail`.
+            UserError: what ``action`` raised, by `fail`.
         """
         if self.share.world == 1:
             return action()

@@ -68,7 +68,7 @@ def time_limit(seconds: float, expired: Callable[[], Exception]) -> Iterator[Non
 
 
 def file_clock(path: Path) -> Any:
-    """A :func:`time_limit` for reading ``path`` whole; raises :class:`SlowFile`."""
+    """A `time_limit` for reading ``path`` whole; raises `SlowFile`."""
     try:
         seconds = allowed_seconds(path.stat().st_size)
     except OSError:

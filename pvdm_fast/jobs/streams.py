@@ -42,7 +42,7 @@ class Steady:
 
 @contextmanager
 def steady_output() -> Iterator[None]:
-    """sys.stdout and sys.stderr as :class:`Steady` streams while the block runs."""
+    """sys.stdout and sys.stderr as `Steady` streams while the block runs."""
     before = sys.stdout, sys.stderr
     steady = tuple(Steady(stream) for stream in before)
     sys.stdout, sys.stderr = steady

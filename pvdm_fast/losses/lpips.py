@@ -1,8 +1,8 @@
 """LPIPS, the learned perceptual distance of images (Zhang et al., 2018, arXiv 1801.03924), version 0.1 with VGG16.
 
-The formula is short and is written out here. The package `lpips` holds it too, but importing that needs torchvision in
-the build that matches PyTorch's, and building its model either downloads or starts from random weights; so only the
-file with the calibrated heads is taken from it, without importing it.
+The formula is short and is written out here. The package `lpips` has it too, but importing it needs a torchvision that
+matches PyTorch, and its model either downloads weights or starts from random ones. So this takes only the file with the
+calibrated heads from it, without importing it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.models.release import read_state_dict
 
 TORCHVISION = "torchvision"
-MINIMUM_SIZE = 16  # VGG16 halves four times in front of its last features
+MINIMUM_SIZE = 16  # VGG16 halves four times before its last features
 
-# VGG16's layers up to the last features, as torchvision numbers them: widths of convolutions, 0 for a 2 x 2 maximum.
+# VGG16's layers up to the last features, in torchvision's order: widths of convolutions, and 0 for a 2 x 2 maximum.
 _LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)
-_FEATURES = (3, 8, 15, 22, 29)  # the activations in front of each maximum, and the last
+_FEATURES = (3, 8, 15, 22, 29)  # the activations before each maximum, and the last ones
 _WIDTHS = (64, 128, 256, 512, 512)
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's statistics, for images in [-1, 1]
 
@@ -36,11 +36,11 @@ State = dict[str, Tensor]
 
 
 class LPIPS(nn.Module):
-    """The distance of images, frozen: all weights come from files, none is trained.
+    """The distance of images. It is frozen: all weights come from files, and none is trained.
 
     Args:
-        state: the backbone's and the heads' tensors by torchvision's and the package `lpips`' names, either of the
-            two naming a backbone layer; what else is in there is left alone.
+        state: the tensors of the backbone and the heads. Backbone layers have torchvision's names or those of the
+            package `lpips`, heads those of `lpips`. Other tensors are ignored.
 
     Raises:
         UserError: a tensor is missing, or has another shape than VGG16's.
@@ -78,7 +78,7 @@ class LPIPS(nn.Module):
             own.copy_(tensors[name])
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights themselves, the same for every file that holds them."""
+        """SHA-256 of the weights themselves. It is the same for every file that holds them."""
         digest = hashlib.sha256()
         for tensor in self.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
@@ -89,11 +89,11 @@ class LPIPS(nn.Module):
 
         Args:
             image: (B, 3, H, W) in [-1, 1], H and W at least 16. Differentiable.
-            target: the same shape; treated as a constant.
+            target: the same shape. It is treated as a constant.
 
         Returns:
-            (B,), float32, not negative where the heads are not. Under autocast the convolutions run in 16 bits, the
-            normalisation and the sums in float32 (its 1e-10 would be 0 in float16).
+            (B,), float32. It isn't negative if the heads aren't. Under autocast the convolutions run in 16 bits. The
+            normalisation and the sums stay in float32, because its 1e-10 would be 0 in float16.
 
         Raises:
             ValueError: the shapes differ or are too small.
@@ -112,14 +112,14 @@ class LPIPS(nn.Module):
         return distance
 
     def _normalised_features(self, image: Tensor) -> list[Tensor]:
-        """Five maps of feature vectors of length 1, or 0 where nothing was active."""
+        """Five maps of feature vectors. Their length is 1, or 0 where nothing was active."""
         x = (image - self.get_buffer("shift")) / self.get_buffer("scale")
         found = []
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in _FEATURES:
                 vectors = x.float()
-                # vector_norm, because the gradient of the root of a sum of squares is NaN at 0
+                # vector_norm, because the gradient of a square root of a sum of squares is NaN at 0
                 found.append(vectors / (torch.linalg.vector_norm(vectors, dim=1, keepdim=True) + 1e-10))
         return found
 
@@ -140,16 +140,17 @@ def load_lpips(source: str) -> tuple[LPIPS, str]:
     """LPIPS from a weights file, or with torchvision's VGG16.
 
     Args:
-        source: a file of tensors (.pth or .safetensors; nothing in it is ever executed): VGG16's by torchvision's names
-            (`vgg16-397923af.pth`), or those of the package `lpips`, heads included. Or the word "torchvision", which
-            takes torchvision's own (downloaded by it on first use). Heads that the file lacks come from the installed
-            package `lpips`.
+        source: a file of tensors (.pth or .safetensors, nothing in it is ever executed). Either VGG16's by
+            torchvision's names (`vgg16-397923af.pth`), or those of the package `lpips`, including heads. Or the word
+            "torchvision" for torchvision's own weights, which it downloads on first use. If the file has no heads, they
+            come from the installed package `lpips`.
 
     Returns:
-        The network, and a line that says where its weights come from, with the SHA-256 of each file.
+        The network, and a line that says where its weights come from, with each file's SHA-256.
 
     Raises:
-        UserError: the file is missing, unreadable or of another network; torchvision or the heads are not there.
+        UserError: the file is missing, unreadable or belongs to another network. Or torchvision or the heads are
+            missing.
     """
     if source == TORCHVISION:
         state, described = _torchvision_vgg16(), "VGG16 from torchvision"
@@ -186,7 +187,7 @@ def _torchvision_vgg16() -> State:
         ) from error
     try:
         return dict(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
-    except (OSError, RuntimeError) as error:  # RuntimeError: its hash is wrong
+    except (OSError, RuntimeError) as error:  # RuntimeError: wrong hash
         raise UserError(
             f"torchvision could not download VGG16 ({error}): fetch "
             "https://download.pytorch.org/models/vgg16-397923af.pth and name the file with --lpips-weights"
@@ -194,7 +195,7 @@ def _torchvision_vgg16() -> State:
 
 
 def _packaged_heads() -> Path | None:
-    """The heads' file in the installed package `lpips`, which is not imported."""
+    """The file of heads in the installed package `lpips`, which isn't imported."""
     spec = find_spec("lpips")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "weights" / "v0.1" / "vgg.pth"

@@ -18,16 +18,16 @@ INITIAL_SPREAD = 0.02
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges each patch of an image or of a clip: five convolutions 4 wide, the first three of stride 2.
+    """Judges each patch of an image or clip: five convolutions of width 4, the first three with stride 2.
 
-    As in the release (2.77 M parameters of images, 11.05 M of clips): `norm` "batch" normalises between them with the
-    statistics of the batch itself, real and reconstructed ones apart, so that there are no running averages.
-    "spectral" instead divides each convolution by its largest singular value, "none" does neither; both judge each
-    clip on its own.
+    As in the release, with 2.77 M parameters for images and 11.05 M for clips. `norm` "batch" normalises between
+    convolutions with the statistics of the batch itself. Real and reconstructed batches are separate, and there are no
+    running averages. "spectral" instead divides each convolution by its largest singular value, and "none" does
+    neither. Both of these judge each clip on its own.
 
     Args:
         dims: 2 for images (B, 3, H, W), 3 for clips (B, 3, T, H, W).
-        channels: width after the first convolution; it doubles up to 512.
+        channels: width after the first convolution. It doubles up to 512.
     """
 
     def __init__(self, dims: Literal[2, 3], channels: int = 64, norm: Norm = "batch") -> None:
@@ -51,9 +51,10 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, INITIAL_SPREAD)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The activations after each of the five blocks; the last are the verdicts (B, 1, ...), positive for real."""
-        # On a CPU never in bfloat16: there PyTorch 2.13 and 2.15 compute the weight gradient of 3D convolutions wrongly
-        # (oneDNN with AVX512-BF16, 16 channels at 3 x 4 x 4: relative error 0.9, at 2 x 3 x 3: NaN or infinite).
+        """The activations after each of the five blocks. The last ones are the verdicts (B, 1, ...), positive for
+        real."""
+        # Never in bfloat16 on a CPU: PyTorch 2.13 and 2.15 compute the weight gradient of 3D convolutions wrongly
+        # there. (oneDNN with AVX512-BF16, 16 channels: relative error 0.9 at 3 x 4 x 4, NaN or infinite at 2 x 3 x 3.)
         on_cpu = x.device.type == "cpu"
         with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
             found = []
@@ -64,14 +65,15 @@ class PatchDiscriminator(nn.Module):
 
 
 class GeneratorTerms(NamedTuple):
-    """What the discriminators tell the autoencoder; scalars."""
+    """What the discriminators tell the autoencoder, as scalars."""
 
     hinge: Tensor
     feature_matching: Tensor
 
 
 class DiscriminatorTerms(NamedTuple):
-    """What the discriminators are trained by, `loss` with the penalty in it; mean verdicts of both nets; scalars."""
+    """What trains the discriminators: `loss` including the penalty, and the mean verdicts of both nets, as
+    scalars."""
 
     loss: Tensor
     real: Tensor
@@ -80,12 +82,12 @@ class DiscriminatorTerms(NamedTuple):
 
 
 def frames_of(video: Tensor, frames: Tensor) -> Tensor:
-    """One frame of each clip: (B, 3, H, W) of (B, 3, T, H, W) and frame numbers (B,)."""
+    """One frame of each clip: (B, 3, H, W) from (B, 3, T, H, W) and frame numbers (B,)."""
     return video[torch.arange(len(video), device=video.device), :, frames]
 
 
 class Discriminators(nn.Module):
-    """The discriminator of one frame of each clip, and that of whole clips."""
+    """The discriminator of one frame per clip, and the one of whole clips."""
 
     def __init__(self, channels: int = 64, norm: Norm = "batch") -> None:
         super().__init__()
@@ -93,14 +95,16 @@ class Discriminators(nn.Module):
         self.clip = PatchDiscriminator(3, channels, norm)
 
     def judge(self, video: Tensor, frames: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The activations of both, the clips' chosen frames (B,) given."""
+        """The activations of both. `frames` (B,) are the clips' chosen frames."""
         return self.image(frames_of(video, frames)), self.clip(video)
 
     def generator_terms(self, fake: Tensor, real: Tensor, frames: Tensor) -> GeneratorTerms:
-        """Minus the mean verdicts, and the mean absolute difference of each layer's activations, verdicts left out.
+        """Minus the mean verdicts, and the mean absolute difference of each layer's activations, without verdicts.
 
         Args:
-            fake: (B, 3, T, H, W), differentiable. real: the same shape, a constant. frames: (B,) frame numbers.
+            fake: (B, 3, T, H, W), differentiable.
+            real: the same shape, a constant.
+            frames: (B,) frame numbers.
         """
         with torch.no_grad():
             wanted = self.judge(real, frames)
@@ -114,11 +118,11 @@ class Discriminators(nn.Module):
         return GeneratorTerms(hinge, torch.stack(matching).sum())
 
     def forward(self, real: Tensor, fake: Tensor, frames: Tensor, r1: float = 0.0) -> DiscriminatorTerms:
-        """The discriminators' own loss: each half the mean of max(0, 1 - real) + max(0, 1 + fake), the two added.
+        """The discriminators' own loss: the sum over both of half the mean of max(0, 1 - real) + max(0, 1 + fake).
 
         Args:
             real, fake: (B, 3, T, H, W), constants. frames: (B,) frame numbers.
-            r1: weight of the penalty on the squared gradient of the verdicts on real clips (Mescheder et al., 2018);
+            r1: weight of the penalty on the squared gradient of verdicts on real clips (Mescheder et al., 2018),
                 computed without autocast.
         """
         penalty = real.new_zeros(())
@@ -147,5 +151,5 @@ def _mean_of_means(verdicts: list[Tensor]) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Means are taken in float32 at least."""
+    """Means are taken in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -273,7 +273,7 @@ class SecondPhaseStage(AutoencoderStage):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` returned; a phase that is switched on on resuming begins afresh.
+        """Put back what `state` returned; a phase that is switched on on resuming begins afresh.
 
         Raises:
             UserError: the LPIPS weights are not those that the run began with.

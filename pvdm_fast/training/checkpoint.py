@@ -143,7 +143,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put back what :func:`random_states` returned; GPU states only where there are as many GPUs."""
+    """Put back what `random_states` returned; GPU states only where there are as many GPUs."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -378,5 +378,5 @@ def read_changes(path: Path) -> dict[str, Any]:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The whole configuration as YAML that :func:`read_changes` reads back."""
+    """The whole configuration as YAML that `read_changes` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -65,7 +65,7 @@ class RunFolder:
         return run
 
     def clean_up(self) -> None:
-        """Remove what a killed process left half written, see :func:`pvdm_fast.jobs.files.clean_up`."""
+        """Remove what a killed process left half written, see `pvdm_fast.jobs.files.clean_up`."""
         clean_up(self.path)
 
     def read_config(self) -> TrainConfig:
@@ -113,7 +113,7 @@ class RunFolder:
             raise UserError(f"{self.metrics} {reason}; mend it, or move it away to go on without it") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All of :meth:`records`."""
+        """All of `records`."""
         return list(self.records())
 
     def forget_after(self, stage: str, step: int) -> None:

@@ -62,7 +62,7 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def of_parts(part: Tensor, parameter: Tensor) -> Tensor:
-    """The opposite of :func:`local` for a tensor that is sharded as ``parameter`` is."""
+    """The opposite of `local` for a tensor that is sharded as ``parameter`` is."""
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(

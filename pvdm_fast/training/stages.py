@@ -84,7 +84,7 @@ class Stage(ABC):
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Put back what :meth:`state` returned."""
+        """Put back what `state` returned."""
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:

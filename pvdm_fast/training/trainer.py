@@ -255,7 +255,7 @@ class Trainer:
         return self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state` returned."""
+        """Continue from what `state` returned."""
         self.progress = Progress(**state["progress"])
         load_model(self.accelerator.unwrap_model(self.model), state["model"])
         load_optimizer(self.optimizer, state["optimizer"])

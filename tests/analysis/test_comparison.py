@@ -1,4 +1,4 @@
-"""The one measure of how far results are apart, and the one recorder of calls."""
+"""The one measure of how far apart results are, and the one recorder of calls."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_own_operations_are_told_from_others() -> None:
     "case", [case for table in (SMALL, USUAL) for case in table.values() if case.flops], ids=lambda case: case.op
 )
 def test_a_case_states_the_least_flops(case: Case) -> None:
-    """What the kernels multiply; triplane_expand maps each lattice token, the least is each plane token."""
+    """FLOPs are those of the kernels. (triplane_expand maps each lattice token, though mapping each plane token
+    would do.)"""
     with FlopCount() as count:
         case.run(**case.inputs(torch.float32))
     assert (case.flops <= count.total) if case.op == "triplane_expand" else (case.flops == count.total)

@@ -1,4 +1,4 @@
-"""The estimate of a training step against what real steps on the CPU keep, use and save."""
+"""The estimate of a training step, compared with what real steps on the CPU keep, use and save."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def real_step(config: TrainConfig, name: str) -> tuple[Any, Any, int, int]:
-    """The trained stage, its optimizer after a step, bytes saved for backward, bytes alive at once."""
+    """The trained stage, its optimizer after a step, bytes saved for backward, and bytes alive at once."""
     autoencoder: Any = make_autoencoder(config)
     stage: Any = AutoencoderStage(config, autoencoder)
     if name == "diffusion":
@@ -76,7 +76,7 @@ def test_products_are_counted_as_the_formulas_have_them() -> None:
 
 
 def test_a_step_multiplies_three_times_as_much_as_a_pass() -> None:
-    """And once more the forward pass where it is recomputed."""
+    """And four times as much if the forward pass is recomputed."""
     plain, again = (estimate(config(diffusion__checkpointing=value), "diffusion") for value in (False, True))
     assert plain.frozen_flops == again.frozen_flops > 0
     ratio = (again.flops - again.frozen_flops) / (plain.flops - plain.frozen_flops)
@@ -120,7 +120,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cost_of_a_run() -> None:
-    """Hours by hand from the estimate's figures."""
+    """Hours computed by hand from the estimate's figures."""
     changes = config()
     found = estimate(cost.one_clip(changes), "diffusion")
     clips = cost.Dataset("clips", 1000, 5e5)

@@ -1,4 +1,4 @@
-"""What the networks ask of the operations, recorded without running them."""
+"""Which calls the networks make of the operations, recorded without running them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_every_operation_forward_and_backward() -> None:
 
 
 def test_calls_of_a_dtype_follow_from_another() -> None:
-    """What is float32 in any case stays so: statistics and rotation tables."""
+    """Statistics and rotation tables stay float32."""
     half = calls("tiny", HALF)
     assert [call.with_dtype(HALF, SINGLE) for call in half] == calls("tiny", SINGLE)
     assert dtypes(half, "plane_conv") == {HALF}

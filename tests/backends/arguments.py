@@ -1,4 +1,4 @@
-"""Every call that the operations make of a backend, recorded, and the forms that its tensors may have in memory."""
+"""Every call that the operations make of a backend, recorded, and the memory layouts that its tensors may have."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from pvdm_fast.analysis.cases import SMALL, run_with_gradients
 from pvdm_fast.backends import choice
 
-LOGS = {"segment_attention": 3, "axial_attention": 6}  # where backward takes the log-sum-exp of the scores
+LOGS = {"segment_attention": 3, "axial_attention": 6}  # index of the scores' log-sum-exp among backward's arguments
 
 
 @dataclass(frozen=True)
 class Call:
-    """`forward` or `backward` of a backend's module, with these arguments."""
+    """`forward` or `backward` of a backend's module, with its arguments."""
 
     case: str
     op: str
@@ -36,7 +36,8 @@ class Call:
                 yield index, argument
 
     def with_form(self, index: int, form: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
-        """The arguments with one in another form, which may change its values; the scores' log-sum-exp fits them."""
+        """The arguments with one of them in another memory layout. If that changes its values, the scores'
+        log-sum-exp is updated."""
         changed = list(self.arguments)
         changed[index] = form(changed[index])
         logs = LOGS.get(self.op) if self.direction == "backward" else None
@@ -46,7 +47,7 @@ class Call:
         return tuple(changed)
 
     def forms(self, index: int) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """Those that ask what the reference answers, which computes the log-sum-exp again."""
+        """The memory layouts to test. Expected results come from the reference, which recomputes the log-sum-exp."""
         derived = self.direction == "backward" and LOGS.get(self.op) == index
         return SAME_VALUES if derived else FORMS
 
@@ -77,25 +78,25 @@ def recorded(dtype: torch.dtype) -> list[Call]:
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Inside a larger tensor, so that rows start anywhere."""
+    """Inside a larger tensor, so that rows start at any address."""
     around = torch.full([size + 3 for size in x.shape], float("nan"), dtype=x.dtype)
     inside = around[tuple(slice(1, size + 1) for size in x.shape)]
     return inside.copy_(x)
 
 
 def every_second(x: Tensor) -> Tensor:
-    """The last axis has stride 2, and NaN between."""
+    """The last axis has stride 2, with NaN in between."""
     return torch.stack((x, torch.full_like(x, float("nan"))), -1)[..., 0]
 
 
 def reversed_order(x: Tensor) -> Tensor:
-    """The memory of all axes in the other order."""
+    """The memory order of all axes reversed."""
     axes = tuple(reversed(range(x.dim())))
     return x.permute(axes).contiguous().permute(axes)
 
 
 def expanded(x: Tensor) -> Tensor:
-    """One number everywhere: every stride is 0."""
+    """One number everywhere: all strides are 0."""
     return x.flatten()[:1].view((1,) * x.dim()).expand_as(x)
 
 
@@ -108,7 +109,7 @@ def expanded_columns(x: Tensor) -> Tensor:
 
 
 def overlapping(x: Tensor) -> Tensor:
-    """Every stride is 1: rows are dense, and begin inside one another."""
+    """All strides are 1: rows are dense, and start inside one another."""
     return x.flatten().as_strided(x.shape, (1,) * x.dim())
 
 

@@ -1,7 +1,7 @@
-"""Compiles what tests need of C++ and CUDA sources, each thing once: for all processes of a run, and for later runs.
+"""Compiles the C++ and CUDA sources that tests need, each thing once: for all processes of a run, and for later runs.
 
-What was built stays in pytest's cache folder under a name that holds a hash of all that it is made from. So a change of
-any source, flag, compiler or version builds anew, and `pytest --cache-clear` throws everything away.
+Builds stay in pytest's cache folder, under a name with a hash of everything that they are made from. So a change of any
+source, flag, compiler or version builds again, and `pytest --cache-clear` removes everything.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ HERE = Path(__file__).parent
 
 
 class Builds:
-    """The folder of what was built."""
+    """The folder of builds."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, name: str, build: Callable[[Path], Path], *facts: object) -> Path:
-        """What `build(folder)` makes in a folder of its own, and returns the path of.
+        """The path that `build(folder)` returns. It gets a new folder, and runs only if there is no such build yet.
 
-        facts: what else than the sources it is made from, flags above all.
+        facts: what the build depends on besides the sources, above all flags.
         """
         if shutil.which("g++") is None:
             pytest.skip("needs a C++ compiler: install g++")
@@ -43,7 +43,7 @@ class Builds:
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
-                for old in self.folder.glob(f"{name}-*"):  # of other sources, or cut off half-way
+                for old in self.folder.glob(f"{name}-*"):  # of other sources, or interrupted
                     shutil.rmtree(old)
                 target.mkdir()
                 built = build(target)
@@ -57,7 +57,7 @@ def _fingerprint(*facts: str) -> str:
 
 @cache
 def _sources() -> str:
-    """Hashes of all sources and helpers that anything here is built from, the compiler and the versions."""
+    """Hashes of all sources and helpers that builds here use, of the compiler and of the versions."""
     helpers = [path for suffix in ("py", "cpp", "cu") for path in HERE.glob(f"c*/*.{suffix}")]
     helpers = [path for path in helpers if not path.name.startswith("test_")]
     files = [*(ROOT / "csrc").rglob("*.*"), ROOT / "build_tools.py", *helpers]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of this machine in turn."""
+    """Runs the test with each instruction set of this machine."""
     with using(request.param):
         yield request.param
 
@@ -41,7 +41,7 @@ def poisoned_likes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def amx_stand_in(builds: Builds) -> ModuleType:
-    """Attention in the instruction set amx, with the stand-in of its tiles."""
+    """Attention in the instruction set amx, with the stand-in for its tiles."""
     amx.skip_where_it_cannot_run(ISAS)
     module = emulated.load(builds.get("tiles", amx.build))
     module.set_isa("amx")
@@ -50,7 +50,7 @@ def amx_stand_in(builds: Builds) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def device(emulated_device: ModuleType) -> Iterator[ModuleType]:
-    """The stand-in, in the place of `pvdm_fast._cuda`, with the host as its device."""
+    """The stand-in replaces `pvdm_fast._cuda`, and the host is its device."""
     with pytest.MonkeyPatch.context() as patch:
         emulated.replace_device(patch, emulated_device)
         yield emulated_device

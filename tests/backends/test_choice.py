@@ -1,4 +1,4 @@
-"""Choosing a backend: by name, by environment, automatically; and the refusals."""
+"""Choosing a backend by name, by environment or automatically, and the refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_restored_after_an_error() -> None:
 
 
 def test_blocks_of_two_threads_may_end_in_any_order() -> None:
-    """The last that began counts in all threads; when all have ended, what was asked for before."""
+    """The latest request counts in all threads. When all blocks have ended, the request before them counts again."""
     use_backend("auto")
     first, second = use_backend("reference"), use_backend("cpu")
     first.__enter__()
@@ -88,7 +88,7 @@ def test_unknown_name() -> None:
 
 @pytest.fixture
 def fresh_reasons() -> Iterator[None]:
-    """Why a backend can't run is found out once a process: again for this test, and again after it."""
+    """The reasons why backends can't run are cached per process. Clears them for this test, and again after it."""
     for found in (choice.unavailable, choice.ranking):
         found.cache_clear()
     yield
@@ -116,7 +116,7 @@ def test_triton_not_installed(fresh_reasons: None, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_everything_else_works_without_triton() -> None:
-    """The package, its choice of backends and an operation, where `import triton` fails."""
+    """If `import triton` fails, the package, the choice of backends and the operations still work."""
     code = """
 import sys
 sys.modules["triton"] = None  # what makes `import triton` an ImportError
@@ -132,7 +132,7 @@ info.main([])
 
 
 def test_backend_by_name_does_not_fall_back() -> None:
-    """No kernel for this dtype: a clear refusal, not the reference's result."""
+    """If there is no kernel for this dtype, it is a clear refusal, not the reference's result."""
     if choice.unavailable("cpu"):
         pytest.skip("the CPU extension was not built: install g++, and pvdm_fast again")
     with use_backend("cpu"):

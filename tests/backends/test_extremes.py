@@ -1,4 +1,4 @@
-"""Attention of scores that are -inf, inf or in the millions: what the formula gives, by every native kernel."""
+"""Attention with scores of -inf, inf or millions: every native kernel gives what the formula gives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def both(op: str, backend: str, inputs: tuple[Any, ...], options: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
-    """(computed, of the reference in float64): output, gradients."""
+    """(computed, float64 reference): output and gradients."""
     found = []
     for name in (backend, "reference"):
         module = choice.implementation(name, op)
@@ -38,7 +38,8 @@ def both(op: str, backend: str, inputs: tuple[Any, ...], options: tuple[Any, ...
 
 
 def check_infinite(backend: str, dtype: torch.dtype, kind: str) -> None:
-    """The same numbers are NaN as in the formula: in several blocks of keys, in short sequences, for a single query."""
+    """The same numbers are NaN as in the formula: in several blocks of keys, in short sequences, and for a single
+    query."""
     for tokens in (17, 300):
         qkv = torch.randn(1, tokens, 3, 2, 16)
         qkv[..., 0, :, 0], qkv[..., 1, :, 0] = 1, 0
@@ -50,7 +51,8 @@ def check_infinite(backend: str, dtype: torch.dtype, kind: str) -> None:
         for actual, exact in pairs + both("axial_attention", backend, single, ("time", 1.0)):
             assert torch.equal(actual.isnan(), exact.isnan()), f"{kind}, {tokens} tokens"
             there = exact.isfinite()
-            terms = max(float(exact[there].norm()), float(there.sum()) ** 0.5)  # a gradient may be 0 but for rounding
+            # a gradient may be 0 except for rounding
+            terms = max(float(exact[there].norm()), float(there.sum()) ** 0.5)
             error = float((actual[there].double() - exact[there]).norm()) / terms
             assert error < 2 * ATTENTION_16_BIT.get(dtype, 1e-5), f"{kind}, {tokens} tokens: {error:.2g}"
 
@@ -68,7 +70,7 @@ def test_infinite_scores_in_cuda(device: ModuleType, dtype: torch.dtype, kind: s
 
 
 def logits_of(size: float, tokens: int, dtype: torch.dtype) -> Tensor:
-    """qkv whose scores are about as large as `size`, at a scale of 1."""
+    """qkv whose scores are about as large as `size`, at scale 1."""
     torch.manual_seed(0)
     qkv = torch.randn(1, tokens, 3, 2, 32)
     qkv[:, :, :2] *= (size / (3 * 32**0.5)) ** 0.5
@@ -76,8 +78,11 @@ def logits_of(size: float, tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def errors(backend: str, qkv: Tensor, scale: float) -> dict[str, tuple[float, float]]:
-    """(of the backend, of the reference in qkv's own dtype), against float64; of q and k in units of the terms that
-    cancel: where each query sees one key, dP - D is 0 but for rounding, and dq is that times a key."""
+    """(backend, reference in qkv's own dtype), each against float64.
+
+    Errors of q and k are in units of the terms that cancel. If each query sees one key, dP - D is 0 except for
+    rounding, and dq is that times a key.
+    """
     options = ([0, qkv.shape[1]], scale)
     (out, exact_out), (gradient, exact) = both("segment_attention", backend, (qkv,), options)
     (plain_out, _), (plain, _) = both("segment_attention", "reference", (qkv,), options)
@@ -93,8 +98,10 @@ def errors(backend: str, qkv: Tensor, scale: float) -> dict[str, tuple[float, fl
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_large_logits_on_the_cpu(isa: str, dtype: torch.dtype, size: float, scale: float) -> None:
-    """Within four roundings of the dtype where a query sees one key, as the formula is; else as float32 scores allow:
-    each is rounded by 6e-8 of itself (times the square root of its 32 terms), which a softmax feels absolutely."""
+    """If a query sees one key, within four roundings of the dtype, like the formula. Otherwise as float32 scores
+    allow: each score is rounded by 6e-8 of itself (times the square root of its 32 terms), and a softmax takes
+    that as an absolute error.
+    """
     rounding = {torch.float32: 3e-7, torch.bfloat16: 4e-3}[dtype]
     for tokens in (17, 150):
         for name, (error, plain) in errors("cpu", logits_of(size, tokens, dtype), scale).items():
@@ -105,7 +112,8 @@ def test_large_logits_on_the_cpu(isa: str, dtype: torch.dtype, size: float, scal
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e5])
 def test_large_logits_in_cuda(device: ModuleType, dtype: torch.dtype, size: float) -> None:
-    """The output is exact; a gradient's probabilities come from a log-sum-exp in float32: wrong by 2e-7 of it."""
+    """The output is exact. A gradient's probabilities come from a float32 log-sum-exp, and are off by 2e-7 of its
+    size."""
     rounding = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     for tokens in (17, 150):
         for name, (error, plain) in errors("cuda", logits_of(size, tokens, dtype), 1.0).items():

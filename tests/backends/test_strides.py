@@ -1,4 +1,4 @@
-"""Every tensor that a native kernel takes may have any strides: sliced, transposed, expanded, overlapping."""
+"""Every tensor of a native kernel may have any strides: sliced, transposed, expanded, overlapping."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(backend: str, call: Call, index: int, form: Callable[[Tensor], Tensor]
     given = call.with_form(index, form)
     exact = call.of(choice.implementation("reference", call.op), *map(widened, given))
     for i, (a, e) in enumerate(zip(call.of(choice.implementation(backend, call.op), *given), exact, strict=True)):
-        if e.norm() > 1e-6:  # all keys alike give a query no gradient
+        if e.norm() > 1e-6:  # with equal keys a query has no gradient
             assert_close(a, e, 2 * OPERATION[a.dtype], f"{what}: result {i}")
         else:
             assert a.shape == e.shape and (a.numel() == 0 or a.abs().max() < 1e-4), f"{what}: result {i}"
@@ -59,7 +59,7 @@ def test_cpu(isa: str, op: str) -> None:
 
 @pytest.mark.parametrize("op", choice.SERVED["cuda"])
 def test_cuda(device: ModuleType, op: str) -> None:
-    """Through the stand-in."""
+    """With the stand-in."""
     check_all("cuda", op)
 
 
@@ -75,7 +75,7 @@ def operands(rows: int, columns: int) -> Iterator[Tensor]:
 @pytest.mark.parametrize("width", [1, 3, 16])
 @pytest.mark.parametrize("columns", [1, 2, 19])
 def test_products(rows: int, width: int, columns: int) -> None:
-    """oneDNN's product, where a bias of stride 0 was read as a dense one, and overlapping weights raised."""
+    """oneDNN's product once read a bias of stride 0 as a dense one, and raised on overlapping weights."""
     for x in operands(rows, width):
         for weight in operands(columns, width):
             for bias in (None, torch.randn(1).expand(columns), torch.randn(2 * columns)[::2]):
@@ -89,7 +89,7 @@ def test_products(rows: int, width: int, columns: int) -> None:
 
 @pytest.mark.parametrize("form", arguments.FORMS)
 def test_linear_layer(form: Callable[[Tensor], Tensor]) -> None:
-    """`nn.linear` where it takes oneDNN's product: forward, backward, and without autograd."""
+    """`nn.linear` through oneDNN's product: forward, backward, and without autograd."""
     x, weight, bias, grad = (form(torch.randn(*shape)) for shape in ((256, 128), (136, 128), (136,), (256, 136)))
     assert linear._by_onednn(x, weight)
     exact = (x.double() @ weight.double().t()) + bias.double()
@@ -103,7 +103,7 @@ def test_linear_layer(form: Callable[[Tensor], Tensor]) -> None:
 
 @needs_cpu
 def test_bindings_refuse_what_they_cannot_read() -> None:
-    """Whatever a launcher forgets: no memory beside a tensor's is read."""
+    """Even if a launcher forgets something, no memory outside a tensor is read."""
     module, out, statistic = extensions.extension("_cpu"), torch.empty(1, 6, 8), torch.empty(1, 1, 2)
     for bad in (torch.ones(1).expand(8), torch.ones(16)[::2]):
         for weight, bias in ((bad, torch.ones(8)), (torch.ones(8), bad)):
@@ -118,7 +118,7 @@ HUGE = 2**63 - 1
 @needs_cpu
 @pytest.mark.parametrize("planes", [[HUGE, 2, 6, 1], [2**32, 2**32, 6, 1], [HUGE, 1, HUGE, 1, 8, 1], [2**61, 1]])
 def test_products_of_sizes_do_not_wrap(planes: list[int]) -> None:
-    """Around 2^64 is 0: planes whose tokens wrap to those of a tensor would be read far beyond it."""
+    """Modulo 2^64, the tokens of such planes match a tensor's, and it would be read far beyond its end."""
     module, x, out = extensions.extension("_cpu"), torch.randn(1, 6, 8), torch.empty(1, 6, 8)
     statistics = (torch.empty(1, len(planes) // 2, 2) for _ in range(2))
     with pytest.raises(ValueError, match="more than 2"):

@@ -1,4 +1,4 @@
-"""The baseline of every benchmark computes what the authors' release does: outputs and gradients of the goldens."""
+"""The baseline of every benchmark computes the same as the authors' release: outputs and gradients."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from benchmarks.eager import RELEASE, SDPA, Attention, CrossPlane, EagerDenoiser, Residual, Variant
 from benchmarks.eager_autoencoder import EagerAutoencoder
 
-# A bias in front of a GroupNorm of one channel a group has no gradient but rounding: 1e-7 of the largest here.
+# If a bias precedes a GroupNorm with one channel per group, its gradient is only rounding: 1e-7 of the largest here.
 ZERO = 1e-6
 VARIANTS = pytest.mark.parametrize("variant", [RELEASE, SDPA], ids=["release", "sdpa"])
 
 
 def check_backward(case: GoldenCase, y: Tensor, module: nn.Module, inputs: dict[str, Tensor], tolerance: float) -> None:
-    """Every gradient that the case holds, whole or as its norm."""
+    """Compares every gradient in the case, complete or as its norm."""
     y.backward(case.draw("grad_output", tuple(y.shape)))
     leaves = {f"param.{name}": p for name, p in module.named_parameters()}
     leaves.update({f"input.{name}": x for name, x in inputs.items()})

@@ -1,4 +1,4 @@
-"""Errors of the CPU kernels against float64, per operation, block and network: float32, and bfloat16 beside eager's."""
+"""Errors of the CPU kernels against float64, per operation, block and network: float32, and bfloat16 with eager's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_errors(name: str) -> None:
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != extensions.extension("_cpu").isa()])
 @pytest.mark.parametrize("name", [case.name for case in cases("*_attention/*")])
 def test_attention_in_every_instruction_set(name: str, isa: str) -> None:
-    """Attention's bf16 products differ from one instruction set to another; the automatic one is tested above."""
+    """Attention's bf16 products differ between instruction sets. The automatic one is tested above."""
     with using(isa), use_backend("cpu"):
         check(measure(all_cases()[name]))
 
@@ -53,7 +53,7 @@ def test_every_operation_and_both_networks_are_measured() -> None:
 
 
 def test_what_is_wrong_is_seen() -> None:
-    """An error made on purpose comes out with its size, in both dtypes and in the gradient."""
+    """A deliberate error shows with its size, in both dtypes and in the gradient."""
 
     def prepare(setting: Setting) -> Prepared:
         wrong = 1.0 if setting.dtype == torch.float64 else 1.01

@@ -1,4 +1,4 @@
-"""The formulas of arithmetic against PyTorch's own count, and the floors they give."""
+"""The formulas of FLOPs against PyTorch's own count, and the floors that they give."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_denoiser(size: str) -> None:
         model = EagerDenoiser(**config, variant=PLAIN)
         latent = torch.empty(1, 4, Setting(size).layout.num_tokens)
         total = counted(model, latent, torch.zeros(1))
-    # Called once a plane, the release's blocks map the time embedding three times.
+    # The release's blocks are called once per plane, and map the time embedding three times.
     maps = [module.emb_layers[1] for module in model.modules() if isinstance(module, Residual)]
     repeated = 2 * sum(floors.linear(1, layer.in_features, layer.out_features) for layer in maps)
     assert total - repeated == floors.denoiser(config)

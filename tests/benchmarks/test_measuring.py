@@ -1,4 +1,4 @@
-"""Cases agree with the baseline, and what is reported of them is what was measured."""
+"""Cases agree with the baseline, and reports say what was measured."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_forward_is_timed_without_a_graph_and_backward_without_the_forward() -> 
 
 
 def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is overwritten, then events around the work alone, then one wait."""
+    """The cache is overwritten, then events surround the work alone, then there is one wait."""
     log: list[str] = []
 
     class Event:
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> list[rows.Row]:
-    """Rows of two cases, made, written and read back."""
+    """Rows of two cases: made, written and read back."""
     target = tmp_path_factory.mktemp("results") / "machine.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(floors, "gemm_peak", lambda dtype, device: 100e9)

@@ -1,4 +1,4 @@
-"""The soak's judgement on made-up samples, and a very short soak."""
+"""The soak test's judgement of artificial samples, and a very short soak."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MIB = 2**20
 
 
 def samples(rise: float = 0.0, slowdown: float = 0.0, number: int = 100) -> list[Sample]:
-    """One a second, of 500 MiB with 1 MiB of scatter; rise: MiB from first to last. CPU time a step grows likewise."""
+    """One sample per second, of 500 MiB with 1 MiB of scatter. rise: MiB from first to last. CPU time per step
+    grows likewise."""
     rng = np.random.default_rng(0)
     result, cpu = [], 0.0
     for second in range(number):
@@ -33,7 +34,7 @@ def test_flat_and_steady() -> None:
 
 
 def test_a_leak_and_a_slowdown_are_seen() -> None:
-    """20 MiB in all, of which four fifths remain after the warm-up, are 3 % of the memory."""
+    """A rise of 20 MiB, of which four fifths come after the warm-up, is 3 % of the memory."""
     leak = judge(samples(rise=20))
     assert not leak.flat and leak.rise == pytest.approx(16, abs=1.5) and "NOT FLAT" in leak.line("a")
     slow = judge(samples(slowdown=0.5))
@@ -42,7 +43,7 @@ def test_a_leak_and_a_slowdown_are_seen() -> None:
 
 
 def test_what_comes_once_is_no_leak() -> None:
-    """30 MiB that step 300 takes for good; the warm-up ends at step 200 by time alone."""
+    """Step 300 takes 30 MiB for good. By time alone, the warm-up would end at step 200."""
     once = [replace(sample, memory=sample.memory + (sample.step >= 300) * 30 * MIB) for sample in samples()]
     assert not judge(once).flat
     found = judge(once, settled=300)
@@ -64,7 +65,7 @@ def test_last_step(tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_a_short_soak(tmp_path: Path) -> None:
-    """Both stages for some seconds: samples are taken and judged, whatever they say in so short a time."""
+    """A few seconds for each stage: samples are taken and judged, with any verdict in such a short time."""
     found = soak(tmp_path / "soak", minutes=1.0, every=0.5, options=["--frames", "4"], preview_every=20)
     assert set(found) == {"autoencoder", "diffusion"}
     assert all(judgement.steps > 0 and judgement.memory > 100 for judgement in found.values())

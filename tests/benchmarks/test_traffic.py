@@ -1,4 +1,4 @@
-"""Counting launches and bytes: short sequences and our operations by hand, networks against the rival."""
+"""Counts of launches and bytes: short sequences and our operations by hand, networks against the baseline."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_views_and_one_tensor_twice() -> None:
 
 
 def test_our_operations_by_hand() -> None:
-    """geglu is one launch each way; triplane_expand's backward leaves partial sums."""
+    """geglu is one launch each way. triplane_expand's backward pass writes partial sums."""
     layout = TriplaneLayout(3, 5, 7)
     with shapes_alone():
         x = torch.empty(9, 20, dtype=torch.bfloat16, requires_grad=True)
@@ -97,7 +97,7 @@ def test_networks(name: str) -> None:
 
 
 def test_attention_is_counted_alike() -> None:
-    """Products of a forward pass: the fused operation's formula and PyTorch's own counter of the eager one."""
+    """Products of a forward pass: the fused operation's formula equals PyTorch's own count of eager's."""
     for name in ("segment_attention/inside planes", "axial_attention/time", "axial_attention/space"):
         totals = traffic.rows_of(all_cases()[name], SETTING)[0].totals
         assert totals["ours"].flops == totals["eager"].flops > 0, name

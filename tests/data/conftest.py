@@ -1,4 +1,4 @@
-"""Films made once per session: read by the tests, never changed by them."""
+"""Videos made once per session. Tests read them and never change them."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch asks after its workers every five seconds; these tests need not wait that long."""
+    """PyTorch checks its workers every five seconds. These tests need not wait that long."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))

@@ -1,4 +1,4 @@
-"""Small films and files for the tests, made on the spot."""
+"""Small videos and files for the tests, made on the spot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def frames(count: int = 30, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
-    """uint8 (count, height, width, 3): a bright square crossing soft waves, every frame different."""
+    """uint8 (count, height, width, 3): a bright square crosses soft waves, and every frame is different."""
     rows, columns = np.mgrid[:height, :width]
     film = np.empty((count, height, width, 3), np.uint8)
     for number in range(count):
@@ -32,7 +32,7 @@ def encode(
     options: dict[str, str] | None = None,
     faststart: bool = False,
 ) -> Path:
-    """Write a film with key frames every ``gop`` frames; ``times`` are presentation times in 1/100 s."""
+    """Write a video with key frames every ``gop`` frames. ``times`` are presentation times in 1/100 s."""
     settings = {"g": str(gop), "bf": str(bframes), **(options or {})}
     if codec == "libx264":
         settings = {"sc_threshold": "0", "preset": "veryfast", **settings}
@@ -51,6 +51,6 @@ def encode(
 
 
 def decode_all(path: Path) -> list[np.ndarray]:
-    """Every frame of a file, decoded from its start without the reader under test."""
+    """Every frame of a file, decoded from the start without the reader under test."""
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

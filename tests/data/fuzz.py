@@ -1,10 +1,10 @@
-"""Mutated video files through the reader, in a process of its own: ``python fuzz.py FOLDER FILES [FIRST]``.
+"""Feeds mutated video files to the reader, in a separate process: ``python fuzz.py FOLDER FILES [FIRST]``.
 
-Every third one is read out of a webdataset shard, and every fifth of these shards is mutated too.
+Every third file is read from a webdataset shard, and every fifth of these shards is mutated too.
 
-Prints one line of JSON: what came of the files, the slowest, and what the process had open and in memory at the start
-and at the end. A crash or a file that takes too long ends the process, and the file in hand is left in FOLDER with its
-number, by which it can be made again.
+Prints one line of JSON: what happened to the files, the slowest one, and the process's open files and memory at the
+start and at the end. A crash, or a file that takes too long, ends the process. The current file then stays in FOLDER,
+with the number from which it can be made again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data import films
 
 from pvdm_fast.data import DataError, open_dataset, shards
 
-SECONDS = 60  # for one file; the kernel's alarm then ends the process
+SECONDS = 60  # per file; then the kernel's alarm ends the process
 FILES = {
     "a.mp4": ("libx264", {"bframes": 2}),
     "b.avi": ("mpeg4", {}),
@@ -52,7 +52,7 @@ def truncate(data: bytearray, rng: np.random.Generator) -> None:
 
 
 def overwrite(data: bytearray, rng: np.random.Generator) -> None:
-    """A run of random bytes, of zeros or of ones."""
+    """Overwrite a stretch with random bytes, zeros or ones."""
     start = int(rng.integers(len(data)))
     length = int(rng.integers(1, 200))
     fill = [rng.bytes(length), b"\0" * length, b"\xff" * length][int(rng.integers(3))]
@@ -68,7 +68,7 @@ def cut_or_repeat(data: bytearray, rng: np.random.Generator) -> None:
 
 
 def large_number(data: bytearray, rng: np.random.Generator) -> None:
-    """A 4-byte field of the header set to what sizes and counts go wrong with."""
+    """Set a 4-byte field of the header to a number that breaks sizes and counts."""
     place = int(rng.integers(max(1, min(HEADER, len(data)) - 4)))
     value = (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)[int(rng.integers(5))]
     data[place : place + 4] = value.to_bytes(4, ("little", "big")[int(rng.integers(2))])
@@ -139,7 +139,7 @@ def main(folder: Path, count: int, first: int = 0) -> None:
         slowest = max(slowest, time.perf_counter() - started)
         path.unlink()
         if (number - first) % 50 == 49:
-            shards._scan.cache_clear()  # what is kept of each shard
+            shards._scan.cache_clear()  # the cache of each shard
             gc.collect()
             resident.append(memory())
             descriptors.append(len(os.listdir("/proc/self/fd")))

@@ -1,4 +1,4 @@
-"""Clips from folders: decided by the draw number alone, right in content, and unharmed by bad files."""
+"""Clips from folders depend on the draw number alone, have the right content, and survive bad files."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_any_size_from_odd_and_small_videos(tmp_path: Path, height: int, width: 
 def test_resizing_keeps_shapes_and_smooths(tmp_path: Path) -> None:
     rows, columns = np.mgrid[:200, :300]
     disc = ((rows - 100) ** 2 + (columns - 150) ** 2 < 60**2) * np.uint8(255)
-    checkers = ((rows + columns) % 2 * 255).astype(np.uint8)  # too fine to show at a quarter of the size
+    checkers = ((rows + columns) % 2 * 255).astype(np.uint8)  # too fine to be visible at a quarter of the size
     for name, plane in (("disc", disc), ("checkers", checkers)):
         (tmp_path / name).mkdir()
         for number in range(2):

@@ -1,4 +1,4 @@
-"""How batches come from workers: shared memory that is full, batches that never come, workers that are left alone."""
+"""How batches come from workers: full shared memory, batches that never come, abandoned workers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_batch_larger_than_all_of_it_is_not_waited_for(monkeypatch: pytest.Mon
 
 
 class Slow(Probe):
-    """Takes its time at the draw 4, with or without a file in hand."""
+    """Takes its time at draw 4, with or without an open file."""
 
     def __getitem__(self, draw: int) -> Item:
         if draw == 4:
@@ -117,7 +117,7 @@ def test_workers_die_with_their_parent() -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there, and more than a record of its end."""
+    """Whether a process exists and isn't a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -125,7 +125,7 @@ def alive(pid: int) -> bool:
 
 
 class Signalled(Probe):
-    """Gets every signal that a scheduler sends to the whole group."""
+    """Receives every signal that a scheduler sends to the whole group."""
 
     def __getitem__(self, draw: int) -> Item:
         for name in ("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPWR"):
@@ -141,7 +141,7 @@ def test_workers_leave_every_signal_to_the_trainer(capfd: pytest.CaptureFixture[
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a small file system over /dev/shm")
 def test_a_small_shared_memory(tmp_path: Path) -> None:
-    """The real thing: 1 MB, as in a container, and batches of 1.5 MB."""
+    """The real thing: 1 MB of shared memory, as in a container, and batches of 1.5 MB."""
     code = (
         "from pvdm_fast.data.loader import make_loader; from pvdm_fast.data import open_dataset\n"
         "d = open_dataset('synthetic:shapes', frames=4, height=256, width=256)\n"

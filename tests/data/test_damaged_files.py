@@ -1,4 +1,4 @@
-"""Damage of every kind must end in frames or in a reason, never in a crash or another exception."""
+"""Damage of every kind ends in frames or in a reason, never in a crash or another exception."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pvdm_fast.data import DataError, open_dataset
 from pvdm_fast.data.errors import UnreadableVideo
 from pvdm_fast.data.frame_folders import read_picture
 
-MUTATIONS = int(os.environ.get("PVDM_FAST_TEST_MUTATIONS", "25"))  # for each kind of file
+MUTATIONS = int(os.environ.get("PVDM_FAST_TEST_MUTATIONS", "25"))  # per kind of file
 FILES = {
     "a.mp4": ("libx264", {"bframes": 2}),
     "b.avi": ("mpeg4", {}),
@@ -66,7 +66,7 @@ def test_damaged_videos(tmp_path: Path, name: str) -> None:
     assert min(outcomes.values()) > 0, outcomes
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about the damage
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about the damage
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
 def test_damaged_pictures(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"

@@ -1,4 +1,4 @@
-"""The commands of docs/data.md, run as they stand, on small data and models."""
+"""The commands of docs/data.md run as they stand, with small data and models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With small clips and a stop after two batches."""
+    """With small clips, and stopped after two batches."""
     monkeypatch.chdir(tmp_path)
     Path("videos").mkdir()
     for number in range(3):

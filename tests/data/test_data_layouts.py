@@ -1,4 +1,4 @@
-"""What a folder is taken for, and who belongs to which split. Detection goes by names: the files here are empty."""
+"""How a folder is recognised, and which videos belong to which split. Only names count: the files here are empty."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_one_stray_video_does_not_hide_the_frame_folders(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("mode", [0o000, 0o400])
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root everything can be read, so the system's answer is put in its place."""
+    """root can read everything, so the system's answer is faked."""
     touch(tmp_path, "open/a.mp4", "open/b.mp4", "closed/c.mp4")
     scandir, is_file = os.scandir, Path.is_file
 

@@ -1,4 +1,4 @@
-"""The loader: the same clips whatever the number of workers, from any draw on, for any share of ranks."""
+"""The loader gives the same clips for any number of workers, from any draw on, for any share of ranks."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_process_global_states_do_not_change_clips(dataset: ClipDataset) -> 
 
 
 class Probe(ClipDataset):
-    """Reports the worker's state, or does as told."""
+    """Reports the worker's state, or does what it is told."""
 
     def __init__(self, deed: str) -> None:
         self.deed = deed
@@ -91,7 +91,7 @@ class Probe(ClipDataset):
             raise RuntimeError("a mistake")
         if self.deed == "signals":
             os.kill(os.getpid(), signal.SIGINT)
-            if draw < 4:  # the first draw of either worker
+            if draw < 4:  # the first draw of each worker
                 os.kill(os.getpid(), signal.SIGTERM if draw % 2 == 0 else signal.SIGINT)
         return {
             "video": torch.zeros(3, 1, 1, 1),

@@ -1,4 +1,4 @@
-"""Windows, crops, orders and splits: pure arithmetic, equal in every process."""
+"""Windows, crops, orders and splits are pure arithmetic, the same in every process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of pictures: their order, and every kind of pixel becoming RGB."""
+"""Folders of pictures: their order, and how every kind of pixel becomes RGB."""
 
 from __future__ import annotations
 

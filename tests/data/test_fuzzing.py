@@ -1,4 +1,4 @@
-"""The video reader against mutated files: a clip or a reason, never a crash, a hang or a leak."""
+"""The video reader on mutated files gives a clip or a reason, never a crash, a hang or a leak."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def fuzz(folder: Path, count: int, first: int) -> dict[str, Any]:
-    """In a process of its own, which must end by itself; what it left behind is the file to look at."""
+    """Runs in a separate process, which must end by itself. If it leaves a file behind, look at that file."""
     done = subprocess.run(
         [sys.executable, "-m", "data.fuzz", str(folder), str(count), str(first)],
         capture_output=True,
@@ -43,7 +43,7 @@ def test_mutated_files(tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_many_mutated_files(tmp_path: Path) -> None:
-    """Memory: a line through the second half of the run rises by less than 4 KiB a file."""
+    """A line fitted to memory in the second half of the run rises by less than 4 KiB per file."""
     count = 2400
     result = fuzz(tmp_path, count, 0)
     print(result)

@@ -1,4 +1,4 @@
-"""Cached latents: whole or absent, the same whoever writes them, and training on them is training on the videos."""
+"""Cached latents: complete or absent, the same whoever writes them, and as good to train on as the videos."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(data: Path | str, out: Path, autoencoder: Path, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def encoded(video_folder: Path, autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten clips, every window that training draws from."""
+    """Ten clips, with every window that training draws from."""
     out = tmp_path_factory.mktemp("latents") / "out"
     assert run(video_folder, out, autoencoder, "--windows", "5", "--flip") == 0
     return out
@@ -116,7 +116,7 @@ def test_with_all_windows_the_training_batch_is_the_same(encoded: Path, video_fo
 
 
 def test_with_two_windows_conditions_are_the_same_and_targets_the_nearest() -> None:
-    """Latents that are the numbers of their first frames."""
+    """The latents are the numbers of their first frames."""
     latents = torch.tensor([0.0, 4.0]).view(1, 2, 1, 1).expand(400, 2, 1, 3)
     target, condition = joint_latents(latents + 1, 4, 0.3, torch.Generator().manual_seed(0))
     conditional = condition[:, 0, 0] > 0
@@ -140,7 +140,7 @@ def test_processes_share_a_global_batch() -> None:
 def test_several_processes_write_the_same_files(
     encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In any order, and the one that finds every shard there writes the index."""
+    """In any order. The process that finds every shard writes the index."""
     out = tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (2, 0, 1):
@@ -150,7 +150,7 @@ def test_several_processes_write_the_same_files(
     assert contents(out) == contents(encoded)
 
 
-@pytest.mark.exhaustive  # eight seconds of starting Python; the test above does the same in one process
+@pytest.mark.exhaustive  # starting Python takes eight seconds; the test above does the same in one process
 def test_torchrun_starts_them(encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
@@ -162,7 +162,7 @@ def test_torchrun_starts_them(encoded: Path, video_folder: Path, autoencoder: Pa
 
 @pytest.mark.slow
 def test_a_killed_encoding_goes_on(encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path) -> None:
-    """SIGKILL as soon as the first shard is there; then the same command."""
+    """SIGKILL as soon as the first shard exists, then the same command again."""
     out = tmp_path / "out"
     arguments = [str(video_folder), str(out), "--autoencoder", str(autoencoder), *OPTIONS, "--windows", "5", "--flip"]
     process = subprocess.Popen([sys.executable, "-m", "pvdm_fast.encode", *arguments])
@@ -171,7 +171,7 @@ def test_a_killed_encoding_goes_on(encoded: Path, video_folder: Path, autoencode
     process.kill()
     assert process.wait() in (-signal.SIGKILL, 0)
     (out / "index.json").unlink(missing_ok=True)
-    (out / "train-00002.safetensors").unlink(missing_ok=True)  # wherever it came to
+    (out / "train-00002.safetensors").unlink(missing_ok=True)  # it may or may not exist
     with pytest.raises(DataError, match="not complete: run the same"):
         open_dataset(out, **CLIP)
     (out / ".writing-elsewhere-1-train-00002.safetensors").write_bytes(b"half")
@@ -182,7 +182,7 @@ def test_a_killed_encoding_goes_on(encoded: Path, video_folder: Path, autoencode
 
 
 def test_webdataset_shards_of_latents(encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path) -> None:
-    """The same clips, readable by the library alone, and the same bytes each time."""
+    """The same clips, readable by the webdataset library alone, and the same bytes each time."""
     wds = pytest.importorskip("webdataset", reason="needs webdataset: pip install webdataset")
     for name in ("one", "two"):
         tar = ["--windows", "5", "--flip", "--container", "tar"]

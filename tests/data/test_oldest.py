@@ -1,4 +1,4 @@
-"""The oldest versions that are allowed, and what they must all agree on."""
+"""The oldest allowed versions, and what they must all agree on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_list_of_oldest_versions_is_what_is_declared() -> None:
 
 @pytest.mark.parametrize(("space", "expected"), [("bt709", (254, 0, 0)), ("smpte170m", (233, 0, 2))])
 def test_colours_are_those_of_the_files_own_matrix(tmp_path: Path, space: str, expected: tuple[int, int, int]) -> None:
-    """Y, U, V = 63, 102, 240 is pure red by BT.709, and (233, 0, 2) by BT.601, which PyAV before 17 took always."""
+    """Y, U, V = 63, 102, 240 is pure red by BT.709, and (233, 0, 2) by BT.601, which PyAV before 17 always used."""
     luma, blue, red = np.full((32, 32), 63), np.full((16, 16), 102), np.full((16, 16), 240)
     planes = np.concatenate([plane.astype(np.uint8).ravel() for plane in (luma, blue, red)]).reshape(48, 32)
     numbers = {"bt709": 1, "smpte170m": 6}

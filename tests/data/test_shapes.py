@@ -1,4 +1,4 @@
-"""The rendered scenes: many objects in motion, reproducible, alike at every size."""
+"""The rendered scenes: many moving objects, reproducible, and alike at every size."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_motion_is_steady_and_each_object_has_its_own(aspect: float) -> None:
         assert (steps <= speed + 1e-9)[:, scene.bounces].all()  # slower only in the step that turns at a wall
         away = (places < -scene.radius[:, None] + speed) | (places > scene.extent + scene.radius[:, None] - speed)
         jumps = steps > speed + 1e-9
-        assert (away[:-1] | ~jumps).all()  # who crosses the frame jumps only while out of sight
+        assert (away[:-1] | ~jumps).all()  # objects that cross the frame jump only while out of sight
         assert (np.abs(steps - speed) < 1e-9).mean() > 0.8
 
 
@@ -133,4 +133,4 @@ def test_rendering_is_quick() -> None:
         for draw in range(30):
             dataset[30 * attempt + draw]
         rates.append(30 / (time.process_time() - start))
-    assert max(rates) > 150  # about 2,000 in processor time
+    assert max(rates) > 150  # about 2,000 per second of CPU time

@@ -1,4 +1,4 @@
-"""webdataset shards: written by the library, read by draw number, in any number of processes, from any draw on."""
+"""webdataset shards, written by the library and read by draw number, in any number of processes, from any draw."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VIDEOS = 20
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty videos with a class each, four to a shard, as the library writes them."""
+    """Twenty videos with a class each, four per shard, as the library writes them."""
     folder = tmp_path_factory.mktemp("shards")
     for number in range(VIDEOS):
         films.encode(folder / f"{number:02d}.mp4", films.frames(12, seed=number))
@@ -57,7 +57,7 @@ def test_a_folder_and_a_pattern_are_the_same(shards: Path, dataset: ClipDataset)
 
 
 def test_clips_are_those_of_the_library(shards: Path, tmp_path: Path) -> None:
-    """Each clip holds the frames of the file that webdataset itself gives for its key."""
+    """Each clip has the frames of the file that webdataset itself gives for its key."""
     dataset = open_dataset(shards, frames=4, height=48, width=64)
     samples = {s["__key__"]: s for s in wds.WebDataset([str(p) for p in sorted(shards.iterdir())], shardshuffle=False)}
     assert len(samples) == VIDEOS
@@ -83,7 +83,7 @@ def test_an_epoch_visits_each_video_and_both_splits_hold_all(shards: Path, datas
 
 
 def test_the_order_stays_near() -> None:
-    """At any moment at most sixteen shards are begun and not finished."""
+    """At any time at most sixteen shards are begun and unfinished."""
     sizes = tuple(np.random.default_rng(0).integers(1, 9, 50).tolist())
     order = shard_order(sizes, 0, 0)
     assert sorted(order) == list(range(sum(sizes)))
@@ -94,7 +94,7 @@ def test_the_order_stays_near() -> None:
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 1)])
 def test_after_resuming_no_clip_is_repeated_or_left_out(dataset: ClipDataset, world: int, workers: int) -> None:
-    """Six clips a step: two steps of one process, then the rest of an epoch with other processes and workers."""
+    """Six clips per step: two steps of one process, then the rest of an epoch with other processes and workers."""
     whole = [dataset[draw]["name"] for draw in range(30)]
     found = [name for batch in itertools.islice(make_loader(dataset, batch_size=6), 2) for name in batch["names"]]
     loaders = [

@@ -1,4 +1,4 @@
-"""Pictures as their files say they are to be shown: turned, mirrored, with square pixels, over black."""
+"""Pictures as their files say they should be shown: turned, mirrored, with square pixels, over black."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pvdm_fast.data.video_reader import _Screen, packet_index, read_frames
 
 FILM = films.frames(6, 48, 64)
 SIXTEEN = 1 << 16
-# EXIF's eight orientations and the display matrices (a, b, c, d) that say the same.
+# EXIF's eight orientations, and the equivalent display matrices (a, b, c, d).
 SHOWN = {
     1: ((1, 0, 0, 1), lambda p: p),
     2: ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
@@ -34,7 +34,7 @@ SHOWN = {
 
 
 def with_matrix(path: Path, film: np.ndarray, matrix: tuple[int, ...]) -> Path:
-    """An mp4 whose track header holds the matrix; the muxer writes the identity, which is found and replaced."""
+    """An mp4 with this matrix in its track header. The muxer writes the identity, which this finds and replaces."""
     films.encode(path, film, "libx264", options={"crf": "0"})
     identity = np.array([SIXTEEN, 0, 0, 0, SIXTEEN, 0, 0, 0, 1 << 30], ">i4").tobytes()
     a, b, c, d = (SIXTEEN * value for value in matrix)
@@ -73,7 +73,7 @@ def test_orientations_of_pictures(orientation: int, suffix: str, tmp_path: Path)
 
 @pytest.mark.parametrize(("aspect", "size"), [((2, 1), (48, 128)), ((1, 2), (96, 64)), ((16, 15), (48, 68))])
 def test_pixels_become_square(aspect: tuple[int, int], size: tuple[int, int], tmp_path: Path) -> None:
-    path = tmp_path / "a.y4m"  # whose header says it in plain words
+    path = tmp_path / "a.y4m"  # its header says it in plain text
     planes = [av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv444p") for frame in FILM]
     header = f"YUV4MPEG2 W64 H48 F25:1 Ip A{aspect[0]}:{aspect[1]} C444\n".encode()
     path.write_bytes(header + b"".join(b"FRAME\n" + frame.to_ndarray().tobytes() for frame in planes))
@@ -115,7 +115,7 @@ def test_transparent_videos_lie_over_black(
 
 
 def test_a_cover_is_not_the_video(tmp_path: Path) -> None:
-    """The first video stream is a picture that is attached."""
+    """The first video stream is an attached picture."""
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
         cover = container.add_stream("png", rate=25)
@@ -132,7 +132,7 @@ def test_a_cover_is_not_the_video(tmp_path: Path) -> None:
 
 
 def test_frames_are_not_kept(tmp_path: Path) -> None:
-    """No ring of references: with the collector off, no thread of a scaler stays behind."""
+    """There are no reference cycles: with the garbage collector off, no scaler's thread stays behind."""
     import gc
 
     path = films.encode(tmp_path / "a.mp4", FILM)
@@ -175,7 +175,7 @@ def test_pictures_have_the_limit_that_videos_have(tmp_path: Path) -> None:
 
 
 def test_floats_are_the_same_to_the_bit() -> None:
-    """As numpy made them before clips travelled as pixels; goldens and resumed runs depend on it."""
+    """As numpy made them before clips travelled as pixels. Goldens and resumed runs depend on it."""
     levels = np.arange(256, dtype=np.uint8)
     before = np.divide(levels, np.float32(127.5), dtype=np.float32)
     before -= 1

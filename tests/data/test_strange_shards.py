@@ -1,4 +1,4 @@
-"""Shards and folders of latents whose headers lie: refused with a reason, in time, without memory."""
+"""Shards and folders of latents whose headers lie are refused with a reason, quickly, and without using memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shard(path: Path, samples: int = 2) -> Path:
 
 
 def with_size(path: Path, size: int, member: int = 0) -> None:
-    """The size of one member's header changed, in base 256 where octal digits don't do, its checksum right."""
+    """One member's header with another size (base 256 if octal digits don't suffice), and a correct checksum."""
     with tarfile.open(path) as archive:
         place = archive.getmembers()[member].offset
     content = bytearray(path.read_bytes())
@@ -68,7 +68,7 @@ def test_headers_as_large_as_a_disk(kind: bytes, tmp_path: Path) -> None:
         head = tarfile.TarInfo("x")
         head.type, head.size = kind, 1 << 34
         file.write(head.tobuf(tarfile.GNU_FORMAT))
-        file.truncate(1 << 35)  # takes no room
+        file.truncate(1 << 35)  # sparse, so it takes no space
     assert "a header of" in refused(tmp_path / "a.tar")
 
 

@@ -1,4 +1,4 @@
-"""Files that can give no clip are opened once; those whose cause may pass, or that changed, again."""
+"""Files that can't give a clip are opened once, and again only if the cause may pass or the file has changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frame read by number is the frame a full decode puts at that place, bit for bit, in any container."""
+"""A frame read by number is the frame that a full decode puts there, bit for bit, in any container."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_when_seeking_fails_the_start_of_the_file_is_the_second_try(
     index = packet_index(path)
     assert index.pts is not None
     whole = films.decode_all(path)
-    # Seek targets after the window stand for a container whose seeks mislead.
+    # Seek targets after the window, as from a container whose seeks mislead.
     monkeypatch.setattr(video_reader, "_seek_targets", lambda keys, first: [56, 48, 0])
     assert same(read_frames(path, index, [30], np.copy)[0], whole[30])
 
@@ -207,4 +207,4 @@ def test_reading_a_part_loses_no_memory(tmp_path: Path, film: np.ndarray, counti
         return malloc.mallinfo2().uordblks
 
     before = taken(100)
-    assert taken(300) - before < 300 * 75  # half of what PyAV lost where a generator of packets was only dropped
+    assert taken(300) - before < 300 * 75  # half of what PyAV leaked when a generator of packets was only dropped

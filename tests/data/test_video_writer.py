@@ -1,4 +1,4 @@
-"""Writing video: whole files only, the same bytes each time, true to the frames."""
+"""Video files are complete or absent, have the same bytes each time, and show the right frames."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_mp4_keeps_frames_and_pads_odd_sizes(tmp_path: Path, height: int, width:
     read = np.stack(films.decode_all(tmp_path / "a.mp4"))
     assert read.shape == (9, height + height % 2, width + width % 2, 3)
     if min(height, width) > 8:
-        assert psnr(read[:, :height, :width], film) > 24  # colour is kept at half the resolution
+        assert psnr(read[:, :height, :width], film) > 24  # colour is stored at half the resolution
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].average_rate == 12.5
         assert container.streams.video[0].format.name == "yuv420p"
@@ -71,7 +71,7 @@ for suffix in ("mp4", "gif", "npy"):
 
 @pytest.mark.slow
 def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
-    """In fresh processes whose memory begins with different rubbish: x264 has been caught reading it."""
+    """In new processes, whose memory starts with different garbage: x264 once read it."""
     np.save(tmp_path / "film.npy", films.frames(16, 34, 34))
     for rubbish in ("85", "255"):
         subprocess.run(
@@ -112,7 +112,7 @@ def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
         ("a.avi", films.frames(2), 8, "must end in"),
         ("a.mp4", films.frames(2).astype(np.float32), 8, "expected uint8"),
         ("a.mp4", films.frames(2)[0], 8, "expected uint8"),
-        ("a.mp4", films.frames(2)[:0], 8, "none of them 0"),
+        ("a.mp4", films.frames(2)[:0], 8, "no size 0"),
         ("a.mp4", films.frames(2), 0, "fps must be positive"),
     ],
 )

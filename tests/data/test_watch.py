@@ -1,4 +1,4 @@
-"""Files that hang or crash their reader, and workers that are killed: named, left out, and no batch lost."""
+"""Files that hang or crash their reader, and workers that are killed: named and left out, and no batch is lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZE = {"frames": 4, "height": 16, "width": 16}
 
 @pytest.fixture
 def hanging(video_folder: Path, tmp_path: Path) -> ClipDataset:
-    """Six videos; one of them has become a pipe that nobody writes to, so that opening it never returns."""
+    """Six videos. One has become a pipe that nobody writes to, so opening it never returns."""
     folder = shutil.copytree(video_folder, tmp_path / "videos")
     dataset = open_dataset(folder, **SIZE, read_timeout=2)
     (folder / "b.mkv").unlink()
@@ -39,7 +39,7 @@ def take(dataset: ClipDataset, count: int, workers: int) -> list[Batch]:
 
 
 def test_a_file_that_hangs_is_left_out(hanging: ClipDataset, capfd: pytest.CaptureFixture[str]) -> None:
-    """The clips are those of a folder whose file is unreadable, whoever finds out that it is."""
+    """Clips are those of a folder whose file is unreadable, no matter who finds out."""
     started = time.monotonic()
     found = take(hanging, 5, workers=2)
     assert time.monotonic() - started < 60
@@ -90,7 +90,7 @@ def test_a_limit_of_nothing_is_no_limit() -> None:
 
 
 class Deeds(ClipDataset):
-    """Reads "file 5" at draw 5, and does something there unless it was set aside."""
+    """Reads "file 5" at draw 5, and does something there unless the file was set aside."""
 
     def __init__(self, deed: Callable[[], object]) -> None:
         self.deed, self.reasons = deed, dict[str, str]()
@@ -116,7 +116,7 @@ def assert_nothing_lost(found: list[Batch]) -> None:
 
 
 def spin_with_the_interpreter_locked() -> None:
-    """What no thread and no Python signal handler could end."""
+    """No thread and no Python signal handler can end this."""
     while True:
         ctypes.PyDLL(None).pause()
 
@@ -130,7 +130,7 @@ def test_the_kernel_ends_a_reader_that_python_cannot(capfd: pytest.CaptureFixtur
 
 def test_a_reader_that_crashes_is_not_asked_again(capfd: pytest.CaptureFixture[str]) -> None:
     def crash() -> None:
-        faulthandler.disable()  # pytest's, which would print where
+        faulthandler.disable()  # pytest's would print a traceback
         os.kill(os.getpid(), signal.SIGSEGV)
 
     dataset = Deeds(crash)
@@ -162,7 +162,7 @@ def test_the_file_in_hand_at_two_kills_is_left_out() -> None:
 def test_workers_that_keep_dying_end_the_run() -> None:
     class Ends(Deeds):
         def set_aside(self, file: str, reason: str) -> None:
-            pass  # as in data without files to leave out
+            pass  # like data without files to leave out
 
     def crash() -> None:
         faulthandler.disable()

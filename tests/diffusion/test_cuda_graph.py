@@ -1,4 +1,4 @@
-"""Sampling by CUDA graphs, without a GPU: the refusal, the calls, and replays of what was captured."""
+"""Sampling with CUDA graphs, without a GPU: refusals, calls, and replays of what was captured."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pvdm_fast.sample import main
 
 
 class Tape(Recorder):
-    """Stands in for a CUDA graph: while capturing it notes every operation, and a replay does them again on the same
-    tensors, Python left out. Numbers that Python took part in are frozen, as in a graph."""
+    """Stands in for a CUDA graph. It records every operation while capturing, and a replay repeats them on the
+    same tensors, without Python. Numbers that Python computed are frozen, as in a graph."""
 
     made: list[Tape]
 
@@ -51,7 +51,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 class Stream:
-    """A stream that notes whom it waits for."""
+    """A stream that records what it waits for."""
 
     log: list[str]
 
@@ -64,7 +64,7 @@ class Stream:
 
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """torch.cuda's graphs and streams replaced; gives the log of what is done on which stream."""
+    """Replaces torch.cuda's graphs and streams, and gives a log of what is done on which stream."""
 
     @contextmanager
     def on(stream: Stream) -> Iterator[None]:
@@ -108,13 +108,13 @@ def sample(denoiser: Denoiser, predict: Any, condition: Tensor | None, guidance:
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
 def test_replays_give_the_same_latents(taped: list[str], denoiser: Denoiser, scheduler: str) -> None:
-    """Every step's latent, time and condition reach the captured pass; later steps overwrite no result."""
+    """Every step's latent, time and condition reach the captured pass. Later steps overwrite no result."""
     conditions = [None, *torch.randn(2, 2, 4, denoiser.layout.num_tokens).tanh()]
     predict = GraphedPrediction()
     for condition in conditions:
         expected = sample(denoiser, predict_noise, condition, 1.5, scheduler)
         assert torch.equal(sample(denoiser, predict, condition, 1.5, scheduler), expected)
-    # One without, one with a condition; the second condition is another input of the same graph.
+    # One without and one with a condition. The second condition is another input of the same graph.
     assert [tape.replays for tape in Tape.made] == [4, 8]
     assert len(Tape.made[0].steps) > 50
 

@@ -60,7 +60,7 @@ def test_the_loss_is_zero_for_a_denoiser_that_knows_the_noise() -> None:
 
 
 def test_v_is_the_same_prediction_and_weighs_its_error() -> None:
-    """A network that puts out v gives the noise; the loss of v is that of the noise over alphas_cumprod."""
+    """A network that predicts v gives the noise. The loss of v is that of the noise over alphas_cumprod."""
     schedule, shape = NoiseSchedule.create(), (2, 4, 12)
     model = Denoiser(time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_heads=2, prediction="v")
     latent, noise, zeros = torch.rand(shape) * 2 - 1, torch.randn(shape), torch.zeros(shape)
@@ -78,12 +78,12 @@ def test_v_is_the_same_prediction_and_weighs_its_error() -> None:
 
 
 def frame_numbers(video: Tensor) -> Tensor:
-    """A stand-in encoder whose latents (b, 1, T) are the numbers of the frames."""
+    """A stand-in encoder with latents (b, 1, T) that are the numbers of the frames."""
     return video[:, :1, :, 0, 0]
 
 
 def numbered_clips(batch: int, frames: int) -> Tensor:
-    """Each frame holds its own number plus 100 times its clip's."""
+    """Each frame holds its number plus 100 times its clip's."""
     numbers = torch.arange(1.0, frames + 1) + 100 * torch.arange(1, batch + 1)[:, None]
     return numbers[:, None, :, None, None].expand(batch, 3, frames, 2, 2)
 
@@ -122,7 +122,7 @@ def test_psnr_of_a_known_error() -> None:
 
 
 def test_noise_on_the_latent_reaches_the_decoder() -> None:
-    """The option changes the training loss, from the step's own generator, and nothing else."""
+    """The option changes the training loss, with the step's own generator, and nothing else."""
     from pvdm_fast.models import Autoencoder
     from pvdm_fast.training.config import make_config
     from pvdm_fast.training.stages import AutoencoderStage
@@ -140,7 +140,7 @@ def test_noise_on_the_latent_reaches_the_decoder() -> None:
 
 
 def test_the_autoencoders_losses_of_a_known_error() -> None:
-    """An error of 0.5 everywhere: 4 x 0.5 and 16 x 0.25."""
+    """With an error of 0.5 everywhere: 4 x 0.5 and 16 x 0.25."""
     from pvdm_fast.models import Autoencoder
     from pvdm_fast.training.config import make_config
     from pvdm_fast.training.stages import AutoencoderStage

@@ -33,7 +33,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def filled(model: Any) -> Any:
-    """Every layer takes part, those that begin with zeros too."""
+    """Fills every layer with numbers, including those that start as zeros."""
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
@@ -42,7 +42,7 @@ def filled(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder such as training leaves."""
+    """A folder as training leaves it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     filled(Autoencoder(**AUTOENCODER)).save_pretrained(folder / "autoencoder")
@@ -68,7 +68,7 @@ def quiet(pipeline: PVDMPipeline) -> PVDMPipeline:
 
 
 def test_it_is_sample_video(pipeline: PVDMPipeline) -> None:
-    """The same seed gives the same videos by either way; beyond a clip, with a cut, and in all forms."""
+    """The same seed gives the same videos both ways: longer than a clip, cut, and in all forms."""
     expected = sample_video(pipeline.autoencoder, pipeline.denoiser, clips=2, frames=6, steps=3, seed=5)
     assert expected.shape == (2, 3, 6, 16, 24)
     arguments: dict[str, Any] = dict(num_frames=6, num_inference_steps=3, batch_size=2)
@@ -134,7 +134,8 @@ def test_callbacks_see_and_change_every_step(pipeline: PVDMPipeline) -> None:
 
 
 def test_a_continued_video_in_every_form(pipeline: PVDMPipeline, tmp_path: Path) -> None:
-    """A file, its frames as numpy, torch and pictures: the same continuation; only the last T frames count."""
+    """A file, or its frames as numpy, torch or pictures, give the same continuation. Only the last T frames
+    count."""
     film = np.random.default_rng(0).integers(0, 256, (7, 16, 24, 3), dtype=np.uint8)
     for number, frame in enumerate(film):
         write_png(tmp_path / f"film/{number}.png", frame)
@@ -170,7 +171,7 @@ def list_of_pictures(film: np.ndarray) -> list[Any]:
 
 
 def test_a_condition_is_cropped_as_the_data_is(tmp_path: Path) -> None:
-    """A wide film's centre, at half its size, every second frame up to the last."""
+    """Uses the centre of a wide video, at half its size, and every second frame up to the last."""
     film = np.zeros((9, 32, 96, 3), np.uint8)
     film[:, :, 24:72] = np.arange(9, dtype=np.uint8)[:, None, None, None] * 20
     write_video(tmp_path / "film.mp4", film)
@@ -215,7 +216,7 @@ def test_classes_by_number_and_by_name(classy: PVDMPipeline) -> None:
 
 
 def test_classes_are_guided_in_one_pass(classy: PVDMPipeline) -> None:
-    """Every pass over twice the videos, the first clip's too; scale 1 is no guidance."""
+    """Every pass has twice the videos, including the first clip's. Scale 1 turns guidance off."""
     sizes: list[int] = []
     handle = classy.denoiser.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
     guided = classy(8, 2, class_labels=0, guidance_scale=3.0, generator=seeded(0)).frames
@@ -261,7 +262,7 @@ def test_export_to_video(pipeline: PVDMPipeline, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_options_of_loading(pipeline: PVDMPipeline, tmp_path: Path, saved: bool) -> None:
-    """A run's folder takes diffusers' options as a saved pipeline does, or says which one it doesn't."""
+    """A run's folder takes diffusers' options like a saved pipeline, or says which one it doesn't take."""
     if saved:
         pipeline.save_pretrained(tmp_path)
     else:

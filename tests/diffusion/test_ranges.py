@@ -1,4 +1,4 @@
-"""Numbers and values that no model was trained for: one sentence, never a video of one colour."""
+"""Numbers and values that no model was trained for give one sentence, never a video of one colour."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_scheduler_alone() -> None:
     scheduler = make_scheduler("ddim")
     scheduler.set_timesteps(10)
     latent = torch.zeros(1, 2)
-    with pytest.raises(UserError, match="5 is none of this scheduler's times"):
+    with pytest.raises(UserError, match="5 isn't one of this scheduler's times"):
         scheduler.step(latent, 5, latent)
     with pytest.raises(UserError, match="eta must be"):
         scheduler.step(latent, int(scheduler.timesteps[0]), latent, eta=NAN)
@@ -117,7 +117,8 @@ def test_samples_don_t_depend_on_the_default_dtype(name: str, models: tuple[Auto
     finally:
         torch.set_default_dtype(torch.float32)
     assert video.dtype == torch.float32
-    torch.testing.assert_close(video, expected, rtol=0, atol=1e-6)  # tables that follow the default round otherwise
+    # tables in the default dtype would be rounded differently
+    torch.testing.assert_close(video, expected, rtol=0, atol=1e-6)
 
 
 def test_noise_is_float32_whatever_the_default_is() -> None:

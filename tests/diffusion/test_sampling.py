@@ -87,12 +87,12 @@ def test_ddpm_is_diffusers_own_where_the_steps_divide_1000() -> None:
             scheduler.step(predicted, timestep, latent, generator=torch.Generator().manual_seed(1)).prev_sample
             for scheduler in (ours, theirs)
         ]
-        assert_close(*steps, 2e-5)  # diffusers multiplies the levels up in float32
+        assert_close(*steps, 2e-5)  # diffusers multiplies the levels in float32
 
 
 @pytest.mark.parametrize("name", SCHEDULER_NAMES)
 def test_every_sampler_has_the_exact_noise_levels(name: str, tmp_path: Path) -> None:
-    """Those of the release, rounded once: before and after being saved, and in what is derived from them."""
+    """They are the release's, rounded once: before and after saving, and in what is derived from them."""
     schedule, golden = NoiseSchedule.create(), load_case("diffusion_small").tensors["alphas_cumprod"]
     made = make_scheduler(name)
     made.save_pretrained(tmp_path)
@@ -116,7 +116,7 @@ def test_the_ddpm_posterior_is_the_release_s() -> None:
 
 
 class OracleDenoiser(nn.Module):
-    """Knows the clean latent, so every sampler must end there; adds the condition to it, where there is one."""
+    """Knows the clean latent, so every sampler must end there. Adds the condition, if there is one."""
 
     def __init__(self, clean: Tensor) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def test_an_unknown_scheduler_is_named_with_the_known_ones() -> None:
 
 
 class ChainDenoiser(OracleDenoiser):
-    """Each clip's clean latent is that of the clip before plus 0.25; the first is 0.25."""
+    """Each clip's clean latent is that of the clip before plus 0.25. The first one is 0.25."""
 
     def __init__(self, layout: TriplaneLayout) -> None:
         super().__init__(torch.full((1, 2, layout.num_tokens), 0.25))
@@ -189,7 +189,7 @@ class ChainDenoiser(OracleDenoiser):
 
 
 class FlatAutoencoder:
-    """Decodes a latent to frames that all have its first value."""
+    """Decodes a latent to frames filled with its first value."""
 
     dtype = torch.float32
 

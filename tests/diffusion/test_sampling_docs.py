@@ -1,4 +1,4 @@
-"""docs/sampling.md is true: its commands and its Python run, with small models in place of a trained run."""
+"""docs/sampling.md is true: its commands and its Python run, with small models instead of a trained run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def commands(module: str) -> list[list[str]]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as training leaves it, with classes; the working folder holds clip.mp4."""
+    """A folder as training leaves it, with classes. The working folder holds clip.mp4."""
     torch.manual_seed(0)
     autoencoder = Autoencoder(
         frames=16, height=16, width=16, patch_size=8, channels=16, depth=1, num_heads=1, head_dim=8, projection_depth=1
@@ -76,7 +76,8 @@ def test_python_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_of_samplers_is_measured(run: Path) -> None:
-    """A deterministic sampler in as many steps as the reference is the reference; the table names every sampler."""
+    """With the reference's number of steps, a deterministic sampler is the reference. The table names every
+    sampler."""
     autoencoder = Autoencoder.from_pretrained(run / "autoencoder").eval()
     denoiser = Denoiser.from_pretrained(run / "denoiser").eval()
     torch.nn.init.normal_(denoiser.out["2"].weight, std=0.1)

@@ -50,7 +50,7 @@ def make_run(path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 frames of 16 x 24, as training leaves it; not to be written into."""
+    """4 frames of 16 x 24, as training leaves them. Don't write into it."""
     return make_run(tmp_path_factory.mktemp("evaluated") / "run")
 
 

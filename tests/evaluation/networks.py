@@ -1,4 +1,4 @@
-"""Feature networks made for tests: the interface of StyleGAN-V's I3D, none of its meaning."""
+"""Feature networks for tests. They have the interface of StyleGAN-V's I3D, but no meaning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH = 6
 
 
 class MadeUpFeatures(nn.Module):
-    """Six numbers of a video: convolutions over tiles of 56 x 56 pixels and two frames, averaged."""
+    """Six numbers per video: convolutions over tiles of 56 x 56 pixels and two frames, averaged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Interface(nn.Module):
 
 
 def save_network(path: Path) -> str:
-    """Write a made-up network with fixed weights; returns its sha256."""
+    """Write a made-up network with fixed weights, and return its sha256."""
     generator = torch.Generator().manual_seed(5)
     network = MadeUpFeatures()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The Fréchet distance as it is published, written without the package."""
+"""The published Fréchet distance, written without the package."""
 
 from __future__ import annotations
 

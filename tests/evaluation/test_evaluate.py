@@ -1,4 +1,4 @@
-"""The whole evaluation: its numbers by hand, its protocol, interruptions, several processes, and what is refused."""
+"""A whole evaluation: its numbers by hand, its protocol, interruptions, several processes, and refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ QUICK = shlex.split("--clips 18 --samples 10 --frames 4 6 --steps 2 --batch-size
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Everything in evaluation.json but the time taken."""
+    """Everything in evaluation.json except the time."""
     document = json.loads((folder / "evaluation.json").read_text())
     del document["results"]["seconds_since_last_start"]
     return document
@@ -45,7 +45,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def whole(run: Path, network: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One evaluation with features, without interruption, by one process."""
+    """One uninterrupted evaluation with features, by one process."""
     out = tmp_path_factory.mktemp("whole") / "evaluation"
     assert main([str(run), *QUICK, *network, "--out", str(out)]) == 0
     return out
@@ -117,7 +117,7 @@ def test_without_a_network_the_rest_is_computed(run: Path, tmp_path: Path, capsy
 
 
 class Crash(BaseException):
-    """Nothing catches this: what is in memory is lost."""
+    """Nothing catches this, so everything in memory is lost."""
 
 
 @pytest.mark.parametrize("calls", [7, 18])
@@ -145,7 +145,7 @@ def test_a_crash_anywhere_changes_no_bit(
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    """``python -m pvdm_fast.evaluate`` in a process of its own."""
+    """``python -m pvdm_fast.evaluate`` in a separate process."""
     return subprocess.Popen(
         [sys.executable, "-m", "pvdm_fast.evaluate", *arguments],
         stdout=subprocess.PIPE,
@@ -195,7 +195,7 @@ def test_two_processes_give_what_one_gives(whole: Path, run: Path, network: list
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     processes = []
-    for rank in ("0", "1"):  # what torchrun sets, without the seconds that itself takes to start
+    for rank in ("0", "1"):  # what torchrun sets, without the seconds that torchrun takes to start
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         processes.append(start(arguments, **place))
@@ -232,7 +232,7 @@ def test_a_finished_evaluation_is_only_written_again(
     monkeypatch.setattr(FeatureNetwork, "__call__", lambda *arguments: pytest.fail("computed again"))
     assert main([str(run), *QUICK, *network, "--out", str(out)]) == 0
     assert results(out) == results(whole)
-    with pytest.raises(pytest.fail.Exception):  # other samples: measured anew
+    with pytest.raises(pytest.fail.Exception):  # other samples are measured anew
         main([str(run), *QUICK, *network, "--out", str(out), "--eta", "0.5"])
 
 
@@ -276,7 +276,7 @@ def test_samples_of_no_class_are_told(run: Path, tmp_path: Path) -> None:
 def test_a_model_that_lacks_weights_is_refused(
     model: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """diffusers would start them at random."""
+    """diffusers would initialise them randomly."""
     damaged = tmp_path / "run"
     shutil.copytree(run, damaged)
     (file,) = (damaged / model).glob("*.safetensors")
@@ -305,7 +305,7 @@ def test_videos_that_cannot_be_used_are_passed_over_and_named(run: Path, network
 
 
 def test_training_videos_are_cropped_at_the_centre(tmp_path: Path) -> None:
-    """Left of the centre they are black, right of it white: a crop drawn anywhere would be mostly one of them."""
+    """They are black left of the centre and white right of it. Any other crop would be mostly one of these."""
     halves = np.zeros((4, 16, 128, 3), np.uint8)
     halves[:, :, 64:] = 255
     for name in ("a", "b"):
@@ -326,7 +326,7 @@ def test_a_run_without_a_denoiser_is_reconstructed_only(run: Path, tmp_path: Pat
 
 
 class Numbered(ClipDataset):
-    """So many videos; a clip is named after its draw, as a dataset's windows differ from draw to draw."""
+    """So many videos. A clip is named after its draw, because a dataset's windows differ between draws."""
 
     def __init__(self, name: str, videos: int) -> None:
         self.name, self.videos, self.spec, self.description = name, videos, ClipSpec(2, 4, 4, seed=4), name

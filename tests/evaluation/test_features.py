@@ -1,4 +1,4 @@
-"""The feature network is opened only with the right hash, is fed as the protocol says, and agrees with cd-fvd."""
+"""The feature network is opened only with the right hash, gets what the protocol says, and agrees with cd-fvd."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_frames_are_prepared_as_stated() -> None:
 
 def test_features_do_not_depend_on_the_batch(network: list[str]) -> None:
     extract = load(network)
-    video = torch.rand(5, 3, 60, 8, 8) * 2 - 1  # two of 60 frames go through the network at once
+    video = torch.rand(5, 3, 60, 8, 8) * 2 - 1  # the network takes two videos of 60 frames at once
     together = extract(video)
     assert together.shape == (5, WIDTH) and together.dtype == torch.float64
     assert torch.allclose(together, torch.cat([extract(clip[None]) for clip in video]), atol=FLOAT32_PIXELS)
@@ -77,7 +77,7 @@ def test_values_that_are_not_finite_are_refused(network: list[str]) -> None:
 def test_it_agrees_with_cd_fvd_given_the_same_network(
     network: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole of cd-fvd's computation, from 8-bit videos to the distance, with its I3D replaced by ours."""
+    """cd-fvd's whole computation, from 8-bit videos to the distance, with its I3D replaced by ours."""
     cdfvd = pytest.importorskip("cdfvd.fvd", reason="cd-fvd is not installed: pip install cd-fvd")
     extract = load(network)
 
@@ -102,7 +102,7 @@ def test_it_agrees_with_cd_fvd_given_the_same_network(
 
 @pytest.mark.exhaustive
 def test_cd_fvd_s_own_i3d_gives_the_same_statistics(tmp_path: Path) -> None:
-    """Its network with random weights, loaded by itself from a file, and by us as TorchScript."""
+    """Its network with random weights: loaded by itself from a file, and by us as TorchScript."""
     cdfvd = pytest.importorskip("cdfvd.fvd", reason="cd-fvd is not installed: pip install cd-fvd")
     from cdfvd.third_party.i3d.pytorch_i3d import InceptionI3d
 

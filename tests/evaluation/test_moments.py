@@ -1,4 +1,4 @@
-"""Moments add up in any pieces, and the Fréchet distance is that of an independent implementation."""
+"""Moments add up in any pieces, and the Fréchet distance equals an independent implementation's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_of_commuting_covariances_it_is_the_closed_form() -> None:
 
 
 def test_fewer_clips_than_features_lose_nothing() -> None:
-    """Features inside a subspace have the distance that they have there, though no covariance has full rank."""
+    """Features inside a subspace keep their distance there, though no covariance has full rank."""
     inside = rows(30, 8, 3), rows(25, 8, 4)
     place = torch.linalg.qr(torch.randn(400, 8, dtype=torch.float64)).Q
     alone = frechet_distance(*(Gaussian.of(moments(x)) for x in inside))
@@ -52,7 +52,7 @@ def test_equal_clips_are_at_distance_zero() -> None:
 
 
 def test_moments_add_up_in_any_pieces() -> None:
-    values = rows(101, 7, 6) + 1000  # far from 0, where sums of squares lose digits
+    values = rows(101, 7, 6) + 1000  # far from 0, so that sums of squares lose digits
     sums = torch.stack([moments(piece) for piece in values.split(9)]).sum(0)
     gaussian = Gaussian.of(sums)
     assert gaussian.count == 101

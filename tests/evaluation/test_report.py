@@ -1,4 +1,4 @@
-"""The report holds everything in one file; a real browser opens it and plays its videos."""
+"""The report is one file with everything in it. A real browser opens it and plays its videos."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLAGS = shlex.split(
 
 
 def page_after_loading(page: Path, profile: Path) -> str:
-    """The page's elements as a real browser has them after its scripts ran."""
+    """The page's elements in a real browser, after its scripts have run."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"no browser is there (looked for {', '.join(BROWSERS)}): install chromium")
@@ -66,7 +66,7 @@ def test_a_browser_that_cannot_play_says_so(report: Path, tmp_path: Path) -> Non
 
 
 class Tags(HTMLParser):
-    """Open elements must be closed in order; sources of elements are collected."""
+    """Elements must be closed in order. Collects the sources of elements."""
 
     def __init__(self) -> None:
         super().__init__()

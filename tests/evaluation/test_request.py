@@ -1,4 +1,4 @@
-"""A request that is made in Python is checked like one of the command line."""
+"""A request made in Python is checked like one from the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands' malloc setting: large blocks come back without page faults."""
+"""The commands' malloc setting: large blocks are reused without page faults."""
 
 from __future__ import annotations
 

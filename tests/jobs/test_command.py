@@ -1,4 +1,4 @@
-"""Exit codes and sentences of a command, for everything that is not the program's own fault."""
+"""Exit codes and sentences of a command, for everything that isn't the program's own fault."""
 
 from __future__ import annotations
 

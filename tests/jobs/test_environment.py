@@ -1,4 +1,4 @@
-"""Variables of launchers and schedulers, PyTorch's defaults of a calling program: what counts, and what doesn't."""
+"""Variables of launchers and schedulers, and a calling program's PyTorch defaults: which count, and which don't."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_gradients_are_taken_whatever_the_caller_switched_off() -> None:
 
 
 def test_the_user_s_style_of_drawing_changes_nothing(tmp_path: Path) -> None:
-    """LaTeX that isn't there would end the run at its first picture."""
+    """If LaTeX isn't installed, its style would end the run at its first picture."""
     import matplotlib
 
     from pvdm_fast.training.previews import write_loss_curves, write_picture

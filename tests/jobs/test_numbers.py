@@ -45,7 +45,7 @@ ALL = [(command, *found) for command in COMMANDS for found in numeric(command)] 
 
 
 def wrong(kind: Number) -> list[str]:
-    """Words that are no such number."""
+    """Words that aren't such a number."""
     step = 1 if kind.kind is int else 1e-3
     below, above = kind.minimum - step, kind.maximum * 2 + 1
     fraction = [f"{kind.minimum + 0.5}"] if kind.kind is int else []
@@ -53,7 +53,7 @@ def wrong(kind: Number) -> list[str]:
 
 
 def read(command: str, word: str) -> Any:
-    """One option of a command line, alone; other options that must be there are asked for later."""
+    """Parse one option of a command line by itself. Required options are asked for later."""
     if command == "train":
         name, _, value = word.partition("=")
         (option,) = (option for option in OPTIONS.values() if flag(option) == name)

@@ -1,4 +1,4 @@
-"""Readers of small files: what a stranger may have put there ends in a reason, at once, and nothing else."""
+"""Readers of small files: whatever a stranger put there ends in a reason, at once, and in nothing else."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_broken_json_is_a_reason(text: str, tmp_path: Path) -> None:
 
 def test_a_file_is_measured_before_it_is_read(tmp_path: Path) -> None:
     with open(tmp_path / "a", "wb") as file:
-        file.truncate(1 << 40)  # takes no room
+        file.truncate(1 << 40)  # sparse, so it takes no space
     with pytest.raises(UnreadableFile, match="1099511627776 bytes"):
         read_json(tmp_path / "a")
 

@@ -1,4 +1,4 @@
-"""Output that cannot be written, or not all of it: the work is done all the same."""
+"""If output can't be written, or only in part, the work still gets done."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_closed_streams_are_no_error() -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_of_logs_doesn_t_end_a_run(tmp_path: Path) -> None:
-    """Both streams go to a disk without room; everything is trained and saved."""
+    """Both streams go to a full disk. Everything is still trained and saved."""
     run = tmp_path / "run"
     with open("/dev/full", "w") as full:
         code = subprocess.run(
@@ -61,7 +61,7 @@ def test_letters_that_ascii_lacks_are_escaped(tmp_path: Path) -> None:
 
 
 class Failing(io.StringIO):
-    """Refuses what it is told to."""
+    """Refuses what it is told to refuse."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""LPIPS: the formula against a slow one in float64, its gradient, and every way its weights can be wrong."""
+"""LPIPS: the formula against a slow one in float64, its gradient, and all ways in which weights can be wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def heads() -> dict[str, Tensor]:
 
 
 def slow_distance(state: dict[str, Tensor], image: Tensor, target: Tensor) -> Tensor:
-    """LPIPS as its paper writes it: a sum over layers, positions and channels."""
+    """LPIPS as in its paper: a sum over layers, positions and channels."""
     distance: Any = torch.zeros((), dtype=torch.float64)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     pair = [(x.double() - shift[:, None, None]) / scale[:, None, None] for x in (image, target)]
@@ -90,7 +90,7 @@ def test_what_it_is_zero_for_and_that_the_target_is_a_constant(
 
 
 def test_dead_features_have_a_finite_gradient(backbone: dict[str, Tensor], heads: dict[str, Tensor]) -> None:
-    """Where no channel is active the vectors have length 0, whose root has no finite slope."""
+    """Where no channel is active, vectors have length 0, and the root has no finite slope there."""
     dead = {name: torch.full_like(t, -9.0) if "bias" in name else t for name, t in backbone.items()}
     image, target = pictures(1, 16, 16)
     image.requires_grad_()
@@ -112,7 +112,7 @@ def test_autocast_stays_close(dtype: torch.dtype, backbone: dict[str, Tensor], h
 def test_both_ways_of_naming_are_the_same_network(
     backbone: dict[str, Tensor], heads: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """torchvision's names, its classifier included, and those of the package lpips in a file each."""
+    """torchvision's names, including its classifier, and those of the package lpips, in one file each."""
     renamed = {}
     for name, tensor in backbone.items():
         _, number, part = name.split(".")
@@ -146,7 +146,7 @@ def test_heads_come_from_the_installed_package_without_importing_it(
 
 
 def test_torchvision(backbone: dict[str, Tensor], heads: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through its own interface for weights, which downloads and checks them; and where it cannot."""
+    """Through torchvision's own interface for weights, which downloads and checks them. And if it can't."""
 
     class Weights:
         @staticmethod
@@ -213,7 +213,7 @@ def test_images_it_cannot_take(backbone: dict[str, Tensor], heads: dict[str, Ten
 
 
 def test_agrees_with_the_package(backbone: dict[str, Tensor], heads: dict[str, Tensor]) -> None:
-    """The package lpips itself, where it and torchvision can be imported."""
+    """The package lpips itself, if it and torchvision can be imported."""
     package = pytest.importorskip("lpips", reason="pip install lpips, with torchvision", exc_type=ImportError)
     other = package.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     own = {

@@ -1,4 +1,4 @@
-"""The discriminators: their sizes, and every loss against the formulas written out, in float64."""
+"""The discriminators: their sizes, and every loss against the formulas written out in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def clips(seed: int, shape: tuple[int, ...] = (2, 3, 5, 18, 26)) -> Tensor:
 
 
 def written_out(net: PatchDiscriminator, x: Tensor) -> list[Tensor]:
-    """The five blocks by functional operations, batch statistics as means over all but the channels."""
+    """The five blocks with functional operations. Batch statistics are means over everything but channels."""
     conv: Any = F.conv2d if x.dim() == 4 else F.conv3d
     found = []
     for index, block in enumerate(net.blocks):
@@ -40,7 +40,8 @@ def written_out(net: PatchDiscriminator, x: Tensor) -> list[Tensor]:
 
 
 def test_sizes_are_the_release_s() -> None:
-    """Weights and biases of convolutions 3-64-128-256-512-1 of 4^2 and 4^3 taps, two for each normalised channel."""
+    """Weights and biases of convolutions 3-64-128-256-512-1 with 4^2 and 4^3 taps, and two per normalised
+    channel."""
     widths = (3, 64, 128, 256, 512, 1)
     for dims in (2, 3):
         net = PatchDiscriminator(dims)  # type: ignore[arg-type]
@@ -105,11 +106,11 @@ def test_the_layers_are_the_formulas() -> None:
 
 
 def test_the_penalty_is_the_squared_gradient() -> None:
-    """Its value by each clip's gradient on its own, its own gradient by a difference quotient."""
+    """Its value from each clip's own gradient, its own gradient from a difference quotient."""
     nets = Discriminators(2, "none").double()
     real, fake = clips(1), clips(2)
 
-    def share() -> Tensor:  # of the loss; the first gradients of new networks are short
+    def share() -> Tensor:  # of the loss; new networks have short gradients at first
         return nets(real, fake, FRAMES, 2e6).loss - nets(real, fake, FRAMES).loss
 
     expected: Any = 0.0
@@ -144,7 +145,7 @@ def test_spectral_norm_bounds_every_convolution() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_on_a_cpu_leaves_the_gradients_alone(dtype: torch.dtype) -> None:
-    """PyTorch's gradients of 3D convolutions are wrong there in bfloat16."""
+    """PyTorch's gradients of 3D convolutions in bfloat16 are wrong on CPUs."""
     nets = Discriminators(8, "none")
     gradients = []
     for enabled in (False, True):

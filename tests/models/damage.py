@@ -1,4 +1,4 @@
-"""Files damaged at random: what every reader must answer with a reason, or not notice because nothing was lost."""
+"""Files damaged at random. Every reader must give a reason, or not notice because nothing was lost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import random
 
 
 def damaged(content: bytes, generator: random.Random) -> bytes:
-    """Truncated, single bits flipped, a stretch overwritten, zeroed, cut out, repeated, or moved; never `content`."""
+    """Truncated, with single bits flipped, or with a stretch overwritten, zeroed, cut out, repeated or moved.
+    Never `content`."""
     while True:
         data = bytearray(content)
         for _ in range(generator.choice((1, 1, 1, 2, 4))):

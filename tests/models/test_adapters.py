@@ -57,7 +57,7 @@ def adapted(network: str, targets: Any, **options: Any) -> Any:
 @NETWORKS
 @pytest.mark.parametrize("how", ["plain", "checkpointing", "autocast", "pieces", "everything"])
 def test_training(network: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the adapter is trained, and it fits a target; saved and loaded, or merged, it gives the same output."""
+    """Only the adapter is trained, and it fits a target. Saved and loaded, or merged, it gives the same output."""
     if how == "pieces":
         monkeypatch.setattr(recomputed, "PIECE_ON_CPU", 1024)
     base = make(network)
@@ -70,7 +70,8 @@ def test_training(network: str, how: str, tmp_path: Path, monkeypatch: pytest.Mo
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in trained}
     with torch.no_grad():
         target = torch.zeros_like(base(*given).sample)
-        assert_close(model(*given).sample, base(*given).sample, 1e-4)  # a new adapter is nothing; other sums' order
+        # a new adapter changes nothing except the order of sums
+        assert_close(model(*given).sample, base(*given).sample, 1e-4)
     optimizer = torch.optim.Adam(trained.values(), lr=1e-2)
     losses = []
     for _ in range(8):
@@ -89,7 +90,7 @@ def test_training(network: str, how: str, tmp_path: Path, monkeypatch: pytest.Mo
         model.save_pretrained(tmp_path)
         again = peft.PeftModel.from_pretrained(make(network), tmp_path)
         assert torch.equal(again(*given).sample, expected)
-        assert_close(model.merge_and_unload()(*given).sample, expected, 1e-4)  # weights rounded once more
+        assert_close(model.merge_and_unload()(*given).sample, expected, 1e-4)  # weights are rounded once more
         assert not torch.equal(base(*given).sample, expected)
 
 
@@ -112,4 +113,4 @@ def test_an_adapter_gets_the_gradient_of_the_formula(network: str) -> None:
         torch.func.functional_call(merged, changed, tuple(given)).sample.square().sum(), list(factors.values())
     )
     for name, slope, truth in zip(trained, slopes, expected, strict=True):
-        assert_close(slope, truth, 1e-5, name)  # the statistics of the norms are float32
+        assert_close(slope, truth, 1e-5, name)  # the norms' statistics are float32

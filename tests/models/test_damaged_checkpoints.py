@@ -1,4 +1,4 @@
-"""Readers of checkpoints on damaged and planted files: tensors as they were saved or one sentence, nothing is run."""
+"""Damaged and malicious checkpoints give the saved tensors or one sentence. Nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from pvdm_fast.models import Autoencoder, Denoiser, release
 from pvdm_fast.models.release import CheckpointError
 from pvdm_fast.training import checkpoint
 
-FEW, MANY = 25, 600  # damaged files of each kind, of which there are five
-LONGEST = 10  # seconds that a reader may take: a thousand times what it takes
+FEW, MANY = 25, 600  # damaged files of each of five kinds
+LONGEST = 10  # seconds that a reader may take: a thousand times the usual
 SIZES: dict[str, Any] = dict(
     frames=2, height=8, width=8, patch_size=4, channels=8, depth=1, num_heads=1, head_dim=8, projection_depth=1,
     projection_hidden=8,
@@ -71,7 +71,7 @@ def same_form(first: State, second: State) -> bool:
 
 
 def outcome(read: Callable[[], State], right: Callable[[State], bool]) -> str:
-    """ "read" or "refused"; anything else is a failure."""
+    """ "read" or "refused". Anything else is a failure."""
     with time_limit():
         try:
             state = read()
@@ -83,7 +83,7 @@ def outcome(read: Callable[[], State], right: Callable[[State], bool]) -> str:
 
 
 def rezipped(content: bytes, generator: random.Random) -> bytes:
-    """A torch.save archive whose pickle is damaged, all checksums right: what damage by design looks like."""
+    """A torch.save archive with a damaged pickle but correct checksums, as from deliberate damage."""
     source, target = zipfile.ZipFile(io.BytesIO(content)), io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for entry in source.infolist():
@@ -101,7 +101,7 @@ def fuzz_archives(folder: Path, number: int, change: Callable[[bytes, random.Ran
     state, path, generator = autoencoder().state_dict(), folder / "model.pth", random.Random(number)
     torch.save(state, path)
     whole, counts = path.read_bytes(), {"read": 0, "refused": 0}
-    # a pickle that is damaged by design can name any tensors: it must load as it stands or be refused, no more
+    # a deliberately damaged pickle can name any tensors: it must load as it stands or be refused
     right = (lambda found: same(found, state)) if change is damaged else (lambda found: True)
     for _ in range(number):
         path.write_bytes(change(whole, generator))
@@ -112,7 +112,7 @@ def fuzz_archives(folder: Path, number: int, change: Callable[[bytes, random.Ran
 
 
 def fuzz_safetensors(folder: Path, number: int) -> dict[str, int]:
-    """The format has no checksum: values can change unseen, names, shapes and dtypes of the model cannot."""
+    """The format has no checksum, so values can change unnoticed. Names, shapes and dtypes of the model can't."""
     torch.manual_seed(0)
     model = Denoiser(**UNET)
     state, path, generator = model.state_dict(), folder / "model.safetensors", random.Random(number)
@@ -132,7 +132,8 @@ def fuzz_safetensors(folder: Path, number: int) -> dict[str, int]:
 
 
 def fuzz_model_folders(folder: Path, number: int) -> dict[str, int]:
-    """With checksums nothing passes, without them values can; but a missing tensor is never drawn at random instead."""
+    """With checksums nothing passes. Without them values can change, but a missing tensor is never initialised
+    randomly."""
     model, generator, counts = autoencoder(), random.Random(number), {"read": 0, "refused": 0}
     state = model.state_dict()
     model.save_pretrained(folder)
@@ -154,7 +155,7 @@ def fuzz_model_folders(folder: Path, number: int) -> dict[str, int]:
 
 
 def fuzz_training_checkpoints(folder: Path, number: int) -> dict[str, int]:
-    """The one before is used, and it says so; the newest only where nothing in it was changed."""
+    """Uses the checkpoint before, and says so. The newest one is used only if nothing in it was changed."""
     generator, counts = random.Random(number), {"read": 0, "refused": 0}
     states = {step: {"step": step, "model": {"weight": torch.full((40,), float(step))}} for step in (1, 2)}
     for step, state in states.items():
@@ -246,7 +247,7 @@ def test_planted_calls_are_not_run(where: str, tmp_path: Path) -> None:
 
 
 def test_every_bit_of_a_training_checkpoint_is_watched(tmp_path: Path) -> None:
-    """One flip in every 37th byte of the state, and in every byte of the note."""
+    """One bit flip in every 37th byte of the state, and in every byte of the note."""
     path = checkpoint.save(tmp_path, "autoencoder", 1, {"weight": torch.arange(30)})
     for name, stride in ((checkpoint.STATE, 37), (checkpoint.NOTE, 1)):
         whole = (path / name).read_bytes()
@@ -272,7 +273,7 @@ def test_notes_that_are_none(note: bytes, tmp_path: Path) -> None:
 
 
 def test_tensors_of_another_kind_are_refused(tmp_path: Path) -> None:
-    """Copied into a model they would be converted in silence."""
+    """Copied into a model, they would be converted silently."""
     for number, tensor in enumerate(
         (torch.zeros(2, dtype=torch.int32), torch.zeros(2).to_sparse(), torch.ones(2) * 1j)
     ):

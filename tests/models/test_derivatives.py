@@ -1,6 +1,6 @@
 """Derivatives of whole networks: tangents, Hessian-vector products, gradient penalties, gradients of each sample.
 
-Linear layers by oneDNN and steps cut into pieces are made to take part, small as these networks are.
+Linear layers through oneDNN and steps in pieces are forced to take part, though these networks are small.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.nn import linear, recomputed
 
-# Groups of the norms hold some tens of values: of two they would be +1 and -1 wherever they are, and the slopes where
-# they change places as steep as 1e8.
+# Groups of the norms hold some tens of values. With two, the values would always be +1 and -1, with slopes of 1e8 where
+# they change places.
 UNET: dict[str, Any] = dict(
     time=4, height=6, width=8, model_channels=64, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2],
     num_heads=2,
@@ -40,7 +40,7 @@ def _everything_takes_part(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(recomputed, "PIECE_ON_CPU", 1 << 12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*torch.jit.*")  # of PyTorch's own rules for forward mode
+        warnings.filterwarnings("ignore", message=".*torch.jit.*")  # from PyTorch's own rules for forward mode
         yield
 
 
@@ -71,7 +71,7 @@ def test_tangent(name: str) -> None:
 
 
 def slope(run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """The gradient of a scalar at x, of x and all parameters, to be differentiated again."""
+    """The gradient of a scalar at x, for x and all parameters. It can be differentiated again."""
     y = run(x)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
     return list(torch.autograd.grad((weights * y.square()).sum(), [x, *parameters], create_graph=True))
@@ -80,7 +80,7 @@ def slope(run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]) 
 @both
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradient_penalty(name: str, checkpointed: bool) -> None:
-    """Every parameter gets a gradient, the right one."""
+    """Every parameter gets a gradient, and the right one."""
 
     def penalty(dtype: torch.dtype) -> dict[str, Tensor]:
         model, run, x, _ = network(name, dtype)
@@ -107,7 +107,7 @@ def test_gradient_penalty(name: str, checkpointed: bool) -> None:
 
 @both
 def test_hessian_vector_product(name: str) -> None:
-    """Of all parameters and the input together; in float64 against a difference quotient of gradients."""
+    """For all parameters and the input together. In float64 against a difference quotient of gradients."""
 
     def product(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Callable[[float], list[Tensor]]]:
         model, run, x, v = network(name, dtype)

@@ -1,4 +1,4 @@
-"""Blocks and whole networks against the values of the authors' release, outputs and gradients, in float32."""
+"""Blocks and whole networks against values of the authors' release: outputs and gradients, in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pvdm_fast.nn import PlaneAttention, ResidualBlock
 
 
 def check_gradients(case: GoldenCase, module: nn.Module, inputs: dict[str, Tensor], tolerance: float) -> None:
-    """Every gradient that the case holds, whole or as its norm."""
+    """Compares every gradient in the case, complete or as its norm."""
     parameters = dict(module.named_parameters())
     checked = 0
     for name, expected in case.tensors.items():

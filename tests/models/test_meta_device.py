@@ -1,4 +1,4 @@
-"""Models made without memory, emptied, moved and copied: what no file holds is right all the same."""
+"""Models that are made without memory, emptied, moved and copied: buffers that aren't in files are still right."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def on_meta(model: Any) -> Any:
 
 
 def emptied(model: Any) -> Any:
-    """Whatever was in memory before stands in the model."""
+    """Leaves random memory contents in the model."""
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(7)
@@ -83,7 +83,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 def test_ways_of_making_a_model(network: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     like = make(network)
     expected = run(like)
-    empty_like = torch.empty_like  # to_empty's; what memory holds is up to chance
+    empty_like = torch.empty_like  # to_empty uses it; the contents of its memory are random
     monkeypatch.setattr(torch, "empty_like", lambda t, **options: empty_like(t, **options).fill_(7))
     model = WAYS[way](like)
     assert torch.equal(run(model), expected)
@@ -94,7 +94,8 @@ def test_ways_of_making_a_model(network: str, way: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("network", ["autoencoder", "denoiser"])
 def test_made_on_a_device(network: str) -> None:
-    """All of it is there, what no file holds too: on another device it would fail in the first forward pass."""
+    """Everything is on the device, including buffers that aren't in files. Otherwise the first forward pass would
+    fail."""
     model = on_meta(make(network))
     assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
     plain = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
@@ -102,7 +103,7 @@ def test_made_on_a_device(network: str) -> None:
 
 
 def test_moving_a_model_says_nothing_untrue(caplog: pytest.LogCaptureFixture) -> None:
-    """Diffusers warns of an empty list of modules that should stay float32."""
+    """diffusers warns about an empty list of modules that should stay float32."""
     from diffusers.utils import logging as diffusers_logging
 
     logger = diffusers_logging.get_logger("diffusers.models.modeling_utils")
@@ -119,7 +120,7 @@ def test_moving_a_model_says_nothing_untrue(caplog: pytest.LogCaptureFixture) ->
 
 @pytest.mark.parametrize("tables", [time_rotation, lambda n, *rest: space_rotation(n, 5, *rest)])
 def test_tables_of_float64_models_are_float64(tables: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    """sin^2 + cos^2 = 1 to float64's precision, and float32 tables are as they were."""
+    """sin^2 + cos^2 = 1 to float64's precision, and float32 tables are unchanged."""
     sin, cos = tables(7, 16, None, torch.float64)
     assert sin.dtype == torch.float64
     assert (sin.square() + cos.square() - 1).abs().max() < 1e-15
@@ -140,7 +141,7 @@ def test_the_embedding_of_time_in_float64() -> None:
 
 
 def test_a_float64_autoencoder_is_float64() -> None:
-    """A change of the weights by 1e-10 changes the output by about as much, not by float32's roundings."""
+    """Changing the weights by 1e-10 changes the output by about as much, not by float32 roundings."""
     model = make("autoencoder").double()
     with use_backend("reference"):
         before = run(model)

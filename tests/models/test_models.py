@@ -24,7 +24,7 @@ UNET: dict[str, Any] = dict(
 
 
 def randomised(model: nn.Module) -> Any:
-    """The zero-initialised layers filled too, so that everything takes part."""
+    """Fills the zero-initialised layers too, so that everything takes part."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,7 +98,7 @@ def gradients(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["autoencoder", "denoiser"])
 def test_checkpointing_keeps_autocast(kind: str) -> None:
-    """Recomputed under the same autocast: the gradients are the same to the bit."""
+    """Recomputes under the same autocast: the gradients are bit-identical."""
     if kind == "autoencoder":
         model: Any = Autoencoder(**AE)
         inputs = (torch.rand(1, 3, 3, 20, 28),)
@@ -124,7 +124,7 @@ def test_bfloat16_end_to_end(kind: str) -> None:
     exact = model(*inputs, *rest).sample
     low = model.to(torch.bfloat16)(*[i.bfloat16() for i in inputs], *rest).sample
     assert low.dtype == torch.bfloat16
-    assert_close(low, exact, 5e-2)  # dozens of roundings to 8 bits, one after the other
+    assert_close(low, exact, 5e-2)  # dozens of roundings to 8 bits in a row
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "denoiser"])
@@ -169,7 +169,7 @@ def test_inputs_that_do_not_fit() -> None:
 
 
 def test_learned_positions_tell_places_and_planes_apart() -> None:
-    """With them, tokens that hold the same values differ, in the order of the packed planes; and they are trained."""
+    """With them, tokens with the same values differ, in the order of the packed planes. And they are trained."""
     model = Denoiser(**UNET, positions=True)
     vectors = model.position_vectors
     assert vectors is not None
@@ -188,7 +188,7 @@ def test_learned_positions_tell_places_and_planes_apart() -> None:
 
 
 def weigh_full_size(model: Autoencoder) -> int:
-    """Bytes kept for the backward pass of one clip of 16 x 256 x 256; shapes alone are run."""
+    """Bytes kept for the backward pass of one clip of 16 x 256 x 256. Only shapes are run."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.load_state_dict({name: torch.empty(t.shape) for name, t in model.state_dict().items()}, assign=True)
         video = torch.empty(1, 3, 16, 256, 256, requires_grad=True)
@@ -197,7 +197,7 @@ def weigh_full_size(model: Autoencoder) -> int:
 
 @pytest.mark.slow
 def test_memory_of_the_full_size_autoencoder() -> None:
-    """3.0 GiB, the release's own code 23.1; 1.3 GiB where every layer is computed again."""
+    """3.0 GiB, against 23.1 of the release's own code. 1.3 GiB if every layer is recomputed."""
     with torch.device("meta"):
         model = Autoencoder.from_preset("base")
     stored = weigh_full_size(model)

@@ -1,4 +1,4 @@
-"""Every module of both networks counts: hooked, replaced, parametrized or adapted, it changes outputs and gradients."""
+"""Every module of both networks counts: hook, replace, parametrize or adapt it, and the results change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = dict(frames=2, height=8, width=12, patch_size=4, channel
 
 @functools.cache
 def built(name: str) -> nn.Module:
-    """A small network with every kind of module, nothing of it zero."""
+    """A small network with every kind of module, and no zeros."""
     torch.manual_seed(0)
     if name == "autoencoder":
         model: Any = Autoencoder(**SIZES, projection_depth=2, projection_hidden=48)
@@ -59,13 +59,13 @@ def gradients(model: nn.Module) -> list[Tensor | None]:
 
 
 def callable_modules(model: nn.Module) -> list[str]:
-    """All but containers and tables of constants, which nothing in PyTorch calls either, and the model itself."""
+    """All except the model itself, containers and tables of constants. PyTorch doesn't call those either."""
     modules = model.named_modules()
     return [name for name, m in modules if name and type(m).forward is not nn.Module.forward]
 
 
 NETWORKS = pytest.mark.parametrize("network", ["autoencoder", "denoiser"])
-# The three projections to planes are alike: one of them stands for all.
+# The three projections to planes are alike, so one of them stands for all.
 EVERY = pytest.mark.parametrize(
     ("network", "name"),
     [
@@ -124,7 +124,8 @@ def test_a_forward_hook(
 
 @EVERY
 def test_a_forward_pre_hook(network: str, name: str, outputs: dict[str, Tensor]) -> None:
-    """Each gets tensors, and what it makes of them is what the module sees (a norm sees no factor, but a slope)."""
+    """Each hook gets tensors, and the module sees what the hook makes of them. (A norm doesn't see a factor, but
+    it sees a slope.)"""
     model = make(network)
 
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -144,7 +145,7 @@ def test_a_forward_pre_hook(network: str, name: str, outputs: dict[str, Tensor])
 
 @EVERY
 def test_a_backward_hook(network: str, name: str, gradient_of: dict[str, list[Tensor | None]]) -> None:
-    """Of every module, the full backward hook is given the gradients and its answer is taken."""
+    """Every module's full backward hook gets the gradients, and its answer is used."""
     model, called = make(network), []
 
     def hook(module: nn.Module, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -180,7 +181,8 @@ def test_a_forward_of_its_own(network: str, outputs: dict[str, Tensor]) -> None:
 
 
 class Wrapper(nn.Module):
-    """What adapters and quantisation put in a layer's place: a module of another class, called with the input alone."""
+    """What adapters and quantisation put in a layer's place: a module of another class, called with only the
+    input."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -204,7 +206,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @NETWORKS
 def test_a_wrapper_in_place_of_each_layer(network: str) -> None:
-    """The inner layer is called as PyTorch calls it (pictures for convolutions), and gives the same values."""
+    """The inner layer is called as PyTorch calls it (with images for convolutions), and gives the same values."""
     model = make(network).double()
     expected = run(model).detach()
     for name, layer in layers(model):
@@ -212,13 +214,13 @@ def test_a_wrapper_in_place_of_each_layer(network: str) -> None:
         expect_change(model, expected)
         replace(model, name, Same(layer))
         with torch.no_grad():
-            assert_close(run(model), expected, 1e-6, name)  # the statistics of the norms are float32
+            assert_close(run(model), expected, 1e-6, name)  # the norms' statistics are float32
         replace(model, name, layer)
 
 
 @NETWORKS
 def test_hooks_of_all_modules(network: str) -> None:
-    """One for all modules sees every one of them."""
+    """A global hook sees every module."""
     model, seen = make(network), set()
     handle = nn.modules.module.register_module_forward_hook(lambda module, i, o: seen.add(id(module)))
     try:
@@ -232,14 +234,14 @@ def test_hooks_of_all_modules(network: str) -> None:
 @NETWORKS
 @pytest.mark.parametrize("pieces", [False, True])
 def test_called_layers_compute_the_same(network: str, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hook that does nothing, on everything: the same values and gradients, with and without checkpointing."""
+    """With a hook that does nothing on everything: the same values and gradients, with and without checkpointing."""
     model = make(network).double()
     expected, slopes = run(model).detach(), gradients(model)
     for name in callable_modules(model):
         model.get_submodule(name).register_forward_hook(lambda module, inputs, output: None)
     if pieces:
         monkeypatch.setattr(recomputed, "PIECE_ON_CPU", 1024)
-    assert_close(run(model), expected, 1e-6)  # the statistics of the norms are float32
+    assert_close(run(model), expected, 1e-6)  # the norms' statistics are float32
     for _ in range(2):
         assert_close(flat(gradients(model)), flat(slopes), 1e-5)
         model.enable_gradient_checkpointing()
@@ -251,7 +253,7 @@ def flat(gradients: list[Tensor | None]) -> Tensor:
 
 @NETWORKS
 def test_parametrized_and_normed_weights(network: str, outputs: dict[str, Tensor]) -> None:
-    """Parametrizations, weight norm, the old weight norm, pruning: each on every layer that has such a weight."""
+    """Parametrizations, weight norm, the old weight norm, and pruning, each on every layer with such a weight."""
     changes: dict[str, Callable[[nn.Module], Any]] = {
         "parametrization": lambda m: parametrize.register_parametrization(m, "weight", Twice()),
         "spectral norm": lambda m: parametrizations.spectral_norm(m),
@@ -276,7 +278,7 @@ class Twice(nn.Module):
 
 @NETWORKS
 def test_layers_built_otherwise(network: str, outputs: dict[str, Tensor]) -> None:
-    """PyTorch's own layers with other options: a bias more or less, padding that isn't zeros."""
+    """PyTorch's own layers with other options: with or without a bias, and with other padding than zeros."""
     for name, layer in layers(built(network)):
         model = make(network)
         if isinstance(layer, nn.Linear):
@@ -294,7 +296,7 @@ def test_layers_built_otherwise(network: str, outputs: dict[str, Tensor]) -> Non
 
 @NETWORKS
 def test_quantised_layers(network: str, outputs: dict[str, Tensor]) -> None:
-    """PyTorch's dynamic int8 takes the place of every nn.Linear; the output stays near."""
+    """PyTorch's dynamic int8 replaces every nn.Linear. The output stays close."""
     model = make(network)
     kinds = {nn.Linear: torch.ao.quantization.default_dynamic_qconfig}
     for name, layer in layers(model):
@@ -315,7 +317,8 @@ def test_quantised_layers(network: str, outputs: dict[str, Tensor]) -> None:
 
 @NETWORKS
 def test_offloaded_by_accelerate_and_cast_by_diffusers(network: str, outputs: dict[str, Tensor]) -> None:
-    """Weights that are on the meta device between calls; weights that are stored in 8 bits and cast for each call."""
+    """Weights that are on the meta device between calls, and weights that are stored in 8 bits and cast at each
+    call."""
     from accelerate import cpu_offload
 
     model = make(network)
@@ -378,7 +381,7 @@ def test_what_is_plain() -> None:
 
 
 class Special(Tensor):
-    """A class of tensors of its own."""
+    """A tensor subclass."""
 
     @staticmethod
     def __new__(cls, values: Tensor) -> Special:

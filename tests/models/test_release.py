@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 
 def autoencoder_state() -> State:
-    """With the buffers that the release's own state dict has."""
+    """With the buffers of the release's own state dict."""
     buffers = {
         "coords": torch.linspace(-1, 1, 16)[:, None],
         **{

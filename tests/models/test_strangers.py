@@ -1,4 +1,4 @@
-"""Checkpoints that are small and claim to be large, or list things over and over: refused before memory is taken."""
+"""Checkpoints that are small but claim to be large, or repeat entries endlessly: refused before they take memory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from pvdm_fast.models import Autoencoder, Denoiser, release
 from pvdm_fast.models.release import CheckpointError
 from pvdm_fast.training import checkpoint
 
-MORE = 1 << 30  # bytes of memory that a refusal may not take
+MORE = 1 << 30  # bytes of memory; a refusal must take less
 SECONDS = 20
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Fails where the block takes a gigabyte more, or long."""
+    """Fails if the block takes a gigabyte more, or too long."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages + MORE, before[1]))
@@ -64,7 +64,7 @@ def test_a_storage_that_claims_more_than_its_entry_is_never_read_beyond_the_file
     with zipfile.ZipFile(tmp_path / "a.pth") as source, zipfile.ZipFile(tmp_path / "b.pth", "w") as target:
         for entry in source.infolist():
             content = source.read(entry)
-            # the number of values, 64, and the size stand in the pickle as BININT1
+            # the pickle holds the number of values, 64, and the size as BININT1
             content = content.replace(b"K\x40", b"J\x00\x00\x00\x40") if entry.filename.endswith(".pkl") else content
             target.writestr(entry.filename, content)
     with bounded(), pytest.raises(CheckpointError):
@@ -74,7 +74,7 @@ def test_a_storage_that_claims_more_than_its_entry_is_never_read_beyond_the_file
 def test_a_part_that_is_listed_over_and_over(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(250_000)}, tmp_path / "a.pth")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the duplicate names
+        warnings.simplefilter("ignore")  # about the duplicate names
         with zipfile.ZipFile(tmp_path / "a.pth", "a") as archive:
             largest = max(archive.infolist(), key=lambda entry: entry.file_size)
             archive.filelist += [largest] * 60_000

@@ -23,7 +23,7 @@ def block() -> TriplaneAttention:
 
 
 def plain(block: TriplaneAttention, x: Tensor) -> Tensor:
-    """The formula with PyTorch's own modules; x: (B, C, N)."""
+    """The formula with PyTorch's own modules. x: (B, C, N)."""
     batch, channels, tokens = x.shape
     normed = F.group_norm(x, 32, block.norm.weight, block.norm.bias)
     qkv = block.qkv(normed).reshape(batch * block.num_heads, -1, tokens)
@@ -88,7 +88,7 @@ def test_autocast_and_half_precision(block: TriplaneAttention) -> None:
         assert_close(block(x), exact, 1e-2)  # three roundings to bfloat16 (4e-3 each) on the way
     low = block.to(torch.bfloat16)(x.bfloat16())
     assert low.dtype == torch.bfloat16
-    assert_close(low, exact, 1.5e-2)  # the same, and the parameters and the input rounded
+    assert_close(low, exact, 1.5e-2)  # the same, with rounded parameters and input
 
 
 def test_compiles_to_one_graph(block: TriplaneAttention) -> None:

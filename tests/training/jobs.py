@@ -1,4 +1,4 @@
-"""Jobs of several processes on this machine, joined by Gloo: forked from one process that has imported everything."""
+"""Jobs of several processes on this machine, joined by Gloo and forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def free_port() -> int:
 def start_job(
     arguments: Sequence[str], log: Path, world: int = 2, before: Callable[[], None] | None = None
 ) -> list[ForkServerProcess]:
-    """``pvdm_fast.train`` in ``world`` processes; each writes what it prints to ``log`` with its rank appended.
+    """Starts ``pvdm_fast.train`` in ``world`` processes. Each writes its output to ``log`` with its rank appended.
 
-    ``before`` is called in each of them first.
+    Each of them calls ``before`` first.
     """
     port = free_port()
     processes = []
@@ -55,7 +55,8 @@ def _run(arguments: list[str], log: Path, environment: dict[str, str], before: C
 
 
 def finish(processes: Sequence[ForkServerProcess], seconds: float = 300) -> list[int | None]:
-    """Wait for the processes to end; their exit codes, negative for a signal. None is one that had to be killed."""
+    """Waits for the processes to end. Returns exit codes, negative for a signal. None means that it had to be
+    killed."""
     codes: list[int | None] = []
     for process in processes:
         process.join(seconds)
@@ -66,7 +67,7 @@ def finish(processes: Sequence[ForkServerProcess], seconds: float = 300) -> list
 
 
 def run_job(arguments: Sequence[str], log: Path, world: int = 2, before: Callable[[], None] | None = None) -> str:
-    """Run a job that must succeed; returns what its main process printed."""
+    """Runs a job that must succeed. Returns its main process's output."""
     codes = finish(start_job(arguments, log, world, before))
     texts = [log.with_name(f"{log.name}{rank}").read_text() for rank in range(world)]
     assert codes == [0] * world, "\n".join(texts)

@@ -1,4 +1,4 @@
-"""Commands as processes that can be killed at a chosen moment, forked from one that has imported everything."""
+"""Commands as processes that can be killed at a chosen moment. They fork from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = {"train": "pvdm_fast.train", "sample": "pvdm_fast.sample"}
 
 @dataclass(frozen=True)
 class Moment:
-    """When to die by SIGKILL: after so many CPU seconds, or before the n-th change to files under `folder`."""
+    """When to die by SIGKILL: after so many CPU seconds, or before the n-th change to files in `folder`."""
 
     cpu: float = float("inf")
     change: int = -1
@@ -32,7 +32,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Life:
-    """How a process ended: its exit code (-9: killed), CPU seconds, changes made to files, and what it printed."""
+    """How a process ended: its exit code (-9: killed), CPU seconds, number of changes to files, and output."""
 
     code: int
     cpu: float
@@ -65,7 +65,8 @@ def _live(command: str, arguments: list[str], folder: str, moment: Moment, file_
 
 
 def _context() -> Any:
-    """The process to fork from finds lives_preload by PYTHONPATH: not every Python hands it this one's sys.path."""
+    """The process to fork from finds lives_preload through PYTHONPATH, because not every Python passes on
+    sys.path."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.lives_preload"])
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1"):
@@ -74,7 +75,7 @@ def _context() -> Any:
 
 
 def _open_log(path: Path) -> int:
-    """A pipe with a name: limits of files don't hold for it, and it takes all that a short run prints."""
+    """A named pipe: file size limits don't apply to it, and it holds all output of a short run."""
     path.unlink(missing_ok=True)
     os.mkfifo(path)
     log = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -91,12 +92,12 @@ def live(
     file_limit: int = -1,
     record: Path | None = None,
 ) -> Life:
-    """Run a command in a process of its own until its end, or until `moment`.
+    """Run a command in a separate process until its end, or until `moment`.
 
     Args:
-        folder: whose files are watched.
-        file_limit: bytes that a file can grow to: past them a write fails.
-        record: where the process writes its log and record; beside the folder if not given.
+        folder: its files are watched.
+        file_limit: largest file size in bytes. Writes beyond it fail.
+        record: where the process writes its log and record. The default is next to the folder.
     """
     written = record or folder.with_name(f"{folder.name}.life")
     written.unlink(missing_ok=True)
@@ -120,7 +121,7 @@ def live(
 
 
 def cpu_seconds(process: int) -> float:
-    """Of a process that may have ended."""
+    """CPU seconds of a process that may have ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""What every process of lives.py needs, imported once in the process that they are forked from."""
+"""What every process of lives.py needs, imported once in the process that they fork from."""
 
 import accelerate
 import av

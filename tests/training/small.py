@@ -1,4 +1,4 @@
-"""Runs small enough for tests: shared command lines and helpers."""
+"""Runs that are small enough for tests: shared command lines and helpers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = shlex.split("""
 
 
 def steps(number: int) -> list[str]:
-    """Both stages, this many steps each."""
+    """Options for this many steps of both stages."""
     return ["--autoencoder-steps", str(number), "--diffusion-steps", str(number)]
 
 
@@ -48,7 +48,7 @@ def same_weights(first: Path, second: Path, model: str) -> bool:
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    """``python -m pvdm_fast.train`` in a process of its own."""
+    """``python -m pvdm_fast.train`` in a separate process."""
     return subprocess.Popen(
         [sys.executable, "-m", "pvdm_fast.train", *arguments],
         stdout=subprocess.PIPE,
@@ -63,7 +63,7 @@ def checkpoint_names(run: Path) -> list[str]:
 
 
 def wait_for(condition: Callable[[], bool], process: object, seconds: float = 300) -> None:
-    """Until ``condition`` holds, while the process runs."""
+    """Waits until ``condition`` holds while the process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the run did not get going"

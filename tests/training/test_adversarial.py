@@ -1,4 +1,4 @@
-"""The autoencoder's second phase: its gradients, nothing changed before it starts, resuming, precision, mistakes."""
+"""The autoencoder's second phase: its gradients, nothing changes before it starts, resuming, precision, mistakes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def make_stage(lpips: Path | None = None, **adversarial: Any) -> SecondPhaseStag
 
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_gradients_are_those_of_the_written_out_loss(adaptive: bool, lpips_file: Path) -> None:
-    """L2 x 16 + LPIPS x 4 + weight x ratio x (hinge + matching x 4), differentiated in one piece."""
+    """L2 x 16 + LPIPS x 4 + weight x ratio x (hinge + matching x 4), differentiated at once."""
     stage = make_stage(lpips_file, adaptive=adaptive, weight=0.7)
     assert stage.adversary is not None and stage.lpips is not None
     model, video = stage.model, torch.rand(2, 3, 4, 16, 24) * 2 - 1
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_the_written_out_loss(adaptive: bool, lpips_file:
 
 
 def test_discriminators_learn_from_every_batch_and_are_clipped_to_1() -> None:
-    """Two batches by halves are their mean; a gradient longer than 1 is shortened, each network's on its own."""
+    """Two half batches give their mean. A gradient longer than 1 is shortened, for each network separately."""
     stage = make_stage()
     adversary = stage.adversary
     assert adversary is not None
@@ -136,7 +136,7 @@ def test_discriminators_learn_from_every_batch_and_are_clipped_to_1() -> None:
 
 
 def test_until_it_starts_nothing_is_different(finished: Path, uninterrupted: Path) -> None:
-    """The same losses and weights, bit for bit, as of a run that knows nothing of it."""
+    """Losses and weights are bit-identical to those of a run without this phase."""
     assert losses(uninterrupted, "autoencoder")[:3] == losses(finished, "autoencoder")[:3]
     assert losses(uninterrupted, "autoencoder")[3:] != losses(finished, "autoencoder")[3:]
     for record in records(uninterrupted)[:8]:
@@ -147,7 +147,7 @@ def test_until_it_starts_nothing_is_different(finished: Path, uninterrupted: Pat
 
 @pytest.mark.parametrize("stop", [2, 5])
 def test_resuming_is_going_on(stop: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before or after the start: discriminators and their optimizer continue exactly."""
+    """Killed before or after the start, discriminators and their optimizer continue exactly."""
     run = tmp_path / "run"
     original = trainer.Trainer.train_step
 

@@ -1,4 +1,4 @@
-"""The second phase in two processes: the gradients and weights of one process with the same global batch."""
+"""The second phase in two processes has the gradients and weights of one process with the same global batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VIDEO = (4, 3, 4, 16, 24)
 
 
 def one_step(folder: Path) -> None:
-    """Loss, gradients, a discriminator step, and what it is recorded as; saved by the first process."""
+    """Loss, gradients, a discriminator step, and its record. The first process saves them."""
     stage = make_stage(norm="spectral", r1=0.1)
     accelerator = stage.accelerator
     share = Share(accelerator.process_index, accelerator.num_processes)

@@ -1,4 +1,4 @@
-"""The adversarial phase on real clips: nothing diverges, the reconstruction holds, no side wins."""
+"""The adversarial phase on real clips: nothing diverges, the reconstruction stays good, no side wins."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMMON = shlex.split("""
 
 @pytest.fixture(scope="session")
 def films(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """50 frames of each clip at 64 x 64, as pictures: decoding the films takes longer than the training."""
+    """50 frames of each clip at 64 x 64, as pictures: decoding videos would take longer than training."""
     folder, number = tmp_path_factory.mktemp("films"), 0
     for split in ("train", "test"):
         dataset = open_dataset(str(clips), frames=50, height=64, width=64, split=split)
@@ -44,7 +44,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def check(run: Path, start: int, margin: float, span: int) -> None:
-    """Compare the last ``span`` steps with those before ``start``, and the held-out PSNR with that at ``start``."""
+    """Compares the last ``span`` steps with those before ``start``, and the held-out PSNR with that at ``start``."""
     steps = [record for record in records(run) if "loss" in record]
     before, after = steps[start - span : start], steps[start:]
     for record in after:
@@ -73,7 +73,7 @@ def test_a_few_steps(norm: str, films: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def without(films: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1500 steps without discriminators, the state after 1200 kept."""
+    """1500 steps without discriminators, with the state after 1200 kept."""
     run = tmp_path_factory.mktemp("without") / "run"
     options = shlex.split("""--height 64 --width 64 --autoencoder-channels 64 --autoencoder-steps 1500 --save-every 1200
         --preview-every 1200 --adversarial-channels 16""")
@@ -84,7 +84,7 @@ def without(films: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("norm", ["batch", "spectral"])
 def test_300_steps_after_1200(norm: str, without: Path, tmp_path: Path) -> None:
-    """The last 300 steps of a run again, from its state after 1200, with discriminators."""
+    """Repeats the last 300 steps of a run from its state after 1200, with discriminators."""
     run = tmp_path / "run"
     shutil.copytree(without, run)
     shutil.rmtree(run / "checkpoints" / "autoencoder-step-0001500")

@@ -1,4 +1,4 @@
-"""The diffusion stage on cached latents: the training it would do on the videos, and only with their autoencoder."""
+"""The diffusion stage on cached latents trains as on the videos, and only with the same autoencoder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def diffusion(run: Path, autoencoder: Path, data: str | Path) -> int:
 
 @pytest.mark.slow
 def test_training_equals_training_on_the_videos(trained: Path, latents: Path, tmp_path: Path) -> None:
-    """The same losses, gradient norms and held-out loss, up to the rounding of batches of other sizes."""
+    """Losses, gradient norms and held-out loss are equal, except for rounding with other batch sizes."""
     assert diffusion(tmp_path / "a", trained, "synthetic:shapes") == 0
     assert diffusion(tmp_path / "b", trained, latents) == 0
     on_videos, on_latents = (losses(tmp_path / name, "diffusion") for name in "ab")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, the newest good ones kept, damage found."""
+"""Checkpoints are complete or absent, the newest good ones are kept, and damage is found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classes, from the names of files to samples that follow them."""
+"""Classes, from file names to samples that follow them."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def brightness(video: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_samples_follow_the_class_they_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips of one class are dark, of the other bright: after training, so are the samples of each, and without a class
-    both kinds come."""
+    """Clips of one class are dark, those of the other bright. After training, so are each class's samples.
+
+    Without a class, both kinds appear.
+    """
     stage = make_stage()
     monkeypatch.setattr(stage, "_encode", brightness)
     optimizer = torch.optim.AdamW(stage.model.parameters(), lr=3e-3)
@@ -89,7 +91,7 @@ def test_a_share_of_the_labels_is_dropped_in_training_only() -> None:
 
 
 def test_without_classes_nothing_is_drawn_or_passed() -> None:
-    """The loss of a default model is the same with and without names: labels draw no random numbers."""
+    """A default model's loss is the same with and without names, because labels draw no random numbers."""
     stage = DiffusionStage(make_config({}), Autoencoder(**AUTOENCODER), Denoiser(**SIZES))
     video = torch.rand(2, 3, 4, 8, 8)
     losses = [
@@ -102,7 +104,8 @@ def test_without_classes_nothing_is_drawn_or_passed() -> None:
 def test_the_embedding_of_none_is_the_default() -> None:
     model = Denoiser(**SIZES, num_classes=2)
     torch.nn.init.normal_(model.out["2"].weight, std=0.1)
-    for module in model.modules():  # second convolutions begin with zeros: filled, so that the embedding shows
+    # second convolutions start with zeros; they are filled so that the embedding matters
+    for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -127,7 +130,7 @@ def test_what_does_not_fit() -> None:
 
 @pytest.mark.slow
 def test_it_compiles_to_one_graph_and_samples_the_same() -> None:
-    """With classes, positions and the prediction v, by the pass that sampling takes."""
+    """With classes, positions and prediction v, by the pass that sampling takes."""
     torch._dynamo.reset()
     model = Denoiser(**SIZES, positions=True, prediction="v", num_classes=2).eval()
     torch.nn.init.normal_(model.out["2"].weight, std=0.1)
@@ -142,7 +145,7 @@ def test_it_compiles_to_one_graph_and_samples_the_same() -> None:
 
 
 def test_classes_are_numbered_as_ucf_101_does(tmp_path: Path) -> None:
-    """Hammering before HammerThrow: alphabetical order regardless of case."""
+    """Hammering before HammerThrow: alphabetical, ignoring case."""
     for label in ("YoYo", "HammerThrow", "Hammering", "Archery"):
         (tmp_path / label).mkdir()
         for group in (1, 2):

@@ -1,4 +1,4 @@
-"""Disks that are full or cannot be written, and clocks that jump: one sentence, nothing lost, and the run goes on."""
+"""Full or read-only disks, and clocks that jump: one sentence, nothing lost, and the run can continue."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fill_and_resume(limits: list[int], folder: Path, whole: Path) -> int:
-    """Train with files that cannot grow past a limit, then without; how many limits stopped the first run."""
+    """Trains with a limit on file sizes, then without. Returns how many limits stopped the first run."""
     stopped = 0
     for limit in limits:
         run = folder / f"run{limit}"
@@ -50,14 +50,16 @@ def fill_and_resume(limits: list[int], folder: Path, whole: Path) -> int:
 
 
 def sizes(whole: Path) -> list[int]:
-    """One less than the size of every file of a run, and half of it: each file is once the first that does not fit."""
+    """One byte less than every file of a run, and half of it, so that each file is once the first that doesn't
+    fit."""
     found = {item.stat().st_size for item in whole.rglob("*") if item.is_file()}
     return sorted({size - 1 for size in found} | {size // 2 for size in found})
 
 
 @pytest.mark.slow
 def test_files_that_cannot_grow(whole: Path, tmp_path: Path) -> None:
-    """EFBIG where a full disk has ENOSPC: at the weights of a model, about the largest file after a checkpoint."""
+    """EFBIG instead of a full disk's ENOSPC: at a model's weights, which are about the largest file after a
+    checkpoint."""
     (weights,) = (whole / "denoiser").glob("*.safetensors")
     assert fill_and_resume([weights.stat().st_size - 1], tmp_path, whole) == 1
 
@@ -71,7 +73,7 @@ def test_every_file_once_too_large(whole: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system in memory; `mount -o remount` changes it."""
+    """A file system in memory. `mount -o remount` changes it."""
     place = tmp_path / "disk"
     place.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place]).returncode:
@@ -126,7 +128,7 @@ def test_a_folder_that_cannot_be_written(small_disk: Path, capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_a_clock_that_jumps(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wall clock runs backwards by days, and file times with it: what is newest goes by steps alone."""
+    """The wall clock runs backwards by days, and file times with it. Only steps decide what is newest."""
     calls = []
 
     def jumping() -> float:

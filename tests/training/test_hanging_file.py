@@ -28,7 +28,7 @@ def test_a_run_goes_on_past_a_file_that_hangs(tmp_path: Path, monkeypatch: pytes
     def read_frames(source: Path, *arguments: object) -> object:
         if str(source) == hanging:
             opened.append(source)
-            if len(opened) > 1:  # the first one is the look that open_dataset takes
+            if len(opened) > 1:  # the first time is the look by open_dataset
                 time.sleep(60)
         return original(source, *arguments)  # type: ignore[arg-type]
 

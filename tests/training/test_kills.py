@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of training, saving and sampling: what is left is whole, and the run goes on exactly."""
+"""SIGKILL at random moments of training, saving and sampling: files are complete, and the run continues exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KILLED = -9
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Life]:
-    """A run that nothing happened to; its CPU time and changes to files are the span of the moments."""
+    """An undisturbed run. Its CPU time and changes to files give the range of moments."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     life = live("train", [*OFTEN, "--run", str(run)], run)
     assert life.code == 0, life.output
@@ -32,7 +32,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Life]:
 
 
 def assert_whole(run: Path) -> None:
-    """Everything in a run's folder that has a name to be read by is complete and readable."""
+    """Every file in a run's folder that has its final name is complete and readable."""
     for item in run.rglob("*"):
         if any(part.startswith(".") for part in item.relative_to(run).parts) or item.is_dir():
             continue
@@ -60,14 +60,14 @@ def assert_whole(run: Path) -> None:
 
 
 def moments(generator: random.Random, life: Life) -> Moment:
-    """By turns after some CPU time, and just before some change to a file."""
+    """Alternately after some CPU time, and just before some change to a file."""
     if generator.random() < 0.5:
         return Moment(cpu=generator.uniform(0, life.cpu))
     return Moment(change=generator.randrange(life.changes))
 
 
 def kill_training(kills: int, seed: int, folder: Path, reference: Path, life: Life) -> dict[str, int]:
-    """Start a run and resume it, each time killed at a random moment, until all kills are spent; then let it end."""
+    """Starts and resumes a run, killed each time at a random moment, until all kills are used. Then lets it end."""
     generator, counts = random.Random(seed), {"kills": 0, "runs": 0, "kills with temporary files left": 0}
     while counts["kills"] < kills:
         run = folder / f"run{counts['runs']}"
@@ -93,7 +93,7 @@ def kill_training(kills: int, seed: int, folder: Path, reference: Path, life: Li
 
 
 def kill_sampling(kills: int, seed: int, folder: Path, run: Path) -> dict[str, int]:
-    """The file is absent or has the bytes of an undisturbed one, and the next sampling succeeds."""
+    """The file is absent, or has the bytes of an undisturbed one. The next sampling succeeds."""
     generator, outputs = random.Random(seed), folder / "samples"
     outputs.mkdir()
 
@@ -137,7 +137,7 @@ def test_fifty_kills(undisturbed: tuple[Path, Life], tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_a_kill_before_every_change_to_a_file(undisturbed: tuple[Path, Life], tmp_path: Path) -> None:
-    """One run each, then resumed to its end."""
+    """One run for each change, then resumed to its end."""
     run, life = undisturbed
     for change in range(life.changes):
         again = tmp_path / f"run{change}"

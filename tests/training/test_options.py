@@ -1,4 +1,4 @@
-"""Options, config files, and every way in which they can be wrong: one sentence, exit code 2, nothing written."""
+"""Options, config files, and every way they can be wrong: one sentence, exit code 2, nothing written."""
 
 from __future__ import annotations
 

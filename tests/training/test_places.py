@@ -1,4 +1,4 @@
-"""Working folders, odd names, models saved over a run's own: a run goes on with what it began with."""
+"""Working folders, odd names, models saved over a run's own: a run continues with what it started with."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_run_resumes_from_another_working_folder(
 def test_a_run_that_names_its_data_by_a_relative_path_is_asked_for_it(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Runs of earlier versions: a folder of that name here may hold other data."""
+    """In runs of earlier versions: a folder with that name here may hold other data."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = run / "config.yaml"
@@ -73,7 +73,7 @@ def test_which_options_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What FFmpeg would take for a protocol."""
+    """FFmpeg would take them for a protocol."""
     monkeypatch.chdir(tmp_path)
     assert main([*SMALL, *steps(1), "--run", "lr:0.001"]) == 0
     assert (tmp_path / "lr:0.001" / "samples.mp4").is_file()

@@ -1,4 +1,4 @@
-"""bfloat16 on a CPU: taken where the CPU has units for it, else float32, said in one line."""
+"""bfloat16 on a CPU: used if the CPU has units for it, otherwise float32, and one line says so."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINE = "this CPU has neither AVX512-BF16 nor AMX-BF16, so float32 is used instea
 
 @pytest.fixture(params=[False, True], ids=["without units", "with units"])
 def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the CPU claims to multiply bfloat16 (PyTorch computes it either way)."""
+    """Sets whether the CPU claims to multiply bfloat16. (PyTorch computes it either way.)"""
     monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: request.param)
     return bool(request.param)
 
@@ -56,7 +56,7 @@ def sample(run: Path, out: Path, *arguments: str) -> np.ndarray:
 
 
 def test_sampling(units: bool, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With guidance and a second clip, so that every step of the pipeline sees the dtype."""
+    """With guidance and a second clip, so that every step of the pipeline meets the dtype."""
     options = ("--frames", "6", "--guidance", "1", "--clips", "2")
     exact = sample(finished, tmp_path / "fp32.npy", *options)
     assert LINE not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Several processes, joined by Gloo on this machine: equal to one, agreeing, and what happens when one is lost."""
+"""Several processes, joined by Gloo on this machine: equal to one, in agreement, and what happens if one is lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.session import resumed_folder
 from pvdm_fast.training.stages import AutoencoderStage
 
-# in one stage two passes a step and recomputation; a checkpoint in the middle
+# one stage has two passes per step and recomputation, and there is a checkpoint in the middle
 JOB = [*SMALL, *steps(4), "--save-every", "2", "--autoencoder-accumulate", "2", "--autoencoder-checkpointing"]
 STAGES = ("autoencoder", "diffusion")
 
@@ -61,7 +61,7 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Records, gradients and weights are those of another run, up to rounding."""
+    """Records, gradients and weights equal another run's, up to rounding."""
     for stage in STAGES:
         np.testing.assert_allclose(losses(run, stage), losses(expected, stage), rtol=PROCESSES_RECORDS, err_msg=stage)
     scores, expected_scores = (json.loads((item / "results.json").read_text()) for item in (run, expected))
@@ -81,9 +81,10 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 
 def distance(values: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Of all tensors together, relative to their norm.
+    """The distance of all tensors together, relative to their norm.
 
-    Not of each: a bias just before a norm has no gradient but rounding errors, which AdamW makes as large as a step.
+    It isn't taken per tensor. The gradient of a bias just before a norm is only rounding errors, and AdamW makes these
+    as large as a step.
     """
     assert all(type(value) is torch.Tensor for value in values)
     a, b = (torch.cat([value.flatten() for value in group]) for group in (values, expected))
@@ -113,7 +114,7 @@ def test_one_process_continues_what_two_began(alone: Path, together: Path, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_continue_what_one_began(alone: Path, tmp_path: Path) -> None:
-    """Sharded, which the run was not."""
+    """Sharded, unlike the original run."""
     run = copytree(alone, tmp_path / "run")
     forget_the_end(run)
     assert "continuing the diffusion stage after step 2" in run_job(["--resume", str(run), "--fsdp"], tmp_path / "log")
@@ -121,7 +122,7 @@ def test_two_processes_continue_what_one_began(alone: Path, tmp_path: Path) -> N
 
 
 def going(run: Path, processes: list) -> None:
-    """Wait until some steps are taken."""
+    """Waits until some steps are taken."""
     deadline = time.monotonic() + 300
     while not (run / "metrics.jsonl").exists() or len(losses(run, "autoencoder")) < 3:
         assert time.monotonic() < deadline
@@ -166,7 +167,7 @@ def test_a_second_trainer_is_refused_and_a_lost_process_ends_the_job(
 
 
 def poison_second_process() -> None:
-    """The loss of its third pass is NaN."""
+    """Makes the loss of its third pass NaN."""
     if os.environ["RANK"] == "1":
         original, seen = AutoencoderStage.loss, []
 
@@ -223,12 +224,12 @@ def test_shares_of_a_batch_are_drawn_as_one() -> None:
 
 
 def commands(launcher: str) -> list[list[str]]:
-    """The arguments of each command of the page that begins with ``launcher``."""
+    """The arguments of each of the page's commands that begin with ``launcher``."""
     page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
     lines = [
         line for block in re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) for line in block.splitlines()
     ]
-    # what stands before the launcher are variables of the environment
+    # environment variables come before the launcher
     return [shlex.split(line.split(f"{launcher} ")[1]) for line in lines if f"{launcher} " in line]
 
 
@@ -249,7 +250,7 @@ def test_the_commands_of_the_page_parse() -> None:
 
 @pytest.mark.exhaustive
 def test_a_launched_job_goes_on_by_itself_after_a_loss(tmp_path: Path) -> None:
-    """The page's first command; one of its processes is killed in the middle of training."""
+    """The page's first command, with one of its processes killed in the middle of training."""
     run, job = tmp_path / "run", [*SMALL, "--autoencoder-steps", "40", "--stage", "autoencoder"]
     arguments = [str(run) if word == "RUN" else word for word in commands("torchrun")[0]]
     process = subprocess.Popen(

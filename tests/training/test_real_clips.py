@@ -24,7 +24,7 @@ def test_clips_are_read(clips: Path) -> None:
 
 @pytest.mark.slow
 def test_trains_and_samples(clips: Path, tmp_path: Path) -> None:
-    """Both stages at 64 x 64, 16 frames, then 32 sampled frames: a few steps of the job that the README shows."""
+    """Both stages at 64 x 64, 16 frames, then 32 sampled frames: a few steps of the README's job."""
     run = tmp_path / "run"
     options = """--preset tiny --frames 16 --height 64 --width 64 --autoencoder-patch-size 8 --autoencoder-channels 32
         --autoencoder-depth 1 --diffusion-model-channels 32 --diffusion-channel-mult 1 2 --autoencoder-batch-size 2

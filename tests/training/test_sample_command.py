@@ -1,4 +1,4 @@
-"""``python -m pvdm_fast.sample``: files written as they are sampled, continued videos, classes."""
+"""``python -m pvdm_fast.sample``: files written during sampling, continued videos, classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_sample(run: Path, out: Path, *arguments: str) -> int:
 def test_memory_does_not_grow_with_the_length(
     suffix: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever a clip's first step is taken, as many bytes of tensors and arrays are alive as at the third clip's."""
+    """At the first step of each clip, as many bytes of tensors and arrays are alive as at the third clip's."""
     alive: list[int] = []
     original = sampling.sample_latents
 
@@ -48,7 +48,7 @@ def test_memory_does_not_grow_with_the_length(
 def test_a_clip_is_written_before_the_next_is_sampled(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the third clip: two clips of frames had reached the writer, and nothing is left."""
+    """Stopped in the third clip: the writer has got two clips of frames, and leaves nothing behind."""
     written: list[int] = []
     original, rounds = sampling.sample_latents, []
 
@@ -70,7 +70,7 @@ def test_a_clip_is_written_before_the_next_is_sampled(
 
 
 def test_the_array_is_all_of_sample_video(finished: Path, tmp_path: Path) -> None:
-    """Both suffixes hold the frames that sample_video gives, the last clip cut."""
+    """Both suffixes hold the frames of sample_video, with the last clip cut."""
     assert run_sample(finished, tmp_path / "out.npy", "--frames", "10", "--seed", "4") == 0
     models = sample.load_models(finished, "cpu", "fp32")
     expected = sampling.sample_video(*models, clips=2, frames=10, steps=2, seed=4)
@@ -123,7 +123,7 @@ CLASSES = ("Rising", "apart", "Boxing")
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Films named as in UCF-101: each class one brightness."""
+    """Videos named as in UCF-101, where each class has one brightness."""
     folder = tmp_path_factory.mktemp("films")
     for number, label in enumerate(CLASSES):
         (folder / label).mkdir()
@@ -135,7 +135,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_run_with_classes(films: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Classes go from names of files to the denoiser, a moved folder keeps their numbers, samples have a class."""
+    """Classes go from file names to the denoiser, a moved folder keeps their numbers, and samples have a class."""
     run = tmp_path / "run"
     arguments = ["--data", str(films), "--diffusion-class-conditional", "--run", str(run)]
     assert train([*SMALL, *steps(3), *arguments]) == 0

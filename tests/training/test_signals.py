@@ -1,4 +1,4 @@
-"""Every signal by which a terminal or a scheduler ends a job: saved and stopped; a second one stops at once."""
+"""Every signal with which a terminal or a scheduler ends a job saves and stops. A second one stops at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train(run: Path, *arguments: str) -> int:
 
 
 def send(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int, pause: float = 0.7) -> None:
-    """Send this process signals while the given step is computed, ``pause`` seconds between them."""
+    """Sends this process signals during the given step, with ``pause`` seconds in between."""
     original, seen = AutoencoderStage.loss, []
 
     def loss(self: AutoencoderStage, *arguments: Any) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def stall(monkeypatch: pytest.MonkeyPatch, wait: Any) -> None:
-    """After two batches ``wait`` is called instead of a third one coming."""
+    """After two batches, ``wait`` is called instead of a third batch."""
     original = trainer.Trainer.batches
 
     def batches(self: trainer.Trainer) -> Iterator[Any]:
@@ -163,7 +163,7 @@ def test_ctrl_c_while_it_starts_is_one_line(command: str, tmp_path: Path) -> Non
 
 
 def test_a_signal_leaves_no_half_a_video(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling has nothing to save: it stops where it is, whatever the signal, and removes what it began."""
+    """Sampling has nothing to save: on any signal it stops at once, and removes its unfinished file."""
     from pvdm_fast.diffusion import sampling
     from pvdm_fast.sample import main as sample
 

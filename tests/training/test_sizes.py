@@ -1,4 +1,4 @@
-"""Random sizes of both networks: refused before anything is trained, or they compute, forward and backward."""
+"""Random sizes of both networks are refused before training, or they compute, forward and backward."""
 
 from __future__ import annotations
 

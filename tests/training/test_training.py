@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, resuming exactly, stopping, and what goes wrong."""
+"""Whole runs: what they produce, exact resuming, stopping, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_saved_denoiser_has_the_averaged_weights(finished: Path) -> None:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal while the given step of a stage is being computed."""
+    """Sends this process a signal during the given step of a stage."""
     original = STAGES[stage].loss
     seen = []
 
@@ -132,7 +132,7 @@ def test_a_signal_stops_a_real_process_after_saving(number: int, tmp_path: Path)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
-    """Make the autoencoder's loss NaN in its n-th computations."""
+    """Makes the autoencoder's loss NaN in its n-th computations."""
     original = AutoencoderStage.loss
     seen = []
 
@@ -173,7 +173,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run(
 
 @pytest.mark.slow
 def test_accumulated_batches_are_one_larger_batch(tmp_path: Path) -> None:
-    # without noise on the latent, which is drawn for each forward pass
+    # without noise on the latent, which is drawn in each forward pass
     options = ["--stage", "autoencoder", "--autoencoder-steps", "2", "--autoencoder-latent-noise", "0"]
     assert train(tmp_path / "whole", *options, "--autoencoder-batch-size", "4") == 0
     assert train(tmp_path / "parts", *options, "--autoencoder-accumulate", "2") == 0
@@ -224,7 +224,7 @@ def test_real_files_and_a_broken_one_from_end_to_end(tmp_path: Path, capsys: pyt
 
 
 class FullDisk:
-    """Lets fsync fail as on a full disk, once told to."""
+    """Makes fsync fail as on a full disk, when told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full = False
@@ -259,7 +259,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
 
 @pytest.mark.slow
 def test_tensorboard(tmp_path: Path) -> None:
-    """The scalars of the records also reach TensorBoard's event files."""
+    """The records' scalars also go to TensorBoard's event files."""
     pytest.importorskip("tensorboard", reason="TensorBoard is an extra: pip install -e '.[tensorboard]'")
     assert main([*SMALL, *steps(1), "--tensorboard", "--run", str(tmp_path / "run")]) == 0
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

@@ -1,4 +1,4 @@
-// plane_conv on the CPU: unfolding; the product is torch's.
+// plane_conv on the CPU: unfolding. PyTorch computes the product.
 #pragma once
 #include "../../cpu/kernels.h"
 #include "../../ops/plane_conv.h"

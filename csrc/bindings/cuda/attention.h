@@ -6,7 +6,7 @@
 
 namespace pvdm::bindings {
 
-// Rows that can be read 16 bytes at a time, heads of whole packs: launchers pad and copy what isn't so.
+// The kernels read rows 16 bytes at a time, so heads must be whole packs. The launchers pad and copy what isn't.
 inline void check_rows(const char* name, const TensorView& t) {
   if (!t.data) return;
   const int64_t pack = t.dtype == Dtype::f32 ? 4 : 8;
@@ -28,7 +28,7 @@ inline cuda::AttentionInputs attention_inputs(const TensorView& qkv, const Tenso
   return {qkv, query, sin, cos, offsets.data(), static_cast<int64_t>(offsets.size()) - 1, static_cast<float>(scale)};
 }
 
-// Where `tensor_cores`, attention_matrix.cu computes, else attention_vector.cu: the launcher has chosen.
+// The launcher decides `tensor_cores`: true runs attention_matrix.cu, false attention_vector.cu.
 inline void bind_attention(pybind11::module_& m) {
   using Offsets = std::vector<int64_t>;
   m.def("attention_shared_memory", [](int64_t width, bool tensor_cores, bool backward) {

@@ -1,4 +1,4 @@
-// What every binding of a GPU's kernel needs.
+// Every binding of a CUDA kernel needs this.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -10,7 +10,7 @@ inline void bind_triplane_slice(pybind11::module_& m) {
   m.def("triplane_slice_workspace",
         [](int64_t batch, int64_t channels, int plane, int64_t time, int64_t height, int64_t width) {
           const Layout layout = layout_of(time, height, width);
-          product({2, batch, channels, time, height, width});  // one token more than the length
+          product({2, batch, channels, time, height, width});  // a sequence is one token longer than its axis
           return cuda::triplane_slice_workspace(batch, channels, plane, layout);
         });
   m.def("triplane_slice_forward",

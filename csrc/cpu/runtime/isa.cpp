@@ -20,8 +20,8 @@ constexpr const char* names[] = {PVDM_ISAS(PVDM_QUOTED)};
 constexpr Isa all[] = {PVDM_ISAS(PVDM_MEMBER)};
 
 #if defined(__x86_64__)
-// Whether the CPU has tiles and the kernel lets this process use them: Linux keeps their 8 KB a thread back until asked
-// (ARCH_REQ_XCOMP_PERM, for the state of number 18; from 5.16 on). Children that are forked have the permission too.
+// Whether the CPU has AMX tiles and the kernel lets this process use them. Linux (from 5.16 on) withholds their 8 KB of
+// state per thread until a process asks: ARCH_REQ_XCOMP_PERM, state number 18. Forked children inherit the permission.
 bool have_tiles() {
 #if defined(PVDM_AMX_STAND_IN)
   return true;
@@ -38,7 +38,7 @@ bool have_tiles() {
 #endif
 }
 
-// A set that is a part of others is asked for with each of them.
+// A set that includes others needs all of them.
 bool usable(const std::string& isa) {
   if (isa == "plain") return true;
   if (isa == "avx2")

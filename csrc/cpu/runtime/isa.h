@@ -1,8 +1,8 @@
-// Instruction sets: every csrc/cpu/*.cpp is compiled once for each, into a namespace of that name; for amx only what
-// multiplies by tiles is, and the rest is borrowed from avx512bf16.
+// Instruction sets. Every csrc/cpu/*.cpp is compiled once for each set, into a namespace of that name. For amx only the
+// files that multiply with tiles are compiled, and avx512bf16 serves the rest.
 //
-// The build lists them, the best last: PVDM_ISAS(X, ...) is X(plain, ...) X(avx2, ...) and so on for all that are built,
-// PVDM_WHOLE_ISAS those of every file, PVDM_TILE_ISAS the rest: amx or none.
+// The build passes the lists, best set last. PVDM_ISAS(X, ...) is X(plain, ...) X(avx2, ...) and so on for all sets
+// that are built. PVDM_WHOLE_ISAS are those with every file, PVDM_TILE_ISAS the rest: amx or none.
 #pragma once
 #include <string>
 #include <vector>
@@ -18,8 +18,8 @@ namespace pvdm {
 
 enum class Isa { PVDM_ISAS(PVDM_ENUMERATOR) };
 
-// The set in use: PVDM_FAST_CPU_ISA, else the best that was built and that this CPU and its system let a process use.
-// Throws std::invalid_argument where the variable names a set that is unknown, not built, or not in this CPU.
+// The set in use: PVDM_FAST_CPU_ISA, or else the best one that was built and that CPU and system support. Throws
+// std::invalid_argument if the variable names an unknown, unbuilt or unsupported set.
 Isa current_isa();
 void set_isa(const std::string& name);
 const char* isa_name(Isa isa);
@@ -32,7 +32,7 @@ using namespace avx512bf16;
 
 }  // namespace pvdm
 
-// Declares a kernel for every instruction set that was built, and choose_<name>() which returns the right one.
+// Declares a kernel for every instruction set that was built, and choose_<name>(), which returns the one to use.
 #define PVDM_CPU_KERNEL(name, args)                                            \
   PVDM_WHOLE_ISAS(PVDM_DECLARE, name, args)                                    \
   namespace pvdm {                                                             \

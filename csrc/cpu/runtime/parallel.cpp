@@ -29,7 +29,7 @@ void run_parallel(int threads, int64_t units, Task task, const void* context) {
     return;
   }
   const auto run = [=](int part) { task(context, units * part / threads, units * (part + 1) / threads, part); };
-#ifdef PVDM_PARALLEL_STD_THREAD  // for ThreadSanitizer, which doesn't see OpenMP's threads join
+#ifdef PVDM_PARALLEL_STD_THREAD  // for ThreadSanitizer, which doesn't see OpenMP threads join
   std::vector<std::thread> others;
   for (int part = 1; part < threads; part++) others.emplace_back(run, part);
   run(0);
@@ -37,7 +37,7 @@ void run_parallel(int threads, int64_t units, Task task, const void* context) {
 #else
 #pragma omp parallel num_threads(threads)
   {
-    // OpenMP may give fewer threads than asked for: the ranges still cover everything.
+    // OpenMP may give fewer threads than asked for. The ranges still cover all units.
     const int given = omp_get_num_threads();
     for (int part = omp_get_thread_num(); part < threads; part += given) run(part);
   }
@@ -48,7 +48,7 @@ Buffer::Buffer(int64_t bytes) {
   const auto rounded = (static_cast<size_t>(std::max<int64_t>(bytes, 1)) + 63) / 64 * 64;
   data_ = std::aligned_alloc(64, rounded);
   if (!data_) throw std::bad_alloc();
-#ifdef PVDM_AMX_STAND_IN  // tests: whatever a kernel reads before it writes is NaN
+#ifdef PVDM_AMX_STAND_IN  // tests: memory that a kernel reads before it writes is NaN
   std::memset(data_, 0xff, rounded);
 #endif
 }

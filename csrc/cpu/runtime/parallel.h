@@ -1,8 +1,9 @@
-// Threads and memory for kernels; compiled once, so that no OpenMP or library code lands in an instruction set's object.
+// Threads and memory for kernels. Compiled once, so that no OpenMP or library code lands in an instruction set's
+// object.
 //
-// Threads are OpenMP's. torch loads its libgomp under the name libgomp.so.1 (checked: 2.13+cpu, 2.15+cu132), which is also
-// what this library asks for, so the loader hands out that one and both share a pool of threads; a pool of our own would
-// compete with torch's, whose threads spin for a while after each of its operations.
+// Threads are OpenMP's. PyTorch loads its libgomp as libgomp.so.1 (checked: 2.13+cpu, 2.15+cu132). This library asks
+// for the same name, so the loader gives it the same copy and both share one thread pool. A pool of our own would
+// compete with PyTorch's threads, which spin for a while after each operation.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,11 +12,11 @@ namespace pvdm {
 
 using Task = void (*)(const void* context, int64_t begin, int64_t end, int thread);
 
-// How many threads a call gets: at most one a unit of work, and one in a forked child (OpenMP's pool doesn't survive a
-// fork) or inside another parallel region.
+// How many threads a call gets: at most one per unit of work. Only one in a forked child (OpenMP's pool doesn't survive
+// a fork) or inside another parallel region.
 int threads_for(int asked, int64_t units);
 
-// Cuts 0..units into `threads` equal, ordered ranges and runs them: which thread does what depends on nothing else.
+// Cuts 0..units into `threads` equal, ordered ranges and runs them. Which thread runs what depends on nothing else.
 void run_parallel(int threads, int64_t units, Task task, const void* context);
 
 template <class F>
@@ -28,7 +29,7 @@ static inline void parallel_for(int threads, int64_t units, const F& body) {
       &body);
 }
 
-// 64-byte aligned memory. Throws std::bad_alloc; make it before the threads start.
+// 64-byte aligned memory. Throws std::bad_alloc, so create it before the threads start.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes);

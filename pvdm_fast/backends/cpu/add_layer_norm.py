@@ -1,4 +1,4 @@
-"""`add_layer_norm` on the CPU: every row is read from memory once in each direction, in C++."""
+"""`add_layer_norm` on the CPU, in C++: each direction reads every row from memory once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`axial_attention` on the CPU, forward and backward: an axis is a pair of strides, nothing is rearranged."""
+"""`axial_attention` on the CPU, forward and backward. An axis is a pair of strides, so nothing is rearranged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def backward(
     axis: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `qkv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    """Gradients of `qkv` (with its shape and memory order) and of `query` (empty if there is none)."""
     sequences = sequences_of(qkv, axis)
     dqkv = torch.empty_like(qkv)
     filled, dsequences = sequences_to_fill(dqkv, axis)
@@ -69,7 +69,7 @@ def backward(
 def jvp(
     qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`'s results without a query, and the tangent of the first from that of `qkv`; memory O(N)."""
+    """The results of `forward` without a query, and the tangent of the first from that of `qkv`. Memory is O(N)."""
     sequences = sequences_of(qkv, axis)
     batch, sites, length, _, heads, width = sequences.shape
     out = torch.empty(*qkv.shape[:4], heads, width, dtype=qkv.dtype)

@@ -1,4 +1,4 @@
-"""`plane_conv` on the CPU: the unfolded tokens of all planes times the weight as it lies in memory, one product."""
+"""`plane_conv` on the CPU: one product of all planes' unfolded tokens and the weight, which needs no rearranging."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pvdm_fast.backends.gemm import compute_dtype, linear
 from pvdm_fast.backends.rows import rows_dense
 
 TAPS = 9
-WORKSPACE = 24 << 20  # bytes of unfolded rows at a time; from 2 to 31 MiB the size changes times by 10 % at most
+WORKSPACE = 24 << 20  # bytes of unfolded rows at a time; from 2 to 31 MiB the size changes times by at most 10 %
 _kept = threading.local()
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """(rows, columns) of memory that this thread keeps; it holds until the thread's next call.
+    """(rows, columns) of memory that this thread keeps. The contents are valid until the thread's next call.
 
-    Kept because malloc gives so large a block back to the system now and then, and its pages then fault one by one
-    when written: up to 7 ms for 19 MB, beside a product of 12 ms.
+    It is kept because malloc sometimes returns such a large block to the system. Writing it then faults its pages one
+    by one: up to 7 ms for 19 MB, next to a product of 12 ms.
     """
     size = rows * columns * dtype.itemsize
     buffer: Tensor | None = getattr(_kept, "buffer", None)
@@ -33,7 +33,7 @@ def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(rows: int, channels: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows), such that each chunk's unfolded rows fit the work-space, all about as large."""
+    """(first row, number of rows) of chunks of about equal size, whose unfolded rows fit the workspace."""
     most = max(64, WORKSPACE // (TAPS * channels * dtype.itemsize))
     parts = -(-rows // most)
     bounds = [rows * part // parts for part in range(parts + 1)]
@@ -61,7 +61,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> T
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; the first two only where `needs` says so, else empty."""
+    """Gradients of x, weight and bias. Those of x and weight are empty unless `needs` asks for them."""
     dtype = compute_dtype(x.dtype)
     rows = grad.flatten(0, 1).to(dtype).contiguous()
     dx = _input_gradient(rows, x, weight, list(planes)) if needs[0] else x.new_empty(0)
@@ -70,7 +70,7 @@ def backward(
 
 
 def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: list[int]) -> Tensor:
-    """The unfolded gradient, one product, folded back: sums in float32. grad: (B N, C')."""
+    """The unfolded gradient (one product), folded back with float32 sums. grad: (B N, C')."""
     matrix = weight.to(grad.dtype).flatten(1).t()
     dx = torch.zeros(x.shape, dtype=torch.float32)
     for first, rows in _chunks(len(grad), x.shape[2], grad.dtype):
@@ -80,7 +80,7 @@ def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: list[int]) 
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: list[int]) -> Tensor:
-    """The transposed gradient times the unfolded rows, which are made again; chunks are added in float32."""
+    """The transposed gradient times the unfolded rows, which are made again. Chunks are added in float32."""
     wide = rows_dense(x.to(grad.dtype))
     total: Tensor | None = None
     for first, rows in _chunks(len(grad), x.shape[2], grad.dtype):

@@ -1,4 +1,4 @@
-"""`plane_norm` on the CPU: two passes over memory in each direction, all in C++."""
+"""`plane_norm` on the CPU, in C++: two passes over memory in each direction."""
 
 from __future__ import annotations
 

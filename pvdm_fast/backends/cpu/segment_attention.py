@@ -27,7 +27,7 @@ def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> Tensor:
-    """The gradient of `qkv`, in its shape and memory order."""
+    """The gradient of `qkv`, with its shape and memory order."""
     dqkv = torch.empty_like(qkv)
     written = dqkv if dqkv.stride(-1) == 1 else torch.empty_like(dqkv, memory_format=torch.contiguous_format)
     extension("_cpu").attention_backward(
@@ -44,7 +44,7 @@ def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Seque
 
 
 def jvp(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`'s results, and the tangent of the first from that of `qkv`; memory O(N)."""
+    """The results of `forward`, and the tangent of the first from that of `qkv`. Memory is O(N)."""
     batch, tokens, _, heads, width = qkv.shape
     out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype)
     dout, lse = torch.empty_like(out), torch.empty(batch, heads, tokens, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""`triplane_expand` on the CPU: the broadcast sums in C++, the small products by torch's BLAS."""
+"""`triplane_expand` on the CPU: the broadcast sums in C++, the small products with PyTorch's BLAS."""
 
 from __future__ import annotations
 

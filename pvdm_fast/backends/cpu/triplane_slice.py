@@ -1,4 +1,4 @@
-"""`triplane_slice` on the CPU: gathered, with token and positions, in one pass; the gradient is read once."""
+"""`triplane_slice` on the CPU: one pass gathers sequences, adds token and positions. The gradient is read once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `segment_attention` and `axial_attention` share on a GPU: sequences by strides, which kernel fits, outputs."""
+"""Shared by `segment_attention` and `axial_attention` on a GPU: strided sequences, which kernel fits, outputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor
 from pvdm_fast.backends.cuda import launch_refusal, launch_target
 from pvdm_fast.backends.extensions import extension
 
-PACK = 8  # channels: heads are padded to a multiple of it, so that rows are read 16 bytes at a time
-MATRIX_WIDTH = 128  # the widest head of the tensor cores' kernel
-# Tokens of a segment from which tensor cores are used: 16 queries fill a warp's tile, but a block takes 64, and below
+PACK = 8  # channels: heads are padded to a multiple of this, so that rows are read 16 bytes at a time
+MATRIX_WIDTH = 128  # the widest head that the tensor-core kernel takes
+# Segments of this many tokens or more use tensor cores. 16 queries fill a warp's tile, but a block takes 64, and below
 # that most of its products are masked. Reasoned, not measured.
 MATRIX_LENGTH = 64
-MOST_WIDTH, MOST_SEGMENTS = 256, 32  # of the kernels: channels of a head; segments in their arguments
+MOST_WIDTH, MOST_SEGMENTS = 256, 32  # limits of the kernels: channels of a head, segments in their arguments
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction (a tensor of heads first, offsets a list) are beyond the kernels."""
+    """Why the kernels don't take these arguments (of either direction: a tensor of heads first, offsets as a
+    list), or None."""
     offsets = next((value for value in inputs if isinstance(value, (list, tuple))), ())
     if inputs[0].shape[-1] > MOST_WIDTH:
         return f"it takes heads of at most {MOST_WIDTH} channels, not {inputs[0].shape[-1]}: use another backend."
@@ -32,19 +33,19 @@ def refusal(*inputs: Any) -> str | None:
 
 
 def aligned(x: Tensor) -> bool:
-    """Whether rows are whole packs at 16-byte boundaries."""
+    """Whether rows are whole packs that start at multiples of 16 bytes."""
     unit = 16 // x.element_size()
     strides = all(stride % unit == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
     return x.shape[-1] % PACK == 0 and x.stride(-1) == 1 and strides and x.data_ptr() % 16 == 0
 
 
 def fit(x: Tensor) -> Tensor:
-    """`x`, or a copy with aligned rows padded by zeros to whole packs."""
+    """`x`, or a copy whose rows are aligned and zero-padded to whole packs."""
     return x if aligned(x) else F.pad(x, (0, -x.shape[-1] % PACK)).contiguous()
 
 
 def room_for(x: Tensor) -> Tensor:
-    """`x` itself where kernels can fill it, else an aligned buffer to be copied from."""
+    """`x` itself if kernels can fill it, otherwise an aligned buffer to copy from."""
     return x if aligned(x) else x.new_empty(*x.shape[:-1], x.shape[-1] + -x.shape[-1] % PACK)
 
 
@@ -62,7 +63,7 @@ def forward(
     offsets: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """qkv: (B, sites, L, 3 or 2, heads, d), query: (B, sites, 1, heads, d); fills out (B, sites, queries, heads, d).
+    """qkv: (B, sites, L, 3 or 2, heads, d), query: (B, sites, 1, heads, d). Fills out (B, sites, queries, heads, d).
 
     Returns the log-sum-exp of the scores, (B, sites, heads, queries) float32.
     """
@@ -91,7 +92,7 @@ def backward(
     offsets: Sequence[int],
     scale: float,
 ) -> None:
-    """Fills dqkv and dquery, which have the shapes of qkv and query."""
+    """Fills dqkv and dquery, which are shaped like qkv and query."""
     lse = lse.contiguous()
     filled, filled_query = room_for(dqkv), None if dquery is None else room_for(dquery)
     extension("_cuda").attention_backward(
@@ -106,5 +107,5 @@ def backward(
 
 
 def _table(table: Tensor | None) -> Tensor | None:
-    """Rotation tables as the kernels read them: float32, rows of whole packs."""
+    """A rotation table as the kernels read it: float32, rows of whole packs."""
     return None if table is None else fit(table.float()).contiguous()

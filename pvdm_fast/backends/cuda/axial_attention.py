@@ -1,4 +1,4 @@
-"""`axial_attention` on a GPU: an axis is a pair of strides, nothing is rearranged."""
+"""`axial_attention` on a GPU. An axis is a pair of strides, so nothing is rearranged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def backward(
     axis: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `qkv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    """Gradients of `qkv` (with its shape and memory order) and of `query` (empty if there is none)."""
     sequences = sequences_of(qkv, axis)
     dqkv = torch.empty_like(qkv)
     filled, dsequences = sequences_to_fill(dqkv, axis)

@@ -1,4 +1,4 @@
-"""`plane_norm` on a GPU: statistics in chunks, their totals, and one pass that writes."""
+"""`plane_norm` on a GPU: statistics by chunks, then their totals, then one pass that writes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pvdm_fast.backends.cuda import launch_refusal, launch_target
 from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.rows import parameter, rows_dense
 
-MOST_PLANES = 32  # of the kernels, whose arguments hold all sizes
-MOST_TOKENS = (2**31 - 1) // 4  # of all planes: doubled sides are counted in 32 bits
+MOST_PLANES = 32  # the kernels' arguments hold all sizes
+MOST_TOKENS = (2**31 - 1) // 4  # of all planes: tokens of doubled sides are counted in 32 bits
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction, the planes' sizes a list, are beyond the kernels."""
+    """Why the kernels don't take these arguments (of either direction, the planes' sizes as a list), or None."""
     where = next(i for i, value in enumerate(inputs) if isinstance(value, (list, tuple)))
     planes, groups = inputs[where], inputs[where + 1]
     batch, _, channels = inputs[0].shape
@@ -75,7 +75,7 @@ def backward(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, and of scale_shift (empty where there is none)."""
+    """Gradients of x, weight, bias and scale_shift (empty if there is none)."""
     dx = x.new_empty(x.shape)
     dweight, dbias = (torch.empty(x.shape[2], dtype=torch.float32, device=x.device) for _ in range(2))
     modulation = None if scale_shift is None else parameter(scale_shift)

@@ -20,7 +20,7 @@ def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> Tensor:
-    """The gradient of `qkv`, in its shape and memory order."""
+    """The gradient of `qkv`, with its shape and memory order."""
     dqkv = torch.empty_like(qkv)
     attention.backward(
         *(grad.unsqueeze(1), qkv.unsqueeze(1), None, (None, None), out.unsqueeze(1), lse.unsqueeze(1)),

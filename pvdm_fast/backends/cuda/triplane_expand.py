@@ -1,4 +1,4 @@
-"""`triplane_expand` on a GPU: the broadcast sums in CUDA C++, the small products of the backward by torch's BLAS."""
+"""`triplane_expand` on a GPU: the broadcast sums in CUDA C++, backward's small products with PyTorch's BLAS."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from pvdm_fast.layout import TriplaneLayout
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction, which end in a parameter (3, C, ...) and the sizes, are too many."""
+    """Why these arguments (of either direction, ending in a parameter (3, C, ...) and the sizes) are too large,
+    or None."""
     *_, parameter, time, height, width = inputs
     tokens = max(time * height * width, height * width + time * width + time * height)
     return launch_refusal(inputs[0].shape[0] * tokens, parameter.shape[1])

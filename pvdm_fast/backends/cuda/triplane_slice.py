@@ -1,4 +1,4 @@
-"""`triplane_slice` on a GPU: gathered, with token and positions, in one pass; the gradient is read once."""
+"""`triplane_slice` on a GPU: one pass gathers sequences, adds token and positions. The gradient is read once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pvdm_fast.layout import PLANE_NAMES
 
 
 def refusal(*inputs: Any) -> str | None:
-    """Why these arguments of either direction, which end in the sizes, are too many."""
+    """Why these arguments (of either direction, ending in the sizes) are too large, or None."""
     *_, time, height, width = inputs
-    # The sequences' tokens: one more than its length each.
+    # A sequence is one token longer than its axis.
     return launch_refusal(2 * inputs[0].shape[0] * time * height * width, inputs[0].shape[-1])
 
 

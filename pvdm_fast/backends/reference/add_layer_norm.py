@@ -11,9 +11,11 @@ from pvdm_fast.backends.reference import rstd_of, wide
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual: (..., C) -> x + residual (empty without a residual), its LayerNorm, and per row mean and 1 / std
-    (float32, float64 for float64). The norm is taken of the sum as it is stored. Results have the dtype of the
-    residual, else of x."""
+    """x, residual: (..., C) -> x + residual (empty without a residual), its LayerNorm, and per row mean and 1 / std.
+
+    The norm is that of the stored (rounded) sum. Results have the dtype of the residual, or x's without one. mean and 1
+    / std are float32, or float64 for float64.
+    """
     total = (x if residual is None else (residual + x).to(residual.dtype)).contiguous()
     tw, w, b = wide(total, weight, bias)
     variance, mean = torch.var_mean(tw, dim=-1, correction=0, keepdim=True)
@@ -26,7 +28,7 @@ def forward(
 def backward(
     grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum (so of x and residual alike), weight and bias."""
+    """Gradients of the sum (the same for x and residual), weight and bias."""
     tw, g, w, mean, rstd = wide(total, grad_normed, weight, mean, rstd)
     normed = (tw - mean[..., None]) * rstd[..., None]
     dn = g * w

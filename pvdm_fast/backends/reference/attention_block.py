@@ -1,4 +1,4 @@
-"""PVDM's cross-plane attention block: GroupNorm, qkv, attention of all tokens with all, output projection, residual."""
+"""PVDM's cross-plane attention block: GroupNorm, qkv, attention over all tokens, output projection, residual."""
 
 from __future__ import annotations
 

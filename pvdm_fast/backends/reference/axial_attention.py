@@ -1,7 +1,7 @@
 """Attention along one axis of a lattice, with PVDM's table rotation of queries and keys.
 
-A lattice is (B, T, H, W). Axis "time": a sequence is the T tokens of one site. Axis "space": the H W tokens of one
-frame. With `query` given, each sequence has that single query, and `qkv` holds keys and values only.
+A lattice is (B, T, H, W). Along axis "time", a sequence is the T tokens of one site. Along axis "space", it is the H W
+tokens of one frame. If `query` is given, it is the single query of each sequence, and `qkv` holds only keys and values.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pvdm_fast.backends.reference import in_order_of, softmax, wide
 
 
 def rotate_pairs(x: Tensor) -> Tensor:
-    """Each neighbouring pair (a, b) of the last axis becomes (-b, a)."""
+    """Turns each neighbouring pair (a, b) of the last axis into (-b, a)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((-b, a), dim=-1).flatten(-2)
 
 
 def rotate_pairs_transposed(x: Tensor) -> Tensor:
-    """The transpose of `rotate_pairs`: each pair (a, b) becomes (b, -a)."""
+    """The transpose of `rotate_pairs`: turns each pair (a, b) into (b, -a)."""
     return -rotate_pairs(x)
 
 
@@ -89,7 +89,7 @@ def backward(
     axis: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `qkv` (in its shape and memory order) and of `query` (empty where there is none)."""
+    """Gradients of `qkv` (with its shape and memory order) and of `query` (empty if there is none)."""
     q, k, v = _unpack(qkv, query, sin, cos, axis)
     g, o = (to_sequences(t, axis) for t in wide(grad, out))
     p = softmax(scale * q @ k.mT)
@@ -123,7 +123,7 @@ def backward_of_inputs(
 def jvp(
     qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | None, axis: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`'s results, and the tangent of the first from that of `qkv` (see `segment_attention.jvp`)."""
+    """The results of `forward`, and the tangent of the first from that of `qkv` (see `segment_attention.jvp`)."""
     q, k, v = _unpack(qkv, None, sin, cos, axis)
     dq, dk, dv = _unpack(tangent, None, sin, cos, axis)
     scores, change = scale * q @ k.mT, scale * (dq @ k.mT + q @ dk.mT)

@@ -1,4 +1,4 @@
-"""The 3 x 3 convolution that packed planes share, with zero borders at each plane's own edge."""
+"""The 3 x 3 convolution that packed planes share, with zeros beyond each plane's own edge."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> T
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; the first two only where `needs` says so, else empty."""
+    """Gradients of x, weight and bias. Those of x and weight are empty unless `needs` asks for them."""
     layout = PlaneLayout.from_sizes(planes)
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     pairs = list(zip(_images(x, layout), _images(grad, layout), strict=True))

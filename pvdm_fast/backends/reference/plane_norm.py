@@ -1,4 +1,4 @@
-"""GroupNorm of each plane on its own, then scale and shift, SiLU, and x2 resampling."""
+"""GroupNorm of each plane separately, then scale and shift, SiLU, and x2 resampling."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def backward(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, and of scale_shift (empty where there is none).
+    """Gradients of x, weight, bias and scale_shift (empty if there is none).
 
-    With n = (x - mean) rstd and dn the gradient of n: dx = rstd (dn - avg(dn) - n avg(dn n)), averages over a group.
+    With n = (x - mean) rstd and dn the gradient of n: dx = rstd (dn - avg(dn) - n avg(dn n)), averaged over a group.
     """
     layout = PlaneLayout.from_sizes(planes)
     xw, g, w, b, mean, rstd = wide(x, grad, weight, bias, mean, rstd)

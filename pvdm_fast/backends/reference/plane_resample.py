@@ -33,7 +33,8 @@ def resample_planes(x: Tensor, layout: PlaneLayout, resample: int) -> Tensor:
 
 
 def resample_planes_transposed(grad: Tensor, layout: PlaneLayout, resample: int) -> Tensor:
-    """The gradient of `resample_planes`'s input, of `layout`, from that of its output: the other direction, scaled."""
+    """The gradient of the input (of `layout`) of `resample_planes` from that of its output: the other direction,
+    scaled."""
     if resample == 0:
         return grad
     if resample > 0:

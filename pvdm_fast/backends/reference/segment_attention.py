@@ -36,8 +36,9 @@ def forward(qkv: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, 
 
 
 def backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, offsets: Sequence[int], scale: float) -> Tensor:
-    """Gradient of `qkv`, in its shape and memory order. With P = softmax(S) and D = rowsum(dO . O):
-    dV = P'dO, dS = P . (dO V' - D), dQ = scale dS K, dK = scale dS'Q."""
+    """Gradient of `qkv`, with its shape and memory order. With P = softmax(S) and D = rowsum(dO . O):
+    dV = P'dO, dS = P . (dO V' - D), dQ = scale dS K, dK = scale dS'Q.
+    """
     parts = []
     for where, q, k, v in _segments(qkv, offsets):
         g, o = (t[:, where].transpose(1, 2) for t in wide(grad, out))
@@ -55,8 +56,10 @@ def backward_of_inputs(
 
 
 def jvp(qkv: Tensor, tangent: Tensor, offsets: Sequence[int], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`'s results, and the tangent of the first from that of `qkv`. With a dot for tangents and <.> for means
-    by P: S. = scale (Q. K' + Q K.'), O. = P . (S. - <S.>) V + P V.."""
+    """The results of `forward`, and the tangent of the first from that of `qkv`.
+
+    With a dot for tangents and <.> for means by P: S. = scale (Q. K' + Q K.'), O. = P . (S. - <S.>) V + P V..
+    """
     outs, logs, tangents = [], [], []
     for (_, q, k, v), (_, dq, dk, dv) in zip(_segments(qkv, offsets), _segments(tangent, offsets), strict=True):
         scores, change = scale * q @ k.mT, scale * (dq @ k.mT + q @ dk.mT)

@@ -1,4 +1,4 @@
-"""From three planes back to a lattice: a 1 x 1 convolution of each, and their broadcast sum (PVDM, section 3.1)."""
+"""From three planes back to a lattice: the broadcast sum of a 1 x 1 convolution of each (PVDM, section 3.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds attention in the instruction set amx so that CPUs without it run it: csrc/emulation does what tiles would."""
+"""Builds attention in the instruction set amx for CPUs without it: csrc/emulation computes what tiles would."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAND_IN = "-DPVDM_AMX_STAND_IN"
 
 
 def skip_where_it_cannot_run(isas: Sequence[str]) -> None:
-    """Skips a test, saying why. isas: the instruction sets of this CPU."""
+    """Skips a test and says why. isas: the instruction sets of this CPU."""
     if "avx512bf16" not in isas:
         pytest.skip("only the tiles have a stand-in: run on a CPU with AVX512-BF16")
     if "amx" not in build_tools.isa_flags():
@@ -29,8 +29,11 @@ def skip_where_it_cannot_run(isas: Sequence[str]) -> None:
 
 
 def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
-    """The extension `_tiles` (tiles.cpp beside this file), with `flags`; its path. What is tested, amx, is compiled as
-    for users; of other sets only what it borrows or the choice of a set names is there, and not optimised."""
+    """Builds the extension `_tiles` (tiles.cpp next to this file) with `flags`, and returns its path.
+
+    amx itself is compiled as for users. Of other sets there is only what amx borrows, or what the choice of a set
+    names, without optimisation.
+    """
     include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
     sets = {isa: flags_of for isa, flags_of in build_tools.isa_flags().items() if isa in ("plain", "avx512bf16", "amx")}
     extension = build_tools.cpu_extension(folder / f"_tiles{sysconfig.get_config_var('EXT_SUFFIX')}", include, sets)
@@ -48,7 +51,7 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
 
 
 def run_apart(module: ModuleType, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process of its own, where `module` is that extension."""
+    """Run `code` in a separate process, with that extension as `module`."""
     load = (
         "from pathlib import Path; from backends.cuda import emulated;"
         f"module = emulated.load(Path({module.__file__!r}))"

@@ -12,8 +12,11 @@ import build_tools
 
 
 def build(folder: Path, isas: Sequence[str], flags: tuple[str, ...], *extra: Path) -> Path:
-    """The extension with `flags`, and with the sources `extra`; its path. Left without `flags`, as they take long to
-    compile, are the bindings and other instruction sets than `isas` (a set is offered only where those before are)."""
+    """Builds the extension with `flags` and the sources `extra`, and returns its path.
+
+    The bindings, and instruction sets other than `isas`, are compiled without `flags`, because that would take long. (A
+    set is offered only if those before it are.)
+    """
     include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
     extension = build_tools.cpu_extension(folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
     extension.link += " " + " ".join(flags)

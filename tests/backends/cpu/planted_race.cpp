@@ -1,4 +1,4 @@
-// Built into the extension that is run under ThreadSanitizer: what it must report, and what it must not.
+// Built into the extension for ThreadSanitizer: one thing that it must report, and one that it must not.
 #include "cpu/runtime/parallel.h"
 
 #define PVDM_EXPORTED extern "C" __attribute__((visibility("default")))
@@ -10,7 +10,7 @@ PVDM_EXPORTED int64_t planted_race(int threads) {
   return sum;
 }
 
-// Every thread has a number of its own; they are added after all threads are done.
+// Every thread has its own number. They are added when all threads are done.
 PVDM_EXPORTED int64_t no_race(int threads) {
   int64_t parts[64] = {}, sum = 0;
   pvdm::parallel_for(threads, 1000, [&](int64_t begin, int64_t end, int thread) { parts[thread] = end - begin; });

@@ -1,6 +1,6 @@
-"""Run by test_cpu_build.py under the sanitizers: every CPU kernel and dtype; of the extension _tiles, attention.
+"""test_cpu_build.py runs this under the sanitizers: every CPU kernel and dtype, or attention of the extension _tiles.
 
-Arguments: the extension, how many threads a kernel gets, and the instruction sets; or "race", for the planted race.
+Arguments: the extension, the number of threads per kernel, and the instruction sets. Or "race" for the planted race.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pvdm_fast.backends.cpu import (
 )
 
 if "amx" in sys.argv:
-    # The CPU's own tiles, if it has them: without the permission only some of their instructions trap.
+    # Ask for the CPU's own tiles, if it has them. Without the permission only some tile instructions trap.
     ctypes.CDLL(None).syscall(158, 0x1023, 18)  # arch_prctl, ARCH_REQ_XCOMP_PERM, the state of the tiles
 
 spec = importlib.util.spec_from_file_location(Path(sys.argv[1]).name.partition(".")[0], sys.argv[1])
@@ -105,8 +105,8 @@ threads = int(sys.argv[2])
 if sys.argv[3:] == ["race"]:
     ctypes.CDLL(sys.argv[1]).planted_race(threads)
     sys.exit()
-torch.set_num_threads(1)  # PyTorch's own threads are not what is looked at
-torch.get_num_threads = lambda: threads  # what launchers ask
+torch.set_num_threads(1)  # PyTorch's own threads aren't under test
+torch.get_num_threads = lambda: threads  # launchers ask this
 if hasattr(ctypes.CDLL(sys.argv[1]), "no_race"):
     assert ctypes.CDLL(sys.argv[1]).no_race(threads) == 1000
 for isa in sys.argv[3:]:

@@ -1,5 +1,4 @@
-"""Attention by products of bf16 pairs, of sequences long enough for them: in the instruction sets of this machine that
-have such products, and in amx by the stand-in of its tiles.
+"""Attention by products of bf16 pairs, for long sequences: here and in amx with the stand-in for its tiles.
 
 Errors against the float64 reference are at most twice those of eager PyTorch in bfloat16, or one rounding.
 """
@@ -102,7 +101,7 @@ def test_any_scale(isa: str, scale: float) -> None:
 
 @pytest.mark.parametrize("factor", [1e3, 1e4, 3e4])
 def test_huge_scores(isa: str, factor: float) -> None:
-    """A query takes the value of its best key; nothing overflows."""
+    """A query takes the value of its best key, and nothing overflows."""
     qkv, grad = inputs(150, 2, 16)
     qkv = qkv * factor
     actual, exact = run(qkv, grad, [0, 150], 1.0), attention.expected(qkv, grad, [0, 150], 1.0)
@@ -114,7 +113,8 @@ def test_huge_scores(isa: str, factor: float) -> None:
 @pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("tokens", [70, 150])
 def test_nan_is_passed_on(isa: str, tokens: int, part: int) -> None:
-    """Exactly as far as in the reference: results and gradients of query 5, or of all that see key or value 5."""
+    """Exactly as far as in the reference: to results and gradients of query 5, or of all queries that see key or
+    value 5."""
     qkv, grad = inputs(tokens, 2, 20, batch=2)
     qkv[0, 5, part, 1, 3] = float("nan")
     actual, exact = run(qkv, grad, [0, tokens], 0.25), attention.expected(qkv, grad, [0, tokens], 0.25)
@@ -125,7 +125,8 @@ def test_nan_is_passed_on(isa: str, tokens: int, part: int) -> None:
 
 @pytest.mark.parametrize("offsets", [[0, 300], [0, 40, 260, 300]])
 def test_threads(isa: str, offsets: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads that share a problem: the same bits on every run, and the output's with any number of them."""
+    """Threads that share a problem give the same bits on every run. The output has the same bits with any number
+    of threads."""
     qkv, grad = inputs(300, 1, 64)
     first = run(qkv, grad, offsets, 0.125)
     for threads in (1, 2, 3, 5):
@@ -134,7 +135,7 @@ def test_threads(isa: str, offsets: list[int], monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(run(qkv, grad, offsets, 0.125)["output"], first["output"])
 
 
-# Widths from 2 on: of numbers instead of vectors, the gradient of q can be a small difference of large sums.
+# Widths start at 2: with single numbers instead of vectors, q's gradient can be a small difference of large sums.
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(64, 200), min_size=1, max_size=3), st.integers(1, 3), st.integers(2, 70), st.integers(1, 2))
 def test_any_shape(isa: str, segments: list[int], heads: int, width: int, batch: int) -> None:
@@ -145,7 +146,7 @@ def test_any_shape(isa: str, segments: list[int], heads: int, width: int, batch:
 @pytest.mark.parametrize("width", [8, 48, 64])
 @pytest.mark.parametrize("sizes", [(2, 8, 9), (1, 13, 10)])
 def test_axial(isa: str, width: int, sizes: tuple[int, int, int]) -> None:
-    """Of rotated queries and keys, and of others."""
+    """With and without rotated queries and keys."""
     qkv = torch.randn(1, *sizes, 3, 2, width).bfloat16()
     grad = torch.randn(1, *sizes, 2, width).bfloat16()
     scale, length = width**-0.5, sizes[1] * sizes[2]
@@ -158,7 +159,7 @@ def test_axial(isa: str, width: int, sizes: tuple[int, int, int]) -> None:
         exact = axial_reference.forward(*wide, "space", scale)
         exact_gradient, _ = axial_reference.backward(grad.double(), *wide, *exact, "space", scale)
         plain_out, plain_gradient = attention.eager_axial(qkv, *rotation, grad)
-        assert_close(lse, exact[1], 2e-3, "lse")  # of rotated numbers, rounded to bfloat16 again
+        assert_close(lse, exact[1], 2e-3, "lse")  # the rotated numbers are rounded to bfloat16 again
         assert_close(out, exact[0], BFLOAT16_FACTOR * relative_error(plain_out, exact[0]), "output")
         for i, name in enumerate("qkv"):
             a, p, e = (t[..., i, :, :] for t in (gradient, plain_gradient, exact_gradient))
@@ -173,7 +174,7 @@ def test_amx_is_taken_by_itself(amx_stand_in: ModuleType) -> None:
 
 
 def test_the_rest_is_borrowed(amx_stand_in: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other dtypes, short sequences and single queries, in the set amx."""
+    """In the set amx: other dtypes, short sequences and single queries."""
     for launcher in (segment_attention, axial_attention):
         monkeypatch.setattr(launcher, "extension", lambda name: amx_stand_in)
     attention.check(by_head(70, 2, 12), torch.randn(2, 70, 2, 12), [0, 70], 0.3)
@@ -182,7 +183,7 @@ def test_the_rest_is_borrowed(amx_stand_in: ModuleType, monkeypatch: pytest.Monk
 
 
 def test_tiles_are_released(amx_stand_in: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that kept its tiles would have 8 KB more to save at every switch."""
+    """If a thread kept its tiles, every switch would save 8 KB more."""
     monkeypatch.setattr(segment_attention, "extension", lambda name: amx_stand_in)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     run(*inputs(70, 1, 8), [0, 70], 0.3)
@@ -191,7 +192,7 @@ def test_tiles_are_released(amx_stand_in: ModuleType, monkeypatch: pytest.Monkey
 
 
 def in_a_fork(first: bool) -> str:
-    """A program whose forked child computes what its parent does; `first`: before the parent has used a kernel."""
+    """A program whose forked child computes the same as its parent. `first`: before the parent has used a kernel."""
     return f"""
 import os, sys, torch
 from pvdm_fast.backends import extensions
@@ -216,7 +217,7 @@ print(extensions.extension("_cpu").isa())
 @pytest.mark.skipif("amx" not in SETS, reason="needs a CPU with AMX")
 @pytest.mark.parametrize("first", [True, False])
 def test_tiles_in_a_forked_worker(first: bool, tmp_path: Path) -> None:
-    """The permission to use tiles is the process's: a child has its parent's, or asks for its own."""
+    """The permission to use tiles belongs to a process. A child inherits its parent's, or asks for its own."""
     command = [sys.executable, "-c", in_a_fork(first), str(tmp_path / "child.pt")]
     environment = {name: value for name, value in os.environ.items() if name != "PVDM_FAST_CPU_ISA"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -1,4 +1,4 @@
-"""Attention on the CPU, both operations, in every instruction set this machine has, against the float64 reference."""
+"""Both attention operations on the CPU, in every instruction set of this machine, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_any_scale(isa: str, scale: float) -> None:
 
 
 def eager(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float) -> dict[str, Tensor]:
-    """What plain PyTorch computes in the tensors' own dtype, the softmax in float32 as in the release."""
+    """Plain PyTorch in the tensors' own dtype, with a float32 softmax as in the release."""
     qkv = qkv.detach().requires_grad_()
     parts = []
     for start, stop in pairwise(offsets):
@@ -119,7 +119,7 @@ def test_16_bits(isa: str, dtype: torch.dtype, tokens: int, width: int) -> None:
 
 @pytest.mark.parametrize("tokens", [17, 150])
 def test_large_scores(isa: str, tokens: int) -> None:
-    """Scores up to +-80: neither overflow nor lost sums. Their own rounding (80 x 6e-8) sets the tolerance."""
+    """Scores up to +-80: no overflow, no lost sums. Their own rounding (80 x 6e-8) sets the tolerance."""
     qkv, grad = by_head(tokens, 2, 16), torch.randn(2, tokens, 2, 16)
     scores = torch.einsum("bihc,bjhc->bhij", qkv[:, :, 0], qkv[:, :, 1])
     check(qkv, grad, [0, tokens], float(80 / scores.abs().max()), 1e-4)
@@ -128,7 +128,8 @@ def test_large_scores(isa: str, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [17, 150])
 @pytest.mark.parametrize("factor", [1e3, 1e4, 2e4, 3e4])
 def test_huge_scores(isa: str, tokens: int, factor: float) -> None:
-    """Up to 2e10, whose rounding is in the hundreds: a query takes the value of its best key; nothing overflows."""
+    """Scores up to 2e10, whose rounding is in the hundreds: a query takes the value of its best key, and nothing
+    overflows."""
     qkv, grad = factor * by_head(tokens, 2, 16), torch.randn(2, tokens, 2, 16)
     actual, exact = run(qkv, grad, [0, tokens], 1.0), expected(qkv, grad, [0, tokens], 1.0)
     assert_close(actual["output"], exact["output"], 1e-5, "output")
@@ -139,7 +140,7 @@ def test_huge_scores(isa: str, tokens: int, factor: float) -> None:
 def test_nan_is_passed_on(isa: str) -> None:
     for tokens in (17, 150):
         qkv = by_head(tokens, 2, 16)
-        qkv[0, 5, 1, 1, 3] = float("nan")  # a key: every query of its batch and head
+        qkv[0, 5, 1, 1, 3] = float("nan")  # a key, so every query of its batch element and head
         out, lse = segment_attention.forward(qkv, [0, tokens], 0.25)
         assert out[0, :, 1].isnan().all()
         assert lse[0, 1].isnan().all()
@@ -149,7 +150,8 @@ def test_nan_is_passed_on(isa: str) -> None:
 
 @pytest.mark.parametrize("offsets", [[0, 300], [0, 40, 260, 300]])
 def test_threads(isa: str, offsets: list[int]) -> None:
-    """Fewer problems than threads: blocks of one problem are shared, and still every run gives the same bits."""
+    """Fewer problems than threads: threads share the blocks of a problem, and every run still gives the same
+    bits."""
     qkv, grad = by_head(300, 1, 64, batch=1), torch.randn(1, 300, 1, 64)
     before = torch.get_num_threads()
     try:
@@ -190,7 +192,7 @@ def check_axial(
     for name, a, e, b in zip(("qkv", "query"), gradients, exact_gradients, again, strict=True):
         if e.norm() > 1e-9:
             assert_close(a, e, bound, f"gradient of {name}")
-        else:  # no choice, no gradient: of the query of one token
+        else:  # with one token there is no choice, so no gradient
             assert a.numel() == e.numel()
             assert (a.abs() < 100 * bound).all()
         assert torch.equal(a, b)
@@ -216,7 +218,7 @@ def test_axial(isa: str, axis: str) -> None:
 
 
 def eager_axial(qkv: Tensor, sin: Tensor, cos: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and gradient along space, everything in qkv's dtype but the softmax."""
+    """Output and gradient along space, all in qkv's dtype except the softmax."""
     qkv = qkv.detach().requires_grad_()
     q, k, v = axial_reference.to_sequences(qkv, "space").unbind(0)
     q, k = (x * cos.to(x) + axial_reference.rotate_pairs(x) * sin.to(x) for x in (q, k))
@@ -227,7 +229,7 @@ def eager_axial(qkv: Tensor, sin: Tensor, cos: Tensor, grad: Tensor) -> tuple[Te
 
 @pytest.mark.parametrize("width", [8, 64])
 def test_axial_in_bfloat16(isa: str, width: int) -> None:
-    """Long enough for products in bf16, of rotated queries and keys; the error is at most twice eager's."""
+    """Long enough for bf16 products, with rotated queries and keys. The error is at most twice eager's."""
     qkv, grad = torch.randn(1, 2, 8, 9, 3, 2, width).bfloat16(), torch.randn(1, 2, 8, 9, 2, width).bfloat16()
     rotation, scale = tables(72, width), width**-0.5
     out, lse = axial_attention.forward(qkv, None, *rotation, "space", scale)

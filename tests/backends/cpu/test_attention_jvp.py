@@ -58,7 +58,7 @@ def test_segments(isa: str, dtype: torch.dtype, tokens: int, width: int, scale: 
 @pytest.mark.parametrize("axis", ["time", "space"])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_lattices(isa: str, axis: str, rotated: bool) -> None:
-    """The tangent has other strides than qkv: expanded along one axis, its rows not dense."""
+    """The tangent has other strides than qkv: one axis is expanded, and rows aren't dense."""
     qkv = torch.randn(2, 5, 3, 7, 3, 2, 20)
     tangent = torch.randn(2, 5, 3, 1, 3, 2, 40)[..., ::2].expand(qkv.shape)
     sin, cos = rotation(5 if axis == "time" else 21, 20) if rotated else (None, None)
@@ -80,7 +80,7 @@ def test_public_functions_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_memory_grows_with_the_tokens_alone() -> None:
-    """8192 tokens: the scores would be 256 MiB, twice; queries, keys, values and results are 4 MiB."""
+    """With 8192 tokens, scores would be 256 MiB, twice. Queries, keys, values and results are 4 MiB."""
     code = """
 import resource, torch
 from torch.func import jvp

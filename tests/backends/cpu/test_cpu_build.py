@@ -1,4 +1,4 @@
-"""How the CPU kernels are compiled: each instruction set apart, and clean under the sanitizers."""
+"""How the CPU kernels are compiled: instruction sets are separate, and sanitizers find nothing."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ needs_extension = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only: run on x86-64")
 @pytest.mark.slow
 def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
-    """A symbol that two objects define is taken from either: AVX-512 code would then run where it can't.
+    """The linker may take a symbol from any object that defines it. AVX-512 code could then run on CPUs without
+    AVX-512.
 
-    So an object compiled for an instruction set may only define symbols of its own namespace.
+    So an object for an instruction set may define only symbols of its own namespace.
     """
     extension = build_tools.cpu_extension(tmp_path / "unused.so", "")
     for name, (source, _, flags) in extension.objects.items():
@@ -54,7 +55,7 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
     reason="built without AMX: install binutils 2.36 or newer and build again",
 )
 def test_tile_instructions_are_in_amx_only() -> None:
-    """In the installed extension; and their operands are a sum (tiles 0-3), a left (4, 5) and a right one (6, 7)."""
+    """In the installed extension. Their operands are a sum (tiles 0-3), a left (4, 5) and a right operand (6, 7)."""
     command = ["objdump", "-dC", "-M", "intel", "--no-show-raw-insn", str(extensions.extension("_cpu").__file__)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, set[str]] = {}
@@ -88,7 +89,7 @@ def test_addresses_and_undefined_behaviour(isas: str, builds: Builds) -> None:
 @pytest.mark.slow
 @needs_extension
 def test_addresses_of_tiles(builds: Builds) -> None:
-    """Attention in the set amx: what is loaded and stored by the stand-in of the tiles, and all around it."""
+    """Attention in the set amx: loads and stores of the stand-in for tiles, and everything around them."""
     amx.skip_where_it_cannot_run(extensions.extension("_cpu").isas())
     built = builds.get("addresses_tiles", lambda folder: amx.build(folder, ("-O1", *FLAGS)))
     run_sanitized(SCRIPT, built, 2, "amx")
@@ -105,9 +106,9 @@ def built_for_threads(builds: Builds) -> Path:
 @needs_extension
 @pytest.mark.skipif(platform.system() != "Linux", reason="ThreadSanitizer is preloaded as on Linux: run on Linux")
 def test_threads(built_for_threads: Path) -> None:
-    """No kernel has a data race: ThreadSanitizer finds none in any, and finds the one that is planted.
+    """No kernel has a data race: ThreadSanitizer finds only the planted one.
 
-    In one instruction set: threads share the work alike in all.
+    One instruction set is enough, because threads share the work in the same way in all.
     """
     planted = run_thread_sanitized(SCRIPT, built_for_threads, 3, "race")
     assert planted.returncode == RACE and "planted_race.cpp:9" in planted.stderr, planted.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The CPU kernels in every instruction set this machine has, against the float64 reference."""
+"""The CPU kernels in every instruction set of this machine, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def check_expand(planes: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, sizes: tuple[int, int, int]) -> Any:
-    """Forward and backward against the reference; returns all results."""
+    """Forward and backward against the reference. Returns all results."""
     out = triplane_expand.forward(planes, weight, bias, *sizes)
     assert_close(out, expand_reference.forward(*wide(planes, weight, bias), *sizes), OPERATION[out.dtype], "output")
     actual = triplane_expand.backward(grad, planes, weight, *sizes)
@@ -118,14 +118,14 @@ def test_norm_strides(isa: str, form: str) -> None:
 
 
 def test_norm_of_many_tokens(isa: str) -> None:
-    """Several chunks a plane, the last one cut; and one plane of all tokens (joint statistics)."""
+    """Several chunks per plane, the last one partial. And one plane of all tokens (joint statistics)."""
     for layout in (TriplaneLayout(9, 17, 15), PlaneLayout(((543, 1),))):
         check_norm(*norm_inputs(layout, 32, torch.float32), layout.sizes, 32)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
 def test_norm_of_a_large_mean(isa: str, mean: float) -> None:
-    """A mean far above the deviation costs no digits: exact inputs, so the float64 reference has the same."""
+    """A mean far above the deviation costs no digits. Inputs are exact, so the float64 reference has the same."""
     x = (torch.randn(1, 700, 16) + mean).float()
     ones, options = torch.ones(16), ([700, 1], 4, 1e-5, False, 0)
     actual = plane_norm.forward(x, ones, torch.zeros(16), None, *options)[0]
@@ -142,7 +142,7 @@ def test_norm_of_a_constant(isa: str) -> None:
 
 
 def test_nan_is_passed_on(isa: str) -> None:
-    """A NaN in makes a NaN out: a diverged model must not look healthy."""
+    """NaN in, NaN out: a diverged model must not look healthy."""
     x = torch.randn(1, 50, 8)
     x[0, 3, 1] = float("nan")
     y = plane_norm.forward(x, torch.ones(8), torch.zeros(8), None, [50, 1], 2, 1e-5, True, 0)[0]
@@ -152,7 +152,7 @@ def test_nan_is_passed_on(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_torchs(isa: str, dtype: torch.dtype) -> None:
-    """Every 16-bit value is read and written as torch does: specials, subnormals, ties, overflow."""
+    """Every 16-bit value is read and written as by PyTorch: special values, subnormals, ties, overflow."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     values = torch.cat((every, torch.nextafter(every.float(), torch.tensor(torch.inf)).to(dtype)))
     zeros, bias = torch.zeros(3, 1, 1), torch.zeros(3, 1)
@@ -222,17 +222,17 @@ def test_arguments_are_checked() -> None:
 
 
 def _norm_of(x: Tensor) -> float:
-    """Nothing but our kernel may be parallel here: torch's own operations hang in a forked child."""
+    """Only our kernel may use threads here: PyTorch's own parallel operations hang in a forked child."""
     y = plane_norm.forward(x, x[0, 0], x[0, 0], None, [4096, 1], 8, 1e-5, False, 0)[0]
     return float(y.numpy().sum())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork: run on Linux or macOS")
 def test_works_in_a_forked_child() -> None:
-    """OpenMP's threads don't survive a fork; data loaders fork after the parent has used them."""
+    """OpenMP's threads don't survive a fork, and data loaders fork after the parent has used them."""
     x = torch.ones(1, 4096, 64)
     before = torch.get_num_threads()
-    torch.set_num_threads(2)  # also in the child: its single thread must be the kernel's own doing
+    torch.set_num_threads(2)  # also in the child: if it uses one thread, that is the kernel's choice
     try:
         assert _norm_of(x) == x.numel()
         context = multiprocessing.get_context("fork")
@@ -265,7 +265,7 @@ def test_isa_from_the_environment() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: run on Linux")
 def test_one_openmp_run_time() -> None:
-    """The extension shares torch's OpenMP, so that two pools of threads don't compete for the cores."""
+    """The extension shares PyTorch's OpenMP, so that there is one pool of threads."""
     code = """
 import torch
 from pvdm_fast.backends import extensions

@@ -1,6 +1,6 @@
-"""More than 2^31 elements in one tensor: addresses don't wrap. Run with `-m huge`; up to 14 GB of memory at a time.
+"""More than 2^31 elements in one tensor: addresses don't wrap. Run it with `-m huge`, up to 14 GB of memory at a time.
 
-Results are compared with the float64 reference on slices: the first, the one around element 2^31, the last.
+Results are compared with the float64 reference on slices: the first, the one around element 2^31, and the last.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _free_memory() -> Iterator[None]:
 
 
 def pattern(*shape: int) -> Tensor:
-    """bfloat16 numbers of a period that no power of two is near: an address off by 2^31 or 2^32 reads others."""
+    """bfloat16 numbers whose period isn't near a power of two, so an address that is off by 2^31 or 2^32 reads
+    other numbers."""
     period = torch.randn(1_000_003, dtype=torch.float32).bfloat16()
     out = torch.empty(shape, dtype=torch.bfloat16)
     flat = out.view(-1)
@@ -54,7 +55,7 @@ def pattern(*shape: int) -> Tensor:
 
 
 def places(units: int, elements: int) -> list[slice]:
-    """Slices of an axis of `units`, of `elements` elements each: the start, around element 2^31, the end."""
+    """Slices of an axis of `units` of `elements` elements each: at the start, around element 2^31, at the end."""
     middle = LIMIT // elements
     assert units * elements > LIMIT and 2 < middle < units - 2
     return [slice(0, 3), slice(middle - 2, middle + 2), slice(units - 3, units)]
@@ -90,7 +91,7 @@ def test_add_layer_norm() -> None:
 
 
 def test_plane_norm() -> None:
-    """261 planes of 8.3 M elements, element 2^31 inside the last; each has statistics of its own."""
+    """261 planes of 8.3 M elements, with element 2^31 inside the last. Each plane has its own statistics."""
     layout = PlaneLayout(((63, 128),) * 261)
     x, weight, bias = pattern(1, layout.num_tokens, CHANNELS), torch.randn(CHANNELS), torch.randn(CHANNELS)
     y, mean, rstd = plane_norm.forward(x, weight, bias, None, layout.sizes, 32, 1e-5, True, 0)

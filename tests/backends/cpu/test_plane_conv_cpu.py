@@ -1,4 +1,4 @@
-"""plane_conv on the CPU: every instruction set, odd sizes, strides, chunks of its work-space, weights that change."""
+"""plane_conv on the CPU: every instruction set, odd sizes, strides, chunks of the workspace, weights that change."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def draw(layout: PlaneLayout, channels: int, written: int, dtype: torch.dtype, b
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLayout) -> tuple[Tensor, ...]:
-    """Forward and backward against the float64 reference; returns all results."""
+    """Forward and backward against the float64 reference. Returns all results."""
     out = plane_conv.forward(x, weight, bias, layout.sizes)
     expected = reference.forward(x.double(), weight.double(), bias.double(), layout.sizes)
     assert_close(out, expected, OPERATION[x.dtype], "output")
@@ -80,7 +80,7 @@ def test_strides(form: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunks_change_rounding_only(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Small work-space, so that chunks begin and end inside planes; the least is 64 rows of 142."""
+    """A small workspace, so that chunks begin and end inside planes. The smallest holds 64 of 142 rows."""
     monkeypatch.setattr(plane_conv, "WORKSPACE", 1)
     assert len(list(plane_conv._chunks(142, 20, dtype))) == 3
     check(*draw(ODD, 20, 6, dtype), ODD)
@@ -104,7 +104,7 @@ def test_only_what_is_needed(needs: tuple[bool, bool]) -> None:
 
 
 def test_weights_that_change() -> None:
-    """Nothing about a weight is remembered: updates in place, views of one storage, other formats are read."""
+    """Nothing about a weight is cached: in-place updates, views of one storage and other formats are read."""
     x, weight, bias, _ = draw(ODD, 5, 6, torch.float32)
     conv = torch.nn.Conv2d(5, 6, 3)
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
@@ -117,7 +117,7 @@ def test_weights_that_change() -> None:
         optimizer.step()
     with torch.no_grad():
         first = ops.plane_conv(x, ODD, conv.weight, conv.bias)
-        conv.weight.data.mul_(2)  # keeps the version counter
+        conv.weight.data.mul_(2)  # doesn't change the version counter
         conv.bias.data.mul_(2)
         torch.testing.assert_close(ops.plane_conv(x, ODD, conv.weight, conv.bias), 2 * first)
     both = torch.stack((weight, -weight))
@@ -128,7 +128,7 @@ def test_weights_that_change() -> None:
 
 
 def test_bfloat16_error_is_the_eager_one() -> None:
-    """At most twice the error of F.conv2d in bfloat16, results and gradients."""
+    """Results and gradients have at most twice the error of F.conv2d in bfloat16."""
     layout = TriplaneLayout(8, 8, 8)
     x, weight, bias, grad = draw(layout, 64, 48, torch.bfloat16)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]

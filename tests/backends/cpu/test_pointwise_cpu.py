@@ -63,7 +63,8 @@ def test_geglu(dtype: torch.dtype, width: int) -> None:
 
 @pytest.mark.usefixtures("isa")
 def test_geglu_element_by_element() -> None:
-    """Gates from -30 to 30: absolute or relative error within 1e-6, the derivative too; the tail keeps its digits."""
+    """Gates from -30 to 30: absolute or relative error within 1e-6, also for the derivative. The tail keeps its
+    digits."""
     gate = torch.cat((torch.linspace(-30, 30, 60001), torch.tensor([-0.0, 1e-30, -1e-30, 3e4, -3e4])))
     x = torch.stack((torch.ones_like(gate), gate), -1)
     ones = torch.ones(len(gate), 1)
@@ -86,7 +87,7 @@ def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor,
     """grads: of the norm and of the sum (or None)."""
     results = add_layer_norm.forward(x, residual, weight, bias, 1e-5)
     total = x if residual is None else results[0]
-    # The norm is that of the sum as stored, so the reference gets the stored sum.
+    # The norm is that of the stored sum, so the reference gets the stored sum.
     expected = norm_reference.forward(total.double(), None, weight.double(), bias.double(), 1e-5)
     compare(results[1:], expected[1:], "add_layer_norm")
     assert results[1].dtype == (x if residual is None else residual).dtype
@@ -126,7 +127,7 @@ def test_norm_of_mixed_dtypes(x_dtype: torch.dtype, residual_dtype: torch.dtype)
 
 
 def test_norm_of_mixed_dtypes_through_autograd() -> None:
-    """As autocast has it: the branch is bfloat16, the stream float32."""
+    """As under autocast: the branch is bfloat16, the stream float32."""
     x, residual = torch.randn(2, 9, 16).bfloat16().requires_grad_(), torch.randn(2, 9, 16, requires_grad=True)
     with use_backend("cpu"):
         total, normed = ops.add_layer_norm(x, residual, torch.ones(16), torch.zeros(16))
@@ -186,7 +187,7 @@ def test_slice_of_mixed_dtypes() -> None:
 
 
 def test_threads_change_nothing() -> None:
-    """Sums are cut into chunks by their size alone: 1 and 2 threads agree to the bit."""
+    """Sums are cut into chunks by size alone, so 1 and 2 threads agree bit for bit."""
     x, grad, token, positions = slice_inputs("xy", 24, torch.float32, batch=3)
     rows, weights = torch.randn(300, 24), torch.randn(2, 24)
 
@@ -203,7 +204,7 @@ def test_threads_change_nothing() -> None:
 
 
 def test_bfloat16_errors_are_the_eager_ones() -> None:
-    """At most twice the error of torch's own operations in bfloat16, values and gradients."""
+    """Values and gradients have at most twice the error of PyTorch's own operations in bfloat16."""
     x, y = torch.randn(64, 96).bfloat16(), torch.randn(64, 96).bfloat16()
     weight, bias = (1 + 0.2 * torch.randn(96)).bfloat16(), torch.randn(96).bfloat16()
 

@@ -1,4 +1,4 @@
-"""The stand-in of AMX's tiles: it computes as Intel's manual says, and it finds every fault that is planted."""
+"""The stand-in for AMX tiles: it computes as Intel's manual says, and it finds every planted fault."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FULL: Shapes = ((16, 64),) * 8
 
 
 def config(shapes: Shapes = FULL, palette: int = 1, start_row: int = 0, reserved: int = 0) -> bytes:
-    """The operand of LDTILECFG for tiles of so many rows and bytes a row."""
+    """The operand of LDTILECFG for tiles with so many rows and bytes per row."""
     shapes = (*shapes, *((0, 0),) * (8 - len(shapes)))
     row_bytes, rows = struct.pack("<8H", *(s[1] for s in shapes)), bytes(s[0] for s in shapes)
     return bytes([palette, start_row, *[reserved] * 14]) + row_bytes + bytes(16) + rows + bytes(8)
@@ -35,14 +35,14 @@ def load(tiles: ModuleType, number: int, matrix: Tensor) -> None:
 
 
 def store(tiles: ModuleType, number: int) -> Tensor:
-    """All 16 x 16 floats that the instruction could write; NaN where it wrote none."""
+    """All 16 x 16 floats that the instruction could write. NaN where it wrote none."""
     matrix = torch.full((16, 16), float("nan"))
     tiles.tilestored(number, matrix.data_ptr(), 64)
     return matrix
 
 
 def paired(b: Tensor) -> Tensor:
-    """(2k, n) -> (k, 2n): neighbours in the summed index side by side, as the right operand wants them."""
+    """(2k, n) -> (k, 2n): neighbours in the summed index side by side, as a right operand needs them."""
     return b.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1).contiguous()
 
 
@@ -56,7 +56,7 @@ def product(tiles: ModuleType, sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("m", "k", "n"), [(16, 16, 16), (5, 3, 7), (1, 16, 2)])
 def test_product(tiles: ModuleType, m: int, k: int, n: int) -> None:
-    """Against float64, and whole numbers exactly; what lies outside a smaller tile is neither read nor written."""
+    """Close to float64, and exact for whole numbers. Nothing outside a smaller tile is read or written."""
     tiles.ldtilecfg(config(((m, 4 * n), (m, 4 * k), (k, 4 * n))))
     sums, a, b = torch.randn(m, n), torch.randn(m, 2 * k).bfloat16(), torch.randn(2 * k, n).bfloat16()
     found = product(tiles, sums, a, b)
@@ -68,11 +68,11 @@ def test_product(tiles: ModuleType, m: int, k: int, n: int) -> None:
 
 
 def test_order_of_sums(tiles: ModuleType) -> None:
-    """Even and odd terms are summed apart, then together, and then added to the tile."""
+    """Even and odd terms are summed separately, then together, then added to the tile."""
     tiles.ldtilecfg(config())
     a, b, sums = torch.zeros(16, 32).bfloat16(), torch.ones(32, 16).bfloat16(), torch.ones(16, 16)
     a[0, :4] = torch.tensor([2.0**24, 1, 1, -(2.0**24)])  # even: 2^24 + 1 = 2^24; odd: 1 - 2^24; together 1
-    a[1, :3], sums[1] = torch.tensor([1.0, 0, 1]), 2.0**24  # 2 + 2^24; one by one, the ones would be lost
+    a[1, :3], sums[1] = torch.tensor([1.0, 0, 1]), 2.0**24  # 2 + 2^24; added one by one, the ones would be lost
     found = product(tiles, sums, a, b)
     assert (found[0] == 2).all() and (found[1] == 2.0**24 + 2).all() and (found[2:] == 1).all()
 

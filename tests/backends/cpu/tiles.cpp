@@ -1,4 +1,5 @@
-// For tests: attention in the instruction set amx, its tile instructions trapped where the CPU has none; and their stand-in.
+// For tests: attention in the instruction set amx, with traps for tile instructions on CPUs without AMX. And the
+// stand-in itself.
 #include "bindings/cpu/attention.h"
 #include "emulation/tile_trap.h"
 

@@ -1,5 +1,6 @@
-// Launches every CUDA kernel once on small buffers from malloc, where a sanitizer knows their ends: without Python and
-// PyTorch, whose threads are not our subject. test_cuda_sanitized.py builds it. What comes out is compared elsewhere.
+// Launches every CUDA kernel once on small buffers from malloc, so that a sanitizer knows where they end. It uses
+// neither Python nor PyTorch, whose threads aren't under test. test_cuda_sanitized.py builds it. Other tests compare
+// results.
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
@@ -16,7 +17,7 @@ namespace {
 const cuda::LaunchTarget here{0, nullptr};
 constexpr Dtype f32 = Dtype::f32;
 
-// Numbers between -1 and 1; the memory ends with the last of them, and is never given back.
+// Numbers between -1 and 1. The memory ends with the last one, and is never freed.
 TensorView make(Dtype dtype, std::initializer_list<int64_t> sizes) {
   TensorView t;
   t.dtype = dtype;
@@ -72,7 +73,7 @@ void norm(Dtype dtype, std::vector<int64_t> sizes, int64_t channels, bool scale_
                                  scale_shift ? make(f32, {1, 2 * channels}) : none}, workspace, here);
 }
 
-// Several segments, or one rotated (`rotate`), or one query a sequence (`single`).
+// Several segments, or one with rotation (`rotate`), or one query per sequence (`single`).
 void attention(Dtype dtype, std::vector<int64_t> offsets, int64_t width, bool rotate, bool single, bool tensor_cores) {
   const int64_t tokens = offsets.back(), queries = single ? 1 : tokens;
   const TensorView none, qkv = make(dtype, {1, 1, tokens, single ? 2 : 3, 2, width});
@@ -92,7 +93,7 @@ void attention(Dtype dtype, std::vector<int64_t> offsets, int64_t width, bool ro
 int main(int count, char** arguments) {
   emulation::schedule() = count > 1 ? atoi(arguments[1]) : 0;
   for (const Dtype dtype : {f32, Dtype::bf16, Dtype::f16}) {
-    for (const int64_t channels : {5, 16}) {  // packs cut and whole
+    for (const int64_t channels : {5, 16}) {  // partial and whole packs
       expand(dtype, {9, 5, 2}, channels);
       expand(dtype, {1, 2, 9}, channels);
       slice(dtype, {3, 5, 7}, channels);

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the host, against csrc/emulation, as a module that stands in for `pvdm_fast._cuda`."""
+"""Builds the CUDA kernels for the host, with csrc/emulation, as a module that replaces `pvdm_fast._cuda`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BACKEND = "cuda-emulated"
 
 def compile_for_host(output: Path, flags: tuple[str, ...], sources: tuple[Path, ...]) -> Path:
     """Compile .cu files (and others) with g++, and link them to `output`."""
-    lines = ["-g"] if "-fsanitize" in " ".join(flags) else []  # what sanitizers name
+    lines = ["-g"] if "-fsanitize" in " ".join(flags) else []  # sanitizers print line numbers
     command = ["g++", "-std=c++17", "-pthread", "-O1", *lines, "-DPVDM_EMULATE", "-DPVDM_ABI=0"]
     command += [f"-I{ROOT / 'csrc'}", *flags]
     command += ["-Wno-unknown-pragmas", "-x", "c++", *map(str, sources), "-o", str(output)]
@@ -52,7 +52,7 @@ def load(path: Path) -> ModuleType:
 
 
 def replace_device(patch: pytest.MonkeyPatch, module: ModuleType) -> None:
-    """Put the stand-in in the place of `pvdm_fast._cuda`, with the host as its device."""
+    """Replace `pvdm_fast._cuda` by the stand-in, with the host as its device."""
     for launcher in (attention, plane_norm, triplane_expand, triplane_slice):
         patch.setattr(launcher, "extension", lambda name: module)
         patch.setattr(launcher, "launch_target", lambda tensor: (0, 0))
@@ -60,9 +60,10 @@ def replace_device(patch: pytest.MonkeyPatch, module: ModuleType) -> None:
 
 @contextmanager
 def registered(module: ModuleType) -> Iterator[None]:
-    """Within this, "cuda-emulated" is a backend for tensors on the CPU: the launchers of "cuda" with the stand-in.
+    """In this block "cuda-emulated" is a backend for tensors on the CPU: the launchers of "cuda" with the stand-in.
 
-    `use_backend("cuda-emulated")` asks for it; automatic choice takes it where it serves, else the reference.
+    You can ask for it with `use_backend("cuda-emulated")`. Automatic choice takes it if possible, otherwise the
+    reference.
     """
     unavailable = choice.unavailable
     with pytest.MonkeyPatch.context() as patch:

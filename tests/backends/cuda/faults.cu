@@ -1,4 +1,4 @@
-// Two small kernels, right and with one fault each: what the stand-in of csrc/emulation must find.
+// Two small kernels, correct and with one fault each. The stand-in of csrc/emulation must find the faults.
 #include <pybind11/pybind11.h>
 
 #include "cuda/device.cuh"
@@ -24,9 +24,9 @@ enum Fault {
   missing_atomic,
 };
 
-constexpr int tile = 32, depth = 16, row = depth + 8;  // rows are padded so that eight of them meet no bank twice
+constexpr int tile = 32, depth = 16, row = depth + 8;  // rows are padded so that eight of them use different banks
 
-// c (32 x 32) = a (32 x k) b (32 x k).T in bf16 by two warps, in two pipeline stages.
+// c (32 x 32) = a (32 x k) b (32 x k).T in bf16, with two warps and two pipeline stages.
 template <int fault>
 __global__ void product(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int k) {
   PVDM_DYNAMIC_SHARED(__nv_bfloat16, shared);
@@ -64,7 +64,7 @@ __global__ void product(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c
       c[(warp * 16 + lane / 4 + i / 2 * 8) * tile + j * 8 + lane % 4 * 2 + i % 2] = sum[j][i];
 }
 
-// out[0] += the sum of x (n), by blocks of two warps.
+// out[0] += the sum of x (n), with blocks of two warps.
 template <int fault>
 __global__ void total(const float* x, float* out, int n) {
   PVDM_SHARED(float, parts, 2);
@@ -108,7 +108,7 @@ __global__ void fragments(uint16_t* a, float* product_of_units, int unit) {
   memcpy(a + lane * 8, registers, 16);
   ldmatrix_x4<true>(registers, matrix + lane % 16 * 16 + lane / 16 * 8);
   memcpy(a + 256 + lane * 8, registers, 16);
-  // b is zero but for its element (unit / 8, unit % 8); a's element (r, k) is 16 r + k + 1, exact in bf16 up to 256.
+  // b is zero except for element (unit / 8, unit % 8). Element (r, k) of a is 16 r + k + 1, exact in bf16 up to 256.
   uint32_t left[4], right[2] = {0, 0};
   for (int i = 0; i < 4; i++) {
     const int r = lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;

@@ -1,4 +1,4 @@
-"""Run by test_emulation.py under a sanitizer: one kernel of faults.cu, without PyTorch and its own threads."""
+"""test_emulation.py runs this under a sanitizer: one kernel of faults.cu, without PyTorch and its threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ libc.malloc.argtypes = (ctypes.c_size_t,)
 
 
 def buffer(size: int) -> int:
-    """From malloc, so that the sanitizer knows where it ends; zeros of any type."""
+    """Zeroed memory from malloc, for any type. The sanitizer knows where it ends."""
     address = int(libc.malloc(size))
     ctypes.memset(address, 0, size)
     return address

@@ -1,4 +1,4 @@
-"""Running a script with a sanitizer of g++ preloaded."""
+"""Runs a script with one of g++'s sanitizers preloaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-# OpenMP's barriers are in a library that ThreadSanitizer knows nothing of: the run time takes std::thread instead.
+# ThreadSanitizer doesn't see the barriers in the OpenMP library, so the runtime uses std::thread instead.
 THREAD_FLAGS = ("-fsanitize=thread", "-DPVDM_PARALLEL_STD_THREAD")
 RACE = 66  # exit code
 
@@ -25,7 +25,7 @@ def _environment(libraries: tuple[str, ...], **variables: str) -> dict[str, str]
         **os.environ,
         **variables,
         "LD_PRELOAD": ":".join(paths),
-        # The tests and this checkout, which need not be the one that is installed.
+        # The tests and this checkout, which need not be the installed one.
         "PYTHONPATH": os.pathsep.join(str(Path(__file__).resolve().parents[up]) for up in (2, 3)),
     }
 
@@ -40,20 +40,22 @@ def _check_clean(result: subprocess.CompletedProcess[str]) -> None:
 
 
 def run_sanitized(script: Path, *arguments: object) -> None:
-    """Under AddressSanitizer and UBSan; fails on any report. Leaks are Python's own and not looked for."""
-    # Its stack for signals is too small for the state of AMX's tiles: Linux then refuses them.
+    """Runs under AddressSanitizer and UBSan. Any report is a failure. Leaks are Python's own and aren't checked."""
+    # The sanitizer's signal stack is too small for the state of AMX tiles, and Linux then refuses the tiles.
     options = "detect_leaks=0:use_sigaltstack=0"
     environment = _environment(("libasan.so", "libubsan.so", "libstdc++.so"), ASAN_OPTIONS=options)
     _check_clean(_run([sys.executable, str(script), *map(str, arguments)], environment))
 
 
 def thread_sanitizer() -> tuple[list[str], dict[str, str]]:
-    """How a command is run under ThreadSanitizer: what stands before it, and its environment. Its exit code is `RACE`
-    where a race is reported. Skips the test where ThreadSanitizer can't run, saying why."""
+    """What to put before a command so that it runs under ThreadSanitizer, and its environment.
+
+    The exit code is `RACE` if a race is reported. If ThreadSanitizer can't run, the test is skipped with the reason.
+    """
     environment = _environment(("libtsan.so", "libstdc++.so"), TSAN_OPTIONS=f"exitcode={RACE}")
     if not Path(environment["LD_PRELOAD"].partition(":")[0]).is_file():
         pytest.skip("g++ has no libtsan here: install GCC's libtsan")
-    # Its shadow memory needs addresses that a kernel with much randomisation may have given away: then without.
+    # Its shadow memory needs fixed addresses. If the kernel's address randomisation may take them, it is turned off.
     prefixes = [[], ["setarch", "-R"]] if shutil.which("setarch") else [[]]
     for prefix in prefixes:
         probe = _run([*prefix, sys.executable, "-c", "print('works')"], environment)

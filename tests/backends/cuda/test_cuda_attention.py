@@ -97,7 +97,8 @@ def test_tensor_core_kernels(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_of_the_model(device: ModuleType, dtype: torch.dtype) -> None:
-    """The denoiser's order in memory, head by head its q, k, v; and rows off every 16-byte boundary."""
+    """The denoiser's memory order, where each head has its q, k, v. And rows that don't start at multiples of 16
+    bytes."""
     qkv = torch.randn(2, 70, 2, 3, 16).to(dtype).transpose(2, 3)
     assert attention.aligned(qkv)
     check_segments(device, qkv, [0, 70], tolerance(dtype, dtype != torch.float32))
@@ -160,17 +161,17 @@ def test_summed_gradient(device: ModuleType) -> None:
 
 
 def test_work_is_what_was_planned(device: ModuleType) -> None:
-    """Matrix instructions and bytes of one forward pass, and no bank conflict in any ldmatrix."""
+    """Matrix instructions and bytes of one forward pass. No ldmatrix has a bank conflict."""
     tokens, width = 256, 64
     device.counts()
     segment_attention.forward(torch.randn(1, tokens, 3, 1, width).bfloat16(), [0, tokens], 0.125)
     counts = device.counts()
     blocks = tokens // 64
-    assert counts["mma"] == 2 * tokens * tokens * width // (16 * 8 * 16)  # the two products, nothing twice
+    assert counts["mma"] == 2 * tokens * tokens * width // (16 * 8 * 16)  # two products, nothing computed twice
     assert counts["bank_conflicts"] == 0
     assert counts["async_bytes"] == 2 * width * (
         tokens + blocks * 2 * tokens
-    )  # q once, k and v once a block of queries
+    )  # q once, k and v once per block of queries
     segment_attention.backward(*_backward_arguments(tokens, width))
     assert device.counts()["bank_conflicts"] == 0
 

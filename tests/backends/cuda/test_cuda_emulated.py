@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the host: the same .cu files, built by g++ against csrc/emulation, against the reference."""
+"""The CUDA kernels on the host, against the reference: g++ builds the same .cu files with csrc/emulation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def check_backward(grad: Tensor, planes: Tensor, weight: Tensor, sizes: tuple[in
 def test_equals_reference_in_every_order(
     device: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sizes: tuple[int, int, int], channels: int
 ) -> None:
-    """Sizes off every tile, packs cut and whole; the order in which threads run must not change a bit."""
+    """Sizes that aren't multiples of any tile, partial and whole packs. The order of threads must not change a
+    bit."""
     planes, weight, bias, grad = inputs(sizes, channels, 3, dtype)
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     results = []
@@ -75,7 +76,7 @@ def test_strides(device: ModuleType, dtype: torch.dtype, change: Callable[[Tenso
 
 
 def test_unaligned_rows(device: ModuleType) -> None:
-    """Rows that don't start at 16 bytes are read element by element."""
+    """Rows that don't start at multiples of 16 bytes are read element by element."""
     sizes = (2, 3, 4)
     planes, weight, _, grad = inputs(sizes, 32, 4, torch.bfloat16)
     buffer = torch.zeros(grad.shape[0], grad.shape[1], 41, dtype=grad.dtype)
@@ -106,7 +107,7 @@ def test_arguments_are_checked(device: ModuleType) -> None:
 
 
 def test_extension_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a user sees where nvcc was not found at installation."""
+    """What you see if nvcc wasn't found at installation."""
     monkeypatch.setattr(extensions, "build_info", lambda: {"_cuda": {"built": False, "reason": "no nvcc found"}})
     with pytest.raises(extensions.ExtensionError, match="left out when pvdm_fast was installed: no nvcc found"):
         extensions.extension.__wrapped__("_cuda")

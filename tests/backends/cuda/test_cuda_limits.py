@@ -1,4 +1,4 @@
-"""Sizes beyond the CUDA kernels are refused before anything is allocated, so that automatic choice goes on."""
+"""Sizes beyond the CUDA kernels are refused before anything is allocated, so that automatic choice can continue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def meta(*shape: int) -> Any:
 
 
 def test_every_module_says_what_it_refuses() -> None:
-    """And refuses none of the usual calls, in either direction."""
+    """And they refuse none of the usual calls, in either direction."""
     for call in arguments.recorded(torch.float32):
         if call.op in choice.SERVED["cuda"]:
             assert choice.implementation("cuda", call.op).refusal(*call.arguments) is None, call
@@ -49,7 +49,7 @@ def test_sizes_beyond_the_kernels(name: str) -> None:
 
 
 def test_automatic_choice_goes_on(device: ModuleType) -> None:
-    """Where the kernels refuse, the next backend serves: heads over 256, 33 segments, 33 planes."""
+    """If the kernels refuse, the next backend computes: heads over 256, 33 segments, 33 planes."""
     many = PlaneLayout(((1, 2),) * 33)
     calls = {
         "wide heads": lambda: ops.segment_attention(torch.ones(1, 3, 3, 1, 264)),

@@ -39,7 +39,8 @@ def served() -> dict[str, str]:
 
 
 def test_automatic_choice_keeps_to_the_limits() -> None:
-    """Beyond the kernels' limits the next backend serves; asked for by name, this one says what the limit is."""
+    """Beyond the kernels' limits the next backend computes. If you ask for this one by name, it says what the
+    limit is."""
     assert {op for op, name in served().items() if name == emulated.BACKEND} == set(SERVED["cuda"])
     layout = PlaneLayout(((1, 1),) * 33)
     ones = torch.ones(4)
@@ -92,7 +93,8 @@ def test_autoencoder() -> None:
 
 @pytest.mark.slow
 def test_denoiser_on_tensor_cores(monkeypatch: pytest.MonkeyPatch, device: ModuleType) -> None:
-    """In float16 the network is as far from the golden values as with the reference in float16 (backward: minutes)."""
+    """In float16 the network is as close to the golden values as the float16 reference. (Backward would take
+    minutes.)"""
     monkeypatch.setattr(attention, "MATRIX_LENGTH", 1)
     case, model = denoiser()
     model.half()

@@ -24,7 +24,7 @@ ODD, EVEN = TriplaneLayout(3, 5, 7), TriplaneLayout(4, 6, 10)
 def compare(
     device: ModuleType, run: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...], **names: Any
 ) -> None:
-    """In all three schedules, bit for bit the same, and equal to the reference."""
+    """All three schedules give the same bits, and equal the reference."""
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", poisoned_empty)

@@ -1,4 +1,4 @@
-"""The machine code of the built CUDA extension keeps its budget; and the budget finds what is planted."""
+"""The machine code of the built CUDA extension keeps its budget, and the budget finds planted faults."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def test_every_kernel_keeps_the_budget(rows: list[Resources]) -> None:
 
 @pytest.mark.slow
 def test_main_loops_do_what_was_planned(rows: list[Resources]) -> None:
-    """A warp's matrix instructions a step: its 16 rows with the step's, over all channels, for each product. And the
-    next step's copies: all of them, none in a loop of its own."""
+    """A warp's matrix instructions per step: its 16 rows times the step's rows, over all channels, for each product.
+
+    The loop also copies all of the next step, and there is no separate loop for copies.
+    """
     for row in (row for row in rows if row.kernel in MATRIX):
         depth = int(row.variant.split(", ")[1])
         steps = ROWS.get(row.kernel, ROWS["matrix_dq"])[depth]
@@ -74,7 +76,7 @@ def test_planted_faults_are_found() -> None:
 
 
 def test_main_loop() -> None:
-    """The shortest loop with all the matrix instructions, not the one around it and not those beside it."""
+    """It is the shortest loop with all the matrix instructions, not the loop around it, and not those next to it."""
     code = [
         *((0, "MOV", ""), (16, "LDG.E", ""), (32, "HMMA.1", ""), (48, "HMMA.1", ""), (64, "LDSM", "")),
         *((80, "BRA", "0x20"), (96, "STG", ""), (112, "BRA", "0x0"), (128, "LDS", ""), (144, "BRA", "0x80")),

@@ -36,13 +36,14 @@ def program(builds: Builds, *flags: str) -> str:
 
 
 def test_addresses(builds: Builds) -> None:
-    """Every access stays inside its tensor, workspace or shared memory (AddressSanitizer, and UBSan)."""
+    """Every access stays inside its tensor, workspace or shared memory (AddressSanitizer and UBSan)."""
     run(program(builds, *FLAGS))
 
 
-@pytest.mark.exhaustive  # three minutes; every change of a kernel runs it
+@pytest.mark.exhaustive  # takes three minutes; every change of a kernel runs it
 def test_races(builds: Builds) -> None:
-    """No two threads of a block without a barrier between, and no two blocks, meet at one address (ThreadSanitizer)."""
+    """Two threads of a block without a barrier in between, or two blocks, never touch one address
+    (ThreadSanitizer)."""
     if subprocess.run(["setarch", "-R", "true"], capture_output=True, check=False).returncode:
         pytest.skip("ThreadSanitizer needs `setarch -R`, which this system refuses: run where it is allowed")
     run("setarch", "-R", program(builds, "-fsanitize=thread"))

@@ -1,4 +1,4 @@
-"""The host stand-in itself: it computes as the PTX manual says, and it finds every fault that is planted."""
+"""The host stand-in itself: it computes as the PTX manual says, and it finds every planted fault."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def operands() -> tuple[Tensor, Tensor]:
 
 
 def product(faults: ModuleType, fault: str, order: int) -> Tensor:
-    """a @ b.T of the kernel with `fault`; all its sums are exact in float32."""
+    """a @ b.T, by the kernel with `fault`. All sums are exact in float32."""
     faults.set_schedule(order)
     a, b = operands()
     out = torch.full((32, 32), float("nan"))
@@ -134,13 +134,13 @@ def test_fragment_layouts(faults: ModuleType) -> None:
 
 
 def run_under(library: str, module: Path, fault: str) -> subprocess.CompletedProcess[str]:
-    """The faulty kernel in a process of its own with a sanitizer preloaded."""
+    """Runs the faulty kernel in a separate process with a sanitizer preloaded."""
     found = subprocess.run(["g++", f"-print-file-name={library}"], capture_output=True, text=True, check=True)
     path = os.pathsep.join(str(Path(__file__).resolve().parents[up]) for up in (2, 3))
     environment = {**os.environ, "LD_PRELOAD": found.stdout.strip(), "PYTHONPATH": path}
     environment |= {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
     command = [sys.executable, str(Path(__file__).with_name("faulty_run.py")), str(module), fault]
-    if library == "libtsan.so":  # which can't cope with as much address randomisation as kernels have now
+    if library == "libtsan.so":  # it can't cope with the amount of address randomisation in current kernels
         command = ["setarch", "-R", *command]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 

@@ -1,15 +1,16 @@
-"""Triton's interpreter made into a test of kernels: what it computes wrongly is mended, what it can't see is checked.
+"""Turns Triton's interpreter into a test of kernels: its wrong results are corrected, and what it can't see is checked.
 
-`install()` (once, by tests/conftest.py) changes the interpreter for the whole process:
+`install()` (called once, by tests/conftest.py) changes the interpreter for the whole process:
 
-- **Values.** bf16 `tl.dot` and casts compute on values, rounded to nearest even (the interpreter multiplies bit
-  patterns, and cuts bits off); other arithmetic on bf16 is an error: kernels cast to float32 first. A float32 `tl.dot`
-  whose input precision is tf32, which is also what an unstated one means, rounds its operands to tf32.
-- **Bounds.** Every address loaded or stored is an element of a tensor passed to the kernel; a view's gaps are not.
-- **Races.** No two programs plainly store, or store and load, one address; no single store puts two values there.
-  Programs run one after another here, so results alone don't show it. Atomics are exempt.
+- **Values.** bf16 `tl.dot` and casts compute on values, rounded to nearest even. (The interpreter multiplies bit
+  patterns, and cuts off bits.) Other arithmetic on bf16 is an error: kernels must cast to float32 first. A float32
+  `tl.dot` with input precision tf32, which is also the default, rounds its operands to tf32.
+- **Bounds.** Every address that is loaded or stored must be an element of a tensor passed to the kernel. The gaps of a
+  view don't belong to it.
+- **Races.** No two programs may store, or store and load, one address without atomics. No single store may put two
+  values there. Programs run one after another here, so results alone wouldn't show it.
 - **Undefined values.** Lanes that a mask leaves out, and memory that a launcher allocates without filling it, are NaN
-  (the largest number, for integers).
+  (for integers the largest number).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from triton.runtime import interpreter
 from pvdm_fast.backends import choice
 
 NOBODY, SEVERAL = -1, -2  # in place of a program's number
-# What is changed or used here of the interpreter, which promises none of it.
+# The parts of the interpreter that are changed or used here. It promises none of them.
 NEEDED = {
     "": ("GridExecutor", "InterpreterBuilder", "ReduceScanOpInterface", "TensorHandle", "_get_np_dtype", "_patch_lang"),
     "_interpreter": ("load",),
@@ -43,7 +44,7 @@ NEEDED = {
 
 
 class Memory:
-    """One storage that a kernel was given views of: which of its elements they are, and who touched each."""
+    """One storage that a kernel has views of: which elements the views contain, and who accessed each."""
 
     def __init__(self, tensors: list[Tensor], names: list[str]) -> None:
         storage = tensors[0].untyped_storage()
@@ -61,13 +62,13 @@ class Memory:
         self.reader = np.full(self.given.shape, NOBODY, dtype=np.int32)
 
     def elements(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Indices into the arrays above of what lies at `addresses`, `size` bytes each."""
+        """Indices into the arrays above for `addresses` of `size` bytes each."""
         first = (addresses - self.base) // self.unit
         return first if size <= self.unit else (first[:, None] + np.arange(size // self.unit)).ravel()
 
 
 class Launch:
-    """One launch: the memory it may touch, and who touched it.
+    """One launch: the memory that it may access, and who accessed it.
 
     Args:
         kernel: its name.
@@ -84,7 +85,7 @@ class Launch:
         self.memories = [Memory([t for _, t in group], [n for n, _ in group]) for group in by_storage.values()]
 
     def access(self, kind: str, builder: Any, pointers: Any, mask: np.ndarray | None) -> None:
-        """Check one load, store or atomic operation of the program that runs, and note it."""
+        """Check one load, store or atomic operation of the running program, and record it."""
         addresses = pointers.data.astype(np.int64)
         if mask is not None:
             shape = np.broadcast_shapes(addresses.shape, mask.shape)
@@ -152,7 +153,8 @@ def named_tensors(names: Iterable[str], values: Iterable[Any]) -> Iterator[tuple
     for name, value in zip(names, values, strict=False):
         if isinstance(value, tuple):
             yield from named_tensors([name] * len(value), value)
-        elif isinstance(base := getattr(value, "base", value), Tensor):  # TensorWrapper and TensorDescriptor have one
+        # TensorWrapper and TensorDescriptor have a base
+        elif isinstance(base := getattr(value, "base", value), Tensor):
             yield name, base
 
 
@@ -213,7 +215,7 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 
 def undefined(element: Any) -> Any:
-    """What stands for an undefined value of a Triton type: NaN, or the largest number."""
+    """The undefined value of a Triton type: NaN, or the largest number."""
     dtype = interpreter._get_np_dtype(element)
     if element == tl.bfloat16:
         return dtype.type(0x7FC0)
@@ -223,14 +225,14 @@ def undefined(element: Any) -> Any:
 
 
 def widened(data: np.ndarray, element: Any) -> np.ndarray:
-    """Values as float32; bf16 is held as its bits."""
+    """Values as float32. The interpreter holds bf16 as bits."""
     if element == tl.bfloat16:
         return (data.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return data.astype(np.float32)
 
 
 def rounded(data: np.ndarray, dropped: int) -> np.ndarray:
-    """float32 to nearest even without its last `dropped` bits; infinities and NaN stay what they are."""
+    """float32 rounded to nearest even, without its last `dropped` bits. Infinities and NaN stay."""
     held = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
     odd = (held >> np.uint32(dropped)) & np.uint32(1)
     nearest = (held + odd + np.uint32((1 << (dropped - 1)) - 1)) & np.uint32(-(1 << dropped) & 0xFFFFFFFF)
@@ -282,7 +284,7 @@ def refuse_bf16(operands: Iterable[Any], operation: str) -> None:
 def _refusing_bf16(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def refusing(self: Any, *operands: Any) -> Any:
-        if operands[-1] is not np.where:  # choosing moves bits only
+        if operands[-1] is not np.where:  # np.where only moves bits
             refuse_bf16(operands, getattr(operands[-1], "__name__", method.__name__))
         return method(self, *operands)
 
@@ -290,8 +292,11 @@ def _refusing_bf16(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_once_a_launch() -> None:
-    """At every call of a jitted function, tl.sum among them, the interpreter goes through all of triton.language and
-    replaces what is replaced already: 0.5 ms. Once a launch and module of functions is enough."""
+    """Patch once per launch and module of functions.
+
+    At every call of a jitted function, including tl.sum, the interpreter goes through all of triton.language and
+    replaces what it has replaced already, which takes 0.5 ms.
+    """
     patch = interpreter._patch_lang
 
     class Nothing:
@@ -310,7 +315,7 @@ def _patch_once_a_launch() -> None:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty and its like give NaN (the largest number, for integers) inside."""
+    """In this block torch.empty and its relatives give NaN (for integers the largest number)."""
     mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -339,10 +344,10 @@ def _poison_launchers() -> None:
 
 
 def install() -> None:
-    """Change the interpreter as the module's docstring says; `TRITON_INTERPRET=1` must be set.
+    """Change the interpreter as the module's docstring says. `TRITON_INTERPRET=1` must be set.
 
     Raises:
-        RuntimeError: this version of Triton lacks something that is changed here.
+        RuntimeError: this version of Triton doesn't have something that is changed here.
     """
     for owner, names in NEEDED.items():
         for name in names:

@@ -1,6 +1,6 @@
-"""Kernels with planted faults, and one without, compiled ahead of time: prints what the budget finds, as JSON.
+"""Compiles kernels with planted faults, and one without, and prints what the budget finds, as JSON.
 
-Run by test_ahead_of_time.py in a process without TRITON_INTERPRET.
+test_ahead_of_time.py runs this in a process without TRITON_INTERPRET.
 """
 
 import json
@@ -51,7 +51,7 @@ def main():
     good = Config({"M": 64, "K": 64, "N": 64})
     found = {}
     for architecture in ("sm80", "sm100", "gfx942"):
-        by_hand = compiled(architecture, product, [single] * 3, good)  # in full precision: multiplied one by one
+        by_hand = compiled(architecture, product, [single] * 3, good)  # full precision, without tensor cores
         kernels = {
             "good product": compiled(architecture, product, [half] * 3, good),
             "spills": compiled(architecture, product, [half] * 3, Config({"M": 256, "K": 64, "N": 128}, num_warps=1)),

@@ -28,7 +28,7 @@ def check(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, grad
     """grads: of the norm and of the sum (or None)."""
     results = add_layer_norm.forward(x, residual, weight, bias, 1e-5)
     total = x if residual is None else results[0]
-    # The norm is that of the sum as stored, so the reference gets the stored sum.
+    # The norm is that of the stored sum, so the reference gets the stored sum.
     expected = reference.forward(total.double(), None, weight.double(), bias.double(), 1e-5)
     compare(results[1:], expected[1:], "add_layer_norm")
     assert results[1].dtype == (x if residual is None else residual).dtype
@@ -71,7 +71,7 @@ def test_mixed_dtypes(x_dtype: torch.dtype, residual_dtype: torch.dtype) -> None
 
 
 def test_mixed_dtypes_through_autograd() -> None:
-    """As autocast has it: the branch is bfloat16, the stream float32."""
+    """As under autocast: the branch is bfloat16, the stream float32."""
     x, residual = torch.randn(2, 9, 16).bfloat16().requires_grad_(), torch.randn(2, 9, 16, requires_grad=True)
     with use_backend("triton"):
         total, normed = ops.add_layer_norm(x, residual, torch.ones(16), torch.zeros(16))

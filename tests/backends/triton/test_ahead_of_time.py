@@ -1,4 +1,4 @@
-"""Every kernel, compiled for every family of GPUs without one: budgets, and the budgets' own test on planted faults."""
+"""Compiles every kernel for every GPU family, without a GPU: budgets, and planted faults that they find."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """In a process that compiles: this one interprets."""
+    """Runs in a process that compiles, because this one interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -46,7 +46,7 @@ def test_good_kernels_keep_the_budget(planted: dict[str, dict[str, list[str]]], 
         ("spills", ["sm80", "sm100", "gfx942"]),
         ("shared memory", ["sm80", "sm100", "gfx942"]),
         ("sums over lanes", ["sm80", "sm100", "gfx942"]),
-        ("tensor cores", ["sm80", "sm100"]),  # AMD's have float32 too
+        ("tensor cores", ["sm80", "sm100"]),  # AMD's tensor cores take float32 too
         ("16-byte load", ["sm80", "sm100", "gfx942"]),
     ],
 )
@@ -75,14 +75,17 @@ def check_resources(architectures: Sequence[str], *options: str) -> None:
 
 @pytest.mark.slow
 def test_every_kernel_on_one_target() -> None:
-    """All that networks of full size launch in bfloat16, and every configuration of every table once, for float32 and
-    16 bits apart; entries of tables that nothing uses are problems too. For the target with least shared memory."""
+    """All that full-size networks launch in bfloat16, and every configuration of every table once, separately for
+    float32 and 16 bits.
+
+    Table entries that nothing uses are problems too. It is for the target with the least shared memory.
+    """
     check_resources(["sm120"], "--quick")
 
 
 @pytest.mark.exhaustive
 def test_every_configuration_in_every_dtype_on_every_target() -> None:
-    """And with every set of dtypes that mixed precision makes. Every change of a kernel runs it."""
+    """Also every set of dtypes that mixed precision makes. Every change of a kernel runs it."""
     check_resources(kernel_resources.ARCHITECTURES)
 
 

@@ -1,4 +1,4 @@
-"""`attention_block` in Triton, in the interpreter, against the float64 reference; and where the denoiser uses it."""
+"""`attention_block` in Triton's interpreter, against the float64 reference, and where the denoiser uses it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def inputs(batch: int, tokens: int, channels: int, dtype: torch.dtype = torch.fl
         (1, 128, 64, 4, 32),  # groups of 2 channels, 16 at a time
         (2, 71, 96, 2, 32),  # groups of 3, padded to 4
         (2, 1, 64, 1, 4),
-        (1, 33, 144, 3, 2),  # a group wider than a step; outputs and channels that fill no block
+        (1, 33, 144, 3, 2),  # a group wider than a step, and outputs and channels that don't fill blocks
     ],
 )
 def test_float32(batch: int, tokens: int, channels: int, heads: int, groups: int) -> None:
@@ -55,9 +55,9 @@ def test_float32(batch: int, tokens: int, channels: int, heads: int, groups: int
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(dtype: torch.dtype) -> None:
-    """What is added to x is at most as far from exact as twice what plain PyTorch computes in the same dtype."""
+    """What is added to x has at most twice the error of plain PyTorch in the same dtype."""
     arguments = inputs(2, 50, 64, dtype)
-    arguments[0] = arguments[0] - 3  # the residual small: what is compared is the block
+    arguments[0] = arguments[0] - 3  # a small residual, so that the comparison sees the block itself
     exact = reference.forward(*(t.double() for t in arguments), 2, 32, 1e-5)
     out = attention_block.forward(*arguments, 2, 32, 1e-5)
     x, gain, shift, qkv_weight, qkv_bias, weight, bias = arguments

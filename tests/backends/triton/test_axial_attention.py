@@ -1,4 +1,4 @@
-"""`axial_attention` in Triton, all three variants, in the interpreter: against the float64 reference."""
+"""All three variants of `axial_attention` in Triton's interpreter, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def tables(length: int, width: int) -> Tables:
-    """Every element's own angle, as along time: nothing may rest on pairs sharing one."""
+    """Each element has its own angle, as along time: kernels must not assume that a pair shares one."""
     angles = 3 * torch.randn(length, width)
     return angles.sin(), angles.cos()
 
@@ -45,7 +45,7 @@ def doubled(x: Tensor | None) -> Tensor | None:
 def eager(
     grad: Tensor, qkv: Tensor, query: Tensor | None, rotation: Tables | None, axis: str, scale: float
 ) -> dict[str, Tensor]:
-    """What plain PyTorch computes in qkv's dtype, the softmax in float32 as in the release."""
+    """Plain PyTorch in qkv's dtype, with a float32 softmax as in the release."""
     qkv = qkv.detach().requires_grad_()
     sequences = reference.to_sequences(qkv, axis).unbind(0)
     q, k, v = sequences if query is None else (reference.to_sequences(query, axis), *sequences)
@@ -79,7 +79,7 @@ def check(
     for name, tensor in actual.items():
         assert tensor.dtype == (torch.float32 if name == "lse" else qkv.dtype)
         if name == "lse" and qkv.dtype != torch.float32 and rotation is not None:
-            # Its error is the scores', which rotating in 16 bits rounds: a unit in the last place of each factor.
+            # The error is that of the scores. Rotating in 16 bits rounds each factor by a unit in the last place.
             assert (tensor - exact[name]).abs().max() < 8 * torch.finfo(qkv.dtype).eps
         else:
             assert_close(tensor, exact[name], bounds[name], name)
@@ -96,7 +96,7 @@ def lattice(
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("axis", ["time", "space"])
 def test_small_lattice(axis: str, rotated: bool, dtype: torch.dtype) -> None:
-    """Lengths 3 and 35: 21 sequences a tile and the last tile not full; one sequence a tile."""
+    """Lengths 3 and 35: 21 sequences per tile with the last tile partial, and one sequence per tile."""
     qkv = lattice((3, 5, 7), 3, 3, 8, dtype)
     check(qkv, axis, rotation=tables(3 if axis == "time" else 35, 8) if rotated else None)
 
@@ -104,7 +104,8 @@ def test_small_lattice(axis: str, rotated: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("length", "width"), [(1, 8), (9, 48), (16, 64), (17, 48), (33, 48), (64, 16), (70, 24)])
 def test_sequences(length: int, width: int, dtype: torch.dtype) -> None:
-    """The projections' form, (S, L, 1, 1, 3, heads, d), without rotation; float32 at 33 and all at 70: long."""
+    """The projections' form, (S, L, 1, 1, 3, heads, d), without rotation. Long are 33 in float32, and 70 in all
+    dtypes."""
     qkv = torch.randn(9 if length < 64 else 2, length, 1, 1, 3, 2, width).to(dtype)
     assert axial_attention_short.serves(length, width, dtype) == (
         length < 65 and (length, dtype) != (33, torch.float32)
@@ -115,7 +116,8 @@ def test_sequences(length: int, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("sizes", "width"), [((2, 9, 17), 12), ((1, 12, 16), 64), ((1, 5, 13), 80)])
 def test_large_frames(sizes: tuple[int, int, int], width: int, dtype: torch.dtype) -> None:
-    """153, 192 and 65 tokens: several blocks of queries and keys; full and not full ones; tiles wider than heads."""
+    """153, 192 and 65 tokens: several blocks of queries and keys, full and partial ones, and tiles wider than
+    heads."""
     check(lattice(sizes, 3, 2, width, dtype)[:1], "space", rotation=tables(sizes[1] * sizes[2], width))
 
 
@@ -125,7 +127,7 @@ def test_single_query(length: int, width: int, dtype: torch.dtype) -> None:
     qkv, query = lattice((length, 3, 5), 2, 3, width, dtype), torch.randn(2, 1, 3, 5, 3, width).to(dtype)
     if length > 1:
         check(qkv, "time", query)
-    else:  # No choice, no gradient: the query's is zero but for rounding.
+    else:  # With one token there is no choice, so no gradient: it is zero except for rounding.
         out, lse = axial_attention.forward(qkv, query, None, None, "time", 0.5)
         assert torch.equal(out, qkv[:, :, :, :, 1])
         dqkv, dquery = axial_attention.backward(torch.ones_like(out), qkv, query, None, None, out, lse, "time", 0.5)
@@ -175,7 +177,7 @@ def test_memory_orders(form: str) -> None:
 
 @pytest.mark.parametrize("sizes", [(5, 3, 7), (70, 1, 2)])
 def test_stride_0(sizes: tuple[int, int, int]) -> None:
-    """Gradients of sums; and a frame repeated along time."""
+    """Gradients of sums, and a frame repeated along time."""
     qkv, query = lattice(sizes, 3, 1, 8), torch.randn(2, 1, *sizes[1:], 1, 8)
     check(qkv, "time", grad=torch.ones(()).expand(2, *sizes, 1, 8))
     check(qkv, "time", grad=torch.randn(2, 1, 1, 1, 1, 8).expand(2, *sizes, 1, 8))
@@ -191,7 +193,7 @@ def test_any_scale(scale: float) -> None:
 
 @pytest.mark.parametrize("length", [17, 150])
 def test_large_scores(length: int) -> None:
-    """Scores up to +-80: neither overflow nor lost sums. Their own rounding (80 x 6e-8) sets the tolerance."""
+    """Scores up to +-80: no overflow, no lost sums. Their own rounding (80 x 6e-8) sets the tolerance."""
     qkv, grad = torch.randn(1, length, 1, 2, 3, 2, 16), torch.randn(1, length, 1, 2, 2, 16)
     scores = torch.einsum("bthwnc,bshwnc->bhwnts", qkv[:, :, :, :, 0], qkv[:, :, :, :, 1])
     scale = float(80 / scores.abs().max())
@@ -204,7 +206,7 @@ def test_large_scores(length: int) -> None:
 
 
 def test_through_autograd() -> None:
-    """The public function, with the model's call: qkv of one linear layer, seen as a lattice."""
+    """The public function as the model calls it: qkv of one linear layer, viewed as a lattice."""
     x = torch.randn(2, 3 * 35, 3 * 16, requires_grad=True)
     with use_backend("triton"):
         out = ops.axial_attention(x.view(2, 3, 5, 7, 3, 2, 8), "space", tables(35, 8))
@@ -217,7 +219,7 @@ def test_through_autograd() -> None:
     [(16, True, False, (1, 1)), (17, False, True, (1, 1)), (1024, True, False, (2, 3)), (1024, False, False, (1, 2))],
 )
 def test_launches(length: int, rotated: bool, single: bool, launches: tuple[int, int]) -> None:
-    """How many kernels are launched, on tensors that hold no data."""
+    """How many kernels are launched, on tensors without data."""
     seen: list[str] = []
     qkv = torch.empty(2, length, 4, 4, 2 if single else 3, 8, 64, dtype=torch.bfloat16, device="meta")
     query = torch.empty(2, 1, 4, 4, 8, 64, dtype=torch.bfloat16, device="meta") if single else None

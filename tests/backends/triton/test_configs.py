@@ -1,4 +1,4 @@
-"""Launch configurations: the order of a table's entries, the user's own table; and launches that are watched."""
+"""Launch configurations: the order of a table's entries, the user's own table, and watched launches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def table() -> Iterator[ConfigTable]:
 
 @pytest.fixture
 def user_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty place for the user's table, on a machine that passes for an H100."""
+    """An empty place for the user's table, on a machine that claims to be an H100."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(configs, "architecture", lambda device: "sm90")
     configs._tuned.cache_clear()
@@ -83,7 +83,7 @@ def test_cpu_tensors_are_for_the_interpreter() -> None:
 def test_architecture_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, expected: str
 ) -> None:
-    """Ampere and Ada without the A100's shared memory are served by the entries of the smallest."""
+    """Ampere and Ada GPUs with less shared memory than an A100 use the entries of the smallest."""
     properties = type("Properties", (), {"major": capability[0], "minor": capability[1]})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.version, "hip", hip)

@@ -1,4 +1,4 @@
-"""The interpreter's checks, each against a kernel with the fault it is for, and the same kernel without."""
+"""The interpreter's checks. Each is tried on a kernel with its kind of fault, and on the same kernel without."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N, BLOCK = 100, 32
 
 @triton.jit
 def copy_kernel(x, y, reads, writes, BLOCK: tl.constexpr):
-    """y = x, where the masks may be too wide."""
+    """y = x, with masks that may be too wide."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + i, tl.load(x + i, mask=i < reads, other=0.0), mask=i < writes)
 
@@ -40,7 +40,7 @@ def test_good_kernel_passes() -> None:
 
 
 def test_view_passes() -> None:
-    """A view that begins inside its storage and ends before its end."""
+    """A view that starts after its storage does, and ends before it."""
     x = torch.randn(3 * N)[N : 2 * N]
     assert torch.equal(copy(x), x)
 
@@ -51,7 +51,7 @@ def test_load_out_of_bounds() -> None:
 
 
 def test_load_beside_a_view() -> None:
-    """The memory is there, but it isn't the tensor's."""
+    """The memory exists, but it isn't the tensor's."""
     with pytest.raises(InterpreterError, match=r"load out of bounds: .*800 bytes into the memory of x, outside"):
         copy(torch.randn(3 * N)[N : 2 * N], reads=N + 1)
 
@@ -125,7 +125,7 @@ def shift_kernel(x, source, target, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize(("source", "target"), [(0, 32), (32, 0)])
 def test_store_load_race(source: int, target: int) -> None:
-    """In both orders: what one program stored is loaded by a later one, what one loaded is stored to by a later one."""
+    """In both orders: a later program loads what one stored, or stores what one loaded."""
     shift_kernel[(1, 2)](torch.randn(128), 0, 64, BLOCK=32)
     with pytest.raises(InterpreterError, match=r"race: (load|store) by program \(0, 1, 0\) of shift_kernel"):
         shift_kernel[(1, 2)](torch.randn(128), source, target, BLOCK=32)
@@ -139,7 +139,7 @@ def colliding_kernel(y, x, BLOCK: tl.constexpr):
 
 def test_two_values_at_one_address() -> None:
     y = torch.empty(8)
-    colliding_kernel[(1,)](y, torch.ones(16), BLOCK=16)  # twice the same value is no fault
+    colliding_kernel[(1,)](y, torch.ones(16), BLOCK=16)  # storing the same value twice is no fault
     with pytest.raises(InterpreterError, match="two values at one address in one store"):
         colliding_kernel[(1,)](y, torch.arange(16.0), BLOCK=16)
 
@@ -235,7 +235,7 @@ def cast_kernel(x, y, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float16, torch.float32])
 def test_casts_round_to_nearest_even(source: torch.dtype, target: torch.dtype) -> None:
-    """Random bit patterns, and those beside a tie; infinities and NaN stay so."""
+    """Random bit patterns, and those next to a tie. Infinities and NaN stay."""
     patterns = torch.randint(-(2**31), 2**31, (1024,), dtype=torch.int64).to(torch.int32)
     patterns[:256] = (patterns[:256] & ~0xFFFF) | (0x7FFF + torch.arange(256, dtype=torch.int32) % 3)
     x = patterns.view(torch.float32).to(source)
@@ -267,7 +267,7 @@ def test_products(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("precision", ["tf32", None])
 def test_tf32_shows(precision: str | None) -> None:
-    """Ten bits of mantissa; asked for, or by leaving the precision unstated."""
+    """A mantissa of ten bits: if asked for, or if the precision isn't stated."""
     z, expected = product(torch.float32, precision)
     assert_close(z, expected, 1e-3)
     with pytest.raises(AssertionError, match="relative error"):

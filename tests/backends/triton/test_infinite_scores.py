@@ -1,4 +1,4 @@
-"""Scores that aren't finite: where the reference is finite the kernels are, and give its values."""
+"""Scores that aren't finite: where the reference is finite, the kernels give its values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pvdm_fast.kernels import attention_block, axial_attention, segment_attentio
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:divide by zero")
 INF = math.inf
-# By name: the keys that score so, and how many of a sequence's there are (None: all).
+# By name: the infinite value of those keys, and how many keys of a sequence have it (None: all).
 KINDS = {
     "one -inf": (-INF, 1),
     "most -inf": (-INF, 40),
@@ -29,8 +29,10 @@ KINDS = {
 
 
 def planted(length: int, parts: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Two sequences (2, length, parts, 1, 16) and positive queries of one channel: of the first sequence's keys the
-    first few are infinite there, so that their scores are for every query."""
+    """Two sequences (2, length, parts, 1, 16), with positive queries of one channel.
+
+    The first few keys of the first sequence are infinite there, so that their scores are infinite for every query.
+    """
     value, count = KINDS[kind]
     qkv = torch.randn(2, length, parts, 1, 16)
     k = parts - 2
@@ -52,7 +54,7 @@ def agree(actual: Tensor, expected: Tensor, name: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [71, 64])
 def test_segments(length: int, kind: str) -> None:
-    """Blocks that are full, and that aren't; the first blocks of keys hold nothing but -inf in "most"."""
+    """Full and partial blocks. In "most", the first blocks of keys hold nothing but -inf."""
     qkv, _ = planted(length, 3, kind)
     grad, offsets = torch.randn(2, length, 1, 16), [0, length]
     out, lse = segment_attention.forward(qkv, offsets, 0.25)
@@ -97,12 +99,12 @@ def test_one_query(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [9, 33])
 def test_short_sequences(length: int, kind: str) -> None:
-    """At 9 both sequences are in one tile: gradients of the second are NaN there (stated in the module)."""
+    """At length 9 both sequences are in one tile. Gradients of the second one are NaN there (the module says so)."""
     along_time(planted(length, 3, kind)[0], None, kind, slice(0, 1) if length == 9 else slice(None))
 
 
 def test_nan_in_a_block() -> None:
-    """attention_block: one clip's NaN is that clip's alone."""
+    """attention_block: NaN in one clip stays in that clip."""
     x = torch.randn(2, 5, 32)
     x[0, 2, 3] = math.nan
     weights = (

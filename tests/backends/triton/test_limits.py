@@ -1,4 +1,4 @@
-"""Sizes beyond what kernels can take: automatic choice goes on to the next backend, a name raises, no launcher does."""
+"""Sizes beyond the kernels: automatic choice takes the next backend, a name raises, and no launcher does."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def meta(*shape: int) -> Tensor:
 
 
 def run_largest() -> None:
-    """The other operations in both directions, and the limited ones just within, all on tensors without data."""
+    """Run the other operations in both directions, and the limited ones just within their limits, all on tensors
+    without data."""
     both: list[tuple[str, list[Any], list[Any]]] = [
         ("geglu", [meta(70_000, 1 << 18)], [meta(70_000, 1 << 17), meta(70_000, 1 << 18)]),
         ("geglu", [meta(1 << 22, 6)], [meta(1 << 22, 3), meta(1 << 22, 6)]),
@@ -147,7 +148,8 @@ def test_grids_fit_a_gpu(architecture: str) -> None:
 
 
 def test_no_launcher_raises() -> None:
-    """A limit that is raised, not refused, ends automatic choice. Only a damaged table of configurations may raise."""
+    """A limit that raises, instead of being refused, would end automatic choice. Only a damaged configuration
+    table may raise."""
     files = sorted(Path(pvdm_fast.kernels.__path__[0]).glob("*.py"))
     assert len(files) > 20
     raising = {f.name for f in files if any(isinstance(n, ast.Raise) for n in ast.walk(ast.parse(f.read_text())))}

@@ -1,4 +1,4 @@
-"""Both networks with every operation on triton, forward and backward, against the values of the authors' release."""
+"""Both networks with every operation on Triton, forward and backward, against values of the authors' release."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 from pvdm_fast.kernels import configs, plane_norm_tiles  # noqa: E402
 from pvdm_fast.kernels.launch import Config  # noqa: E402
 
-# How many times larger tiles are than in the operations' own tests, by the beginning of the table's name: the
-# interpreter's time goes by programs and their steps (20 minutes with the usual tiles), not by what a tile holds.
+# How much larger tiles are than in the operations' own tests, by the start of the table's name. The interpreter's time
+# depends on programs and their steps, not on a tile's size: with the usual tiles it takes 20 minutes.
 LARGER = {
     "segment_attention": {"BLOCK_M": 8, "BLOCK_N": 8},
     "axial_attention_long": {"BLOCK_M": 4, "BLOCK_N": 4},
@@ -47,12 +47,12 @@ def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(config, blocks={name: size * times.get(name, 1) for name, size in config.blocks.items()})
 
     monkeypatch.setattr(configs.ConfigTable, "__call__", larger)
-    monkeypatch.setattr(plane_norm_tiles, "ENOUGH_PROGRAMS", 1)  # eight groups a program
+    monkeypatch.setattr(plane_norm_tiles, "ENOUGH_PROGRAMS", 1)  # eight groups per program
 
 
 @pytest.fixture(autouse=True)
 def _on_triton() -> Iterator[None]:
-    """Asked for by name, so that an operation it doesn't serve is an error."""
+    """Asks for Triton by name, so that an operation without a kernel is an error."""
     with use_backend("triton"):
         yield
 

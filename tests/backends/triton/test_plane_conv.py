@@ -1,4 +1,4 @@
-"""plane_conv in Triton's interpreter: tiles and parts of the inner axis, strides, formats of weights, the vendor's."""
+"""plane_conv in Triton's interpreter: tiles, parts of the inner axis, strides, weight formats, cuDNN's choice."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def draw(layout: PlaneLayout, channels: int, written: int, dtype: torch.dtype, b
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLayout) -> tuple[Tensor, ...]:
-    """Forward and backward against the float64 reference; returns all results."""
+    """Forward and backward against the float64 reference. Returns all results."""
     out = plane_conv.forward(x, weight, bias, layout.sizes)
     expected = reference.forward(x.double(), weight.double(), bias.double(), layout.sizes)
     assert out.dtype == x.dtype and out.is_contiguous()
@@ -70,7 +70,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("channels", "written"), [(3, 5), (33, 3), (5, 70), (72, 20)])
 def test_values(dtype: torch.dtype, channels: int, written: int) -> None:
-    """Narrow and wide on either side, several tiles on every axis, rows that straddle planes and batch elements."""
+    """Narrow and wide on either side, several tiles on every axis, and tiles that span planes and batch elements."""
     check(*draw(ODD, channels, written, dtype), ODD)
 
 
@@ -78,7 +78,7 @@ def test_values(dtype: torch.dtype, channels: int, written: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.slow
 def test_parts_are_added_in_order(dtype: torch.dtype) -> None:
-    """Every program's share of the inner axis: several steps, the last one fewer; twice with the same bits."""
+    """Several steps per part, fewer in the last one. Two runs give the same bits."""
     assert plane_conv_product.parts_of(torch.device("cpu"), 3, 18) == 16
     inputs = draw(ODD, 70, 20, dtype)
     first, second = (check(*inputs, ODD) for _ in range(2))
@@ -106,7 +106,7 @@ def test_small_planes(planes: tuple[tuple[int, int], ...], batch: int) -> None:
 @pytest.mark.parametrize("channels", [8, 24])
 @pytest.mark.parametrize("form", FORMS)
 def test_strides(form: str, channels: int) -> None:
-    """Narrow tensors are read as they lie, wider ones with dense channels."""
+    """Narrow tensors are read by their strides, wider ones need dense channels."""
     x, weight, bias, grad = draw(ODD, channels, channels, torch.float32)
     before = x.clone(), weight.clone(), grad.clone()
     check(FORMS[form](x), weight, bias, FORMS[form](grad), ODD)
@@ -114,7 +114,7 @@ def test_strides(form: str, channels: int) -> None:
 
 
 def test_formats_of_the_weight() -> None:
-    """channels_last needs no copy; slices and transposed views are read right; nothing is remembered."""
+    """channels_last needs no copy. Slices and transposed views are read correctly. Nothing is cached."""
     x, weight, bias, grad = draw(ODD, 5, 6, torch.float32)
     dense = weight.to(memory_format=torch.channels_last)
     assert plane_conv_product.packed(dense).data_ptr() == dense.data_ptr()
@@ -125,7 +125,7 @@ def test_formats_of_the_weight() -> None:
     for other in (dense, padded[::2, ::2, :, :3], turned):
         assert all(torch.equal(a, b) for a, b in zip(check(x, other, bias, grad, ODD), expected, strict=True))
     for form in (weight, dense):
-        form.data.mul_(2)  # keeps the version counter
+        form.data.mul_(2)  # doesn't change the version counter
         bias.data.mul_(2)
         torch.testing.assert_close(plane_conv.forward(x, form, bias, ODD.sizes) / 2, expected[0])
         bias.data.div_(2)
@@ -142,7 +142,8 @@ def test_only_what_is_needed(needs: tuple[bool, bool]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_vendor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """The vendor's convolution, where the table chooses it: the same results; only the weight's gradient is ours."""
+    """If the table chooses the vendor's convolution, results are the same. Only the weight's gradient is our
+    kernel's."""
     configure(monkeypatch, plane_conv_product.CHOICE, plane_conv_product.ALWAYS)
     x, weight, bias, grad = draw(ODD, 20, 12, dtype)
     check(x, weight.to(memory_format=torch.channels_last), bias, grad, ODD)
@@ -152,7 +153,7 @@ def test_vendor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
 
 
 def test_choice() -> None:
-    """By shape and architecture; never in the interpreter, where our kernel is what is to be seen."""
+    """By shape and architecture. Never in the interpreter, where tests want to see our kernel."""
     for architecture, expected in (("sm80", False), ("sm90", True), ("gfx942", False), ("interpreter", False)):
         with assume(architecture):
             large, small = (torch.empty(batch, 2048, 512, device="meta") for batch in (4, 1))
@@ -162,7 +163,8 @@ def test_choice() -> None:
 
 
 def launches(layout: PlaneLayout, channels: int, written: int, architecture: str, batch: int = 1) -> list[str]:
-    """Names of the kernels that forward and backward launch in bfloat16, in order; the weight is in channels_last."""
+    """Names of the kernels that forward and backward launch in bfloat16, in order. The weight is in
+    channels_last."""
     x, weight, bias, grad = (t.to("meta") for t in draw(layout, channels, written, torch.bfloat16, batch))
     names: list[str] = []
     with assume(architecture), watch(lambda kernel, *_: names.append(kernel.__name__)):
@@ -172,7 +174,7 @@ def launches(layout: PlaneLayout, channels: int, written: int, architecture: str
 
 
 def test_launches() -> None:
-    """Few tokens: parts, added by a second kernel. Many: one launch for all planes."""
+    """Few tokens: parts, added by a second kernel. Many tokens: one launch for all planes."""
     alone, shared = ["plane_conv_forward"], ["plane_conv_forward", "plane_conv_forward_add"]
     weight = ["plane_conv_backward_dweight", "plane_conv_backward_arrange"]
     assert launches(TriplaneLayout(2, 4, 4), 64, 64, "sm90") == shared + shared + weight
@@ -180,7 +182,7 @@ def test_launches() -> None:
 
 
 def test_gradients_through_the_operation() -> None:
-    """`.sum().backward()` and an optimizer's steps, through the registered operation."""
+    """`.sum().backward()` and optimizer steps, through the registered operation."""
     x = torch.randn(2, ODD.num_tokens, 5)
     conv = torch.nn.Conv2d(5, 6, 3)
     optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)

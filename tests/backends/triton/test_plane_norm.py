@@ -36,7 +36,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.fixture(params=["whole", "chunks"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways through the kernels; chunks are cut so small that planes have several, and channels too."""
+    """Both ways through the kernels. Chunks are so small that planes have several, and so do channels."""
     if request.param == "chunks":
         cut(monkeypatch)
     return request.param
@@ -63,7 +63,7 @@ def draw(layout: PlaneLayout, channels: int, dtype: torch.dtype, resample: int =
 
 
 def check(x: Tensor, parameters: Any, grad: Tensor, planes: list[int], groups: int, **options: Any) -> tuple[Any, ...]:
-    """Forward and backward against the float64 reference; returns all results."""
+    """Forward and backward against the float64 reference. Returns all results."""
     activation, resample = options.get("activation", True), options.get("resample", 0)
     forward_options, options_ = (planes, groups, 1e-5, activation, resample), (planes, groups, activation, resample)
     y, mean, rstd = plane_norm.forward(x, *parameters, *forward_options)
@@ -81,7 +81,7 @@ def check(x: Tensor, parameters: Any, grad: Tensor, planes: list[int], groups: i
 @pytest.mark.parametrize("resample", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values(way: str, dtype: torch.dtype, resample: int) -> None:
-    """Odd unequal planes, groups of a width that is no power of two, twice with the same bits."""
+    """Odd, unequal planes, and groups whose width isn't a power of two. Two runs give the same bits."""
     layout = EVEN if resample < 0 else ODD
     inputs = draw(layout, 12, dtype, resample)
     first, second = (check(*inputs, layout.sizes, 4, resample=resample) for _ in range(2))
@@ -103,7 +103,7 @@ def test_without_scale_and_shift(way: str, activation: bool) -> None:
     ],
 )
 def test_layouts(way: str, layout: PlaneLayout, channels: int, groups: int) -> None:
-    if layout.num_tokens <= 4:  # gradients of a plane of one token are rounding noise about zero
+    if layout.num_tokens <= 4:  # gradients of a plane of one token are rounding noise around zero
         x, parameters, _ = draw(layout, channels, torch.float32)
         actual = plane_norm.forward(x, *parameters, layout.sizes, groups, 1e-5, True, 0)
         expected = reference.forward(*wide(x, *parameters), layout.sizes, groups, 1e-5, True, 0)
@@ -113,7 +113,7 @@ def test_layouts(way: str, layout: PlaneLayout, channels: int, groups: int) -> N
 
 
 def test_chunks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large planes: a chunk is then more than one tile, and its last tiles may lie beyond the plane."""
+    """Planes so large that a chunk has more than one tile, and its last tiles may lie beyond the plane."""
     cut(monkeypatch, most_chunks=2, tile=128)
     check(*draw(PlaneLayout(((7, 9), (8, 4), (1, 3))), 8, torch.float32), [7, 9, 8, 4, 1, 3], 2)
 
@@ -139,7 +139,7 @@ def test_parameters_of_any_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
 def test_a_large_mean(way: str, mean: float) -> None:
-    """A mean far above the deviation costs no digits: exact inputs, so the float64 reference has the same."""
+    """A mean far above the deviation costs no digits. Inputs are exact, so the float64 reference has the same."""
     x = (torch.randn(1, 130, 16) + mean).float()
     ones, options = torch.ones(16), ([130, 1], 4, 1e-5, False, 0)
     actual = plane_norm.forward(x, ones, torch.zeros(16), None, *options)[0]
@@ -156,7 +156,7 @@ def test_a_constant(way: str) -> None:
 
 
 def test_nan_is_passed_on(way: str) -> None:
-    """A NaN in makes a NaN out, in its group of its plane of its batch element and nowhere else."""
+    """NaN in, NaN out: in its group, plane and batch element, and nowhere else."""
     x = torch.randn(2, 71, 8)
     x[0, 36, 1] = float("nan")  # in the second plane
     y = plane_norm.forward(x, torch.ones(8), torch.zeros(8), None, ODD.sizes, 2, 1e-5, True, 0)[0]
@@ -166,7 +166,7 @@ def test_nan_is_passed_on(way: str) -> None:
 
 
 def test_groups_that_share_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where planes are many, programs take several groups: here all four, of 3 channels padded to 4."""
+    """With many planes, programs take several groups: here all four, of 3 channels padded to 4."""
     monkeypatch.setattr(plane_norm_tiles, "ENOUGH_PROGRAMS", 1)
     x, parameters, grad = draw(ODD, 15, torch.bfloat16)
     assert plane_norm_tiles.whole_blocks(x, ODD.sizes, 5, 1 << 15) == {"BLOCK_N": 64, "BLOCK_G": 4, "BLOCK_W": 4}
@@ -190,7 +190,8 @@ def launches(layout: PlaneLayout, channels: int, modulated: bool = True) -> list
 
 
 def test_launches() -> None:
-    """One launch forward and two backward at every level of the base denoiser but the widest blocks of the first."""
+    """One launch forward and two backward at every level of the base denoiser, except the widest blocks of the
+    first."""
     few = ["plane_norm_forward_apply", "plane_norm_backward_dx", "plane_norm_backward_parameters"]
     for size, channels in ((32, 256), (32, 512), (16, 1024), (8, 2048), (4, 2048)):
         assert launches(TriplaneLayout(size // 2, size, size), channels) == few

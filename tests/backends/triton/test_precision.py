@@ -1,4 +1,4 @@
-"""The precision of float32 products follows either of PyTorch's switches, and only where it matters."""
+"""The precision of float32 products follows both of PyTorch's switches, and only where it matters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_switch() -> None:
 
 
 def every_product() -> None:
-    MATMUL.fp32_precision = "none"  # as it is before anybody sets it: follow the switch of all products
+    MATMUL.fp32_precision = "none"  # PyTorch's initial value: follow the switch of all products
     torch.backends.fp32_precision = "tf32"
 
 

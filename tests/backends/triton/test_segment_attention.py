@@ -49,7 +49,7 @@ def check(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, tolerance
 
 
 def eager(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float) -> dict[str, Tensor]:
-    """What plain PyTorch computes in the tensors' own dtype, the softmax in float32 as in the release."""
+    """Plain PyTorch in the tensors' own dtype, with a float32 softmax as in the release."""
     qkv = qkv.detach().requires_grad_()
     parts = []
     for start, stop in pairwise(offsets):
@@ -62,13 +62,13 @@ def eager(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float) -> dict[s
 
 @pytest.mark.parametrize("width", [8, 16, 24, 32, 64, 80, 128, 256])
 def test_widths(width: int) -> None:
-    """One to three blocks of each axis; widths that are padded, and float32 scores summed whole and by chunks."""
+    """One to three blocks on each axis, padded widths, and float32 scores summed whole and by chunks."""
     check(by_head(71, 1, width), torch.randn(2, 71, 1, width), [0, 71], width**-0.5)
 
 
 @pytest.mark.parametrize("offsets", [[0, 1], [0, 35, 50, 71], [0, 1, 70, 71, 72, 90], [0, 64, 128], [0, 128, 192, 256]])
 def test_segments(offsets: list[int]) -> None:
-    """One token, unequal segments, more of them than one launch takes, and blocks that are all full (unmasked)."""
+    """One token, unequal segments, more segments than one launch takes, and only full blocks (no masks)."""
     for width in (16, 40):
         check(by_head(offsets[-1], 1, width, batch=1), torch.randn(1, offsets[-1], 1, width), offsets, 0.25)
 
@@ -118,9 +118,9 @@ def test_same_bits_again(dtype: torch.dtype) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # in rows of absent keys, which nobody stores
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")  # in rows of missing keys, which nobody stores
 def test_scores_far_below_0() -> None:
-    """A key that isn't there scores 0, here e^400 times every real one: it must not count in any kernel."""
+    """A missing key scores 0, here e^400 times every real one. No kernel may count it."""
     qkv = torch.ones(1, 40, 1, 3, 16)
     qkv[..., 1, :] = -25
     qkv += 0.1 * torch.randn_like(qkv)
@@ -129,7 +129,7 @@ def test_scores_far_below_0() -> None:
 
 def test_nan_is_passed_on() -> None:
     qkv = by_head(71, 2, 16)
-    qkv[0, 5, 1, 1, 3] = float("nan")  # a key: every query of its batch and head
+    qkv[0, 5, 1, 1, 3] = float("nan")  # a key, so every query of its batch element and head
     out, lse = segment_attention.forward(qkv, [0, 71], 0.25)
     assert out[0, :, 1].isnan().all() and lse[0, 1].isnan().all()
     assert out[0, :, 0].isfinite().all() and out[1].isfinite().all()
@@ -144,7 +144,7 @@ def launches(qkv: Tensor, offsets: list[int]) -> list[str]:
 
 
 def test_three_planes_in_one_launch() -> None:
-    """Forward one launch, backward two, for one segment as for three; and nothing is asked of the tensors' values."""
+    """One launch forward and two backward, for one segment and for three. Nothing reads the tensors' values."""
     qkv = torch.empty(2, 2048, 8, 3, 32, dtype=torch.bfloat16, device="meta").transpose(2, 3)
     once = ["segment_attention_forward", "segment_attention_backward_dq", "segment_attention_backward_dkdv"]
     assert launches(qkv, [0, 2048]) == launches(qkv, [0, 1024, 1536, 2048]) == once

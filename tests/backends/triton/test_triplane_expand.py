@@ -59,12 +59,12 @@ def test_strides(form: str) -> None:
 
 @pytest.mark.parametrize("sizes", [(1, 4, 6), (4, 1, 6), (4, 6, 1), (1, 1, 1), (2, 3, 40)])
 def test_thin_lattices(sizes: Sizes) -> None:
-    """And an axis longer than a block of terms."""
+    """Also an axis longer than a block of terms."""
     check(*draw(TriplaneLayout(*sizes), 8, 4, torch.float32, batch=3), sizes)
 
 
 def test_tf32_where_allowed(float32_switches: Any) -> None:
-    """PyTorch's own switch; the biases stay float32."""
+    """By PyTorch's own switch. Biases stay float32."""
     float32_switches.fp32_precision = "tf32"
     planes, weight, bias, _ = draw(LAYOUT, 16, 4, torch.float32)
     exact = reference.forward(*wide(planes, weight, bias), *sizes_of(LAYOUT))

@@ -1,4 +1,4 @@
-"""`python -m pvdm_fast.tune`: what is planned for a network, how a configuration is chosen, what is written."""
+"""`python -m pvdm_fast.tune`: what is planned for a network, how a configuration is chosen, and what is written."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def double(x, y, n, BLOCK: tl.constexpr, FAULT: tl.constexpr):
 
 PRESENT = Config({"BLOCK": 16, "FAULT": 0})
 QUICK, SLOW, WRONG = (Config({"BLOCK": block, "FAULT": fault}) for block, fault in ((64, 0), (32, 0), (128, 1)))
-IMPOSSIBLE = Config({"BLOCK": 48, "FAULT": 0})  # no power of two
+IMPOSSIBLE = Config({"BLOCK": 48, "FAULT": 0})  # not a power of two
 OTHER = Config({"BLOCK_M": 32})
 
 
 class Doubling:
-    """An operation of one kernel."""
+    """An operation with one kernel."""
 
     table: ConfigTable
 
@@ -61,7 +61,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
 
 
 def timer_of(seconds: dict[int, float]) -> Callable[[Callable[[], object]], float]:
-    """A timer that runs the kernel and says what is given for its block."""
+    """A timer that runs the kernel and returns the given time for its block."""
 
     def timer(function: Callable[[], object]) -> float:
         function()
@@ -79,7 +79,7 @@ def choose(call: Call, seconds: dict[int, float]) -> tuple[tune.Task, Config | N
 
 
 def test_plan_has_only_what_fits(call: Call) -> None:
-    """Each candidate once, configured by the same blocks, and not what serves already."""
+    """Each candidate once, with the same kinds of blocks, and without the current configuration."""
     (task,) = tune.plan([call, call], "sm90")
     assert task.key == KEY
     assert task.present == PRESENT
@@ -151,7 +151,7 @@ def test_failed_write_leaves_the_table(call: Call, tmp_path: Path, monkeypatch: 
 
 
 def test_real_operations_in_the_interpreter() -> None:
-    """The operations' own launchers are planned, and the one with the smallest tensors is timed."""
+    """Plans the operations' own launchers, and times the one with the smallest tensors."""
     tiny = [call for call in calls("tiny", torch.float32) if call.op in choice.SERVED["triton"]]
     tasks = tune.plan(tiny, "interpreter")
     assert tasks
