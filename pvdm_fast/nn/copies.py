@@ -42,6 +42,7 @@ class _Kept(NamedTuple):
 
 # Each thread has its own: a network can run in two of them, under autocast in one alone.
 _current: ContextVar[Copies | None] = ContextVar("copies", default=None)
+active = _current.get  # None, where each weight stands for itself
 _kept: ContextVar[dict[tuple[int, torch.dtype], _Kept] | None] = ContextVar("kept_copies", default=None)
 
 
@@ -52,7 +53,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 def of(weight: Tensor) -> Tensor:
     """What a layer computes with: the copy of `weight` where this pass has one. Compiled code casts by itself."""
-    copies = _current.get()
+    copies = active()
     return weight if copies is None or torch.compiler.is_compiling() else copies.of(weight)
 
 

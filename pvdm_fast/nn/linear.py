@@ -85,5 +85,7 @@ class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias
-        return linear(x, copies.of(self.weight), None if bias is None else copies.of(bias))
+        weight, bias = self.weight, self.bias
+        if copies.active() is None:
+            return linear(x, weight, bias)
+        return linear(x, copies.of(weight), None if bias is None else copies.of(bias))

@@ -91,7 +91,7 @@ def weights_of(module: nn.Module, kind: type[nn.Module], shape: tuple[Any, ...] 
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) not in TENSORS or type(bias) not in TENSORS or (shape is not None and shape != shape_of(module)):
         return None
-    return copies.of(weight), copies.of(bias)
+    return (weight, bias) if copies.active() is None else (copies.of(weight), copies.of(bias))
 
 
 def weight_of(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
