@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,46 +21,34 @@ class PlaneLayout:
     Args:
         planes: (rows, columns) of each plane.
 
+    Attributes:
+        sizes: (rows, columns, rows, columns, ...).
+        offsets: start of each plane in the packed axis, and its end.
+        num_tokens: N, the tokens of all planes.
+
     Raises:
         ValueError: there is no plane, or a size is below 1. From `downsample`: the factor doesn't divide a size.
     """
 
     planes: tuple[tuple[int, int], ...]
+    sizes: list[int] = field(init=False, repr=False, compare=False)
+    offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    num_tokens: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.planes or not all(_is_size(size) for plane in self.planes for size in plane):
             raise ValueError(f"A layout needs planes whose sizes are whole numbers of at least 1, not {self.planes}.")
-        self._measure()
-
-    def _measure(self) -> None:
-        """Keep what every call of an operation asks for."""
         offsets = [0]
         for rows, columns in self.planes:
             offsets.append(offsets[-1] + rows * columns)
-        object.__setattr__(self, "_offsets", tuple(offsets))
-        object.__setattr__(self, "_sizes", tuple(size for plane in self.planes for size in plane))
+        object.__setattr__(self, "sizes", [size for plane in self.planes for size in plane])
+        object.__setattr__(self, "offsets", tuple(offsets))
+        object.__setattr__(self, "num_tokens", offsets[-1])
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[int]) -> PlaneLayout:
         """From (rows, columns, rows, columns, ...), the form in which operations take a layout."""
         return cls(tuple(zip(sizes[::2], sizes[1::2], strict=True)))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """(rows, columns, rows, columns, ...)."""
-        sizes: tuple[int, ...] = self._sizes  # type: ignore[attr-defined]
-        return sizes
-
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Start of each plane in the packed axis, and its end."""
-        offsets: tuple[int, ...] = self._offsets  # type: ignore[attr-defined]
-        return offsets
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the tokens of all planes."""
-        return self.offsets[-1]
 
     def upsample(self, factor: int = 2) -> PlaneLayout:
         return PlaneLayout(tuple((rows * factor, columns * factor) for rows, columns in self.planes))
@@ -121,7 +109,7 @@ class TriplaneLayout(PlaneLayout):
                 raise ValueError(f"TriplaneLayout: {name} is {size!r}, but must be a whole number of at least 1.")
             object.__setattr__(self, name, size)
         object.__setattr__(self, "planes", ((height, width), (time, width), (time, height)))
-        self._measure()
+        self.__post_init__()
 
     def __repr__(self) -> str:
         return f"TriplaneLayout(time={self.time}, height={self.height}, width={self.width})"

@@ -83,18 +83,21 @@ def sample_latents(
     Returns:
         (B, D, N) float32 on the denoiser's device.
     """
+    from pvdm_fast.nn import copies
+
     steps = numbers.SAMPLING_STEPS.checked("the number of sampling steps", steps)
     guidance, eta = numbers.GUIDANCE.checked("guidance", guidance), numbers.ETA.checked("eta", eta)
     device = next(denoiser.parameters()).device
     with plain_defaults():  # diffusers' schedulers compute with these
         scheduler.set_timesteps(steps, device=device)
     latent = noise(shape).to(device)
-    for index, timestep in enumerate(scheduler.timesteps.tolist()):
-        predicted = predict(denoiser, latent, timestep, condition, guidance, labels).float()
-        with plain_defaults():
-            latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
-        if on_step is not None:
-            latent = on_step(index, timestep, latent)
+    with copies.kept():  # under autocast the weights are cast once, not in each step
+        for index, timestep in enumerate(scheduler.timesteps.tolist()):
+            predicted = predict(denoiser, latent, timestep, condition, guidance, labels).float()
+            with plain_defaults():
+                latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
+            if on_step is not None:
+                latent = on_step(index, timestep, latent)
     return latent
 
 

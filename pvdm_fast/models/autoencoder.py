@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from pvdm_fast.layout import PLANE_NAMES, PlaneLayout, TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, preset
 from pvdm_fast.models.ranges import check_pixels
 from pvdm_fast.models.saving import ChecksumsKept
-from pvdm_fast.nn import AxialTransformer, PlaneProjection, planes
+from pvdm_fast.nn import AxialTransformer, PlaneProjection, casting, planes
 from pvdm_fast.nn.linear import Linear, linear
 from pvdm_fast.nn.plain import POINTWISE_2D, weights_of
 
@@ -110,6 +111,15 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
                 f"video must be (B, {', '.join(map(str, sizes))}) with B > 0, but is {tuple(video.shape)}."
             )
         check_pixels(video)
+        parts = self._parts("encoder", "{}_quant_attn", "pre_{}")
+        return EncoderOutput(latent=casting.run(parts, video.device, self._encode, video))
+
+    def _parts(self, *names: str) -> Iterator[nn.Module]:
+        """The modules of these names, {} standing for each plane."""
+        for name in dict.fromkeys(name.format(plane) for plane in PLANE_NAMES for name in names):
+            yield getattr(self, name)
+
+    def _encode(self, video: Tensor) -> Tensor:
         p, layout = self.config.patch_size, self.layout
         patches = rearrange(video, "b c t (h p) (w q) -> b (t h w) (p q c)", p=p, q=p)
         to_tokens = cast(Linear, self.encoder.to_patch_embedding)
@@ -120,7 +130,7 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
             sequences = ops.triplane_slice(lattice, layout, name, token.flatten(), positions.squeeze(0))
             plane = getattr(self, f"{name}_quant_attn")(sequences)
             latents.append(planes.pointwise(getattr(self, f"pre_{name}"), plane, plane_layout))
-        return EncoderOutput(latent=torch.cat(latents, dim=1).tanh().transpose(1, 2).contiguous())
+        return torch.cat(latents, dim=1).tanh().transpose(1, 2).contiguous()
 
     def decode(self, latent: Tensor) -> AutoencoderOutput:
         """Video of three latent planes.
@@ -140,16 +150,20 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
                 f"latent must be (B, {self.config.latent_channels}, {layout.num_tokens}) for {layout}, but is "
                 f"{tuple(latent.shape)}."
             )
-        lattice = self.decoder(self._expand(latent.transpose(1, 2)), layout)
-        return AutoencoderOutput(sample=2 * self._to_pixels(lattice).sigmoid() - 1)
+        parts = self._parts("post_{}", "decoder", "to_pixel")
+        return AutoencoderOutput(sample=casting.run(parts, latent.device, self._decode, latent))
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        lattice = self.decoder(self._expand(latent.transpose(1, 2)), self.layout)
+        return 2 * self._to_pixels(lattice).sigmoid() - 1
 
     def _expand(self, tokens: Tensor) -> Tensor:
         """Packed planes (B, N, D) -> the lattice (B, T H W, C) of the sums of their `post_*` layers."""
         posts = [getattr(self, f"post_{name}") for name in PLANE_NAMES]
         layers = [layer for layer in (weights_of(post, nn.Conv2d, POINTWISE_2D) for post in posts) if layer is not None]
         if len(layers) == len(posts):
-            weight = torch.stack([layer.weight.flatten(1) for layer in layers])
-            return ops.triplane_expand(tokens, self.layout, weight, torch.stack([layer.bias for layer in layers]))
+            weight = torch.stack([weight.flatten(1) for weight, _ in layers])
+            return ops.triplane_expand(tokens, self.layout, weight, torch.stack([bias for _, bias in layers]))
         pictures = [rearrange(plane, "b h w d -> b d h w") for plane in self.layout.split(tokens)]
         xy, yt, xt = (post(picture) for post, picture in zip(posts, pictures, strict=True))
         lattice = xy[:, :, None] + yt[:, :, :, None] + xt[..., None]  # (B, C, T, H, W)
@@ -163,9 +177,10 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
         if weights is None or layer.output_padding != (0, 0):
             pixels = layer(rearrange(lattice, "b (t h w) c -> (b t) c h w", **sizes))
             return rearrange(pixels, "(b t) c h w -> b c t h w", t=layout.time)
-        pixels = linear(lattice, weights.weight.flatten(1).t())
+        weight, bias = weights
+        pixels = linear(lattice, weight.flatten(1).t())
         pixels = rearrange(pixels, "b (t h w) (c p q) -> b t h w c p q", **sizes, p=p, q=p)
-        pixels = pixels + weights.bias[:, None, None].to(pixels.dtype)
+        pixels = pixels + bias[:, None, None].to(pixels.dtype)
         return rearrange(pixels, "b t h w c p q -> b c t (h p) (w q)")
 
     def forward(self, video: Tensor, latent_noise: Tensor | None = None) -> AutoencoderOutput:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -18,8 +20,10 @@ from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
 from pvdm_fast.models.ranges import check_timestep
 from pvdm_fast.models.saving import ChecksumsKept
-from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention, planes
+from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention, casting, planes
+from pvdm_fast.nn.constants import constant
 from pvdm_fast.nn.planes import NORM_GROUPS
+from pvdm_fast.nn.residual import embedded, scale_shifts
 
 
 @dataclass
@@ -29,11 +33,13 @@ class DenoiserOutput(BaseOutput):
     sample: Tensor
 
 
+def _frequencies(half: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.exp(-math.log(10000) * torch.arange(half, device=device).to(dtype) / half)
+
+
 def timestep_embedding(timestep: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """timestep: (B,) -> (B, width): all cosines, then all sines, frequencies exp(-ln 10000 i / half)."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=timestep.device).to(dtype) / half)
-    angles = timestep[:, None].to(dtype) * frequencies
+    angles = timestep[:, None].to(dtype) * constant(_frequencies, timestep, dtype, width // 2)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -249,23 +255,31 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         if condition is None:
             condition = self.zeros.expand(len(latent), -1, -1)
         check_timestep(timestep)
+        labels = self._class_labels(class_labels, latent)
         timestep = torch.as_tensor(timestep, device=latent.device).expand(len(latent))
-        dtype = self.zeros.dtype
-        embedding = timestep_embedding(timestep, self.config.model_channels, torch.promote_types(dtype, torch.float32))
-        embedding = self.time_embed(embedding.to(dtype))
-        if self.config.num_classes is not None:
-            embedding = embedding + self.class_embed(self._class_labels(class_labels, latent))
-        elif class_labels is not None:
-            raise ValueError("This denoiser has no classes, but class_labels were given: make it with num_classes.")
         tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)
-        sample = self._unet(tokens, embedding).transpose(1, 2).contiguous().to(latent.dtype)
+        sample = casting.run((self,), latent.device, self._output, tokens, timestep, labels)
+        sample = sample.transpose(1, 2).contiguous().to(latent.dtype)
         if self.config.prediction == "v":
             level = self._level(timestep)
             sample = (level.sqrt() * sample + (1 - level).sqrt() * latent).to(latent.dtype)
         return DenoiserOutput(sample=sample)
 
-    def _class_labels(self, labels: Tensor | None, latent: Tensor) -> Tensor:
-        """The given classes, or for each latent the number that means no class."""
+    def _output(self, tokens: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
+        """What the network itself puts out: (B, N, D) of tokens (B, N, 2 D)."""
+        dtype = self.zeros.dtype
+        embedding = timestep_embedding(timestep, self.config.model_channels, torch.promote_types(dtype, torch.float32))
+        embedding = embedded(self.time_embed, embedding.to(dtype))
+        if labels is not None:
+            embedding = embedding + self.class_embed(labels)
+        return self._unet(tokens, embedding)
+
+    def _class_labels(self, labels: Tensor | None, latent: Tensor) -> Tensor | None:
+        """The given classes, or for each latent the number that means no class; None for a model without classes."""
+        if self.config.num_classes is None:
+            if labels is not None:
+                raise ValueError("This denoiser has no classes, but class_labels were given: make it with num_classes.")
+            return None
         if labels is None:
             return torch.full((len(latent),), self.config.num_classes, dtype=torch.long, device=latent.device)
         if labels.shape != (len(latent),):
@@ -275,28 +289,39 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
     def _unet(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x: (B, N, 2 D) -> (B, N, D)."""
         layout: PlaneLayout = self.layout
+        down, up = list(self.input_blocks)[1:], list(self.output_blocks)
+        modules = chain.from_iterable(cast(list[nn.ModuleList], [*down, self.middle_block, *up]))
+        run = partial(self._run_block, embedding, scale_shifts(modules, embedding))
         x = planes.conv(cast(nn.ModuleList, self.input_blocks[0])[0], x, layout)
         if self.position_vectors is not None:
             x = x + self.position_vectors().to(x.dtype)
         x = self.input_attns[0](x)  # nothing, unless somebody puts something there
         skips = [x]
-        for block, attention in zip(self.input_blocks[1:], self.input_attns[1:], strict=True):
-            x, layout = self._run_block(block, attention, x, embedding, layout)
+        for block, attention in zip(down, list(self.input_attns)[1:], strict=True):
+            x, layout = run(block, attention, x, layout)
             skips.append(x)
-        x, layout = self._run_block(self.middle_block, self.mid_attn, x, embedding, layout)
-        for block, attention in zip(self.output_blocks, self.output_attns, strict=True):
-            x = torch.cat((x, skips.pop()), dim=-1)
-            x, layout = self._run_block(block, attention, x, embedding, layout)
+        x, layout = run(self.middle_block, self.mid_attn, x, layout)
+        for block, attention in zip(up, self.output_attns, strict=True):
+            x, layout = run(block, attention, torch.cat((x, skips.pop()), dim=-1), layout)
         return planes.conv(self.out["2"], planes.norm(self.out["0"], x, layout, activation=True), layout)
 
+    @staticmethod
     def _run_block(
-        self, block: nn.Module, attention: nn.Module, x: Tensor, embedding: Tensor, layout: PlaneLayout
+        embedding: Tensor,
+        ready: Mapping[nn.Module, Tensor],
+        block: nn.Module,
+        attention: nn.Module,
+        x: Tensor,
+        layout: PlaneLayout,
     ) -> tuple[Tensor, PlaneLayout]:
-        """A block's modules, then the attention across planes."""
+        """A block's modules, then the attention across planes; `ready`: the `scale_shifts` of residual blocks."""
         for module in cast(nn.ModuleList, block):
-            if isinstance(module, PlaneAttention) or not hasattr(module, "output_layout"):
+            if module in ready:
+                x = module(x, embedding, layout, ready[module])
+                layout = cast(ResidualBlock, module).output_layout(layout)
+            elif isinstance(module, PlaneAttention) or not hasattr(module, "output_layout"):
                 x = module(x, layout)
-            else:  # a residual block, or a wrapper around one
+            else:  # another residual block, or a wrapper around one
                 x = module(x, embedding, layout)
                 layout = cast(ResidualBlock, module).output_layout(layout)
         return attention(x, layout), layout

@@ -109,10 +109,10 @@ class TriplaneAttention(nn.Module):
         return ops.attention_block(
             x,
             *norm,
-            qkv.weight.squeeze(-1),
-            qkv.bias,
-            proj.weight.squeeze(-1),
-            proj.bias,
+            qkv[0].squeeze(-1),
+            qkv[1],
+            proj[0].squeeze(-1),
+            proj[1],
             heads=self.num_heads,
             groups=NORM_GROUPS,
             eps=self.norm.eps,
@@ -140,4 +140,5 @@ def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     weights = weights_of(layer, nn.Conv1d, POINTWISE_1D)
     if weights is None:
         return layer(x.transpose(1, 2)).transpose(1, 2)
-    return linear(x, weights.weight.squeeze(-1), weights.bias)
+    weight, bias = weights
+    return linear(x, weight.squeeze(-1), bias)

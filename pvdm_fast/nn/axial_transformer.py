@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pvdm_fast import ops
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.nn import checkpointing
+from pvdm_fast.nn.constants import constant
 from pvdm_fast.nn.linear import Linear
 from pvdm_fast.nn.plain import is_plain, readable, weights_of
 from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward, values_of
@@ -157,9 +158,9 @@ class AxialTransformer(nn.Module):
 
     def forward(self, x: Tensor, layout: TriplaneLayout) -> Tensor:
         """x: (B, T H W, C) lattice tokens of `layout` -> (B, T H W, C)."""
-        kind = x.device, torch.promote_types(x.dtype, torch.float32)
-        time_tables = time_rotation(layout.time, self.head_width, *kind)
-        space_tables = space_rotation(layout.height, layout.width, self.head_width, *kind)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        time_tables = constant(time_rotation, x, dtype, layout.time, self.head_width)
+        space_tables = constant(space_rotation, x, dtype, layout.height, layout.width, self.head_width)
         branch: Tensor | None = None
         for layer in self.layers:
             x, branch = checkpointing.run(self, _run_layer, layer, x, branch, layout, time_tables, space_tables)

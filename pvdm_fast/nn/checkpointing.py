@@ -9,10 +9,12 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from pvdm_fast.nn import copies
+
 
 def run(block: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments); where block.gradient_checkpointing is set, only the arguments are kept for the backward
     pass, which computes the function again."""
     if block.gradient_checkpointing and torch.is_grad_enabled():
-        return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(copies.carried(function), *arguments, use_reentrant=False)
     return function(*arguments)

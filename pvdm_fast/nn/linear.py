@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pvdm_fast.backends import choice, gemm
 from pvdm_fast.backends.cpu import rows_of
+from pvdm_fast.nn import copies
 from pvdm_fast.nn.plain import readable
 from pvdm_fast.ops.derivatives import transforming
 
@@ -84,4 +85,7 @@ class Linear(nn.Linear):
     """`torch.nn.Linear`, computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if copies.active() is None:
+            return linear(x, weight, bias)
+        return linear(x, copies.of(weight), None if bias is None else copies.of(bias))

@@ -8,7 +8,7 @@ reads a layer's weights asks here first, and calls the layer where the answer is
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,6 +20,8 @@ from torch.nn.modules.module import (  # hooks of all modules: dictionaries that
     _global_forward_pre_hooks,
 )
 
+from pvdm_fast.nn import copies
+
 # Tensors of other classes (quantised ones, for example) compute in their own way.
 TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 
@@ -30,14 +32,9 @@ THREE_BY_THREE = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 # What calling a layer does, by its class; other code may replace the method later.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
+_MULTIPLY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 Module = TypeVar("Module", bound=type[nn.Module])
-
-
-class Weights(NamedTuple):
-    """The parameters of a plain layer."""
-
-    weight: Tensor
-    bias: Tensor
+Weights = tuple[Tensor, Tensor]  # of a plain layer: weight and bias
 
 
 def readable(kind: Module) -> Module:
@@ -46,8 +43,13 @@ def readable(kind: Module) -> Module:
     return kind
 
 
-for _kind in (nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Identity):
+for _kind in (*_MULTIPLY, nn.LayerNorm, nn.Identity, nn.SiLU, nn.Sequential):
     readable(_kind)
+
+
+def multiplies(kind: type[nn.Module]) -> bool:
+    """Whether `kind` is a `readable` class of layers that multiply by a weight, which autocast casts."""
+    return kind in _FORWARDS and issubclass(kind, _MULTIPLY)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -78,25 +80,27 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def weights_of(module: nn.Module, kind: type[nn.Module], shape: tuple[Any, ...] | None = None) -> Weights | None:
     """Weight and bias of a layer that `is_plain` and has both, for reading; None: call it.
 
+    Under autocast they are the copies that this pass has of them: see `casting`.
+
     Args:
         shape: of a convolution, such as POINTWISE_2D; with another kernel, stride or padding it must be called too.
     """
     if not is_plain(module, kind):
         return None
-    state = module.__dict__
-    weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
-    if type(weight) not in TENSORS or type(bias) not in TENSORS:
+    parameters = module.__dict__["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) not in TENSORS or type(bias) not in TENSORS or (shape is not None and shape != shape_of(module)):
         return None
-    return Weights(weight, bias) if shape is None or shape == shape_of(module) else None
+    return (weight, bias) if copies.active() is None else (copies.of(weight), copies.of(bias))
 
 
 def weight_of(module: nn.Module, kind: type[nn.Module]) -> Tensor | None:
-    """The weight of a layer that `is_plain` and has no bias, for reading; None: call it."""
+    """The weight, or its copy, of a layer that `is_plain` and has no bias, for reading; None: call it."""
     if not is_plain(module, kind):
         return None
     parameters = module.__dict__["_parameters"]
     weight = parameters.get("weight")
-    return weight if type(weight) in TENSORS and parameters.get("bias") is None else None
+    return copies.of(weight) if type(weight) in TENSORS and parameters.get("bias") is None else None
 
 
 def shape_of(conv: nn.Module) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pvdm_fast import ops
 from pvdm_fast.backends.reference.plane_resample import resample_planes
 from pvdm_fast.layout import PlaneLayout
+from pvdm_fast.nn import copies
 from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.plain import POINTWISE_2D, THREE_BY_THREE, is_plain, readable, shape_of, weights_of
 
@@ -34,6 +35,7 @@ class PlaneNorm(nn.GroupNorm):
         return ops.plane_norm(x, layout, self.weight, self.bias, groups=self.num_groups, eps=self.eps)
 
 
+@readable
 class PlaneConv(nn.Conv2d):
     """3x3 convolution of each plane with shared weights: see `pvdm_fast.ops.plane_conv`.
 
@@ -58,7 +60,7 @@ class PlaneConv(nn.Conv2d):
             return super().forward(x)
         if self.bias is None or shape_of(self) != THREE_BY_THREE:  # changed after it was built
             return by_pictures(super().forward, x, layout)
-        return ops.plane_conv(x, layout, self.weight, self.bias)
+        return ops.plane_conv(x, layout, copies.of(self.weight), copies.of(self.bias))
 
 
 def by_pictures(layer: Callable[[Tensor], Tensor], x: Tensor, layout: PlaneLayout) -> Tensor:
@@ -112,5 +114,6 @@ def pointwise(layer: nn.Module, x: Tensor, layout: PlaneLayout) -> Tensor:
     """What a 1x1 nn.Conv2d, or what stands in its place, makes of packed tokens x (B, N, C) of `layout`: (B, N, C')."""
     weights = weights_of(layer, nn.Conv2d, POINTWISE_2D)
     if weights is not None:
-        return linear(x, weights.weight.flatten(1), weights.bias)
+        weight, bias = weights
+        return linear(x, weight.flatten(1), bias)
     return x if is_plain(layer, nn.Identity) else by_pictures(layer, x, layout)
