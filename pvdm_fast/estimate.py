@@ -21,13 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pvdm_fast.jobs.command import run_command  # first: a Ctrl-C while the rest is imported is one line
-
-# isort: split
 import torch
 from torch import Tensor, nn
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 from pvdm_fast.jobs.environment import plain_torch
 
 if TYPE_CHECKING:
