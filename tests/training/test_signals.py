@@ -191,7 +191,10 @@ def test_ctrl_c_in_other_programs_is_theirs(tmp_path: Path) -> None:
     code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     (tmp_path / "theirs" / "program.py").write_text(code)
     # A job in the background of a script would have SIGINT ignored.
-    restored = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv)"
+    restored = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
     arguments = [sys.executable, "-c", restored, "-m", "theirs.program", "pvdm_fast.train"]
     process = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
     assert process.stdout == "True\n", process.stderr
