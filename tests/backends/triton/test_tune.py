@@ -19,6 +19,7 @@ from pvdm_fast import tune
 from pvdm_fast.analysis import tuning
 from pvdm_fast.analysis.workload import Call, TensorSpec, calls
 from pvdm_fast.backends import choice
+from pvdm_fast.errors import UserError
 from pvdm_fast.kernels import configs
 from pvdm_fast.kernels.configs import TABLES, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
@@ -192,3 +193,16 @@ def test_help() -> None:
     result = subprocess.run([sys.executable, "-m", "pvdm_fast.tune", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "triton.json" in result.stdout
+
+
+def test_a_table_that_cannot_be_written_is_found_before_anything_is_timed(tmp_path: Path) -> None:
+    (tmp_path / "pvdm_fast").write_text("a file in the folder's place")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        tuning.check_writable(tmp_path / "pvdm_fast" / "triton.json")
+    tuning.check_writable(tmp_path / "settings" / "triton.json")
+    assert (tmp_path / "settings").is_dir()
+
+
+def test_an_unknown_operation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["--dry-run", "--operations", "gelu"]) == 2
+    assert "Triton has no kernel for 'gelu'" in capsys.readouterr().err
