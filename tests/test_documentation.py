@@ -138,6 +138,8 @@ def test_ci_runs_every_python_that_is_promised() -> None:
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     wheel = [step["run"] for step in workflow["jobs"]["wheel"]["steps"] if "run" in step]
     assert [command.split()[:2] for command in wheel] == [[".ci/wheels", "build"], [".ci/wheels", "try"]]
+    oldest = [step["run"] for step in workflow["jobs"]["oldest"]["steps"] if "run" in step]
+    assert [command.split()[0] for command in oldest] == [".ci/oldest"] and ".ci/oldest" in read("CONTRIBUTING.md")
 
 
 def test_faults_are_reported_with_what_the_machine_says() -> None:
