@@ -18,7 +18,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.models import Denoiser
 from pvdm_fast.train import main
 from pvdm_fast.training.adversarial import check_second_phase
-from pvdm_fast.training.building import empty_autoencoder
+from pvdm_fast.training.building import empty_autoencoder, empty_denoiser
 from pvdm_fast.training.config import make_config
 from pvdm_fast.training.report import check_later_denoiser
 
@@ -53,7 +53,10 @@ def test_packages_that_are_not_there(
     ("arguments", "message"),
     [
         (["--diffusion-num-heads", "3"], "num_heads 3 divide the channels of every level"),
-        (["--diffusion-attention-resolutions", "2"], "attention_resolutions [2] must be among the levels'"),
+        (
+            ["--diffusion-attention-resolutions", "2"],
+            "--diffusion-attention-resolutions 2 must be among the levels' downsampling factors, which are 1:",
+        ),
         (["--diffusion-class-conditional"], "class"),
     ],
 )
@@ -72,13 +75,24 @@ def test_a_preset_s_denoiser_that_will_not_fit_is_said() -> None:
     assert check_later_denoiser(config, empty_autoencoder(config)) == []
 
 
-@pytest.mark.parametrize("resolutions", [[3], [4], [1, 8], [0]])
+@pytest.mark.parametrize("resolutions", [[3], [1, 6], [0], [-2]])
 def test_attention_at_no_level_is_refused(resolutions: list[int]) -> None:
     sizes = dict(time=2, height=2, width=2, model_channels=32, channel_mult=[1, 2], num_res_blocks=1, num_heads=1)
     with torch.device("meta"):
-        Denoiser(**sizes, attention_resolutions=[1, 2])
-        with pytest.raises(ValueError, match=r"among the levels' downsampling factors, which are \[1, 2\]"):
+        Denoiser(**sizes)  # the default names levels of larger networks too
+        with pytest.raises(ValueError, match=r"must be downsampling factors of levels: 1, 2, 4"):
             Denoiser(**sizes, attention_resolutions=resolutions)
+
+
+def test_attention_at_the_levels_of_the_preset() -> None:
+    for mult, asked, fits in ((None, (1, 4), True), (None, (8,), False), ((1, 2), (4,), False), ((1, 2), (2,), True)):
+        changes = {"diffusion.channel_mult": mult, "diffusion.attention_resolutions": asked}
+        config = make_config({"preset": "small", **{key: value for key, value in changes.items() if value is not None}})
+        if fits:
+            empty_denoiser(config, empty_autoencoder(config))
+        else:
+            with pytest.raises(UserError, match="must be among the levels'"):
+                empty_denoiser(config, empty_autoencoder(config))
 
 
 def test_held_out_clips_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
