@@ -95,7 +95,8 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         latent_channels: D. The input has 2 D: the noisy latent and the condition.
         model_channels: of the first level, a multiple of 32. channel_mult: factor of each level.
         num_res_blocks: residual blocks a level. attention_resolutions: downsampling factors (1, 2, 4, ...) at which
-            planes attend to themselves too; those of levels that aren't there count for nothing. num_heads: of every attention.
+            planes attend to themselves too; those of levels that aren't there count for nothing. num_heads: of every
+            attention.
         positions: learned positions of the tokens, which the release doesn't have.
         prediction: what the network itself puts out: "noise" (the release's), or "v" = sqrt(a) noise - sqrt(1 - a)
             latent (Salimans and Ho 2022), a being the noise level's alphas_cumprod. `forward` returns the noise in
