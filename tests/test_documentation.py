@@ -130,6 +130,13 @@ def test_yaml_parses(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
 
 
+def test_tests_that_pages_name_exist() -> None:
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        named = set(re.findall(r"\btest_\w+\.py", path.read_text(encoding="utf-8")))
+        assert named <= there, (path.name, named - there)
+
+
 def test_ci_runs_every_python_that_is_promised() -> None:
     workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
     job = workflow["jobs"]["ci"]
