@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pvdm_fast import _starting  # noqa: F401  (first: from here on a Ctrl-C is one line)
+
+# isort: split
 from typing import TYPE_CHECKING, Any
 
 from pvdm_fast import _operations

@@ -22,20 +22,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pvdm_fast.jobs.command import run_command  # first, so that a Ctrl-C during the other imports is one line
-
-# isort: split
-import torch
-from torch import Tensor, nn
-
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.command import run_command
 from pvdm_fast.jobs.environment import plain_torch
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from pvdm_fast.training.config import TrainConfig
 
 GIB = 2**30
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -93,16 +89,16 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
     Raises:
         UserError: sizes that do not fit.
     """
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from pvdm_fast.analysis.flops import FlopCount
     from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
     from pvdm_fast.training.optimizer import state_bytes
 
-    if config.mixed_precision not in PRECISIONS:
+    if config.mixed_precision == "fp16":
         raise UserError("--mixed-precision must be no or bf16 here: fp16 weighs the same as bf16")
-    low = PRECISIONS[config.mixed_precision]
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=low == torch.bfloat16):
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
         model, frozen, encode, step = _step(config, stage)
         parameters = list(model.parameters())
         saved = saved_bytes(lambda: [step()], parameters)
@@ -145,6 +141,8 @@ def _step(
     Diffusion: clips have a condition with the configuration's probability. So that share of the batch, rounded up, has
     one.
     """
+    import torch
+
     from pvdm_fast.diffusion.noise import diffusion_loss
     from pvdm_fast.models.noise_schedule import NoiseSchedule
     from pvdm_fast.training.building import make_autoencoder, make_denoiser

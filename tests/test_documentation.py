@@ -130,6 +130,13 @@ def test_yaml_parses(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
 
 
+def test_tests_that_pages_name_exist() -> None:
+    there = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        named = set(re.findall(r"\btest_\w+\.py", path.read_text(encoding="utf-8")))
+        assert named <= there, (path.name, named - there)
+
+
 def test_ci_runs_every_python_that_is_promised() -> None:
     workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
     job = workflow["jobs"]["ci"]
@@ -138,6 +145,8 @@ def test_ci_runs_every_python_that_is_promised() -> None:
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     wheel = [step["run"] for step in workflow["jobs"]["wheel"]["steps"] if "run" in step]
     assert [command.split()[:2] for command in wheel] == [[".ci/wheels", "build"], [".ci/wheels", "try"]]
+    oldest = [step["run"] for step in workflow["jobs"]["oldest"]["steps"] if "run" in step]
+    assert [command.split()[0] for command in oldest] == [".ci/oldest"] and ".ci/oldest" in read("CONTRIBUTING.md")
 
 
 def test_faults_are_reported_with_what_the_machine_says() -> None:

@@ -45,6 +45,23 @@ assert type(torch.ops.pvdm_fast) is type(torch.ops.aten)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "command", ["train", "sample", "evaluate", "encode", "estimate", "convert", "info", "selftest", "tune"]
+)
+def test_help_is_quick(command: str) -> None:
+    """Every command's --help, without importing torch."""
+    code = f"""
+import runpy, sys
+sys.argv = ["pvdm_fast.{command}", "--help"]
+try:
+    runpy.run_module("pvdm_fast.{command}", run_name="__main__")
+except SystemExit as end:
+    print("torch" in sys.modules, end.code)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: ") and result.stdout.endswith("\nFalse 0\n")
+
+
 def test_torch_is_not_imported() -> None:
     """This keeps a command's --help fast."""
     code = "import pvdm_fast, sys; raise SystemExit('torch' in sys.modules)"

@@ -55,10 +55,10 @@ def test_triton(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
 
 
 def test_build_facts() -> None:
-    """What was left out is named with its reason. A source tree without builds says what to do."""
-    lines = info._build_lines({"_cpu": {"built": False, "reason": "no C++ compiler found"}})
+    """What was left out is named with its reason, and a source tree where nothing was built says what to do."""
+    lines = machine._build_lines({"_cpu": {"built": False, "reason": "no C++ compiler found"}})
     assert lines[0].endswith("left out: no C++ compiler found")
-    assert extensions.REINSTALL in info._build_lines({})[0]
+    assert extensions.REINSTALL in machine._build_lines({})[0]
 
 
 def test_gpus_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

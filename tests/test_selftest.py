@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pvdm_fast import selftest
+from pvdm_fast.analysis import agreement
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS
 from pvdm_fast.backends.reference import geglu
@@ -40,7 +41,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
 
     monkeypatch.setattr(choice, "unavailable", lambda backend: None if backend in ("cpu", "reference") else "not here.")
     monkeypatch.setattr(choice, "implementation", implementation)
-    monkeypatch.setattr(selftest, "OPERATIONS", ("geglu",))
+    monkeypatch.setattr(agreement, "OPERATIONS", ("geglu",))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_wrong_kernels_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backward: Any, message: str
 ) -> None:
     faulty(monkeypatch, backward)
-    monkeypatch.setattr(selftest, "KERNEL_DTYPES", (torch.float32,))
+    monkeypatch.setattr(agreement, "KERNEL_DTYPES", (torch.float32,))
     assert selftest.main(["--device", "cpu"]) == 1
     output = capsys.readouterr()
     assert f"FAILED: {message}" in output.out

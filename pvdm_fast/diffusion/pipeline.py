@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -65,6 +66,8 @@ class PVDMPipeline(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir() or (folder / "model_index.json").is_file():
+            if "dtype" in options and _diffusers_version() < (0, 41):  # which passes over this name of it
+                options["torch_dtype"] = options.pop("dtype")
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         parts = {name: options.pop(name, None) for name in (*MODELS, "scheduler")}
         dtypes = _dtypes(options)
@@ -167,6 +170,10 @@ class PVDMPipeline(DiffusionPipeline):
         pixels = ((videos[:, :, -config["frames"] :] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         clips = [np.array(clip.permute(1, 2, 3, 0).cpu()) for clip in pixels]
         return torch.cat([fit_clip(list(clip), **size) for clip in clips])
+
+
+def _diffusers_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in diffusers.__version__.split(".")[:2])
 
 
 def _dtypes(options: dict[str, Any]) -> dict[str, torch.dtype]:

@@ -10,7 +10,7 @@ from types import FrameType
 
 from pvdm_fast.errors import BackendError, Interrupted, StoppedAtOnce, UserError
 from pvdm_fast.jobs.environment import rank_name
-from pvdm_fast.jobs.signals import handled, quiet_start
+from pvdm_fast.jobs.signals import handled
 from pvdm_fast.jobs.streams import steady_output
 
 # What a disk, its rights, a name or the limits of the machine can do; any other OSError is a fault of the program.
@@ -18,8 +18,6 @@ OUTER_FAULTS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
     | {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOMEM, errno.EAGAIN, errno.EMFILE}
 )
-
-quiet_start()
 
 
 def run_command(action: Callable[[], object]) -> int:

@@ -120,7 +120,8 @@ def plain_defaults() -> Iterator[None]:
     """New tensors are float32 and on the CPU, whatever the calling program made the default."""
     import torch
 
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    # Not torch.get_default_device: in PyTorch 2.9 it fails where the default was taken back with None.
+    dtype, device = torch.get_default_dtype(), torch.empty(0).device
     torch.set_default_dtype(torch.float32)
     if device.type != "cpu":
         torch.set_default_device(None)

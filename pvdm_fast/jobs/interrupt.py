@@ -52,14 +52,11 @@ class StopRequest:
     def waiting(self) -> Iterator[None]:
         """A block that a signal may leave at any place: what it waits for may never come.
 
-        Only of a single process: several have to agree first.
+        It is left in this process only. Several have to agree afterwards, where all of them meet.
 
         Raises:
             Interrupted: a signal came while it waited, or before.
         """
-        if self.processes.share.world > 1:
-            yield
-            return
         try:
             self._waiting = True
             if self.number is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 # How long a process waits for the others: longer than a checkpoint takes to write, or a batch to read.
 TIMEOUT = timedelta(minutes=10)
+POLL = 0.001  # seconds
 
 
 class Processes:
@@ -43,11 +45,14 @@ class Processes:
         return total.item() / self.share.world
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """The largest of the processes' numbers. Signals are answered while the others don't come."""
         if self.share.world == 1:
             return number
         result = torch.tensor(number, device=self.device)
-        dist.all_reduce(result, dist.ReduceOp.MAX)
+        work: Any = dist.all_reduce(result, dist.ReduceOp.MAX, async_op=True)
+        while not work.is_completed():
+            time.sleep(POLL)  # Python calls no handler of signals inside wait()
+        work.wait()
         return int(result.item())
 
     def gathered(self, mine: T) -> list[T]:

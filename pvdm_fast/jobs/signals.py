@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,15 +45,3 @@ def handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     finally:
         for key, handler in before.items():
             signal.signal(key, signal.SIG_DFL if handler is None else handler)
-
-
-def quiet_start() -> None:
-    """From here on a Ctrl-C ends one of our commands with one line, while it is still importing what it needs."""
-    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
-    if name.startswith("pvdm_fast.") and in_main_thread():
-        signal.signal(signal.SIGINT, _leave)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"stopped at once\n")
-    os._exit(128 + number)

@@ -66,6 +66,14 @@ def _check_widths(model_channels: int, channel_mult: Sequence[int], num_res_bloc
         )
 
 
+def _check_attention(attention_resolutions: Sequence[int]) -> None:
+    """Raises ValueError for what is no level's downsampling factor in any network: it would be passed over."""
+    if any(factor < 1 or factor & (factor - 1) for factor in attention_resolutions):
+        raise ValueError(
+            f"attention_resolutions {list(attention_resolutions)} must be downsampling factors of levels: 1, 2, 4, ..."
+        )
+
+
 class PlanePositions(nn.Module):
     """Learned vectors that say where a token is: one for each row, column and time, shared by the planes that have
     that axis, and one for each plane. Without them the planes, which share all other weights, can tell neither each
@@ -93,7 +101,8 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         latent_channels: D. The input has 2 D: the noisy latent and the condition.
         model_channels: of the first level, a multiple of 32. channel_mult: factor of each level.
         num_res_blocks: residual blocks a level. attention_resolutions: downsampling factors (1, 2, 4, ...) at which
-            planes attend to themselves too. num_heads: of every attention.
+            planes attend to themselves too; those of levels that aren't there count for nothing. num_heads: of every
+            attention.
         positions: learned positions of the tokens, which the release doesn't have.
         prediction: what the network itself puts out: "noise" (the release's), or "v" = sqrt(a) noise - sqrt(1 - a)
             latent (Salimans and Ho 2022), a being the noise level's alphas_cumprod. `forward` returns the noise in
@@ -103,7 +112,8 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         class_names: their names, in the order of their numbers.
 
     Raises:
-        ValueError: sizes that don't divide; an unknown prediction; not as many names as classes.
+        ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; not
+            as many names as classes.
     """
 
     _supports_gradient_checkpointing = True
@@ -131,6 +141,7 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         if prediction not in ("noise", "v"):
             raise ValueError(f'The prediction must be "noise" or "v", not {prediction!r}.')
         _check_widths(model_channels, channel_mult, num_res_blocks, num_heads)
+        _check_attention(attention_resolutions)
         self.layout = TriplaneLayout(time, height, width)
         self.layout.downsample(2 ** (len(channel_mult) - 1))
         embedding = 4 * model_channels

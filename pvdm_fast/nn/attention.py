@@ -99,7 +99,7 @@ class TriplaneAttention(nn.Module):
     def _attend_fused(self, x: Tensor) -> Tensor | None:
         """What `_attend` computes, in one operation; None where there is none for x, or a layer isn't plain."""
         like = self.qkv.__dict__["_parameters"].get("weight")
-        if like is None or not ops.fuses_attention_block(x, like):
+        if like is None or not ops.fuses_attention_block(x, like, heads=self.num_heads, groups=NORM_GROUPS):
             return None
         norm = weights_of(self.norm, PlaneNorm)
         qkv = weights_of(self.qkv, nn.Conv1d, POINTWISE_1D)

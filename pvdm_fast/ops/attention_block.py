@@ -79,9 +79,10 @@ _forwards = register_by_reference(
 )
 
 
-def fuses_attention_block(x: Tensor, weight: Tensor) -> bool:
+def fuses_attention_block(x: Tensor, weight: Tensor, *, heads: int, groups: int = 32) -> bool:
     """Whether `attention_block` should take x (B, N, C), of a block whose weights are like `weight`: nothing wants a
-    gradient, a kernel serves it, and N <= 128, B <= 2. Not under torch.compile, which fuses by itself."""
+    gradient, a kernel serves it at these sizes, and N <= 128, B <= 2. Not under torch.compile, which fuses by
+    itself."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
@@ -91,6 +92,7 @@ def fuses_attention_block(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and not autocasts(x.device.type)
         and choice.serves("triton", "attention_block", choice.requested(), x.device.type, x.dtype)
+        and choice.refusal("triton", "attention_block", (x, *6 * (weight,), heads, groups)) is None
     )
 
 

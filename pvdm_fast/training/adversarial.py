@@ -32,11 +32,12 @@ def wants_second_phase(config: TrainConfig) -> bool:
     return config.lpips_weights is not None or config.adversarial.start is not None
 
 
-def check_second_phase(config: TrainConfig, height: int, width: int) -> list[tuple[str, str]]:
+def check_second_phase(config: TrainConfig, height: int, width: int, accelerator: Accelerator) -> list[tuple[str, str]]:
     """What the second phase will do, in lines of (label, text), before anything is written.
 
     Raises:
-        UserError: options that exclude each other, or LPIPS weights that are missing or wrong.
+        UserError: options that exclude each other, LPIPS weights that are missing or wrong, or batch statistics over
+            several processes on a CPU, where PyTorch cannot share them.
     """
     options, lines = config.adversarial, []
     if config.lpips_weights is not None:
@@ -59,6 +60,11 @@ def check_second_phase(config: TrainConfig, height: int, width: int) -> list[tup
             raise UserError(
                 "--adversarial-r1 needs --adversarial-norm spectral or none: batch statistics tie the clips of a batch "
                 "together, and the penalty is on each one's gradient"
+            )
+        if options.norm == "batch" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+            raise UserError(
+                "--adversarial-norm batch works in several processes only on GPUs (its statistics are of the global "
+                "batch): choose --adversarial-norm spectral"
             )
         lines.append(("adversarial", f"from step {options.start} on"))
     return lines
@@ -91,18 +97,9 @@ class Adversary:
             self.nets = Discriminators(options.channels, options.norm)
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Move and wrap the discriminators; under data parallel their gradients are averaged.
-
-        Raises:
-            UserError: batch statistics over several processes on a CPU, where PyTorch cannot share them.
-        """
+        """Move and wrap the discriminators; under data parallel their gradients are averaged."""
         self.accelerator = accelerator
         if self.options.norm == "batch" and accelerator.num_processes > 1:
-            if accelerator.device.type == "cpu":
-                raise UserError(
-                    "--adversarial-norm batch works in several processes only on GPUs (its statistics are of the "
-                    "global batch): choose --adversarial-norm spectral"
-                )
             self.nets = nn.SyncBatchNorm.convert_sync_batchnorm(self.nets)
         self.nets.to(accelerator.device)
         self.prepared = accelerator.prepare_model(self.nets)

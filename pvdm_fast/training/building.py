@@ -134,6 +134,7 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
     from pvdm_fast.models import Denoiser
 
     sizes = {name: getattr(config.diffusion, name) for name in DENOISER_SIZES}
+    _check_attention(config)
     layout = autoencoder.layout
     with _as_user_error():
         return Denoiser.from_preset(
@@ -145,6 +146,20 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
             num_classes=None if names is None else len(names),
             class_names=names,
             **{key: size for key, size in sizes.items() if size is not None},
+        )
+
+
+def _check_attention(config: TrainConfig) -> None:
+    """Raises UserError where --diffusion-attention-resolutions names a downsampling factor that no level has."""
+    from pvdm_fast.models.presets import DENOISER
+
+    asked = config.diffusion.attention_resolutions
+    levels = config.diffusion.channel_mult or DENOISER[config.preset]["channel_mult"]
+    factors = [2**level for level in range(len(levels))]
+    if asked is not None and not set(asked) <= set(factors):
+        raise UserError(
+            f"--diffusion-attention-resolutions {' '.join(map(str, asked))} must be among the levels' downsampling "
+            f"factors, which are {' '.join(map(str, factors))}: one for each number of --diffusion-channel-mult"
         )
 
 

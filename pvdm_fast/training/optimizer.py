@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,12 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], options: Stage
     settings = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)  # type: ignore[arg-type]
+    optimizer: torch.optim.Optimizer = adamw8bit()(parameters, min_8bit_size=LEAST_8BIT, **settings)
+    return optimizer
+
+
+def adamw8bit() -> Any:
+    """The class of "adamw8bit"; raises UserError where bitsandbytes, which it is of, cannot be imported."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -36,8 +42,7 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], options: Stage
             "--optimizer adamw8bit needs bitsandbytes, which is not installed: pip install 'pvdm-fast[8bit]', or take "
             "--optimizer adamw"
         ) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, min_8bit_size=LEAST_8BIT, **settings)
-    return optimizer
+    return AdamW8bit
 
 
 def state_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:

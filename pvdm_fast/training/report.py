@@ -12,10 +12,11 @@ import torch
 
 from pvdm_fast.backends import choice
 from pvdm_fast.data import open_dataset
-from pvdm_fast.errors import UserError, printable
+from pvdm_fast.errors import BackendError, UserError, printable
 from pvdm_fast.training.adversarial import check_second_phase
-from pvdm_fast.training.building import check_latents, empty_denoiser
+from pvdm_fast.training.building import DENOISER_SIZES, check_latents, empty_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
+from pvdm_fast.training.optimizer import adamw8bit
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import video_size
 
@@ -39,7 +40,13 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accelerator) -> Plan:
-    """Describe a run before anything is written; finds out what doesn't fit (UserError, DataError)."""
+    """Describe a run before anything is written.
+
+    Raises:
+        UserError: what doesn't fit, or isn't installed: all of it that can be known before a step is taken.
+        BackendError: the backend that the environment asks for cannot train here.
+    """
+    check_packages(config)
     stages = STAGES if config.stage == "all" else (config.stage,)
     frames, height, width = video_size(autoencoder)
     layout, channels = autoencoder.layout, autoencoder.config["latent_channels"]
@@ -48,17 +55,22 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
     if "diffusion" in stages:
         clip_frames = 2 * frames
         models += f", denoiser {_count(empty_denoiser(config, autoencoder))}"
-    data = open_dataset(
-        config.data,
-        frames=clip_frames,
-        height=height,
-        width=width,
-        stride=config.video.stride,
-        seed=config.seed,
-        flip=config.video.flip,
-        read_timeout=config.video.read_timeout,
+    data, held_out = (
+        open_dataset(
+            config.data,
+            frames=clip_frames,
+            height=height,
+            width=width,
+            stride=config.video.stride,
+            split=split,
+            seed=config.seed,
+            flip=config.video.flip,
+            read_timeout=config.video.read_timeout,
+        )
+        for split in ("train", "test")
     )
     check_latents(data, stages, autoencoder)
+    held_out[0]  # else clips that cannot be read would end the run at its first score, hours later
     work = ", then ".join(f"{name} {getattr(config, name).steps} steps" for name in stages)
     lines = [
         ("training", f"{work} (preset {config.preset})"),
@@ -71,8 +83,34 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
     if data.left_out:
         lines.append(("left out", data.left_out))
     if "autoencoder" in stages:
-        lines += check_second_phase(config, height, width)
+        lines += check_second_phase(config, height, width, accelerator)
+    if "diffusion" not in stages:
+        lines += check_later_denoiser(config, autoencoder)
     return Plan(stages, lines)
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Raises UserError for a package that an option needs and that isn't installed."""
+    if config.optimizer == "adamw8bit":
+        adamw8bit()
+    if config.tensorboard:
+        _summary_writer()
+
+
+def check_later_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> list[tuple[str, str]]:
+    """A line of (label, text) where the denoiser that the preset has for this autoencoder doesn't fit it.
+
+    Raises:
+        UserError: it is the options of the command line or the config file that don't fit.
+    """
+    try:
+        empty_denoiser(config, autoencoder)
+    except UserError as error:
+        asked = [getattr(config.diffusion, name) for name in DENOISER_SIZES]
+        if config.diffusion.class_conditional or any(size is not None for size in asked):
+            raise
+        return [("denoiser", f"not trained here; for these latents it needs other sizes than the preset's: {error}")]
+    return []
 
 
 def _count(model: torch.nn.Module) -> str:
@@ -90,9 +128,17 @@ def _machine(accelerator: Accelerator) -> str:
 
 
 def _backends(device: torch.device) -> str:
-    """Operations by the backend that serves them, for example ``cpu: plane_norm; plain PyTorch: 7 more``."""
-    if choice.requested() != "auto":
-        return f"{choice.requested()}, as asked for"
+    """Operations by the backend that serves them, for example ``cpu: plane_norm; plain PyTorch: 7 more``.
+
+    Raises:
+        BackendError: one that was asked for by name cannot serve an operation of the networks here.
+    """
+    name = choice.requested()
+    if name != "auto":
+        for operation in choice.OPERATIONS:
+            if reason := choice.why_not(name, operation, torch.empty(0, device=device)):
+                raise BackendError(f"Backend {name!r} was asked for, but cannot serve {operation}: {reason}")
+        return f"{name}, as asked for"
     serving: dict[str, list[str]] = {}
     for operation, row in choice.report(device.type).items():
         serving.setdefault(str(row["auto"]), []).append(operation)
@@ -136,11 +182,7 @@ def _duration(seconds: float) -> str:
 
 def tensorboard_listener(path: Path) -> Callable[[dict[str, Any]], None]:
     """Passes each record on to TensorBoard logs in ``path``/tensorboard; raises UserError where it isn't installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("TensorBoard is not installed: pip install 'pvdm-fast[tensorboard]'") from error
-    writer = SummaryWriter(path / "tensorboard")
+    writer = _summary_writer()(path / "tensorboard")
 
     def listen(record: dict[str, Any]) -> None:
         for key, value in record.items():
@@ -148,3 +190,11 @@ def tensorboard_listener(path: Path) -> Callable[[dict[str, Any]], None]:
                 writer.add_scalar(f"{record['stage']}/{key}", value, record["step"])
 
     return listen
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs TensorBoard: pip install 'pvdm-fast[tensorboard]'") from error
+    return SummaryWriter

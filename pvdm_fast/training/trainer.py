@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from pvdm_fast.data import Batch, ClipDataset
 
+DATA_GAVE_OUT = 1_000_000  # what the processes agree on where no signal came: more than any signal's number
+
 
 def learning_rate(options: StageOptions, step: int) -> float:
     """The rate of step number ``step``, counted from 0: linear warm-up, then constant or a half cosine to near 0."""
@@ -74,6 +76,7 @@ class Trainer:
         self.processes = Processes(accelerator)
         self.options = options = stage.options
         self.progress = Progress()
+        self.saved = 0  # the step of the newest checkpoint
         stage.to(accelerator.device)
         optimizer = make_optimizer(config.optimizer, stage.model.parameters(), options)
         sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
@@ -100,23 +103,37 @@ class Trainer:
                 bar.advance(record, self.options.batch_size * self.options.accumulate / seconds)
                 finished = self.progress.step == self.options.steps
                 preview_due = self.progress.step % self.config.preview_every == 0 and not finished
-                stop = self.stop.agreed()
-                if finished or preview_due or stop or self.progress.step % self.config.save_every == 0:
+                if finished or preview_due or self.progress.step % self.config.save_every == 0:
                     self.save()
-                if stop:
-                    raise Interrupted(stop)
                 if preview_due:
+                    self.stop.check()
                     preview()
 
     def read(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The batches of a step; a signal is answered while they don't come, and no step is lost if they never do."""
+        """The batches of a step. A signal is answered here, also while they don't come. If they never do, no step is
+        lost: the processes agree, save what they have, and stop.
+
+        Raises:
+            Interrupted: a signal came to one of the processes.
+            UserError: the data of one of them gave out.
+        """
+        found: list[Batch] = []
+        problem: UserError | None = None
         try:
             with self.stop.waiting():
-                return [next(batches) for _ in range(self.options.accumulate)]
-        except (Interrupted, UserError):
-            if self.processes.share.world == 1 and self.progress.step:
-                self.save()
-            raise
+                found = [next(batches) for _ in range(self.options.accumulate)]
+        except Interrupted:
+            pass  # what all agree on counts
+        except UserError as error:
+            problem = error
+        stop = self.processes.largest(self.stop.number or 0 if problem is None else DATA_GAVE_OUT)
+        if not stop:
+            return found
+        if self.progress.step > self.saved:
+            self.save()
+        if stop != DATA_GAVE_OUT:
+            raise Interrupted(stop)
+        raise problem or UserError("the data of another process gave out, and it says why; everything is saved")
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
         """One optimizer step over ``batches``; the values to record, with "skipped" where the step was left out."""
@@ -252,11 +269,15 @@ class Trainer:
     def save(self, folder: Path | None = None, keep: int = checkpoint.KEPT) -> Path:
         """Write a checkpoint, among the run's where no other folder is given."""
         state, place = self.state(), (folder or self.run.checkpoints, self.stage.name, self.progress.step)
-        return self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep))
+        path = self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep))
+        if folder is None:
+            self.saved = self.progress.step
+        return path
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
         self.progress = Progress(**state["progress"])
+        self.saved = self.progress.step
         load_model(self.accelerator.unwrap_model(self.model), state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:

@@ -162,6 +162,44 @@ def test_ctrl_c_while_it_starts_is_one_line(command: str, tmp_path: Path) -> Non
     assert (error, process.returncode) == ("stopped at once\n", 130)
 
 
+AT_THE_FIRST_IMPORT = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pvdm_fast._operations":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_in_the_first_moment_is_one_line(command: str, tmp_path: Path) -> None:
+    """As the package itself is imported, some 20 ms after Python has started."""
+    (tmp_path / "sitecustomize.py").write_text(AT_THE_FIRST_IMPORT)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    arguments = [sys.executable, "-m", f"pvdm_fast.{command}", *COMMANDS[command]]
+    process = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (process.stderr, process.returncode) == ("stopped at once\n", 130)
+
+
+def test_ctrl_c_in_other_programs_is_theirs(tmp_path: Path) -> None:
+    """A program that imports this package, started with -m as our commands are."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("import pvdm_fast\n")
+    code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    (tmp_path / "theirs" / "program.py").write_text(code)
+    # A job in the background of a script would have SIGINT ignored.
+    restored = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    arguments = [sys.executable, "-c", restored, "-m", "theirs.program", "pvdm_fast.train"]
+    process = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    assert process.stdout == "True\n", process.stderr
+
+
 def test_a_signal_leaves_no_half_a_video(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling has nothing to save: on any signal it stops at once, and removes its unfinished file."""
     from pvdm_fast.diffusion import sampling

@@ -53,6 +53,18 @@ def test_float32(batch: int, tokens: int, channels: int, heads: int, groups: int
     assert all(torch.equal(t, b) for t, b in zip(arguments, before, strict=True))
 
 
+@torch.no_grad()
+def test_the_block_is_fused_where_the_kernel_serves_its_sizes() -> None:
+    """Heads of up to 256 channels, norms' groups of up to 128: wider ones go through the separate operations."""
+    x, weight = torch.empty(1, 4, 576), torch.empty(1728, 576)
+    with use_backend("triton"):
+        assert ops.fuses_attention_block(x, weight, heads=4)
+        assert not ops.fuses_attention_block(x, weight, heads=2)
+        assert not ops.fuses_attention_block(x, weight, heads=4, groups=4)
+        block = TriplaneAttention(576, num_heads=2)
+        assert block._attend_fused(x) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(dtype: torch.dtype) -> None:
     """What is added to x has at most twice the error of plain PyTorch in the same dtype."""

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from pvdm_fast import tune
+from pvdm_fast.analysis import tuning
 from pvdm_fast.analysis.workload import Call, TensorSpec, calls
 from pvdm_fast.backends import choice
+from pvdm_fast.errors import UserError
 from pvdm_fast.kernels import configs
 from pvdm_fast.kernels.configs import TABLES, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
@@ -71,16 +73,16 @@ def timer_of(seconds: dict[int, float]) -> Callable[[Callable[[], object]], floa
     return timer
 
 
-def choose(call: Call, seconds: dict[int, float]) -> tuple[tune.Task, Config | None, list[str]]:
-    (task,) = tune.plan([call], "sm90")
+def choose(call: Call, seconds: dict[int, float]) -> tuple[tuning.Task, Config | None, list[str]]:
+    (task,) = tuning.plan([call], "sm90")
     said: list[str] = []
     with configs.assume("sm90"):
-        return task, tune.best(task, CPU, timer_of({128: 0.1, **seconds}), said.append), said
+        return task, tuning.best(task, CPU, timer_of({128: 0.1, **seconds}), said.append), said
 
 
 def test_plan_has_only_what_fits(call: Call) -> None:
-    """Each candidate once, with the same kinds of blocks, and without the current configuration."""
-    (task,) = tune.plan([call, call], "sm90")
+    """Each candidate once, configured by the same blocks, and not what serves already."""
+    (task,) = tuning.plan([call, call], "sm90")
     assert task.key == KEY
     assert task.present == PRESENT
     assert task.candidates == [SLOW, QUICK, WRONG, IMPOSSIBLE]
@@ -105,7 +107,7 @@ def test_written_table_serves(call: Call, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(configs, "architecture", lambda device: "sm90")
     task, chosen, _ = choose(call, {16: 1.0, 32: 0.9, 64: 0.5})
-    tune.write_user_table([(task, chosen)], configs.user_table())
+    tuning.write_user_table([(task, chosen)], configs.user_table())
     configs._tuned.cache_clear()
     assert Doubling.table(CPU, "any", torch.float32) == QUICK
     assert Doubling.table(CPU, "any", torch.float16) == PRESENT
@@ -116,12 +118,12 @@ def test_other_entries_are_kept(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "triton.json"
     old = {"double": {"sm90/any/float32": {}, "sm80/any/float32": {"num_warps": 4}}, "triple": {"a/b/c": {}}}
     path.write_text(json.dumps(old))
-    (task,) = tune.plan([call], "sm90")
-    tune.write_user_table([(task, QUICK)], path)
+    (task,) = tuning.plan([call], "sm90")
+    tuning.write_user_table([(task, QUICK)], path)
     written = json.loads(path.read_text())
     expected = {"blocks": QUICK.blocks, "num_warps": 4, "num_stages": 2}
     assert written == {"double": {**old["double"], "sm90/any/float32": expected}, "triple": {"a/b/c": {}}}
-    tune.write_user_table([(task, None)], path)
+    tuning.write_user_table([(task, None)], path)
     assert "sm90/any/float32" not in json.loads(path.read_text())["double"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -130,22 +132,22 @@ def test_damaged_table_is_replaced(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "triton.json"
     path.parent.mkdir()
     path.write_text("{")
-    (task,) = tune.plan([call], "sm90")
-    tune.write_user_table([(task, QUICK)], path)
+    (task,) = tuning.plan([call], "sm90")
+    tuning.write_user_table([(task, QUICK)], path)
     assert list(json.loads(path.read_text())) == ["double"]
 
 
 def test_failed_write_leaves_the_table(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "triton.json"
     path.write_text("{}\n")
-    (task,) = tune.plan([call], "sm90")
+    (task,) = tuning.plan([call], "sm90")
 
     def full(self: Path, text: str) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space"):
-        tune.write_user_table([(task, QUICK)], path)
+        tuning.write_user_table([(task, QUICK)], path)
     assert path.read_text() == "{}\n"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -153,12 +155,12 @@ def test_failed_write_leaves_the_table(call: Call, tmp_path: Path, monkeypatch: 
 def test_real_operations_in_the_interpreter() -> None:
     """Plans the operations' own launchers, and times the one with the smallest tensors."""
     tiny = [call for call in calls("tiny", torch.float32) if call.op in choice.SERVED["triton"]]
-    tasks = tune.plan(tiny, "interpreter")
+    tasks = tuning.plan(tiny, "interpreter")
     assert tasks
-    smallest = min(tasks, key=lambda task: sum(map(tune.size_of, task.calls)))
+    smallest = min(tasks, key=lambda task: sum(map(tuning.size_of, task.calls)))
     with configs.assume("interpreter"):
         inputs = [call.inputs(CPU, lambda storage: storage.normal_(0, 0.1)) for call in smallest.calls]
-        seconds, results = tune.measure(smallest, smallest.present, inputs, lambda function: 1.0)
+        seconds, results = tuning.measure(smallest, smallest.present, inputs, lambda function: 1.0)
     assert seconds >= len(smallest.calls)
     assert all(result.isfinite().all() for result in results)
 
@@ -191,3 +193,16 @@ def test_help() -> None:
     result = subprocess.run([sys.executable, "-m", "pvdm_fast.tune", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "triton.json" in result.stdout
+
+
+def test_a_table_that_cannot_be_written_is_found_before_anything_is_timed(tmp_path: Path) -> None:
+    (tmp_path / "pvdm_fast").write_text("a file in the folder's place")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        tuning.check_writable(tmp_path / "pvdm_fast" / "triton.json")
+    tuning.check_writable(tmp_path / "settings" / "triton.json")
+    assert (tmp_path / "settings").is_dir()
+
+
+def test_an_unknown_operation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["--dry-run", "--operations", "gelu"]) == 2
+    assert "Triton has no kernel for 'gelu'" in capsys.readouterr().err
