@@ -113,7 +113,8 @@ def draw(device: str) -> list[Path]:
 def title(row: rows.Row) -> str:
     """The machine of a row, in a few words."""
     known = row["machine"]
-    return f"{known.get('gpu') or known['cpu']} (family/model {known['cpu_family']}), {known['threads']} threads"
+    threads = "1 thread" if known["threads"] == 1 else f"{known['threads']} threads"
+    return f"{known.get('gpu') or known['cpu']} (family/model {known['cpu_family']}), {threads}"
 
 
 def description(stored: Sequence[rows.Row]) -> str:
