@@ -29,7 +29,7 @@ UNITS = 5  # that a pace is the median of
 LONG = 5.0  # seconds: of units that take longer, two are enough
 GAIN = 0.1  # by which another number must be quicker: less is weather
 CHANGE = 1.5  # ratio by which the pace changes when something has happened to the machine
-AT_ONCE = 1.5  # seconds that the first look may be expected to cost; a dearer one has to wait until it is earned
+AT_ONCE = 3.0  # seconds that the first look may be expected to cost; a dearer one has to wait until it is earned
 SELDOM, SOON = 20.0, 1.0  # seconds between looks: at a steady pace, and when it has changed
 EARNED, IN_NEED = 40, 10  # a look's cost is at most this part of the time since the last; when the pace has changed
 

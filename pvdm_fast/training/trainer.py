@@ -99,7 +99,7 @@ class Trainer:
                     outcome = self.train_step(self.read(batches))
                 self.progress.seconds += (seconds := time.perf_counter() - started)
                 record = self.record(outcome, seconds)
-                bar.advance(record, self.options.batch_size * self.options.accumulate / seconds)
+                bar.advance(record, self.options.batch_size * self.options.accumulate)
                 finished = self.progress.step == self.options.steps
                 preview_due = self.progress.step % self.config.preview_every == 0 and not finished
                 stop = self.stop.agreed()

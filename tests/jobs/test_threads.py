@@ -62,7 +62,7 @@ def test_many_cores() -> None:
     assert rate(pace, steady(rates), 300) >= 0.9 * 14
     assert pace.chosen == 8
     odd = Pace(3)
-    rate(odd, steady({3: 1.0, 2: 2.0, 1: 3.0}), 60)
+    rate(odd, steady({3: 2.0, 2: 4.0, 1: 6.0}), 60)
     assert odd.chosen == 1
 
 
