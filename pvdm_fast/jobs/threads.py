@@ -26,10 +26,12 @@ _Plan = Generator[None, float, T]  # gets the seconds of each unit
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # by which users choose for PyTorch; torchrun sets the first
 WARM_UP = 3  # units that aren't looked at: first calls make what later ones keep
 UNITS = 5  # that a pace is the median of
-LONG = 5.0  # seconds: of units that take longer, two are enough
+LONG = 1.0  # seconds: of units that take longer, two are enough
+HOPELESS = 5  # times the present pace: a first unit that takes longer is the last
+STARVED = 0.8  # part of the cores' time: threads that spin use all of it, unless other programs have it
 GAIN = 0.1  # by which another number must be quicker: less is weather
 CHANGE = 1.5  # ratio by which the pace changes when something has happened to the machine
-AT_ONCE = 3.0  # seconds that the first look may be expected to cost; a dearer one has to wait until it is earned
+AT_ONCE = 3.0  # seconds that the first look may be expected to cost; a dearer one has to be earned, or starved for
 SELDOM, SOON = 20.0, 1.0  # seconds between looks: at a steady pace, and when it has changed
 EARNED, IN_NEED = 40, 10  # a look's cost is at most this part of the time since the last; when the pace has changed
 
@@ -51,22 +53,23 @@ class Pace:
         self.most = self.threads = most
         self.chosen: int | None = None
         self.known: dict[int, float] = {}
-        self.spent, self.units = 0.0, 0
+        self.spent, self.units, self.starved = 0.0, 0, False
         self._plan = self._watch()
         next(self._plan)
 
-    def took(self, seconds: float) -> None:
-        """A unit was computed with :attr:`threads`; from here on that is the number for the next."""
+    def took(self, seconds: float, cpu: float) -> None:
+        """A unit was computed with :attr:`threads`, in CPU seconds of all of them; that is the number for the next."""
         self.spent, self.units = self.spent + seconds, self.units + 1
+        self.starved = cpu < STARVED * self.threads * seconds
         self._plan.send(seconds)
 
     def _watch(self) -> _Plan[None]:
         """Look for the best number, wait until another look is due, and so on."""
-        for _ in range(WARM_UP):
+        while self.units < WARM_UP and self.spent < LONG:
             yield
         pace = yield from self._measure()
         cost = 3 * pace  # at worst half of the threads take twice the time: it shows in three units
-        if cost > AT_ONCE:
+        if cost > AT_ONCE and not self.starved:
             pace = yield from self._wait(pace, EARNED * cost, IN_NEED * cost)
         while True:
             began, first = self.spent, self.units
@@ -92,8 +95,9 @@ class Pace:
             moved = False
             while (other := direction()) != self.threads:
                 before, self.threads = self.threads, other
-                yield  # makes what later units with this number keep
-                found = yield from self._measure(given_up=1.5 * pace)
+                found = yield  # makes what later units with this number keep
+                if found < HOPELESS * pace:
+                    found = yield from self._measure(given_up=1.5 * pace)
                 if found > pace * (1 - GAIN):
                     self.threads = before
                     break
@@ -133,9 +137,9 @@ class Chooser:
     def unit(self, kind: str) -> Iterator[None]:
         pace = self.paces.setdefault(kind, Pace(self.most))
         with _number(pace.threads):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             yield
-            pace.took(time.perf_counter() - start)
+            pace.took(time.perf_counter() - start, time.process_time() - cpu)
         if not self.said and pace.chosen not in (None, self.most):
             self.said = True
             times = " and ".join(f"{1000 * pace.known[n]:.0f} ms with {n}" for n in (pace.chosen, self.most))

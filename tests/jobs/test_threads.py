@@ -21,13 +21,14 @@ def steady(rates: dict[int, float]) -> Machine:
     return lambda number, now: 1 / rates[number]
 
 
-def rate(pace: Pace, machine: Machine, seconds: float, scatter: float = 0.15) -> float:
+def rate(pace: Pace, machine: Machine, seconds: float, scatter: float = 0.15, share: float = 0.95) -> float:
     """Units a second over so many seconds of work; the length of a unit scatters as it does on a machine in use."""
     draw = random.Random(0)
     end, before = pace.spent + seconds, pace.units
     start = pace.spent
     while pace.spent < end:
-        pace.took(machine(pace.threads, pace.spent) * draw.lognormvariate(-(scatter**2) / 2, scatter))  # its mean is 1
+        unit = machine(pace.threads, pace.spent) * draw.lognormvariate(-(scatter**2) / 2, scatter)  # its mean is 1
+        pace.took(unit, share * pace.threads * unit)
     return (pace.units - before) / (pace.spent - start)
 
 
@@ -81,12 +82,22 @@ def test_long_units_are_not_tried_before_that_is_earned() -> None:
     assert set(tried) == {1, 2}
 
 
+def test_a_start_beside_many_others() -> None:
+    """Two threads come to half a step a second, which looks like a job of long steps, but for the CPU time it gets."""
+    pace = Pace(2)
+    rate(pace, steady({2: 0.5, 1: 9.0}), 12, share=0.4)
+    assert pace.chosen == 1
+    long = Pace(2)
+    rate(long, steady({2: 0.5, 1: 9.0}), 12)
+    assert long.chosen is None
+
+
 def test_a_pause_is_not_a_pace() -> None:
     """A laptop that slept, or a stopped job."""
     pace = Pace(2)
     rate(pace, steady(QUIET), 30)
     for _ in range(5):
-        pace.took(3600.0)
+        pace.took(3600.0, 0.0)
         rate(pace, steady(QUIET), 3)
         assert pace.chosen == 2
 
@@ -96,7 +107,7 @@ def test_a_steady_pace_is_seldom_looked_at() -> None:
     numbers = []
     while pace.spent < 600:
         numbers.append(pace.threads)
-        pace.took(1 / QUIET[pace.threads])
+        pace.took(1 / QUIET[pace.threads], 2 / QUIET[pace.threads])
     tried = sum(number == 1 for number in numbers)
     assert 6 <= tried <= 600 / threads.SELDOM * (1 + threads.UNITS)
 
