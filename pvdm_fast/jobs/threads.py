@@ -32,7 +32,7 @@ STARVED = 0.8  # part of the cores' time: threads that spin use all of it, unles
 GAIN = 0.1  # by which another number must be quicker: less is weather
 CHANGE = 1.5  # ratio by which the pace changes when something has happened to the machine
 AT_ONCE = 3.0  # seconds that the first look may be expected to cost; a dearer one has to be earned, or starved for
-SELDOM, SOON = 10.0, 1.0  # seconds between looks: at a steady pace, and when it has changed
+SELDOM, SOON = 20.0, 1.0  # seconds between looks: at a steady pace, and when it has changed
 EARNED, IN_NEED = 40, 10  # a look's cost is at most this part of the time since the last; when the pace has changed
 
 
