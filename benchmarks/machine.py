@@ -85,22 +85,27 @@ def name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
 
 
-def others() -> float:
-    """How many cores other programs keep busy, over a fifth of a second. Measurements on a busy machine are
-    unreliable."""
+def busy_time() -> float:
+    """Seconds that all cores together were busy since the machine started; 0 where it doesn't say."""
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0
+    fields = [int(field) for field in path.read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
-    def busy() -> tuple[float, float]:
-        fields = [int(field) for field in path.read_text().splitlines()[0].split()[1:9]]
-        idle = fields[3] + fields[4]
-        return float(sum(fields) - idle), float(sum(fields))
 
-    before = busy()
-    time.sleep(0.2)
-    after = busy()
-    return round((os.cpu_count() or 1) * (after[0] - before[0]) / max(after[1] - before[1], 1.0), 2)
+class Others:
+    """Cores that other programs keep busy from here on: a machine in use measures nothing well."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), busy_time(), time.process_time())
+
+    def cores(self) -> float:
+        wall, busy, own = (
+            now - then
+            for now, then in zip((time.perf_counter(), busy_time(), time.process_time()), self._start, strict=True)
+        )
+        return round(max(0.0, (busy - own) / max(wall, 1e-9)), 2)
 
 
 def now() -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floors import Work, work
+from benchmarks.machine import Others
 from pvdm_fast.analysis.comparison import relative_error
 from pvdm_fast.backends import choice
 
@@ -197,9 +198,13 @@ class _GpuClock:
 
 @dataclass
 class Timings:
-    """Seconds of each runner by round. In round i all runners were measured in turn."""
+    """Seconds of each runner by round; round i of every runner was measured in turn.
+
+    others: cores that other programs kept busy meanwhile.
+    """
 
     seconds: dict[str, list[float]]
+    others: float = 0.0
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
@@ -228,11 +233,18 @@ def rounds_for(round_seconds: float, budget: float, least: int = 3, most: int = 
 
 
 def alternate(
-    runners: Mapping[str, Runner], direction: str, device: str, *, budget: float = 1.0, rounds: int | None = None
+    runners: Mapping[str, Runner],
+    direction: str,
+    device: str,
+    *,
+    budget: float = 1.0,
+    rounds: int | None = None,
+    beside: Callable[[], object] = lambda: None,
 ) -> Timings:
     """Time the runners in turn, many times, after uncounted rounds.
 
-    Each round starts with a different runner, so that none always inherits the same predecessor's caches.
+    Each round starts with another runner, so that none always finds the caches of the same predecessor. `beside` is
+    called after each round.
     """
     for runner in runners.values():  # the first call in a direction may compile, so it says nothing about a round
         seconds(runner, direction, device)
@@ -240,11 +252,13 @@ def alternate(
         rounds = rounds_for(sum(seconds(runner, direction, device) for runner in runners.values()), budget)
     names = list(runners)
     found: dict[str, list[float]] = {name: [] for name in names}
+    others = Others()
     for index in range(rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
             found[name].append(seconds(runners[name], direction, device))
-    return Timings(found)
+        beside()
+    return Timings(found, others.cores())
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from benchmarks.memory import weigh
 from benchmarks.registry import SIZES, Case, Setting
 from benchmarks.session import DTYPES, DoesNotFit, devices, get_ready
 
-BUSY = 0.2  # cores
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "results"
 DOCUMENT, SMALL = PAGES / "performance.md", PAGES / "small_sizes.md"
 
@@ -70,11 +69,17 @@ def measure_case(case: Case, setting: Setting, options: argparse.Namespace) -> l
         return []
     found = []
     for direction in wanted:
+        peaks = floors.beside(ready.prepared.work(direction), setting.dtype, setting.device)
         timings = alternate(
-            ready.prepared.runners, direction, setting.device, budget=options.budget, rounds=options.rounds
+            ready.prepared.runners,
+            direction,
+            setting.device,
+            budget=options.budget,
+            rounds=options.rounds,
+            beside=peaks,
         )
         row = ready.row(direction, timings)
-        print("  ".join(rows.cells(row)), flush=True)
+        print(rows.line(row), flush=True)
         found.append(row)
     return found
 
@@ -180,9 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"No case matches {options.only!r}. There are: {', '.join(all_cases())}", file=sys.stderr)
             return 2
         found = run(options)
-        print(f"\n{machine.facts()}\n\n{rows.aligned(found)}")
-        if found and (busy := sorted(row["busy"] for row in found)[len(found) // 2]) > BUSY:
-            print(f"Other programs kept {busy:.1f} cores busy meanwhile: measure again on an idle machine.")
+        facts = "\n".join(f"{name}: {value}" for name, value in machine.facts().items())
+        print(f"\n{facts}\n\n{rows.aligned(found)}")
         if not options.no_store:
             for device in devices():
                 for figure in draw(device):

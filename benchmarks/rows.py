@@ -16,6 +16,7 @@ from benchmarks.registry import Case, Setting
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
+BUSY = 0.2  # cores that other programs may use before a row is marked
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -33,7 +34,7 @@ def make_row(
 ) -> Row:
     """Everything known about one measurement. Seconds are medians with quartiles, ratios are baseline / ours by round.
 
-    "busy" is how many cores other programs kept busy just after it.
+    "busy" tells how many cores other programs kept busy meanwhile.
 
     Args:
         errors: of each runner against the truth. served: the backend that really ran, by operation. weights: memory by
@@ -69,7 +70,7 @@ def make_row(
         "errors": {name: dict(found) for name, found in errors.items()},
         "backends": dict(served),
         "left_out": list(left_out),
-        "busy": machine.others(),
+        "busy": timings.others,
         "machine": machine.facts(),
     }
 
@@ -94,8 +95,8 @@ def call_path(device: str) -> Path:
 
 
 def all_paths() -> list[Path]:
-    """The files of every machine's rows of cases: those of other benchmarks have a further suffix."""
-    return sorted(path for path in RESULTS.glob("*.jsonl") if path.suffixes == [".jsonl"])
+    """The files of every machine's rows of cases: MACHINE.jsonl, not MACHINE.scaling.jsonl and the like."""
+    return sorted(path for path in RESULTS.glob("*.jsonl") if "." not in path.stem)
 
 
 def peaks_path(device: str) -> Path:
@@ -164,7 +165,7 @@ def cells(row: Row) -> list[str]:
         ratio("sdpa"),
         ratio("compiled"),
         ratio("eager fp32"),
-        f"{100 * row['floor']['share']:.0f} %",
+        _share(row),
         row["floor"]["bound"],
         saved("ours"),
         saved("eager"),
@@ -172,16 +173,37 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def doubtful(row: Row) -> bool:
+    """Whether other programs were at work, which also shows in a time below its floor."""
+    return row["busy"] > BUSY or row["floor"]["share"] > 1
+
+
+def _share(row: Row) -> str:
+    return f"{100 * row['floor']['share']:.0f} %{' !' if doubtful(row) else ''}"
+
+
 def markdown(rows: Sequence[Row]) -> str:
     lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+# For a terminal of 100 columns: the columns that fit, and how wide they are.
+TERMINAL = {
+    "": 6, "case": 31, "direction": 8, "dtype": 4, "ours ms": 7, "eager ms": 8, "ratio": 6, "floor": 7, "bound by": 10,
+}  # fmt: skip
+WIDTH = 100
+DOUBTFUL = f"!: other programs kept more than {BUSY} cores busy, or the time is below its floor: measure again"
+
+
+def line(row: Row | None = None) -> str:
+    """A row for a terminal, or the heading; cases that lost against eager are marked, and doubtful shares of floors."""
+    found = dict(zip(COLUMNS, COLUMNS if row is None else cells(row), strict=True))
+    lost = row is not None and row["ratio"].get("eager", [1, 1, 1])[1] < 1
+    found[""] = "slower" if lost else ""
+    return " ".join(found[name][:width].ljust(width) for name, width in TERMINAL.items()).rstrip()
+
+
 def aligned(rows: Sequence[Row]) -> str:
-    """The table for a terminal. Cases that are slower than eager are marked."""
-    lines = [["", *COLUMNS]]
-    for row in rows:
-        lost = row["ratio"].get("eager", [1, 1, 1])[1] < 1
-        lines.append(["slower" if lost else "", *cells(row)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    """The table for a terminal; what doesn't fit is in the stored rows and in the pages."""
+    lines = [line(), *map(line, rows)]
+    return "\n".join([*lines, DOUBTFUL] if any(map(doubtful, rows)) else lines)

@@ -19,11 +19,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pvdm_fast.data import write_video
+from pvdm_fast.data.crossing import die_with_parent
 from pvdm_fast.data.shapes import draw_scene
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
@@ -140,7 +142,8 @@ def soak_stage(stage: str, folder: Path, arguments: Sequence[str], minutes: floa
     samples: list[Sample] = []
     command = [sys.executable, "-m", "pvdm_fast.train", "--run", str(run), "--stage", stage, *arguments]
     with (folder / f"{stage}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        dies = partial(die_with_parent, os.getpid())  # it would train on without end
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=dies)
     try:
         start = time.monotonic()
         while time.monotonic() - start < 60 * minutes:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import rows
+from benchmarks import floors, rows
 from benchmarks.cases import all_cases
+from benchmarks.machine import Others
 from benchmarks.measure import Timings, rounds_for, seconds
 from benchmarks.registry import Setting
 from benchmarks.session import DTYPES, DoesNotFit, Ready, devices, get_ready
@@ -52,12 +53,14 @@ def test_case(
     except DoesNotFit as reason:
         pytest.skip(str(reason))
     runners = found.prepared.runners
+    peaks = floors.beside(found.prepared.work(direction), dtype, device)
     taken: dict[str, list[float]] = {rival: [] for rival in runners}
 
     def rivals_then_ours() -> tuple[tuple[Callable[[], object]], dict[str, Any]]:
         for rival, runner in runners.items():
             if rival != "ours" or device == "cuda":
                 taken[rival].append(seconds(runner, direction, device))
+        peaks()
         step = runners["ours"].step(direction)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -70,11 +73,12 @@ def test_case(
 
     benchmark.group = f"{found.case.kind}s, ours alone"
     warm = sum(seconds(runner, direction, device) for runner in runners.values())
+    others = Others()
     benchmark.pedantic(run, setup=rivals_then_ours, rounds=rounds_for(warm, BUDGET))
     if benchmark.stats is None:  # --benchmark-disable: checked, not timed
         return
     if device != "cuda":
         taken["ours"] = list(benchmark.stats.stats.data)
-    row = found.row(direction, Timings(taken))
+    row = found.row(direction, Timings(taken, others.cores()))
     benchmark.extra_info.update(ratio=row["ratio"], floor=row["floor"], saved=row["saved"], backends=row["backends"])
     measured.append(row)

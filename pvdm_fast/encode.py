@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     from pvdm_fast.jobs import numbers
-    from pvdm_fast.jobs.arguments import Parser
+    from pvdm_fast.jobs.arguments import THREADS_HELP, Parser
     from pvdm_fast.jobs.reading import READ_TIMEOUT
 
     parser = Parser(
@@ -81,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="X",
         help=f"seconds that reading a file may take; slower ones are skipped {default}",
     )
+    parser.add_argument("--threads", **number(numbers.THREADS), help=THREADS_HELP)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     return parser
 
@@ -242,6 +243,7 @@ def encode_shards(
 
     from pvdm_fast.data.latents import describe_shard
     from pvdm_fast.data.loader import ClipLoader
+    from pvdm_fast.jobs import threads
     from pvdm_fast.jobs.progress import make_bar
 
     size = arguments.batch_size
@@ -253,7 +255,8 @@ def encode_shards(
             parts, names, labels, skipped = [], [], [], []
             for _ in range(count):
                 batch = next(batches)
-                parts.append(encode_windows(batch["video"], autoencoder, settings.windows))
+                with threads.unit("batch of clips"):
+                    parts.append(encode_windows(batch["video"], autoencoder, settings.windows))
                 names += batch["names"]
                 labels += batch["labels"]
                 skipped += batch["skipped"]
@@ -327,9 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         parsed = make_parser().parse_args(arguments)
+        from pvdm_fast.jobs import threads
         from pvdm_fast.jobs.environment import plain_torch
 
-        with plain_torch():
+        with plain_torch(), threads.chosen(parsed.threads, parsed.device):
             encode(parsed)
 
     return run_command(run)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     from pvdm_fast.jobs import numbers
-    from pvdm_fast.jobs.arguments import Parser
+    from pvdm_fast.jobs.arguments import THREADS_HELP, Parser
 
     parser = Parser(
         prog="python -m pvdm_fast.evaluate",
@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--batch-size", type=numbers.BATCH, metavar="N", help="clips per batch, part of the protocol (default: 8)")
     add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")
+    add("--threads", type=numbers.THREADS, metavar="N", help=THREADS_HELP)
     add("--device", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
     add("--dtype", metavar="{fp32,bf16}", help="of weights and activations (default: fp32)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/evaluation)")

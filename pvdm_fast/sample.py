@@ -25,7 +25,7 @@ SUFFIXES = (".mp4", ".gif", ".npy")
 
 def make_parser() -> argparse.ArgumentParser:
     from pvdm_fast.jobs import numbers
-    from pvdm_fast.jobs.arguments import Parser
+    from pvdm_fast.jobs.arguments import THREADS_HELP, Parser
 
     parser = Parser(
         prog="python -m pvdm_fast.sample",
@@ -78,6 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--fps", type=numbers.FPS, default=8.0, metavar="X", help="frames a second (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
+    parser.add_argument("--threads", type=numbers.THREADS, metavar="N", help=THREADS_HELP)
     parser.add_argument(
         "--dtype",
         default="fp32",
@@ -170,9 +171,10 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, sample, write."""
     options = make_parser().parse_args(arguments)
     _check(options)
+    from pvdm_fast.jobs import threads
     from pvdm_fast.jobs.environment import plain_torch
 
-    with plain_torch():
+    with plain_torch(), threads.chosen(options.threads, options.device):
         _sample(options)
 
 

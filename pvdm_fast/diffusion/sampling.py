@@ -14,7 +14,7 @@ from torch import Tensor
 from pvdm_fast.diffusion.cuda_graph import graphed_prediction
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs import numbers
+from pvdm_fast.jobs import numbers, threads
 from pvdm_fast.jobs.environment import plain_defaults
 
 if TYPE_CHECKING:
@@ -93,9 +93,10 @@ def sample_latents(
     latent = noise(shape).to(device)
     with copies.kept():  # under autocast the weights are cast once, not in each step
         for index, timestep in enumerate(scheduler.timesteps.tolist()):
-            predicted = predict(denoiser, latent, timestep, condition, guidance, labels).float()
-            with plain_defaults():
-                latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
+            with threads.unit("denoising step"):
+                predicted = predict(denoiser, latent, timestep, condition, guidance, labels).float()
+                with plain_defaults():
+                    latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
             if on_step is not None:
                 latent = on_step(index, timestep, latent)
     return latent

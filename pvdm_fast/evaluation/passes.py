@@ -21,6 +21,7 @@ from pvdm_fast.evaluation.processes import wait
 from pvdm_fast.evaluation.ssim import WINDOW, ssim
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.evaluation.tally import Measured, Tally, read_tallies, remaining, total
+from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import make_bar
@@ -117,7 +118,8 @@ def measure_reconstructions(
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for numbers, batch in zip(batches, read_batches(dataset, batches, workers), strict=True):
             original = batch["video"].to(subject.autoencoder.device)
-            result = subject.reconstruct(original)
+            with threads.unit("reconstruction"):
+                result = subject.reconstruct(original)
             values = {"psnr": psnr(result, original).clamp_max(MAX_PSNR)[:, None]}
             if min(subject.size) >= WINDOW:
                 values["ssim"] = ssim(result, original)[:, None]

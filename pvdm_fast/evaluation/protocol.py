@@ -44,6 +44,7 @@ RANGES = {  # of a request's numbers, for the command line and for Python
     "guidance": numbers.GUIDANCE,
     "batch_size": numbers.BATCH,
     "workers": numbers.WORKERS,
+    "threads": numbers.THREADS,
     "save_every": numbers.VIDEOS,
 }
 
@@ -68,6 +69,7 @@ class Request:
     guidance: float = 0.0
     batch_size: int = 8
     workers: int = 0
+    threads: int | None = None
     device: str = "auto"
     dtype: str = "fp32"
     out: Path | None = None

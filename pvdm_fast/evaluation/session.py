@@ -31,6 +31,7 @@ from pvdm_fast.evaluation.protocol import Protocol, Request, make_protocol
 from pvdm_fast.evaluation.report import write_report
 from pvdm_fast.evaluation.ssim import WINDOW
 from pvdm_fast.evaluation.subject import Subject, load_subject
+from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.environment import only_the_launcher, plain_torch
 from pvdm_fast.jobs.files import locked, whole_file
 from pvdm_fast.jobs.interrupt import StopRequest
@@ -85,7 +86,7 @@ def evaluate(request: Request) -> tuple[dict[str, Any] | None, Path]:
     Raises:
         UserError: something that you can mend. Interrupted: a signal came, and everything is saved.
     """
-    with plain_torch(), only_the_launcher():
+    with plain_torch(), only_the_launcher(), threads.chosen(request.threads, request.device):
         return _evaluate(request)
 
 

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.numbers import Number, WrongNumber
 
+THREADS_HELP = "CPU threads (default: as many as are quickest, found by the job's pace, unless OMP_NUM_THREADS is set)"
+
 
 class Parser(argparse.ArgumentParser):
     """Argparse, with errors as one UserError sentence and a suggestion for a misspelt option."""

@@ -89,6 +89,7 @@ BATCH = whole(1, 100_000)
 STEPS = whole(1, 1_000_000_000)  # of training
 SAMPLING_STEPS = whole(1, 1000)
 WORKERS = whole(0, 256)
+THREADS = whole(1, 1024)
 HEADS = whole(1, 1024)
 SECONDS = real(0, 1e6)
 FPS = real(0.1, 1000)

@@ -14,7 +14,11 @@ QUIET_SECONDS = 30.0
 def make_bar(
     label: str, total: int, *, done: int = 0, unit: str = "step", keep: bool = True, shown: bool = True
 ) -> tqdm[Any]:
-    """A bar on stderr; where that is no terminal, it is printed only every half minute."""
+    """A bar on stderr; where that is no terminal, it is printed only every half minute.
+
+    The time left is by the pace of the last ten lines or so.
+    """
+    terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         disable=not shown,
@@ -23,7 +27,9 @@ def make_bar(
         unit=unit,
         leave=keep,
         dynamic_ncols=True,
-        mininterval=0.3 if sys.stderr.isatty() else QUIET_SECONDS,
+        mininterval=0.3 if terminal else QUIET_SECONDS,
+        miniters=1,  # else tqdm waits for as many steps as came in that time before: a job that slows down goes silent
+        smoothing=0.1 if terminal else 0.3,  # of the pace between two lines
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
     )
 
@@ -35,21 +41,26 @@ class StepBar:
         self.shown = shown
         self.bar = make_bar(label, steps, done=done, shown=shown)
         self.loss: float | None = None
-        self.speed: float | None = None
+        self.seconds: float | None = None  # a clip
 
-    def advance(self, record: dict[str, Any], clips_per_second: float) -> None:
-        """One more step, from its record in metrics.jsonl."""
+    def advance(self, record: dict[str, Any], clips: int) -> None:
+        """One more step of so many clips, from its record in metrics.jsonl.
+
+        Seconds are smoothed, not clips a second: where steps come by fits and starts, as on a busy machine, the mean
+        of their speeds is far above the speed of them all.
+        """
         if not self.shown:
             return
         loss = record["loss"]
         if loss is None:
-            clips = ", ".join(record["clips"])
-            self.bar.write(f"step {record['step']} left out: {record['skipped']}; clips: {clips}", file=sys.stderr)
+            names = ", ".join(record["clips"])
+            self.bar.write(f"step {record['step']} left out: {record['skipped']}; clips: {names}", file=sys.stderr)
         else:
             self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
-        self.speed = clips_per_second if self.speed is None else 0.95 * self.speed + 0.05 * clips_per_second
+        seconds = record["seconds"] / clips
+        self.seconds = seconds if self.seconds is None else 0.95 * self.seconds + 0.05 * seconds
         loss_text = "none yet" if self.loss is None else f"{self.loss:.4f}"
-        self.bar.set_postfix_str(f"loss {loss_text}, {self.speed:.1f} clips/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss_text}, {1 / max(self.seconds, 1e-9):.1f} clips/s", refresh=False)
         self.bar.update(1)
 
     def __enter__(self) -> StepBar:

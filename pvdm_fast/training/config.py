@@ -178,6 +178,12 @@ class TrainConfig:
     )
     seed: int = option(0, "seed of weights, clips and noise", number=numbers.SEED)
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
+    threads: int | None = option(
+        None,
+        "CPU threads; none: as many as are quickest, found by the job's pace, unless OMP_NUM_THREADS is set",
+        number=numbers.THREADS,
+        resumable=True,
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
     )

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 from pvdm_fast.errors import Interrupted, UserError
+from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
 from pvdm_fast.jobs.environment import only_the_launcher, plain_torch, starts_again
@@ -50,6 +51,11 @@ def run_training(request: Request) -> RunFolder:
 def _run_training(request: Request) -> RunFolder:
     resume = resumed_folder(request)
     config = resumed_config(resume, request) if resume else make_config(request.changes)
+    with threads.chosen(config.threads, config.device):
+        return _run_configured(request, resume, config)
+
+
+def _run_configured(request: Request, resume: Path | None, config: TrainConfig) -> RunFolder:
     accelerator = make_accelerator(config)
     accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
     processes = Processes(accelerator)

@@ -18,6 +18,7 @@ from pvdm_fast.data import make_loader, open_dataset
 from pvdm_fast.data.transforms import to_float
 from pvdm_fast.data.watch import is_lasting
 from pvdm_fast.errors import Interrupted, NonFiniteLossError, UserError
+from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import StepBar
@@ -97,10 +98,11 @@ class Trainer:
         with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
             while self.progress.step < self.options.steps:
                 started = time.perf_counter()
-                outcome = self.train_step(self.read(batches))
+                with threads.unit("training step"):
+                    outcome = self.train_step(self.read(batches))
                 self.progress.seconds += (seconds := time.perf_counter() - started)
                 record = self.record(outcome, seconds)
-                bar.advance(record, self.options.batch_size * self.options.accumulate / seconds)
+                bar.advance(record, self.options.batch_size * self.options.accumulate)
                 finished = self.progress.step == self.options.steps
                 preview_due = self.progress.step % self.config.preview_every == 0 and not finished
                 if finished or preview_due or self.progress.step % self.config.save_every == 0:

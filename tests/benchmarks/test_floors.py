@@ -83,4 +83,32 @@ def test_peaks_are_kept_and_never_fall(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_measured_peaks_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "_seen", {})
-    assert 1e8 < floors.bandwidth.__wrapped__(1 << 20, "cpu") < 1e13
+    assert 1e8 < floors.bandwidth(1 << 20, "cpu") < 1e13
+
+
+def test_peaks_are_timed_again_beside_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is quicker later counts from then on; a tenth of the time goes to it at most."""
+    now, calls = [0.0], {"product": 0, "copy": 0}
+
+    def run(name: str, seconds: float) -> None:
+        calls[name] += 1
+        now[0] += seconds if calls[name] == 1 else seconds / 2
+
+    product = floors.Probe("FLOP/s cpu float32", 100.0, lambda: run("product", 2.0), "cpu")
+    copy = floors.Probe("bytes/s cpu 1 MiB", 10.0, lambda: run("copy", 1.0), "cpu")
+    monkeypatch.setattr(floors.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(floors, "_seen", {})
+    monkeypatch.setattr(floors, "_gemm_probe", lambda dtype, device: product)
+    monkeypatch.setattr(floors, "_bandwidth_probe", lambda size, device: copy)
+    assert (product.measure(0), copy.measure(0)) == (50.0, 10.0)
+    needed = floors.Work(1000, 10)
+    assert floors.floor(needed, torch.float32, "cpu").seconds == 20.0
+    again = floors.beside(needed, torch.float32, "cpu")
+    for _ in range(5):
+        again()
+    assert calls == {"product": 2, "copy": 2}
+    now[0] += 13.5
+    again()
+    assert calls == {"product": 3, "copy": 3}
+    bound = floors.floor(needed, torch.float32, "cpu")
+    assert (bound.seconds, bound.flops_per_second, bound.bytes_per_second) == (10.0, 100.0, 20.0)

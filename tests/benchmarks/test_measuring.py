@@ -266,9 +266,44 @@ def test_tables(stored: list[rows.Row]) -> None:
     text = rows.aligned([slow])
     assert "slower" in text
     assert "0.50x" in text
+    assert max(map(len, text.splitlines())) <= rows.WIDTH
     lines = rows.markdown(stored).splitlines()
     assert len(lines) == 2 + len(stored)
     assert {line.count("|") for line in lines} == {len(rows.COLUMNS) + 1}
+
+
+def test_a_row_of_a_busy_machine_is_marked(stored: list[rows.Row]) -> None:
+    fair, over, busy = (json.loads(json.dumps(stored[0])) for _ in range(3))
+    fair |= {"busy": 0.1, "case": "segment_attention/across planes", "seconds": {"ours": [9, 99.9, 999]}}
+    for row, share in ((fair, 0.5), (over, 1.13), (busy, 0.5)):
+        row["floor"]["share"] = share
+    over["busy"], busy["busy"] = 0.0, 0.3
+    assert [rows.doubtful(row) for row in (fair, over, busy)] == [False, True, True]
+    text = rows.aligned([fair, over, busy])
+    assert "113 % !" in text and "50 % !" in text and text.endswith(rows.DOUBTFUL)
+    assert max(map(len, text.splitlines())) <= rows.WIDTH
+    assert rows.DOUBTFUL not in rows.aligned([fair])
+    assert ["!" in line for line in rows.markdown([fair, over, busy]).splitlines()[2:]] == [False, True, True]
+
+
+def test_others_are_counted_without_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = {"perf_counter": 0.0, "process_time": 0.0}
+    for name in clocks:
+        monkeypatch.setattr(machine.time, name, lambda name=name: clocks[name])
+    busy = [100.0]
+    monkeypatch.setattr(machine, "busy_time", lambda: busy[0])
+    others = machine.Others()
+    clocks.update(perf_counter=2.0, process_time=2.5)
+    busy[0] += 4.0
+    assert others.cores() == 0.75
+    assert machine.Others().cores() == 0.0
+
+
+def test_every_column_of_the_terminal_fits() -> None:
+    """The longest case, and the widest number that a column is made for."""
+    assert set(rows.TERMINAL) - {""} <= set(rows.COLUMNS)
+    assert len(rows.line()) <= rows.WIDTH
+    assert max(len(name) for name in all_cases()) <= rows.TERMINAL["case"]
 
 
 def test_plots(stored: list[rows.Row], tmp_path: Path) -> None:
