@@ -3,11 +3,11 @@
 The step's own code runs on shapes alone. Nothing is allocated or computed, so a laptop can estimate what fits no
 machine.
 
-- saved for backward: the distinct tensors that autograd keeps. Weights don't count, but their 16-bit copies do. - at
-work: gradients and tensors of the passes, at the moment when most are alive. - peak: the same plus what stays between
-steps (weights, optimizer, averaged weights, the frozen autoencoder). - FLOPs: those of all products of a step,
-including recomputation. A multiply-add is 2. - checkpoint: weights, both moments of the optimizer, and for diffusion
-the averaged weights.
+- saved for backward: the distinct tensors that autograd keeps. Weights don't count, but their 16-bit copies do.
+- at work: gradients and tensors of the passes, at the moment when most are alive.
+- peak: the same plus what stays between steps (weights, optimizer, averaged weights, the frozen autoencoder).
+- FLOPs: those of all products of a step, including recomputation. A multiply-add is 2.
+- checkpoint: weights, both moments of the optimizer, and for diffusion the averaged weights.
 
 Not counted: scratch memory inside kernels, fragmentation in the allocator, the program itself (about 0.6 GiB with
 PyTorch on a CPU, 0.5 to 1 GiB for a CUDA context), and the autoencoder's adversarial phase.
