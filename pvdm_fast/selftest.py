@@ -182,30 +182,29 @@ def jobs(device: str, full: bool) -> Iterator[Job | str]:
                     yield Job(op, backend, precision, sizes)
 
 
-def networks(device: str) -> Iterator[Result]:
-    """Whole networks, by automatic choice, against the golden values; on a GPU as CUDA graphs too."""
+def network(name: str, precision: str, device: str) -> Iterator[Result]:
+    """A whole network, by automatic choice, against its golden values; on a GPU the denoiser as a CUDA graph too."""
     from pvdm_fast.analysis import goldens
 
-    for name in goldens.NETWORKS:
-        for precision, dtype in PRECISIONS.items():
-            if precision == "tf32":  # a choice of speed over the digits that golden values have
-                continue
-            try:
-                for found in goldens.compare(name, device, dtype):
-                    problem = "" if found.right else "too far from the golden values"
-                    yield Result(found.what, "auto", precision, found.error, found.allowed, problem)
-                if name == "unet_small" and device == "cuda":
-                    yield graph(dtype, precision)
-            except Exception as problem:
-                yield Result(name, "auto", precision, math.inf, 0.0, told(problem))
+    dtype = PRECISIONS[precision]
+    try:
+        allow_tf32(False)  # a choice of speed over the digits that golden values have
+        for found in goldens.compare(name, device, dtype):
+            problem = "" if found.right else "too far from the golden values"
+            yield Result(found.what, "auto", precision, found.error, found.allowed, problem)
+        if name == "unet_small" and device == "cuda":
+            yield graph(precision)
+    except Exception as problem:
+        yield Result(name, "auto", precision, math.inf, 0.0, told(problem))
 
 
-def graph(dtype: torch.dtype, precision: str) -> Result:
+def graph(precision: str) -> Result:
     """The denoiser's guided pass replayed as a CUDA graph at three times, against the pass without a graph."""
     from pvdm_fast.analysis import goldens
     from pvdm_fast.diffusion.cuda_graph import graphed_prediction
     from pvdm_fast.diffusion.guidance import predict_noise
 
+    dtype = PRECISIONS[precision]
     model = goldens.denoiser().eval().to("cuda", dtype)
     case = goldens.load_case("unet_small")
     latent = case.input("x").cuda()
@@ -274,8 +273,10 @@ def results(device: str, full: bool) -> Iterator[Result | str]:
     yield from refusals(device)
     if goldens.folder() is None:
         yield f"{'networks':<27}{'auto':<9}not run: the golden values come with the source tree: run it there"
-    else:
-        yield from networks(device)
+        return
+    for name in goldens.NETWORKS:
+        for precision in ("float32", "bfloat16", "float16"):
+            yield from network(name, precision, device)
 
 
 def check(device: str, full: bool) -> tuple[int, int]:
