@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,8 +89,16 @@ class Result:
 HEADER = f"{'operation':<27}{'backend':<9}{'dtype':<10}{'error':<9}{'allowed':<9}"
 
 
-def allow_tf32(allowed: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Float32 products and convolutions may, or may not, be rounded to tf32; as before afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -136,18 +145,15 @@ def compare(job: Job, device: str) -> Result:
             continue
         inputs, shapes = case.inputs(dtype), list(case.shapes.values())
         try:
-            allow_tf32(False)
-            expected = expected_of(case, inputs, dtype, device)
+            with tf32(False):
+                expected = expected_of(case, inputs, dtype, device)
             there = {name: tensor.to(device) for name, tensor in inputs.items()}
-            allow_tf32(job.precision == "tf32")
-            with use_backend(job.backend):
+            with tf32(job.precision == "tf32"), use_backend(job.backend):
                 actual, again = (run(case, there, dtype) for _ in range(2))
             found = max(error(actual[name], exact) for name, exact in expected.items())
         except Exception as problem:  # whatever a kernel or compiler raises is the finding
             worst = math.inf
             return result(f"{told(problem)} (shapes {shapes})")
-        finally:
-            allow_tf32(False)
         worst = max(worst, found)
         if not found <= allowed:
             return result(f"too far from the reference (shapes {shapes})")
@@ -188,14 +194,16 @@ def network(name: str, precision: str, device: str) -> Iterator[Result]:
 
     dtype = PRECISIONS[precision]
     try:
-        allow_tf32(False)  # a choice of speed over the digits that golden values have
-        for found in goldens.compare(name, device, dtype):
-            problem = "" if found.right else "too far from the golden values"
-            yield Result(found.what, "auto", precision, found.error, found.allowed, problem)
-        if name == "unet_small" and device == "cuda":
-            yield graph(precision)
-    except Exception as problem:
-        yield Result(name, "auto", precision, math.inf, 0.0, told(problem))
+        with tf32(False):  # which would give up digits that golden values have
+            agreements = list(goldens.compare(name, device, dtype))
+            graphed = [graph(precision)] if name == "unet_small" and device == "cuda" else []
+    except Exception as error:
+        yield Result(name, "auto", precision, math.inf, 0.0, told(error))
+        return
+    for found in agreements:
+        problem = "" if found.right else "too far from the golden values"
+        yield Result(found.what, "auto", precision, found.error, found.allowed, problem)
+    yield from graphed
 
 
 def graph(precision: str) -> Result:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from benchmarks.measure import (
 )
 from benchmarks.registry import Case, Setting
 from pvdm_fast.analysis.comparison import relative_error
-from pvdm_fast.selftest import PRECISIONS, allow_tf32, told
+from pvdm_fast.selftest import PRECISIONS, tf32, told
 
 SDPA = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
 TF32_ROUNDING = 1e-3  # of products of operands with 11 bits; where eager is as good as exact
@@ -41,7 +40,7 @@ def peaks(context: Context) -> None:
         if (precision == "tf32" and context.device == "cpu") or (precision == "float16" and context.dry):
             continue
         floors.gemm_peak.cache_clear()
-        with tf32(precision):
+        with tf32(precision == "tf32"):
             rate = floors.gemm_peak(PRECISIONS[precision], context.device)
         context.add("products", {"precision": precision, "flops_per_second": rate})
         print(f"{precision}: {rate / 1e12:.1f} TFLOP/s")
@@ -49,16 +48,6 @@ def peaks(context: Context) -> None:
         rate = floors.bandwidth(size, context.device)
         context.add("memory", {"bytes": size, "bytes_per_second": rate})
         print(f"{size >> 20} MiB: {rate / 1e9:.0f} GB/s")
-
-
-@contextmanager
-def tf32(precision: str) -> Iterator[None]:
-    """Float32 products rounded to tf32, where that is the precision."""
-    allow_tf32(precision == "tf32")
-    try:
-        yield
-    finally:
-        allow_tf32(False)
 
 
 @dataclass(frozen=True)
@@ -144,9 +133,9 @@ def measure(one: Measurement, context: Context, budget: float) -> list[dict[str,
     setting = Setting(context.size, PRECISIONS[one.precision], device, one.compiled)
     prepared = case.prepare(setting)
     differentiate = case.directions != ("forward",)
-    with record_backends() as served:
+    with tf32(False), record_backends() as served:
         errors = check_agreement(prepared, case.kind, differentiate=differentiate)
-    with tf32(one.precision):
+    with tf32(one.precision == "tf32"):
         if one.precision == "tf32":
             errors = _tf32_errors(prepared, differentiate)
         runners, left_out = _rivals(prepared, differentiate)
@@ -206,9 +195,8 @@ def _within(backend: SDPBackend, run: Callable[[], Sequence[Tensor]]) -> Callabl
 
 def _tf32_errors(prepared: Prepared, differentiate: bool) -> dict[str, dict[str, float]]:
     """Errors in tf32 against float32 without it; ours may have twice eager's."""
-    with tf32("float32"):
+    with tf32(False):
         expected, _ = outcome(prepared.runners["eager"], differentiate)
-    allow_tf32(True)
     errors = {}
     for name in ("ours", "eager"):
         found, _ = outcome(prepared.runners[name], differentiate)

@@ -379,6 +379,7 @@ def test_every_kernel_once(tmp_path: Path) -> None:
 
 def test_tf32_is_compared_with_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the switch changes nothing, so both have no error; one that is too far is refused before any timing."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     case = replace(all_cases()["plane_conv/3x3"], directions=("forward",))
     one = context(tmp_path)
     (row,) = speed.measure(Measurement(case, "tf32"), one, 0.01)
@@ -390,7 +391,7 @@ def test_tf32_is_compared_with_float32(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(speed, "relative_error", lambda found, exact: next(errors))
     with pytest.raises(speed.Disagreement, match=r"in tf32: ours differs by 5\.00e-01"):
         speed.measure(Measurement(case, "tf32"), one, 0.01)
-    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
 
 
 def test_a_case_that_fails_is_said_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
