@@ -149,9 +149,10 @@ def sanitize(context: Context) -> None:
         raise LeftOut(f"{SANITIZER} is neither on PATH nor in a CUDA toolkit: install the toolkit, or set CUDA_HOME.")
     backends = [name for name in ("cuda", "triton") if choice.unavailable(name) is None]
     runs = [(tool, backend) for tool in TOOLS for backend in backends]
-    for index, (tool, backend) in enumerate(runs):
-        seconds = context.left() / (len(runs) - index)
-        context.add("runs", _sanitized(context, program, tool, backend, seconds))
+    with ThreadPoolExecutor(max(1, len(runs))) as pool:  # all at once: most of their time is PyTorch's start
+        begun = [pool.submit(_sanitized, context, program, tool, backend, context.left()) for tool, backend in runs]
+        for done in begun:
+            context.add("runs", done.result())
     wrong = [run for run in context.found.get("runs", []) if run["status"] == "found something"]
     if wrong:
         raise Wrong(f"{wrong[0]['tool']} of {wrong[0]['backend']}: {wrong[0]['lines'][-1]}")

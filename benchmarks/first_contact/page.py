@@ -61,6 +61,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _not_all(part: Found) -> list[str]:
     """What a part left out, so that no table looks complete that isn't."""
     lines = [f"- not run: {' '.join(str(line).split())}" for line in part.get("not_run", [])]
+    rivals = {text for row in part.get("rows", []) for text in row.get("left_out", [])}
+    lines += [f"- {text}" for text in sorted(rivals)]
     lines += [f"- does not fit in memory: {row.get('case') or row.get('network')}" for row in part.get("too_large", [])]
     lines += [f"- FAILED: {row['case']}: {row['problem']}" for row in part.get("problems", [])]
     if waiting := part.get("no_time_for"):

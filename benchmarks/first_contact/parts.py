@@ -30,7 +30,7 @@ PARTS = (
     Part("build", "CUDA kernels built for this card", 9, "preparing:build"),
     Part("self-test", "Self-test", 15, "checking:self_test"),
     Part("goldens", "Networks against golden values", 5, "checking:goldens"),
-    Part("sanitizer", "compute-sanitizer", 6, "checking:sanitize"),
+    Part("sanitizer", "compute-sanitizer", 9, "checking:sanitize"),
     Part("peaks", "Peaks of this machine", 4, "speed:peaks"),
     Part("operations", "Operations and blocks, against their rivals", 17, "speed:operations"),
     Part("networks", "Networks, against their rivals", 16, "speed:networks"),

@@ -114,7 +114,10 @@ def _measure_one(context: Context, one: Measurement, budget: float) -> None:
         return
     except Exception as problem:  # of ours or of a rival: said, and the next goes on
         print(f"{one}: {told(problem)}", flush=True)
-        context.add("problems", {"case": str(one), "problem": told(problem)})
+        if one.compiled:  # ours was measured before: PyTorch's compiler wants one of C++, Python's headers, or more
+            context.keep(not_run=[*context.found.get("not_run", []), f"{one}: {told(problem)}"])
+        else:
+            context.add("problems", {"case": str(one), "problem": told(problem)})
         context.synchronize()
         return
     for row in rows:

@@ -413,6 +413,18 @@ def test_a_case_that_fails_is_said_and_the_next_goes_on(tmp_path: Path, monkeypa
     assert one.found["too_large"][0]["case"] == "plane_conv/3x3, bfloat16"
 
 
+def test_torch_compile_that_does_not_run_is_no_fault_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(one: Measurement, context: Context, budget: float) -> list[dict[str, Any]]:
+        if one.compiled:
+            raise RuntimeError("no Python.h")
+        return []
+
+    monkeypatch.setattr(speed, "measure", measure)
+    one = replace(context(tmp_path, "operations"), dry=False)
+    speed._measure_all(one, [all_cases()["geglu/feed-forward"]], to_compile=1)
+    assert one.found["not_run"] == ["geglu/feed-forward, bfloat16, with torch.compile: RuntimeError: no Python.h"]
+
+
 def test_other_inputs_at_every_timing() -> None:
     x = torch.arange(3000.0, requires_grad=True)
     runner = speed.SeveralInputs(run=lambda: [2 * x], inputs=[x])
@@ -457,7 +469,8 @@ def test_the_page_of_a_card(tmp_path: Path) -> None:
         "goldens": {"results": [{**result, "error": 1e-6, "problem": ""}]},
         "sanitizer": {"runs": [{"tool": "memcheck", "backend": "cuda", "cases": [1], "status": "clean", "seconds": 3}]},
         "peaks": {"products": [{"precision": "bfloat16", "flops_per_second": 790e12}]},
-        "operations": {"rows": [row("a", eager=2.0)], "no_time_for": [f"case {i}" for i in range(10)]},
+        "operations": {"rows": [row("a", eager=2.0) | {"left_out": ["sdpa cudnn: no kernel"]}] * 2,
+                       "no_time_for": [f"case {i}" for i in range(10)]},
         "networks": {"rows": [], "problems": [{"case": "denoiser", "problem": "no"}], "too_large": [{"case": "big"}]},
         "sampler-step": {"median": {"launched": 0.01, "graph": 0.002}, "errors": [0.0], "allowed": 0.012},
         "training-step": {"rows": [{
@@ -476,6 +489,7 @@ def test_the_page_of_a_card(tmp_path: Path) -> None:
         "1 of 2 comparisons are right", "| plane_conv | triton | tf32 | not finite | 1.0e-03 | too far |",
         "790.00 TFLOP/s", "case 7 and 2 more", "FAILED: denoiser: no", "does not fit in memory: big",
         "| graph | 2.000 |", "3.00x | 1.00 / 2.00", "1 of 9 entries timed", f"({page.PLOT})",
+        "\n- sdpa cudnn: no kernel\n- no time for",
     ):  # fmt: skip
         assert words in text, words
     assert "dry walk" not in text
