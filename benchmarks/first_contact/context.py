@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,9 @@ class Wrong(Exception):
 
 
 def importable(name: str) -> bool:
-    """Whether a package is installed."""
+    """Whether a package is installed; what stands in for one has no file."""
+    if name in sys.modules:
+        return getattr(sys.modules[name], "__file__", None) is not None
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:

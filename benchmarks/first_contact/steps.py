@@ -132,7 +132,7 @@ def _step(model: nn.Module, loss: Callable[[], Tensor], device: str) -> Callable
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(value)
+        return value.item()
 
     return step
 

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -77,6 +78,6 @@ def stand_in() -> bool:
     }
     for name, values in names.items():
         module = ModuleType(name, "Stands in for diffusers, which is not installed.")
-        vars(module).update(values)
+        vars(module).update(values, __spec__=ModuleSpec(name, None))  # what looks for a module expects one
         sys.modules[name] = module
     return True
