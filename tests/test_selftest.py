@@ -199,3 +199,17 @@ def test_what_should_be_refused() -> None:
 def test_a_result_on_one_line() -> None:
     line = str(Result("plane_norm, full", "cuda", "tf32", 1e-4, 1e-3))
     assert line.split() == ["plane_norm,", "full", "cuda", "tf32", "1.0e-04", "1.0e-03", "ok"]
+
+
+def test_a_precision_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 16 bits on a GPU without units for them: the line says which, and why; the others are compared."""
+
+    def why_not(backend: str, op: str, tensor: torch.Tensor) -> str | None:
+        return "too old." if tensor.dtype == torch.bfloat16 else None
+
+    monkeypatch.setattr(choice, "unavailable", lambda backend: None if backend == "cpu" else "not here.")
+    monkeypatch.setattr(choice, "why_not", why_not)
+    found = list(selftest.jobs("cpu", False))
+    lines = [line for line in found if isinstance(line, str) and "too old." in line]
+    assert len(lines) == len(OPERATIONS) and all(line.split()[1:3] == ["cpu", "bfloat16"] for line in lines)
+    assert {job.precision for job in found if isinstance(job, Job)} == {"float32", "float16"}

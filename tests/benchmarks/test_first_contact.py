@@ -375,6 +375,54 @@ def test_every_kernel_once(tmp_path: Path) -> None:
     assert set(one.found["cases"]) == set(choice.SERVED["cpu"])
 
 
+def test_one_operation_in_a_process(tmp_path: Path) -> None:
+    """What such a process does, here in this one."""
+    if reason := choice.unavailable("cpu"):
+        pytest.skip(reason)
+    one = context(tmp_path)
+    checking.self_test_of(one, "cpu/geglu")
+    assert [row["precision"] for row in one.found["results"]] == ["float32", "bfloat16", "float16"]
+    assert not any(row["problem"] for row in one.found["results"])
+
+
+def test_what_the_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable(tmp_path / "nvidia-smi", "print('Card, 580.1, 96.0, 700.00 W, 1980 MHz, 2619 MHz, Enabled')")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = preparing._driver()
+    assert list(said) == list(preparing.FIELDS)
+    assert (said["driver_version"], said["ecc.mode.current"]) == ("580.1", "Enabled")
+    executable(tmp_path / "nvidia-smi", "exit(9)")
+    assert preparing._driver() == {}
+
+
+def test_tuning_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In DIR, each entry at once, largest shapes first; one that fails makes the part fail at its end."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    from benchmarks.first_contact import tuning
+    from pvdm_fast.kernels import configs
+
+    written: list[int] = []
+
+    def best_of_each(tasks: Any, device: torch.device, timer: Any, say: Any) -> Any:
+        for index, task in enumerate(tasks):
+            problem = "RuntimeError: no" if index == 1 else ""
+            yield tuning.tuning.Found(task, None if problem else task.candidates[0], problem)
+            table = json.loads((tmp_path / "tuned" / "pvdm_fast" / "triton.json").read_text())
+            written.append(sum(len(entries) for entries in table.values()))
+            one.seconds = 0 if index == 2 else one.seconds
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "mine"))
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(tuning.tuning, "best_of_each", best_of_each)
+    one = context(tmp_path, "tune", "cuda", seconds=1000)
+    with pytest.raises(Wrong, match="1 of 3 entries can't be timed"):
+        tuning.tune(one)
+    assert written == [1, 1, 2]
+    assert len(one.found["no_time_for"]) == one.found["planned"] - 3
+    assert [bool(entry["config"]) for entry in one.found["entries"]] == [True, False, True]
+    assert not (tmp_path / "mine").exists()
+
+
 # ---- measuring
 
 
