@@ -196,7 +196,7 @@ def network(name: str, precision: str, device: str) -> Iterator[Result]:
     try:
         with tf32(False):  # which would give up digits that golden values have
             agreements = list(goldens.compare(name, device, dtype))
-            graphed = [graph(precision)] if name == "unet_small" and device == "cuda" else []
+            graphed = [graph(precision, device)] if name == "unet_small" and device == "cuda" else []
     except Exception as error:
         yield Result(name, "auto", precision, math.inf, 0.0, told(error))
         return
@@ -206,17 +206,17 @@ def network(name: str, precision: str, device: str) -> Iterator[Result]:
     yield from graphed
 
 
-def graph(precision: str) -> Result:
+def graph(precision: str, device: str) -> Result:
     """The denoiser's guided pass replayed as a CUDA graph at three times, against the pass without a graph."""
     from pvdm_fast.analysis import goldens
     from pvdm_fast.diffusion.cuda_graph import GraphedPrediction
     from pvdm_fast.diffusion.guidance import predict_noise
 
     dtype = PRECISIONS[precision]
-    model = goldens.denoiser().eval().to("cuda", dtype)
+    model = goldens.denoiser().eval().to(device, dtype)
     case = goldens.load_case("unet_small")
-    latent = case.input("x").cuda()
-    condition = case.draw("input.cond", tuple(latent.shape)).tanh().to("cuda", dtype)
+    latent = case.input("x").to(device)
+    condition = case.draw("input.cond", tuple(latent.shape)).tanh().to(device, dtype)
     predict, worst = GraphedPrediction(), 0.0
     for time in (911, 500, 7):
         with torch.no_grad():

@@ -16,6 +16,7 @@ from pvdm_fast.analysis.goldens import Agreement
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import FUSED, KERNEL_DTYPES, OPERATIONS, SERVED
 from pvdm_fast.backends.reference import geglu
+from pvdm_fast.diffusion import cuda_graph, guidance
 from pvdm_fast.selftest import Job, Result
 
 
@@ -213,3 +214,26 @@ def test_a_precision_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPat
     lines = [line for line in found if isinstance(line, str) and "too old." in line]
     assert len(lines) == len(OPERATIONS) and all(line.split()[1:3] == ["cpu", "bfloat16"] for line in lines)
     assert {job.precision for job in found if isinstance(job, Job)} == {"float32", "float16"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shift", "refused", "problem"),
+    [(0.0, False, ""), (1.0, False, "the graph computes something else"), (0.0, True, "no graph could be made")],
+)
+def test_the_graph_is_held_against_the_pass(
+    monkeypatch: pytest.MonkeyPatch, shift: float, refused: bool, problem: str
+) -> None:
+    """A stand-in for the graph: right, wrong, or given up."""
+
+    class StandIn:
+        def __init__(self) -> None:
+            self.refused = refused
+
+        def __call__(self, *arguments: Any) -> torch.Tensor:
+            with torch.no_grad():
+                return guidance.predict_noise(*arguments) + shift
+
+    monkeypatch.setattr(cuda_graph, "GraphedPrediction", StandIn)
+    found = selftest.graph("float32", "cpu")
+    assert found.problem.startswith(problem) and bool(found.problem) == bool(problem)
