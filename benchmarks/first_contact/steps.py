@@ -72,7 +72,7 @@ def _medians(ways: Mapping[str, Callable[[], object]], context: Context, seconds
     """Seconds of each, median of alternating rounds by the host's clock, the launches of the host included."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     stop = time.monotonic() + seconds
-    for index in range(MOST_ROUNDS):
+    for index in range(LEAST_ROUNDS if context.dry else MOST_ROUNDS):
         if index >= LEAST_ROUNDS and time.monotonic() > stop:
             break
         for name, run in ways.items():
