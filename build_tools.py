@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -273,15 +274,16 @@ def run_ninja(ext: Extension, folder: Path, nvcc: str = "nvcc") -> None:
     """Build an extension. Objects stay in `folder`, so the next build compiles only what changed.
 
     Raises:
-        Unbuildable: a compiler failed; its output is printed.
+        Unbuildable: there is no ninja; or a compiler failed: its output is printed.
     """
+    program = [sys.executable, "-m", "ninja"] if find_spec("ninja") else [shutil.which("ninja") or ""]
+    if not program[0]:
+        raise Unbuildable("no ninja found: pip install ninja, and install again")
     folder.mkdir(parents=True, exist_ok=True)
     ext.output.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_file(ext, nvcc))
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    result = subprocess.run(
-        [sys.executable, "-m", "ninja", *jobs], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    result = subprocess.run([*program, *jobs], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         print(result.stdout, file=sys.stderr)
         raise Unbuildable(f"compiling {ext.name} failed (the compiler's messages are in the build's output)")

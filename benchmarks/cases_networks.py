@@ -22,7 +22,6 @@ from benchmarks.registry import (
     with_variants,
 )
 from pvdm_fast.diffusion.guidance import predict_noise
-from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.nn import AxialTransformer, PlaneAttention, PlaneProjection, ResidualBlock, TriplaneAttention
@@ -184,7 +183,9 @@ def _packed(build: Callable[[], Network], pack: Pack) -> Callable[[], Network]:
 
 @REGISTRY.add("sampler step", "network", ("forward",))
 def sampler_step(setting: Setting) -> Prepared:
-    """One guided DDIM step. Ours is one batched pass, the release's way is two calls."""
+    """One guided DDIM step: ours in one batched pass, the release's way in two calls."""
+    from pvdm_fast.diffusion.schedulers import make_scheduler  # needs diffusers, as no other case does
+
     config, layout = setting.denoiser, setting.layout
     shape = (setting.clips, config["latent_channels"], layout.num_tokens)
     latent, condition = setting.draw(*shape), setting.draw(*shape, seed=1).tanh()

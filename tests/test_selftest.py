@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pvdm_fast import selftest
-from pvdm_fast.analysis import agreement
+from pvdm_fast.analysis import agreement, goldens
+from pvdm_fast.analysis.agreement import Job, Result
+from pvdm_fast.analysis.goldens import Agreement
 from pvdm_fast.backends import choice
-from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS
+from pvdm_fast.backends.choice import FUSED, KERNEL_DTYPES, OPERATIONS, SERVED
 from pvdm_fast.backends.reference import geglu
+from pvdm_fast.diffusion import cuda_graph, guidance
 
 
 @pytest.mark.slow
@@ -57,7 +62,7 @@ def test_wrong_kernels_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backward: Any, message: str
 ) -> None:
     faulty(monkeypatch, backward)
-    monkeypatch.setattr(agreement, "KERNEL_DTYPES", (torch.float32,))
+    monkeypatch.setattr(agreement, "PRECISIONS", {"float32": torch.float32})
     assert selftest.main(["--device", "cpu"]) == 1
     output = capsys.readouterr()
     assert f"FAILED: {message}" in output.out
@@ -74,3 +79,161 @@ def test_nothing_to_compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main(["--device", "cuda"]) == 2
     assert "run with --device cpu" in capsys.readouterr().err
+
+
+def test_a_gpu_has_all_that_automatic_choice_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation of every backend there, the fused block among them, in every precision, small and full."""
+    monkeypatch.setattr(choice, "unavailable", lambda backend: "not here." if backend == "cpu" else None)
+    monkeypatch.setattr(choice, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with FakeTensorMode():
+        found = [job for job in agreement.jobs("cuda", True) if isinstance(job, Job)]
+    expected = {
+        Job(op, backend, precision, sizes)
+        for backend in ("triton", "cuda")
+        for op in SERVED[backend]
+        for precision in agreement.PRECISIONS
+        for sizes in ("small", "full")
+        if precision != "tf32" or op in agreement.HAVE_PRODUCTS
+    }
+    assert set(found) == expected and len(found) == len(expected)
+    assert {job.op for job in found if job.backend == "triton"} == {*OPERATIONS, *FUSED}
+    with FakeTensorMode():
+        small = [job for job in agreement.jobs("cuda", False) if isinstance(job, Job)]
+    assert {job.sizes for job in small} == {"small"}
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD's GPUs have no tf32
+    with FakeTensorMode():
+        assert not [job for job in agreement.jobs("cuda", True) if isinstance(job, Job) and job.precision == "tf32"]
+
+
+def test_the_fused_block_is_compared() -> None:
+    """In Triton's interpreter, at sizes that no block divides."""
+    if reason := choice.why_not("triton", "attention_block", torch.empty(0)):
+        pytest.skip(reason)
+    found = agreement.compare(Job("attention_block", "triton", "float32"), "cpu")
+    assert found.problem == "" and 0 < found.error <= found.allowed
+
+
+def test_a_full_size_is_compared() -> None:
+    if reason := choice.unavailable("cpu"):
+        pytest.skip(reason)
+    found = agreement.compare(Job("triplane_expand", "cpu", "bfloat16", "full"), "cpu")
+    assert found.problem == "" and 0 < found.error <= found.allowed
+
+
+def test_what_a_compiler_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("out of\n  resources")
+
+    faulty(monkeypatch, geglu.backward)
+    monkeypatch.setattr(choice, "implementation", lambda backend, op: SimpleNamespace(forward=broken))
+    monkeypatch.setattr(agreement, "expected_of", lambda *arguments: {})
+    found = agreement.compare(Job("geglu", "cpu", "float32"), "cpu")
+    assert found.error == math.inf and "RuntimeError: out of resources (shapes " in found.problem
+    assert "FAILED: RuntimeError" in str(found)
+
+
+def test_tf32_is_on_for_its_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    seen: list[bool] = []
+    real = agreement.run
+
+    def run(*arguments: Any) -> Any:
+        seen.append(torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32)
+        return real(*arguments)
+
+    monkeypatch.setattr(agreement, "run", run)
+    monkeypatch.setattr(agreement, "SMALL", agreement.SMALL[-4:-3])  # geglu or add_layer_norm
+    op = agreement.SMALL[0].op
+    for precision, inside in (("tf32", True), ("float32", False)):
+        seen.clear()
+        assert agreement.compare(Job(op, "reference", precision), "cpu").problem == ""
+        assert seen == [False, inside, inside]  # the expected values, then twice what is tested
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize(("error", "problem"), [(1e-6, ""), (1e-3, "too far"), (math.nan, "too far")])
+def test_networks_are_held_against_golden_values(monkeypatch: pytest.MonkeyPatch, error: float, problem: str) -> None:
+    monkeypatch.setattr(goldens, "compare", lambda *arguments: iter([Agreement("unet_small output", error, 1e-4)]))
+    (found,) = agreement.network("unet_small", "float32", "cpu")
+    assert found.problem.startswith(problem) and bool(found.problem) == bool(problem)
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(goldens, "compare", broken)
+    (found,) = agreement.network("unet_small", "float32", "cpu")
+    assert (found.error, found.problem) == (math.inf, "RuntimeError: no")
+
+
+@pytest.mark.slow
+def test_a_network_is_right() -> None:
+    found = list(agreement.network("autoencoder_small", "bfloat16", "cpu"))
+    assert len(found) == 3 and not any(result.problem for result in found)
+
+
+def test_full_says_what_it_has_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the source tree there are no golden values; tensors on the wrong device are tried everywhere."""
+    monkeypatch.setattr(agreement, "jobs", lambda device, full: iter([f"full: {full}"]))
+    monkeypatch.setattr(goldens, "folder", lambda: None)
+    assert selftest.main(["--device", "cpu", "--full"]) == 0
+    text = capsys.readouterr().out
+    assert "full: True" in text and "mixed devices" in text and "All 1 are right." in text
+    assert "the golden values come with the source tree: run it there" in text
+    monkeypatch.setattr(agreement, "jobs", lambda device, full: iter([f"full: {full}"]))
+    assert selftest.main(["--device", "cpu"]) == 2
+    assert "full: False" in capsys.readouterr().out
+
+
+def test_what_should_be_refused() -> None:
+    def raises(error: Exception) -> Any:
+        def call() -> None:
+            raise error
+
+        return call
+
+    assert agreement.refused("a", "cuda", ValueError, raises(ValueError("no"))).problem == ""
+    assert "not ValueError" in agreement.refused("a", "cuda", ValueError, raises(RuntimeError("crash"))).problem
+    assert "was taken" in agreement.refused("a", "cuda", ValueError, lambda: None).problem
+
+
+def test_a_result_on_one_line() -> None:
+    line = str(Result("plane_norm, full", "cuda", "tf32", 1e-4, 1e-3))
+    assert line.split() == ["plane_norm,", "full", "cuda", "tf32", "1.0e-04", "1.0e-03", "ok"]
+
+
+def test_a_precision_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 16 bits on a GPU without units for them: the line says which, and why; the others are compared."""
+
+    def why_not(backend: str, op: str, tensor: torch.Tensor) -> str | None:
+        return "too old." if tensor.dtype == torch.bfloat16 else None
+
+    monkeypatch.setattr(choice, "unavailable", lambda backend: None if backend == "cpu" else "not here.")
+    monkeypatch.setattr(choice, "why_not", why_not)
+    found = list(agreement.jobs("cpu", False))
+    lines = [line for line in found if isinstance(line, str) and "too old." in line]
+    assert len(lines) == len(OPERATIONS) and all(line.split()[1:3] == ["cpu", "bfloat16"] for line in lines)
+    assert {job.precision for job in found if isinstance(job, Job)} == {"float32", "float16"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shift", "refused", "problem"),
+    [(0.0, False, ""), (1.0, False, "the graph computes something else"), (0.0, True, "no graph could be made")],
+)
+def test_the_graph_is_held_against_the_pass(
+    monkeypatch: pytest.MonkeyPatch, shift: float, refused: bool, problem: str
+) -> None:
+    """A stand-in for the graph: right, wrong, or given up."""
+
+    class StandIn:
+        def __init__(self) -> None:
+            self.refused = refused
+
+        def __call__(self, *arguments: Any) -> torch.Tensor:
+            with torch.no_grad():
+                return guidance.predict_noise(*arguments) + shift
+
+    monkeypatch.setattr(cuda_graph, "GraphedPrediction", StandIn)
+    found = agreement.graph("float32", "cpu")
+    assert found.problem.startswith(problem) and bool(found.problem) == bool(problem)

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pvdm_fast.analysis import cases
+from pvdm_fast.analysis import cases, full_cases
+from pvdm_fast.analysis.cases import Case
 from pvdm_fast.analysis.comparison import relative_error
 from pvdm_fast.analysis.machine import collect, describe_machine
-from pvdm_fast.backends import choice
-from pvdm_fast.backends.choice import KERNEL_DTYPES, OPERATIONS, use_backend
-from pvdm_fast.errors import UserError
+from pvdm_fast.backends import choice, extensions
+from pvdm_fast.backends.choice import FUSED, OPERATIONS, use_backend
+from pvdm_fast.errors import BackendError, UserError
 
+# How numbers are stored, and for float32 whether products may be rounded to tf32.
+PRECISIONS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 # Relative 2-norm of the difference. Results are rounded once to their dtype: half a unit in the last place, and in
 # float32 the sums of some thousand terms. Attention by tensor cores also rounds what lies between its two products, and
-# convolution's gradient is a sum of rounded parts: two or three roundings.
-ONCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-THRICE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
-ROUNDED_BETWEEN = ("segment_attention", "axial_attention", "plane_conv")
+# convolution's gradient is a sum of rounded parts: two or three roundings. Tf32 rounds what is multiplied to as many
+# bits as float16 has.
+ONCE = {"float32": 1e-5, "tf32": 5e-4, "bfloat16": 4e-3, "float16": 5e-4}
+THRICE = {"float32": 1e-5, "tf32": 1.5e-3, "bfloat16": 1.2e-2, "float16": 1.5e-3}
+ROUNDED_BETWEEN = ("segment_attention", "axial_attention", "plane_conv", *FUSED)
+HAVE_PRODUCTS = (*ROUNDED_BETWEEN, "triplane_expand")  # what tf32 can change
 
 
 class Failed(UserError):
@@ -28,7 +42,50 @@ class Failed(UserError):
     exit_code = 1
 
 
-CASES = (*cases.SMALL.values(), *cases.USUAL.values())
+SMALL = (*cases.SMALL.values(), *cases.USUAL.values(), *full_cases.FUSED.values())
+FULL = tuple(full_cases.FULL.values())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison: an operation on a backend in a precision, at some sizes ("small" or "full")."""
+
+    op: str
+    backend: str
+    precision: str
+    sizes: str = "small"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a comparison: the worst relative error, what was allowed, and what went wrong ("" for nothing)."""
+
+    what: str
+    backend: str
+    precision: str
+    error: float
+    allowed: float
+    problem: str = ""
+
+    def __str__(self) -> str:
+        numbers = f"{self.error:<9.1e}{self.allowed:<9.1e}"
+        verdict = f"FAILED: {self.problem}" if self.problem else "ok"
+        return f"{self.what:<27}{self.backend:<9}{self.precision:<10}{numbers}{verdict}"
+
+
+HEADER = f"{'operation':<27}{'backend':<9}{'dtype':<10}{'error':<9}{'allowed':<9}"
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Float32 products and convolutions may, or may not, be rounded to tf32; as before afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -37,68 +94,210 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def compare(op: str, backend: str, dtype: torch.dtype, device: str) -> tuple[float, str]:
-    """The worst error of an operation's cases, and what went wrong ("" where all is well)."""
-    worst = 0.0
-    for case in CASES:
-        if case.op != op:
-            continue
-        inputs = case.inputs(dtype)
-        with use_backend("reference"):
-            expected = cases.run_with_gradients(case, {name: tensor.double() for name, tensor in inputs.items()}, dtype)
-        there = {name: tensor.to(device) for name, tensor in inputs.items()}
+def told(problem: BaseException) -> str:
+    """An exception on one line."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+
+
+def run(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Results and gradients of a case; of a fused operation, which has no kernel for a gradient, results alone."""
+    if case.op not in FUSED:
+        return cases.run_with_gradients(case, inputs, dtype)
+    with torch.no_grad():
+        return {f"output {i}": result for i, result in enumerate(cases.as_tuple(case.run(**inputs)))}
+
+
+def expected_of(case: Case, inputs: dict[str, Tensor], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """The float64 reference on the CPU; of a full-size case on its device, where float64 takes no minutes."""
+    for place in (device, "cpu") if case in FULL else ("cpu",):
+        exact = {name: tensor.to(place, torch.float64) for name, tensor in inputs.items()}
         try:
-            with use_backend(backend):
-                actual, again = (cases.run_with_gradients(case, there, dtype) for _ in range(2))
+            with use_backend("reference"):
+                return run(case, exact, dtype)
+        except torch.OutOfMemoryError:  # attention's matrix in float64 takes gigabytes
+            torch.cuda.empty_cache()
+    raise AssertionError("The CPU raises no torch.OutOfMemoryError.")
+
+
+def compare(job: Job, device: str) -> Result:
+    """The worst error of an operation's cases, each run twice."""
+    dtype, worst, allowed = PRECISIONS[job.precision], 0.0, allowed_error(job.op, job.precision)
+    what = job.op if job.sizes == "small" else f"{job.op}, {job.sizes}"
+
+    def result(problem: str = "") -> Result:
+        return Result(what, job.backend, job.precision, worst, allowed, problem)
+
+    for case in FULL if job.sizes == "full" else SMALL:
+        if case.op != job.op:
+            continue
+        inputs, shapes = case.inputs(dtype), list(case.shapes.values())
+        try:
+            with tf32(False):
+                expected = expected_of(case, inputs, dtype, device)
+            there = {name: tensor.to(device) for name, tensor in inputs.items()}
+            with tf32(job.precision == "tf32"), use_backend(job.backend):
+                actual, again = (run(case, there, dtype) for _ in range(2))
+            found = max(error(actual[name], exact) for name, exact in expected.items())
         except Exception as problem:  # whatever a kernel or compiler raises is the finding
-            return float("inf"), f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
-        worst = max(worst, *(error(actual[name], exact) for name, exact in expected.items()))
+            worst = math.inf
+            return result(f"{told(problem)} (shapes {shapes})")
+        worst = max(worst, found)
+        if not found <= allowed:
+            return result(f"too far from the reference (shapes {shapes})")
         if not all(torch.equal(actual[name], again[name]) for name in actual):
-            return worst, f"a second run gave other bits (shapes {list(case.shapes.values())})"
-    return worst, "" if worst <= allowed(op, dtype) else "too far from the reference"
+            return result(f"a second run gave other bits (shapes {shapes})")
+    return result()
 
 
-def allowed(op: str, dtype: torch.dtype) -> float:
-    return (THRICE if op in ROUNDED_BETWEEN else ONCE)[dtype]
+def allowed_error(op: str, precision: str) -> float:
+    return (THRICE if op in ROUNDED_BETWEEN else ONCE)[precision]
 
 
-def check(device: str) -> tuple[int, int]:
-    """Print a line for each operation, backend and dtype. Returns how many ran, and how many of those failed."""
-    ran = failed = 0
-    print(f"{'operation':<18}{'backend':<9}{'dtype':<10}{'error':<9}{'allowed':<9}")
+def jobs(device: str, full: bool) -> Iterator[Job | str]:
+    """Every comparison that can be made, and a line for each backend or operation that does not run.
+
+    On a GPU these are all that automatic choice can take there, the fused operations among them.
+    """
     for backend in choice.BACKENDS[1:]:
         if reason := choice.unavailable(backend):
-            print(f"{'all':<18}{backend:<9}not run: {reason}")
+            yield f"{'all':<27}{backend:<9}not run: {reason}"
             continue
-        for op in OPERATIONS:
-            line = f"{op:<18}{backend:<9}"
-            if reason := choice.why_not(backend, op, torch.empty(0, device=device)):
-                print(f"{line}not run: {reason}")
+        for op in (*OPERATIONS, *FUSED):
+            if op in FUSED and op not in choice.SERVED[backend]:
                 continue
-            for dtype in KERNEL_DTYPES:
-                worst, problem = compare(op, backend, dtype, device)
-                ran, failed = ran + 1, failed + bool(problem)
-                name = str(dtype).removeprefix("torch.")
-                result = f"{name:<10}{worst:<9.1e}{allowed(op, dtype):<9.1e}"
-                print(line + result + (f"FAILED: {problem}" if problem else "ok"), flush=True)
+            for precision, dtype in PRECISIONS.items():
+                if precision == "tf32" and not (device == "cuda" and op in HAVE_PRODUCTS and not torch.version.hip):
+                    continue
+                if reason := choice.why_not(backend, op, torch.empty(0, dtype=dtype, device=device)):
+                    yield f"{op:<27}{backend:<9}{precision:<10}not run: {reason}"
+                    continue
+                for sizes in ("small", "full") if full else ("small",):
+                    yield Job(op, backend, precision, sizes)
+
+
+def network(name: str, precision: str, device: str) -> Iterator[Result]:
+    """A whole network, by automatic choice, against its golden values; on a GPU the denoiser as a CUDA graph too."""
+    from pvdm_fast.analysis import goldens
+
+    dtype = PRECISIONS[precision]
+    try:
+        with tf32(False):  # which would give up digits that golden values have
+            agreements = list(goldens.compare(name, device, dtype))
+            graphed = [graph(precision, device)] if name == "unet_small" and device == "cuda" else []
+    except Exception as error:
+        yield Result(name, "auto", precision, math.inf, 0.0, told(error))
+        return
+    for found in agreements:
+        problem = "" if found.right else "too far from the golden values"
+        yield Result(found.what, "auto", precision, found.error, found.allowed, problem)
+    yield from graphed
+
+
+def graph(precision: str, device: str) -> Result:
+    """The denoiser's guided pass replayed as a CUDA graph at three times, against the pass without a graph."""
+    from pvdm_fast.analysis import goldens
+    from pvdm_fast.diffusion.cuda_graph import GraphedPrediction
+    from pvdm_fast.diffusion.guidance import predict_noise
+
+    dtype = PRECISIONS[precision]
+    model = goldens.denoiser().eval().to(device, dtype)
+    case = goldens.load_case("unet_small")
+    latent = case.input("x").to(device)
+    condition = case.draw("input.cond", tuple(latent.shape)).tanh().to(device, dtype)
+    predict, worst = GraphedPrediction(), 0.0
+    for time in (911, 500, 7):
+        with torch.no_grad():
+            expected = predict_noise(model, latent, time, condition, 1.5)
+        worst = max(worst, error(predict(model, latent, time, condition, 1.5), expected))
+    # The same kernels; the products of libraries may take another algorithm inside a graph.
+    allowed = goldens.NETWORK if dtype == torch.float32 else THRICE[precision]
+    problem = "" if worst <= allowed else "the graph computes something else"
+    if getattr(predict, "refused", False):  # it went on without a graph, and so compared nothing
+        problem = "no graph could be made: the log says why"
+    return Result("CUDA graph, denoiser", "auto", precision, worst, allowed, problem)
+
+
+def refusals(device: str) -> Iterator[Result]:
+    """Tensors where a backend can't read them are refused: by the operation, the choice of backend, the binding."""
+    from pvdm_fast import ops
+
+    x, elsewhere = torch.ones(1, 4, 8, device=device), torch.ones(8, device="cpu" if device == "cuda" else "meta")
+    yield refused("mixed devices", "auto", ValueError, lambda: ops.add_layer_norm(x, None, elsewhere, elsewhere))
+    if device == "cpu":
+        return
+    for backend, where in choice.DEVICE.items():
+        if where is not None and choice.unavailable(backend) is None:
+            wrong = "cpu" if where == "cuda" else "cuda"
+            yield refused("another device", backend, BackendError, partial(_ask, backend, wrong))
+            if backend in ("cpu", "cuda"):
+                yield refused("another device, binding", backend, ValueError, partial(_bind, f"_{backend}", wrong))
+
+
+def refused(what: str, backend: str, kind: type[Exception], call: Callable[[], object]) -> Result:
+    """Whether a call raises what it should."""
+    try:
+        call()
+    except kind:
+        return Result(what, backend, "float32", 0.0, 0.0)
+    except Exception as problem:
+        return Result(what, backend, "float32", math.inf, 0.0, f"raised {told(problem)}, not {kind.__name__}")
+    return Result(what, backend, "float32", math.inf, 0.0, "a tensor that is elsewhere was taken")
+
+
+def _ask(backend: str, device: str) -> None:
+    """An operation by the name of a backend, with tensors on `device`."""
+    case = cases.ONE_TOKEN["triplane_slice"]
+    with use_backend(backend):
+        case.run(**{name: tensor.to(device) for name, tensor in case.inputs(torch.float32).items()})
+
+
+def _bind(name: str, device: str) -> None:
+    """A binding of an extension, past every check of Python's, with tensors on `device`."""
+    x, token, positions = (torch.ones(size, device=device) for size in ((1, 1, 8), (8,), (2, 8)))
+    out = torch.empty(1, 1, 2, 8, device=device)
+    target = (0, 0) if name == "_cuda" else (1,)  # a device and a stream, or the number of threads
+    extensions.extension(name).triplane_slice_forward(x, token, positions, out, 0, 1, 1, 1, *target)
+
+
+def results(device: str, full: bool) -> Iterator[Result | str]:
+    """Everything that is compared, one after the other; lines say what is left out and why."""
+    from pvdm_fast.analysis import goldens
+
+    for job in jobs(device, full):
+        yield job if isinstance(job, str) else compare(job, device)
+    if not full:
+        return
+    yield from refusals(device)
+    if goldens.folder() is None:
+        yield f"{'networks':<27}{'auto':<9}not run: the golden values come with the source tree: run it there"
+        return
+    for name in goldens.NETWORKS:
+        for precision in ("float32", "bfloat16", "float16"):
+            yield from network(name, precision, device)
+
+
+def check(device: str, full: bool) -> tuple[int, int]:
+    """Print a line for each comparison. Returns how many ran, and how many of those failed."""
+    ran = failed = 0
+    print(HEADER)
+    for found in results(device, full):
+        print(found, flush=True)
+        if isinstance(found, Result):
+            ran, failed = ran + 1, failed + bool(found.problem)
     return ran, failed
 
 
-def run_check(device: str | None) -> None:
-    """Print what this machine is, and the comparison of every backend on a device ("cpu" or "cuda").
-
-    Without one it is the GPU where PyTorch finds one.
+def run_check(device: str | None, full: bool | None) -> None:
+    """The command. `device` and `full` are None where they were not asked for.
 
     Raises:
-        UserError: there is no GPU, or nothing to compare. Failed: a kernel is wrong.
+        UserError: there is no such device, nothing could be compared, or (Failed) something is wrong.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("No GPU is available to PyTorch: run with --device cpu, or on a machine with one.")
     print(*describe_machine(collect()), "", sep="\n")
-    # tf32 would hide faults in float32 products.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    ran, failed = check(device)
+    ran, failed = check(device, device == "cuda" if full is None else full)
     if not ran:
         raise UserError(f"No backend but the reference runs on {device}: nothing was compared.")
     if failed:

@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,13 @@ AGREEMENT = 0.02
 CALLS = 3
 ASSUMED = "sm90"  # in a dry run without a GPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Untimed(UserError):
+    """Some entries fail on this GPU; the others are measured and kept."""
+
+    exit_code = 1
+
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -116,23 +123,63 @@ def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 def best(task: Task, device: torch.device, timer: Timer, say: Callable[[str], None]) -> Config | None:
     """The candidate that beats what serves now, or None; one that fails, or computes something else, is left out."""
-    inputs = [call.inputs(device, lambda storage: storage.normal_(0, 0.1)) for call in task.calls]
-    present, expected = measure(task, task.present, inputs, timer)
-    chosen, least = None, present * (1 - GAIN)
-    for candidate in task.candidates:
-        try:
-            seconds, results = measure(task, candidate, inputs, timer)
-        except Exception as error:  # too much shared memory, or the compiler gave up: Triton has many names for it
-            say(f"  {candidate}: left out, {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            continue
-        if not agree(results, expected):
-            say(f"  {candidate}: left out, its results differ")
-        elif seconds < least:
-            chosen, least = candidate, seconds
-    del task.table.asked[task.key]
+    try:
+        inputs = [call.inputs(device, lambda storage: storage.normal_(0, 0.1)) for call in task.calls]
+        present, expected = measure(task, task.present, inputs, timer)
+        chosen, least = None, present * (1 - GAIN)
+        for candidate in task.candidates:
+            try:
+                seconds, results = measure(task, candidate, inputs, timer)
+            except Exception as error:  # too much shared memory, or the compiler gave up: Triton has many names for it
+                say(f"  {candidate}: left out, {first_line(error)}")
+                continue
+            if not agree(results, expected):
+                say(f"  {candidate}: left out, its results differ")
+            elif seconds < least:
+                chosen, least = candidate, seconds
+    finally:
+        task.table.asked.pop(task.key, None)
     gain = f"{present / least:.2f}x with {chosen}" if chosen else "stays as it is"
     say(f"{task}: {gain} ({1e3 * present:.3f} ms before)")
     return chosen
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a task: the configuration to serve instead, or None; and what went wrong ("" for nothing)."""
+
+    task: Task
+    config: Config | None = None
+    problem: str = ""
+
+
+def best_of_each(
+    tasks: Iterable[Task], device: torch.device, timer: Timer, say: Callable[[str], None]
+) -> Iterator[Found]:
+    """The best of every task; one that can't be timed as it is says so, and the next goes on.
+
+    Raises:
+        UserError: after a fault of the GPU, which takes no more work from this process.
+    """
+    for task in tasks:
+        try:
+            found = Found(task, best(task, device, timer, say))
+        except Exception as error:  # whatever a kernel, the compiler or the driver raises
+            found = Found(task, problem=first_line(error))
+            say(f"{task}: stays as it is, it can't be timed: {found.problem}")
+        yield found
+        if found.problem and device.type == "cuda":
+            try:
+                torch.cuda.synchronize(device)
+            except RuntimeError as error:
+                raise UserError(
+                    f"the GPU stopped at {task} ({first_line(error)}). What was found before is written: run again "
+                    "with --operations to leave this one out."
+                ) from error
 
 
 def write_user_table(found: Iterable[tuple[Task, Config | None]], path: Path) -> None:
@@ -188,10 +235,15 @@ def run_tuning(options: argparse.Namespace) -> None:
         return
     path = configs.user_table()
     check_writable(path)
+    kept = failed = 0
     with configs.assume(architecture):
-        found = [(task, best(task, device, gpu_timer, print)) for task in tasks]
-    write_user_table(found, path)
-    print(f"{sum(config is not None for _, config in found)} entries written to {path}")
+        for found in best_of_each(tasks, device, gpu_timer, print):
+            if not found.problem:  # written at once: what a run found counts, however it ends
+                write_user_table([(found.task, found.config)], path)
+            kept, failed = kept + (found.config is not None), failed + bool(found.problem)
+    print(f"{kept} entries written to {path}")
+    if failed:
+        raise Untimed(f"{failed} of {len(tasks)} entries can't be timed on this GPU: they stay as they are.")
 
 
 def check_writable(path: Path) -> None:

@@ -9,11 +9,10 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
-
-import yaml
 
 READ_TIMEOUT = 120.0  # seconds for one file; large ones get more, see `allowed_seconds`
 SLOWEST = 5_000_000  # bytes a second: a slow network disk
@@ -167,21 +166,29 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield begun
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML. An alias repeats what was written before: ten lines of them can stand for a billion values."""
+@cache
+def _loader() -> Any:
+    import yaml  # here: the networks import this module for their checksums, and need no YAML
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise UnreadableFile("uses an alias (*name), which is not read: write the value itself")
-        return super().compose_node(parent, index)
+    class Loader(yaml.SafeLoader):
+        """Plain YAML. An alias repeats what was written before: ten lines of them can stand for a billion values."""
+
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                raise UnreadableFile("uses an alias (*name), which is not read: write the value itself")
+            return super().compose_node(parent, index)
+
+    return Loader
 
 
 def read_yaml(path: Path, limit: int = CONFIG_BYTES) -> Any:
     """A YAML (or JSON) file without aliases; raises UnreadableFile and OSError."""
+    import yaml
+
     text = read_text(path, limit)
     try:
         with file_clock(path):
-            return yaml.load(text, _Loader)
+            return yaml.load(text, _loader())
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         raise UnreadableFile(f"is not valid YAML{f' at line {place.line + 1}' if place else ''}") from None

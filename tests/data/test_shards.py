@@ -126,7 +126,7 @@ def test_a_damaged_video_is_skipped_and_a_damaged_shard_is_named(tmp_path: Path)
 def test_what_cannot_be_shards(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 of the 7 shards of .* are not there, first .*0005\.tar"):
         open_dataset(f"{shards}/{{0000..0006}}.tar", **SIZE)
-    with pytest.raises(DataError, match="shards must be files.*mount the bucket"):
+    with pytest.raises(DataError, match=r"shards must be files.*mount the bucket"):
         open_dataset("https://example.org/{0000..0006}.tar", **SIZE)
     with wds.TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "a", "txt": "no video here"})

@@ -103,6 +103,62 @@ def test_small_gains_do_not_count(call: Call) -> None:
     assert "stays as it is" in said[-1]
 
 
+def test_an_entry_that_fails_is_said_and_the_next_goes_on(call: Call) -> None:
+    """What serves now can't be run, or timed: the entry stays as it is, and its table asks for nothing any more."""
+    (good,) = tuning.plan([call], "sm90")
+    broken = ConfigTable("broken", {("*", "*", "*"): IMPOSSIBLE}, (QUICK,))
+    bad = tuning.Task(broken, KEY, [call])
+    said: list[str] = []
+    seconds = {16: 1.0, 32: 0.9, 64: 0.5, 128: 0.1}
+
+    def timer(function: Callable[[], object]) -> float:
+        function()
+        if broken.asked:
+            raise RuntimeError("device-side assert\nmore lines")
+        return seconds[next(iter(Doubling.table.asked.values())).blocks["BLOCK"]]
+
+    try:
+        with configs.assume("sm90"):
+            serving, Doubling.table = Doubling.table, broken
+            ways = tuning.best_of_each([bad, good], CPU, timer, said.append)
+            failed = next(ways)
+            Doubling.table = serving
+            (found,) = ways
+            assert not broken.asked and not serving.asked
+    finally:
+        del TABLES["broken"]
+    assert failed.config is None and failed.problem
+    assert any("stays as it is, it can't be timed" in line and failed.problem in line for line in said)
+    assert (found.config, found.problem) == (QUICK, "")
+
+
+@pytest.mark.parametrize("problem", ["", "RuntimeError: an illegal memory access"])
+def test_what_was_found_is_written_at_once(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], problem: str
+) -> None:
+    """Before the next entry begins; one that fails is no reason to lose the others, and the exit code tells."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "interpreting", lambda: False)
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(tuning.workload, "calls", lambda *arguments: [call])
+    table = tmp_path / "pvdm_fast" / "triton.json"
+
+    def best_of_each(tasks: list[tuning.Task], *arguments: object) -> Iterator[tuning.Found]:
+        (task,) = tasks
+        yield tuning.Found(task, QUICK)
+        assert json.loads(table.read_text())["double"]["sm90/any/float32"]["blocks"] == QUICK.blocks
+        yield tuning.Found(task, None, problem or "")
+
+    monkeypatch.setattr(tuning, "best_of_each", best_of_each)
+    monkeypatch.setitem(choice.SERVED, "triton", ("forward", "double"))
+    assert tune.main(["--operations", "double"]) == (1 if problem else 0)
+    captured = capsys.readouterr()
+    assert "1 entries written to" in captured.out
+    assert ("1 of 1 entries can't be timed" in captured.err) == bool(problem)
+    assert ("sm90/any/float32" in table.read_text()) == bool(problem)
+
+
 def test_written_table_serves(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(configs, "architecture", lambda device: "sm90")
