@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pvdm_fast.training.config import TrainConfig
 
 GIB = 2**30
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,18 @@ class Estimate:
         return "\n".join([title, *(f"  {name:<20} {value:>14}" for name, value in rows)])
 
 
+def _in_16_bits(config: TrainConfig) -> bool:
+    """Whether the step computes in bf16: as asked for, and with "auto" as training would on this machine."""
+    from pvdm_fast.backends.precision import choose_precision
+
+    if config.mixed_precision == "fp16":
+        raise UserError("--mixed-precision must be auto, no or bf16 here: fp16 weighs the same as bf16")
+    if config.mixed_precision != "auto":
+        return config.mixed_precision == "bf16"
+    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
+    return choose_precision("auto", device).dtype == torch.bfloat16
+
+
 def estimate(config: TrainConfig, stage: str) -> Estimate:
     """Run a training step of a stage by shapes alone.
 
@@ -98,10 +109,8 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
     from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
     from pvdm_fast.training.optimizer import state_bytes
 
-    if config.mixed_precision not in PRECISIONS:
-        raise UserError("--mixed-precision must be no or bf16 here: fp16 weighs the same as bf16")
-    low = PRECISIONS[config.mixed_precision]
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=low == torch.bfloat16):
+    low = _in_16_bits(config)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         model, frozen, encode, step = _step(config, stage)
         parameters = list(model.parameters())
         saved = saved_bytes(lambda: [step()], parameters)
@@ -196,7 +205,12 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("frames", "height", "width"):
         metadata = OPTIONS[f"video.{name}"].metadata
         parser.add_argument(f"--{name}", type=metadata["number"], metavar="N", help=metadata["help"])
-    parser.add_argument("--mixed-precision", default="no", metavar="{no,bf16}", help="(default: no)")
+    parser.add_argument(
+        "--mixed-precision",
+        default="auto",
+        metavar="{auto,no,bf16}",
+        help="(default: auto, what training would choose on this machine)",
+    )
     parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit}", help="(default: adamw)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--json", action="store_true", help="print bytes and FLOPs as JSON")

@@ -62,7 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=numbers.BATCH, metavar="N", help="clips at once; part of the protocol (default: 8)")
     add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")
     add("--device", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
-    add("--dtype", metavar="{fp32,bf16}", help="of weights and activations (default: fp32)")
+    add(
+        "--dtype",
+        metavar="{auto,fp32,bf16}",
+        help="of weights and activations (default: auto, bf16 on a GPU that multiplies it, else fp32)",
+    )
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/evaluation)")
     add("--save-every", type=numbers.VIDEOS, metavar="N", help="clips of a process between saves (default: 64)")
     return parser

@@ -178,8 +178,10 @@ class TrainConfig:
     )
     seed: int = option(0, "seed of weights, clips and noise", number=numbers.SEED)
     device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
-    mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto",
+        "compute in 16 bits where that is safe; auto: bf16 on a GPU that multiplies it (NVIDIA's from sm_80 on), else "
+        "no; bf16 falls back to float32 where the units for it are missing",
     )
     optimizer: Literal["adamw", "adamw8bit"] = option(
         "adamw", "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]')"
