@@ -354,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with plain_torch():
             encode(parsed)
 
-    return run_command(run)
+    return run_command(run, "take a smaller --batch-size, or --dtype bf16")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def run_evaluation(arguments: Sequence[str] | None = None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 2 (a user's error), 130 or 143 (stopped)."""
     keep_freed_memory()
-    return run_command(lambda: run_evaluation(arguments))
+    return run_command(lambda: run_evaluation(arguments), "take a smaller --batch-size, or --dtype bf16")
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def _check(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     keep_freed_memory()
-    return run_command(lambda: run_sampling(arguments))
+    return run_command(lambda: run_sampling(arguments), "take fewer --clips, or --dtype bf16")
 
 
 if __name__ == "__main__":

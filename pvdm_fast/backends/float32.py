@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,8 +18,9 @@ def tf32_allowed(kind: Kind = "product") -> bool:
     Each has two generations. Reading the older one (`allow_tf32`) raises RuntimeError once a program has used the newer
     one (`fp32_precision`). The newer one tells what either was set to, so this reads it alone.
     """
-    convolutions = kind == "convolution" and torch.backends.cudnn.enabled
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        switch = torch.backends.cudnn.conv if convolutions else torch.backends.cuda.matmul
-        return bool(switch.fp32_precision == "tf32")
-    return bool((torch.backends.cudnn if convolutions else torch.backends.cuda.matmul).allow_tf32)  # before 2.9
+    products: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    convolutions = kind == "convolution" and cudnn.enabled
+    if hasattr(products, "fp32_precision"):
+        return bool((cudnn.conv if convolutions else products).fp32_precision == "tf32")
+    return bool((cudnn if convolutions else products).allow_tf32)  # before PyTorch 2.9

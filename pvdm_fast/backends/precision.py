@@ -1,4 +1,4 @@
-"""In which precision to compute on a device: 16 bits where its units multiply them; elsewhere they cost digits alone."""
+"""What to compute in: 16 bits on devices that have units for them; elsewhere they cost digits and gain nothing."""
 
 from __future__ import annotations
 

@@ -80,7 +80,9 @@ class StageOptions:
     clip_norm: float = option(
         1.0, "largest norm of the gradients; larger ones are scaled down", number=real(1e-8, 1e30)
     )
-    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", resumable=True
+    )
 
 
 @dataclass

@@ -102,7 +102,7 @@ def test_folders_of_before_there_was_a_dtype_are_used(latents: Path, trained: Pa
         found = json.loads((old / name).read_text())
         del (found["settings"] if name == "index.json" else found)["dtype"]
         (old / name).write_text(json.dumps(found))
-    values = {key: value for key, value in json.loads((old / "settings.json").read_text()).items()}
+    values = json.loads((old / "settings.json").read_text())
     expected = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     assert LatentClips(old, SPEC).settings.hash() == expected
     assert torch.equal(LatentClips(old, SPEC)[0]["video"], LatentClips(latents, SPEC)[0]["video"])

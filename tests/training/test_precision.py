@@ -64,8 +64,15 @@ def test_auto_on_nvidia(capability: tuple[int, int], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("name", "serves"),
-    [("gfx942:sramecc+:xnack-", True), ("gfx90a", True), ("gfx950", True), ("gfx1100", True), ("gfx1201", True)]
-    + [("gfx906", False), ("gfx1030", False)],
+    [
+        ("gfx942:sramecc+:xnack-", True),
+        ("gfx90a", True),
+        ("gfx950", True),
+        ("gfx1100", True),
+        ("gfx1201", True),
+        ("gfx906", False),
+        ("gfx1030", False),
+    ],
 )
 def test_auto_on_amd(name: str, serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch, amd=name)
