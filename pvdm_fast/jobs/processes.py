@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.share import Share
+from pvdm_fast.jobs.transfer import Reading
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,13 +35,19 @@ class Processes:
         """Whether this is the one process that writes and prints."""
         return self.share.rank == 0
 
-    def mean(self, value: Tensor) -> float:
-        """The mean of a scalar over the processes; not finite where one of them is not."""
+    def settle(self, values: Tensor, number: int) -> Reading:
+        """Send the means of a few values (n,) over the processes, and the largest of their numbers, to the host.
+
+        One exchange and one copy. Read they are n + 1 numbers; a mean is not finite where one of the processes' is not.
+        """
+        mine = torch.cat([values.detach(), values.new_full((1,), number)])
         if self.share.world == 1:
-            return value.item()
-        total = value.detach().clone()
-        dist.all_reduce(total)
-        return total.item() / self.share.world
+            return Reading(mine)
+        parts = [torch.empty_like(mine) for _ in range(self.share.world)]
+        dist.all_gather(parts, mine)
+        everyone = torch.stack(parts)
+        means = everyone[:, :-1].sum(0) / self.share.world
+        return Reading(torch.cat([means, everyone[:, -1:].amax(0)]))
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""

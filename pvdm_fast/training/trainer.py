@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pvdm_fast.data import make_loader, open_dataset
-from pvdm_fast.data.transforms import to_float
 from pvdm_fast.data.watch import is_lasting
 from pvdm_fast.errors import Interrupted, NonFiniteLossError, UserError
 from pvdm_fast.jobs.interrupt import StopRequest
@@ -23,6 +23,7 @@ from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import StepBar
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.config import StageOptions, TrainConfig
+from pvdm_fast.training.feed import Feed
 from pvdm_fast.training.optimizer import make_optimizer
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import load_model, load_optimizer, whole
@@ -74,6 +75,8 @@ class Trainer:
         self.processes = Processes(accelerator)
         self.options = options = stage.options
         self.progress = Progress()
+        self.agreed_stop: int | None = None  # the signal that has come to one of the processes
+        self.feed: Feed
         stage.to(accelerator.device)
         optimizer = make_optimizer(config.optimizer, stage.model.parameters(), options)
         sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
@@ -90,17 +93,18 @@ class Trainer:
             UserError: a checkpoint or the records could not be written, or the data gave out.
         """
         self.model.train()
-        batches = self.batches()
+        self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
         with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
             while self.progress.step < self.options.steps:
                 started = time.perf_counter()
-                outcome = self.train_step(self.read(batches))
+                outcome = self.train_step(self.read())
                 self.progress.seconds += (seconds := time.perf_counter() - started)
                 record = self.record(outcome, seconds)
                 bar.advance(record, self.options.batch_size * self.options.accumulate / seconds)
                 finished = self.progress.step == self.options.steps
                 preview_due = self.progress.step % self.config.preview_every == 0 and not finished
-                stop = self.stop.agreed()
+                # Several have agreed on what they knew after the backward pass; a single process may know more.
+                stop = self.agreed_stop if self.processes.share.world > 1 else self.stop.number
                 if finished or preview_due or stop or self.progress.step % self.config.save_every == 0:
                     self.save()
                 if stop:
@@ -108,50 +112,67 @@ class Trainer:
                 if preview_due:
                     preview()
 
-    def read(self, batches: Iterator[Batch]) -> list[Batch]:
+    def read(self) -> list[Batch]:
         """The batches of a step; a signal is answered while they don't come, and no step is lost if they never do."""
         try:
-            with self.stop.waiting():
-                return [next(batches) for _ in range(self.options.accumulate)]
+            return self.feed.take()
         except (Interrupted, UserError):
             if self.processes.share.world == 1 and self.progress.step:
                 self.save()
             raise
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step over ``batches``; the values to record, with "skipped" where the step was left out."""
+        """One optimizer step over ``batches``; the values to record, with "skipped" where the step was left out.
+
+        Loss, gradient norm, what the stage measured and the request to stop come to the host together, after the
+        backward pass. It is the only place where a GPU is waited for.
+        """
         number = self.progress.step
         rate = learning_rate(self.options, number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         self.stage.before_step(number)
-        total = 0.0
-        for index, batch in enumerate(batches):
-            generator = step_generator(self.config.seed, self.stage.name, number, index)
-            video = to_float(batch["video"].to(self.accelerator.device, non_blocking=True))
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
-                    loss = self.stage.loss(self.model, video, generator, self.processes.share, batch["labels"])
-                    loss = loss / len(batches)
-                total += self.processes.mean(loss)
-                if not math.isfinite(total):
-                    return self.skip(batches, f"a loss of {total}")
-                self.accelerator.backward(loss)
-            self.stage.after_backward()
-        norm = float(whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm), True))
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            return self.skip(batches, f"a gradient norm of {norm}")
+        losses = [self.accumulate(batch, index, len(batches)) for index, batch in enumerate(batches)]
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        measured = self.stage.measured()
+        together = torch.stack([*losses, norm, *measured.values()])
+        reading = self.processes.settle(together.float(), self.stop.number or 0)
+        if number + 1 < self.options.steps:
+            self.feed.read_ahead()
+        *found, stop = reading.values()
+        self.agreed_stop = int(stop) or None
+        total, found_norm = sum(found[: len(losses)]), found[len(losses)]
+        values = dict(zip(measured, found[len(losses) + 1 :], strict=True))
+        if not math.isfinite(total):
+            return self.skip(batches, f"a loss of {total}")
+        if not math.isfinite(found_norm) and self.accelerator.scaler is None:
+            return self.skip(batches, f"a gradient norm of {found_norm}")
         self.optimizer.step()
-        self.stage.after_step()
+        self.stage.after_step(values)
         self.progress.skipped_in_a_row = 0
         self.count(batches)
-        values = self.stage.values()
-        return {"loss": total, "learning_rate": rate, "gradient_norm": norm if math.isfinite(norm) else None, **values}
+        recorded = {"gradient_norm": found_norm, **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in recorded.items()}
+        return {"loss": total, "learning_rate": rate, **finite}
+
+    def accumulate(self, batch: Batch, index: int, count: int) -> Tensor:
+        """Add the gradients of one of ``count`` batches of a step; its share of the step's loss."""
+        generator = step_generator(self.config.seed, self.stage.name, self.progress.step, index)
+        with nullcontext() if index == count - 1 else self.accelerator.no_sync(self.model):
+            with self.accelerator.autocast():
+                loss = self.stage.loss(self.model, batch["video"], generator, self.processes.share, batch["labels"])
+                loss = loss / count
+            self.accelerator.backward(loss)
+        self.stage.after_backward()
+        return loss.detach()
 
     def skip(self, batches: list[Batch], reason: str) -> dict[str, Any]:
         """Leave a step out whose loss or gradient is not finite; after too many in a row, save aside and stop."""
+        self.stage.after_skip()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update(self.accelerator.scaler.get_scale())  # as it was, and ready to unscale again
         everyone = self.processes.gathered([name for batch in batches for name in batch["names"]])
         names = [name for position in zip(*everyone, strict=True) for name in position]
         self.progress.skipped_in_a_row += 1
