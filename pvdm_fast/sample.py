@@ -87,8 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cuda-graph",
-        action="store_true",
-        help="replay the denoiser's pass as a CUDA graph in every step; needs a GPU, and has not yet been run on one",
+        action=argparse.BooleanOptionalAction,
+        help="replay the denoiser's pass as a CUDA graph in every step, which has not yet been run on a GPU (default: "
+        "on a GPU, if its first step equals the ungraphed one)",
     )
     parser.add_argument(
         "--out",

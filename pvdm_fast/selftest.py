@@ -88,6 +88,9 @@ def check(device: str) -> tuple[int, int]:
                 print(f"{line}not run: {reason}")
                 continue
             for dtype in KERNEL_DTYPES:
+                if reason := choice.why_not(backend, op, torch.empty(0, device=device, dtype=dtype)):
+                    print(f"{line}{str(dtype).removeprefix('torch.'):<10}not run: {reason}")
+                    continue
                 worst, problem = compare(op, backend, dtype, device)
                 ran, failed = ran + 1, failed + bool(problem)
                 name = str(dtype).removeprefix("torch.")

@@ -115,6 +115,5 @@ def _draw_targets(
 ) -> tuple[Tensor, Tensor]:
     """Which clips have a condition, and where in its 2T frames each one's target begins: bool and int64 (B,)."""
     conditional = share.of(torch.rand(share.world * batch, generator=generator)) < conditional_probability
-    starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator)).clone()
-    starts[conditional] = half
-    return conditional, starts
+    starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator))
+    return conditional, torch.where(conditional, half, starts)

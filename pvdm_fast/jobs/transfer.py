@@ -22,7 +22,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 def pack(tensors: Sequence[Tensor], pinned: bool = False) -> Tensor:
     """The bytes of all tensors in one, each at a multiple of ALIGNMENT."""
-    packed = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, pin_memory=pinned)
+    packed = torch.empty(sum(map(_room, tensors)), dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for part, tensor in zip(unpack(packed, tensors), tensors, strict=True):
         part.copy_(tensor)
     return packed
