@@ -98,12 +98,12 @@ class GraphedPrediction:
                 return self._captured[key](latent, timestep, condition, labels)
             try:
                 with torch.cuda.device(latent.device):
-                    made = _capture(denoiser, latent, timestep, condition, guidance, labels)
+                    self._captured[key] = made = _capture(denoiser, latent, timestep, condition, guidance, labels)
+                return made.predicted.clone()
             except RuntimeError as error:  # what CUDA and the allocator raise
                 self._refuse(error)
-                return predict_noise(denoiser, latent, timestep, condition, guidance, labels)
-            self._captured[key] = made
-            return made.predicted.clone()
+        # Here, since an error keeps the memory of what failed. If the graph was not to blame, the pass says so itself.
+        return predict_noise(denoiser, latent, timestep, condition, guidance, labels)
 
     def _refuse(self, error: RuntimeError) -> None:
         reason = " ".join(str(error).split())[:200]
@@ -135,7 +135,8 @@ def _capture(
                 expected = predict_noise(denoiser, static, times, kept, guidance, classes)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads go on, such as the one that pins the trainer's next batches: only this one is watched.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             predicted = predict_noise(denoiser, static, times, kept, guidance, classes)
     graph.replay()
     if reason := difference(predicted, expected):

@@ -74,7 +74,8 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield
 
     @contextmanager
-    def capture(tape: Tape) -> Iterator[None]:
+    def capture(tape: Tape, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # the default ends other threads' allocations with an error
         Stream.log.append("capture")
         with tape:
             yield
@@ -144,7 +145,7 @@ class Broken(Tape):
 
 
 @contextmanager
-def failing(graph: Any) -> Iterator[None]:
+def failing(graph: Any, **options: Any) -> Iterator[None]:
     yield
     raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
