@@ -197,7 +197,7 @@ class SecondPhaseStage(AutoencoderStage):
         drawn = self.latent_noise(len(video), generator, share)
         drawn.append(share.of(torch.randint(self.clip_frames, (share.world * len(video),), generator=generator)))
         *noise, frames = to_device(drawn, video.device)
-        sample = model(video, *noise).sample.float()
+        sample = model(video, noise[0] if noise else None).sample.float()
         leaf = sample.detach().requires_grad_()
         value = self._reconstruction_loss(leaf, video, frames)
         gradient = self._gradient(value, leaf)

@@ -128,7 +128,7 @@ class AutoencoderStage(Stage):
     ) -> Tensor:
         video = to_float(video)
         noise = to_device(self.latent_noise(len(video), generator, share), video.device)
-        return self.pixel_loss(model(video, *noise).sample.float(), video)
+        return self.pixel_loss(model(video, noise[0] if noise else None).sample.float(), video)
 
     def latent_noise(self, clips: int, generator: torch.Generator, share: Share) -> list[Tensor]:
         """The noise (clips, D, N) to add to the latent in training, on the CPU; an empty list where there is none."""
