@@ -54,6 +54,7 @@ class Resources:
     shared: int
     products: bool  # has a tl.dot
     products_16_bit: bool
+    products_tf32: bool
     tensor_core_instructions: int
     loads: int
     wide_loads: int  # of 16 bytes
@@ -195,6 +196,7 @@ def resources(compiled: Any, architecture: str, kernel: str, dtype: str, config:
         shared=compiled.metadata.shared,
         products=bool(products),
         products_16_bit=any(re.search(r"tensor<[0-9x]*x(bf16|f16)[,>]", line) for line in products),
+        products_tf32=any("inputPrecision = tf32" in line for line in products),
         **counts,
     )
 
@@ -218,6 +220,8 @@ def over_budget(found: Resources, narrow: Iterable[str] = ()) -> list[str]:
         problems.append(f"{where} takes {found.shared} bytes of shared memory, the most is {limit}.")
     if found.products_16_bit and not found.tensor_core_instructions:
         problems.append(f"{where} multiplies 16-bit matrices without tensor cores.")
+    if found.products_tf32 and not found.tensor_core_instructions:
+        problems.append(f"{where} rounds to tf32 without tensor cores.")
     if not (found.products or found.narrow) and found.loads and not found.wide_loads and found.kernel not in narrow:
         problems.append(f"{where} is bound by memory, but has no 16-byte load.")
     return problems

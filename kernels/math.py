@@ -7,19 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvdm_fast.backends.float32 import tf32_allowed
+from pvdm_fast.backends.float32 import Kind, tf32_allowed
 from pvdm_fast.kernels.configs import architecture
 
 
-def dot_precision(x: Tensor) -> str:
-    """How `tl.dot` multiplies tensors like `x`: "tf32" or "ieee".
-
-    "tf32" if x is float32, PyTorch's switch allows it, and the GPU is NVIDIA's. On AMD only gfx942 has TF32, and others
-    refuse to compile it.
-    """
+def dot_precision(x: Tensor, kind: Kind = "product") -> str:
+    """How `tl.dot` multiplies tensors like `x`: "tf32" where they are float32, PyTorch's switch for this kind allows it
+    and the GPU is NVIDIA's; else "ieee". Of AMD's GPUs only gfx942 has TF32: others refuse to compile it. For 16 bits
+    the switches aren't asked."""
     if x.dtype != torch.float32 or architecture(x.device).startswith("gfx"):
         return "ieee"
-    return "tf32" if tf32_allowed() else "ieee"
+    return "tf32" if tf32_allowed(kind) else "ieee"
 
 
 @triton.jit

@@ -60,9 +60,10 @@ def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
 
 
-# A stage takes (BLOCK_M + BLOCK_N) BLOCK_K elements of shared memory. In 16 bits that is 32 KiB for 128 x 128 x 64:
-# four stages fit 163 or 227 KiB, three fit 99 (sm120). AMD keeps one stage in registers, so two take 32 KiB of its 64.
-# float32 multiplies exactly, outside the tensor cores: 64 x 64 tiles with 16 accumulators per thread.
+# A stage takes (BLOCK_M + BLOCK_N) BLOCK_K elements of shared memory: in 16 bits 32 KiB for 128 x 128 x 64, so four
+# stages fit 163 or 227 KiB, and three (sm120) 99. AMD keeps one stage in registers: of two, 32 KiB of its 64.
+# float32 takes twice the bytes, and where PyTorch's switch for convolutions forbids tf32 no tensor cores: 64 x 64, 8 to
+# 16 accumulators a thread.
 CONV = ConfigTable(
     "plane_conv",
     {
@@ -220,7 +221,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
         PLANES=tuple(planes),
         TOKENS=tokens,
         MIRRORED=mirrored,
-        PRECISION=dot_precision(x),
+        PRECISION=dot_precision(x, "convolution"),
     )
     if parts > 1:
         config = ADD(x.device, ANY, x.dtype)
@@ -230,8 +231,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
 
 
 def convolve_by_vendor(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[int]) -> Tensor:
-    """The same by PyTorch's convolution, plane by plane, with deterministic algorithms only. weight: (C', C, 3, 3)."""
-    tf32 = dot_precision(x) == "tf32"
+    """The same with PyTorch's convolution, plane by plane; weight: (C', C, 3, 3). Deterministic algorithms only."""
+    tf32 = dot_precision(x, "convolution") == "tf32"
     options = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, False, True, True, tf32)
     images = [plane.permute(0, 3, 1, 2) for plane in PlaneLayout.from_sizes(planes).split(x)]
     written = [torch.ops.aten._convolution(image, weight, bias, *options) for image in images]

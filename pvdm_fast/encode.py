@@ -83,6 +83,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", **number(numbers.THREADS), help=THREADS_HELP)
     parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        metavar="{auto,fp32,bf16}",
+        help="what the autoencoder computes in, under autocast; auto: bf16 on a GPU that multiplies it, else fp32 "
+        "(default: %(default)s)",
+    )
     return parser
 
 
@@ -94,6 +101,7 @@ def encode(arguments: argparse.Namespace) -> None:
     """
     import torch
 
+    from pvdm_fast.backends.precision import announce, choose_precision
     from pvdm_fast.data.latents import fingerprint, shard_problem
     from pvdm_fast.training.building import load_autoencoder
 
@@ -105,17 +113,20 @@ def encode(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--windows must be from 2 to {frames + 1} (T + 1) for this autoencoder, not {arguments.windows}"
         )
+    device = torch.device("cpu")
+    if arguments.device == "auto" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    precision = choose_precision(arguments.dtype, device)
+    if rank == 0:
+        announce(arguments.dtype, precision, "--dtype")
     datasets = {split: open_split(arguments, autoencoder, split) for split in ("train", "test")}
-    settings = make_settings(arguments, autoencoder, datasets, fingerprint(autoencoder))
+    settings = make_settings(arguments, autoencoder, datasets, fingerprint(autoencoder), precision.name)
     claim(arguments.out, settings)
     shards = [
         shard
         for number, shard in enumerate(settings.shards())
         if number % world == rank and shard_problem(arguments.out / shard.name, shard, settings)
     ]
-    device = torch.device("cpu")
-    if arguments.device == "auto" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     left_out = f"; left out: {datasets['train'].left_out}" if datasets["train"].left_out else ""
     print(
         printable(f"{datasets['train'].description}{left_out}; {len(shards)} shards to encode on {device}"), flush=True
@@ -140,6 +151,8 @@ def check(arguments: argparse.Namespace) -> tuple[int, int]:
         library()
     if arguments.device not in ("auto", "cpu"):
         raise UserError(f"--device must be auto or cpu, not {arguments.device}")
+    if arguments.dtype not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--dtype must be auto, fp32 or bf16, not {arguments.dtype}")
     place = place_in_job(meeting=False)
     return place.rank, place.world
 
@@ -168,7 +181,11 @@ def open_split(arguments: argparse.Namespace, autoencoder: Autoencoder, split: s
 
 
 def make_settings(
-    arguments: argparse.Namespace, autoencoder: Autoencoder, datasets: dict[str, ClipDataset], fingerprint: str
+    arguments: argparse.Namespace,
+    autoencoder: Autoencoder,
+    datasets: dict[str, ClipDataset],
+    fingerprint: str,
+    dtype: str,
 ) -> Settings:
     from pvdm_fast.data.latents import Settings
 
@@ -190,6 +207,7 @@ def make_settings(
         test_clips=min(arguments.test_clips, len(datasets["test"])),
         shard_clips=arguments.shard_clips,
         container=arguments.container,
+        dtype=dtype,
     )
 
 
@@ -225,9 +243,10 @@ def claim(out: Path, settings: Settings) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use the folder {out}: {getattr(error, 'strerror', None) or error}") from error
     for name, asked in asdict(settings).items():
-        if there.get(name) != asked:
+        have = there.get(name, "float32" if name == "dtype" else None)  # folders of before had no dtype
+        if have != asked:
             raise UserError(
-                f"{out} holds latents made with {name} {there.get(name)}, but {asked} is asked for: name another folder"
+                f"{out} holds latents made with {name} {have}, but {asked} is asked for: name another folder"
             )
 
 
@@ -249,14 +268,17 @@ def encode_shards(
     size = arguments.batch_size
     counts = [-(-len(shard.draws) // size) for shard in shards]
     draws = [list(shard.draws[at : at + size]) for shard in shards for at in range(0, len(shard.draws), size)]
-    batches = iter(ClipLoader(dataset, draws, workers=arguments.workers))
+    loader = ClipLoader(
+        dataset, draws, workers=arguments.workers, pin_memory=autoencoder.device.type == "cuda", pixels=True
+    )
+    batches = iter(loader)
     with make_bar(f"{dataset.spec.split} clips", sum(map(len, draws)), unit="clip") as bar:
         for shard, count in zip(shards, counts, strict=True):
             parts, names, labels, skipped = [], [], [], []
             for _ in range(count):
                 batch = next(batches)
                 with threads.unit("batch of clips"):
-                    parts.append(encode_windows(batch["video"], autoencoder, settings.windows))
+                    parts.append(encode_windows(batch["video"], autoencoder, settings))
                 names += batch["names"]
                 labels += batch["labels"]
                 skipped += batch["skipped"]
@@ -266,19 +288,19 @@ def encode_shards(
             write_shard(arguments.out, shard, settings, latents, about)
 
 
-def encode_windows(video: torch.Tensor, autoencoder: Autoencoder, windows: int) -> torch.Tensor:
-    """Latents float32 (B, windows, D, N), on the CPU, of clips (B, 3, 2T, H, W)."""
+def encode_windows(pixels: torch.Tensor, autoencoder: Autoencoder, settings: Settings) -> torch.Tensor:
+    """Latents float32 (B, windows, D, N) on the CPU of clips uint8 (B, 3, 2T, H, W)."""
     import torch
 
+    from pvdm_fast.data.transforms import to_float
     from pvdm_fast.diffusion.noise import window_starts
 
-    half = video.shape[2] // 2
-    video = video.to(autoencoder.device)
-    with torch.no_grad():
-        latents = [
-            autoencoder.encode(video[:, :, start : start + half]).latent for start in window_starts(half, windows)
-        ]
-    return torch.stack(latents, 1).float().cpu()
+    half, device = pixels.shape[2] // 2, autoencoder.device
+    video = to_float(pixels.to(device, non_blocking=True))
+    starts = window_starts(half, settings.windows)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bf16"):
+        latents = [autoencoder.encode(video[:, :, start : start + half]).latent.float() for start in starts]
+    return torch.stack(latents, 1).cpu()
 
 
 def write_shard(out: Path, shard: Shard, settings: Settings, latents: torch.Tensor, about: dict[str, Any]) -> None:
@@ -336,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with plain_torch(), threads.chosen(parsed.threads, parsed.device):
             encode(parsed)
 
-    return run_command(run)
+    return run_command(run, "take a smaller --batch-size, or --dtype bf16")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,20 @@ class Estimate:
         return "\n".join([title, *(f"  {name:<20} {value:>14}" for name, value in rows)])
 
 
+def _in_16_bits(config: TrainConfig) -> bool:
+    """Whether the step computes in bf16: as asked for, and with "auto" as training would on this machine."""
+    import torch
+
+    from pvdm_fast.backends.precision import choose_precision
+
+    if config.mixed_precision == "fp16":
+        raise UserError("--mixed-precision must be auto, no or bf16 here: fp16 weighs the same as bf16")
+    if config.mixed_precision != "auto":
+        return config.mixed_precision == "bf16"
+    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
+    return choose_precision("auto", device).dtype == torch.bfloat16
+
+
 def estimate(config: TrainConfig, stage: str) -> Estimate:
     """Run a training step of a stage on shapes alone.
 
@@ -96,9 +110,8 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
     from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
     from pvdm_fast.training.optimizer import state_bytes
 
-    if config.mixed_precision == "fp16":
-        raise UserError("--mixed-precision must be no or bf16 here: fp16 weighs the same as bf16")
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+    low = _in_16_bits(config)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         model, frozen, encode, step = _step(config, stage)
         parameters = list(model.parameters())
         saved = saved_bytes(lambda: [step()], parameters)
@@ -195,7 +208,12 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("frames", "height", "width"):
         metadata = OPTIONS[f"video.{name}"].metadata
         parser.add_argument(f"--{name}", type=metadata["number"], metavar="N", help=metadata["help"])
-    parser.add_argument("--mixed-precision", default="no", metavar="{no,bf16}", help="(default: no)")
+    parser.add_argument(
+        "--mixed-precision",
+        default="auto",
+        metavar="{auto,no,bf16}",
+        help="(default: auto, what training would choose on this machine)",
+    )
     parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit}", help="(default: adamw)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--json", action="store_true", help="print bytes and FLOPs as JSON")

@@ -63,7 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")
     add("--threads", type=numbers.THREADS, metavar="N", help=THREADS_HELP)
     add("--device", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
-    add("--dtype", metavar="{fp32,bf16}", help="of weights and activations (default: fp32)")
+    add(
+        "--dtype",
+        metavar="{auto,fp32,bf16}",
+        help="of weights and activations (default: auto, bf16 on a GPU that multiplies it, else fp32)",
+    )
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/evaluation)")
     add("--save-every", type=numbers.VIDEOS, metavar="N", help="clips per process between saves (default: 64)")
     return parser
@@ -112,7 +116,7 @@ def run_evaluation(arguments: Sequence[str] | None = None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 2 (a user's error), 130 or 143 (stopped)."""
     keep_freed_memory()
-    return run_command(lambda: run_evaluation(arguments))
+    return run_command(lambda: run_evaluation(arguments), "take a smaller --batch-size, or --dtype bf16")
 
 
 if __name__ == "__main__":

@@ -81,14 +81,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=numbers.THREADS, metavar="N", help=THREADS_HELP)
     parser.add_argument(
         "--dtype",
-        default="fp32",
-        metavar="{fp32,bf16}",
-        help="of weights and activations; a CPU without bf16 units takes fp32 (default: %(default)s)",
+        default="auto",
+        metavar="{auto,fp32,bf16}",
+        help="of weights and activations; auto: bf16 on a GPU that multiplies it, else fp32; bf16 falls back to fp32 "
+        "where the units for it are missing (default: %(default)s)",
     )
     parser.add_argument(
         "--cuda-graph",
-        action="store_true",
-        help="replay the denoiser's pass as a CUDA graph in every step; needs a GPU, and has not yet been run on one",
+        action=argparse.BooleanOptionalAction,
+        help="replay the denoiser's pass as a CUDA graph in every step, which has not yet been run on a GPU (default: "
+        "on a GPU, if its first step equals the ungraphed one)",
     )
     parser.add_argument(
         "--out",
@@ -102,16 +104,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denoiser]:
-    """The models of a run in eval mode, in float32 or bfloat16. Raises UserError if one is missing."""
+    """The models of a run in eval mode; ``dtype`` "auto", "fp32" or "bf16"; raises UserError where one is missing."""
     import torch
 
-    from pvdm_fast.backends.precision import bfloat16_serves
+    from pvdm_fast.backends.precision import announce, choose_precision
     from pvdm_fast.diffusion.pipeline import MODELS, load_part
 
     place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
-    low = dtype == "bf16" and bfloat16_serves(place, "--dtype bf16")
-    compute = torch.bfloat16 if low else torch.float32
-    autoencoder, denoiser = (load_part(run, name, compute).to(place).eval() for name in MODELS)
+    precision = choose_precision(dtype, place)
+    announce(dtype, precision, "--dtype")
+    autoencoder, denoiser = (load_part(run, name, precision.dtype).to(place).eval() for name in MODELS)
     return autoencoder, denoiser
 
 
@@ -221,14 +223,14 @@ def _check(options: argparse.Namespace) -> None:
     make_scheduler(options.scheduler)
     if options.device not in ("auto", "cpu"):
         raise UserError(f"--device must be auto or cpu, not {options.device!r}")
-    if options.dtype not in ("fp32", "bf16"):
-        raise UserError(f"--dtype must be fp32 or bf16, not {options.dtype!r}")
+    if options.dtype not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--dtype must be auto, fp32 or bf16, not {options.dtype!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     keep_freed_memory()
-    return run_command(lambda: run_sampling(arguments))
+    return run_command(lambda: run_sampling(arguments), "take fewer --clips, or --dtype bf16")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
+
+if TYPE_CHECKING:
+    from pvdm_fast.training.session import StageTooLarge
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,11 +20,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from pvdm_fast.training.options import parse
 
         request = parse(arguments)
-        from pvdm_fast.training.session import run_training
+        from pvdm_fast.training.session import StageTooLarge, run_training
 
-        run_training(request)
+        try:
+            run_training(request)
+        except StageTooLarge as error:
+            raise UserError(with_estimate(error)) from error
 
     return run_command(train)
+
+
+def with_estimate(error: StageTooLarge) -> str:
+    """The sentence of a stage that found no memory, with the device's memory and what a step would have needed."""
+    import torch
+
+    from pvdm_fast.estimate import GIB, estimate
+
+    there = ""
+    if error.device.type == "cuda":
+        there = f" ({torch.cuda.get_device_properties(error.device).total_memory / GIB:.1f} GiB)"
+    found = estimate(error.config, error.stage)
+    return (
+        f"the {error.stage} stage is out of memory{there}: python -m pvdm_fast.estimate puts a step of "
+        f"{found.batch} clips at {found.peak / GIB:.3f} GiB, {found.standing / GIB:.3f} GiB of which stand between "
+        f"steps; {error.remedy}"
+    )
 
 
 if __name__ == "__main__":

@@ -51,17 +51,21 @@ def _same_start() -> None:
 
 @pytest.fixture
 def float32_switches() -> Generator[Any, None, None]:
-    """PyTorch's switches for float32 products, restored after the test.
+    """PyTorch's switches for float32 products and convolutions, put back afterwards as they were.
 
     This covers both generations. Reading the older one (`allow_tf32`) raises if the newer ones contradict it, and that
     would hit every later test in the process.
     """
-    matmul = torch.backends.cuda.matmul
-    older, newer = matmul.allow_tf32, (matmul.fp32_precision, torch.backends.fp32_precision)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    older, enabled = (matmul.allow_tf32, cudnn.allow_tf32), cudnn.enabled
+    every, newer = torch.backends.fp32_precision, (matmul.fp32_precision, cudnn.conv.fp32_precision)
+    recurrent = cudnn.rnn.fp32_precision  # which the older switch of cuDNN is asked about too
     yield matmul
-    matmul.allow_tf32 = older
-    matmul.fp32_precision, torch.backends.fp32_precision = newer
-    assert matmul.allow_tf32 == older
+    matmul.allow_tf32, cudnn.allow_tf32 = older
+    torch.backends.fp32_precision = every
+    matmul.fp32_precision, cudnn.conv.fp32_precision = newer
+    cudnn.rnn.fp32_precision, cudnn.enabled = recurrent, enabled
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == older
 
 
 @pytest.fixture(scope="session")

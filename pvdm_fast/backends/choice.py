@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvdm_fast.backends import probe
 from pvdm_fast.backends.float32 import tf32_allowed
+from pvdm_fast.backends.precision import without_16_bits
 from pvdm_fast.errors import BackendError
 
 log = logging.getLogger("pvdm_fast")
@@ -51,8 +53,9 @@ SERVED: dict[str, tuple[str, ...]] = {
     "cuda": ("segment_attention", "axial_attention", "plane_norm", "triplane_slice", "triplane_expand"),
 }
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# the device that a backend's tensors must be on
-DEVICE = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+CPU = torch.device("cpu")
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+DEVICE = {"reference": None, "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # where a backend's tensors must be
 
 # What automatic choice tries, best first. On a GPU the order is reasoned from both kernels' instructions and launches,
 # not measured.
@@ -139,20 +142,37 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def device_of(backend: str) -> str | None:
+    """The type of device that a backend's tensors must be on; None where that makes no difference."""
+    return "cpu" if backend == "triton" and interpreting() else DEVICE[backend]
+
+
 @cache
 def unavailable(backend: str) -> str | None:
-    """Why a backend can't run on this machine at all, with the remedy. None if it can."""
+    """Why a backend can't run on this machine at all, with the remedy; None where its first kernel has run."""
+    if reason := _missing(backend):
+        return reason
+    here = device_of(backend)
+    if here is None:
+        return None
+    return probe.failure(backend, torch.device("cuda", torch.cuda.current_device()) if here == "cuda" else CPU)
+
+
+def _missing(backend: str) -> str | None:
+    """What a backend lacks, as far as that is seen without running it."""
     if backend == "reference":
         return None
-    if backend == "triton":
-        if find_spec("triton") is None:
-            return "triton is not installed: pip install triton."
-        if interpreting() or torch.cuda.is_available():
-            return None
-        return "no GPU is available to PyTorch: run on a machine with one, or set TRITON_INTERPRET=1 (slow)."
     from pvdm_fast.backends import extensions
 
-    return extensions.availability(backend)
+    if backend != "triton":
+        return extensions.availability(backend)
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton."
+    if interpreting() or torch.cuda.is_available():
+        return None
+    if reason := extensions.refused_by_driver():
+        return reason
+    return "no GPU is available to PyTorch: run on a machine with one, or set TRITON_INTERPRET=1 (slow)."
 
 
 def why_not(backend: str, op: str, tensor: Tensor | None = None) -> str | None:
@@ -163,12 +183,20 @@ def why_not(backend: str, op: str, tensor: Tensor | None = None) -> str | None:
         return reason
     if tensor is None or backend == "reference":
         return None
-    device = "cpu" if backend == "triton" and interpreting() else DEVICE[backend]
+    device = device_of(backend)
     if tensor.device.type != device:
         return f"its tensors must be on {device}, not {tensor.device.type}: move them, or use auto."
     if tensor.dtype not in KERNEL_DTYPES:
         return f"it computes in float32, bfloat16 and float16, not {tensor.dtype}: convert, or use reference."
-    return None
+    if device == "cuda" and tensor.dtype in HALF_DTYPES and (reason := _without_16_bits(tensor.device)):
+        return f"{reason}: compute in float32, or use auto."
+    return probe.failure(backend, tensor.device)
+
+
+@cache
+def _without_16_bits(device: torch.device) -> str | None:
+    """Why kernels refuse 16 bits on a GPU: without matrix units they would be slower there than float32."""
+    return without_16_bits(device)
 
 
 @cache
@@ -223,6 +251,8 @@ def ranking(op: str, device: torch.device, dtype: torch.dtype, tf32: bool = Fals
     """The backends that compute `op` on `device`, best first. The reference is always among them."""
     sample = torch.empty(0, dtype=dtype, device=device)
     order = PREFERENCE.get(device.type, ("reference",))
+    if device.type == "cuda" and dtype in HALF_DTYPES and (reason := _without_16_bits(device)):
+        _log_16_bits(device, reason)
     if device.type == "cuda" and triton_first(op, dtype, torch.cuda.get_device_capability(device), tf32):
         order = tuple(sorted(order, key=("triton", "cuda", "reference").index))
     return tuple(backend for backend in order if why_not(backend, op, sample) is None)
@@ -232,6 +262,11 @@ def ranking(op: str, device: torch.device, dtype: torch.dtype, tf32: bool = Fals
 def _log_choice(op: str, device: str, dtype: torch.dtype, backend: str) -> None:
     level = logging.WARNING if device == "cuda" and backend == "reference" else logging.INFO
     log.log(level, "%s on %s, %s: backend %s", op, device, str(dtype).removeprefix("torch."), backend)
+
+
+@cache
+def _log_16_bits(device: torch.device, reason: str) -> None:
+    log.warning("%s computes 16 bits in plain PyTorch: %s", device, reason)
 
 
 @cache

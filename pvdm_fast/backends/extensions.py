@@ -75,7 +75,20 @@ def availability(name: str) -> str | None:
     return None if name == "cpu" else _gpu_reason(build_info().get("_cuda", {}).get("targets", ()))
 
 
+def refused_by_driver() -> str | None:
+    """What PyTorch says of a driver that it can't use, with the remedy; None where there is none."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0].strip(".")
+        if "driver" in reason and "no NVIDIA driver" not in reason:
+            return f"PyTorch can't use the GPU ({reason}): update the driver, or install a build of PyTorch for it."
+    return None
+
+
 def _gpu_reason(targets: Sequence[str]) -> str | None:
+    if not torch.version.hip and not torch.cuda.is_available() and (reason := refused_by_driver()):
+        return reason
     if torch.version.hip or not torch.cuda.is_available():
         return "no NVIDIA GPU is available to PyTorch: run on a machine with one, with a CUDA build of PyTorch."
     capability = torch.cuda.get_device_capability()

@@ -39,9 +39,10 @@ SETTINGS_BYTES = 1 << 20
 class Settings:
     """What a folder of latents holds. Every process that writes to it must have the same settings.
 
-    ``autoencoder`` is its `fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of T.
-    ``train_clips`` and ``test_clips`` count the draws 0, 1, ... of ``data``. A shard holds ``shard_clips`` of them.
-    ``container`` is the shards' suffix, "safetensors" or "tar".
+    ``autoencoder`` is its :func:`fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of
+    T; ``train_clips`` and ``test_clips`` are the draws 0, 1, ... of ``data``, ``shard_clips`` of them in a shard.
+    ``container`` is the shards' suffix, "safetensors" or "tar"; ``dtype`` what the autoencoder computed in, "float32"
+    or "bf16".
     """
 
     autoencoder: str
@@ -60,6 +61,7 @@ class Settings:
     test_clips: int
     shard_clips: int
     container: str
+    dtype: str = "float32"
     format: str = FORMAT
 
     def check(self) -> None:
@@ -84,7 +86,10 @@ class Settings:
                 yield Shard(split, name, range(first, min(clips, first + self.shard_clips)))
 
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        values = asdict(self)
+        if self.dtype == "float32":
+            del values["dtype"]  # shards that were written before there was another one stay good
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
     """
     if pixels.dtype != torch.uint8:
         return pixels
-    # A tensor, because a GPU would multiply by the rounded reciprocal of a Python number.
-    scale = torch.tensor(127.5, device=pixels.device)
+    # A tensor, since a GPU would multiply by the rounded reciprocal of a number; filled there, since a copy would wait.
+    scale = torch.full((), 127.5, device=pixels.device)
     return pixels.float().div_(scale).sub_(1)
 
 

@@ -1,10 +1,14 @@
 """The denoiser's pass of a sampling step as a CUDA graph, so that the GPU gets all its launches at once.
 
-Not yet run on a GPU. Tests check which calls are made, and that replaying them gives the same latents.
+Taken by itself on a GPU. Not yet run on one: what is tested is which calls are made, that replaying them gives the same
+latents, and what happens where capturing fails or a replay gives something else.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +21,13 @@ from pvdm_fast.errors import UserError
 if TYPE_CHECKING:
     from pvdm_fast.models import Denoiser
 
-WARM_UP_PASSES = 3  # before capturing: they compile kernels, and make library handles and workspaces
+log = logging.getLogger("pvdm_fast")
+
+WARM_UP_PASSES = 3  # before capturing: kernels are compiled, library handles and workspaces made
+FEWEST_STEPS = 10  # from which capturing, which costs four passes, is worth it
+# How far the first replay may be from the pass that was not captured, as a share of its largest value: libraries may
+# choose other algorithms while capturing. A graph that reads freed or stale memory is off by about 1.
+ALLOWED = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-6}
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,37 @@ class _Captured:
     labels: Tensor | None
     predicted: Tensor
 
+    def __call__(self, latent: Tensor, timestep: int, condition: Tensor | None, labels: Tensor | None) -> Tensor:
+        """The prediction for these arguments, in memory of its own."""
+        self.latent.copy_(latent)
+        self.times.fill_(timestep)
+        if self.condition is not None and condition is not None:
+            self.condition.copy_(condition)
+        if self.labels is not None and labels is not None:
+            self.labels.copy_(labels)
+        self.graph.replay()
+        return self.predicted.clone()
+
+
+class GraphDiffers(RuntimeError):
+    """The first replay of a graph did not give what the pass gives that was not captured."""
+
 
 class GraphedPrediction:
     """`predict_noise` of one denoiser, captured once per shape of its arguments, then replayed.
 
-    The denoiser must stay in place and in eval mode. A captured graph keeps the memory of its activations.
+    The first replay is compared with a pass that was not captured. Where capturing fails, or the two differ, a warning
+    says why and all further passes are ordinary ones.
+
+    The denoiser must stay where it is, in eval mode. A captured graph keeps the memory of its activations for itself.
+
+    Args:
+        required: raise instead of going on without a graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, required: bool = False) -> None:
+        self.required = required
+        self.refused = False
         self._captured: dict[tuple[object, ...], _Captured] = {}
 
     def __call__(
@@ -50,52 +83,107 @@ class GraphedPrediction:
         guidance: float = 0.0,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Like `predict_noise`, without gradients. You may keep the result."""
-        kinds = (None if condition is None else condition.dtype, labels is None)
+        """As `predict_noise`, without gradients; the result is the caller's to keep.
+
+        Raises:
+            UserError: a graph is required, and capturing failed.
+        """
+        if self.refused:
+            return predict_noise(denoiser, latent, timestep, condition, guidance, labels)
+        casts = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        kinds = (None if condition is None else condition.dtype, labels is None, casts)
         key = (denoiser, tuple(latent.shape), latent.dtype, *kinds, guidance)
         with torch.no_grad():
-            if key not in self._captured:
+            if key in self._captured:
+                return self._captured[key](latent, timestep, condition, labels)
+            try:
                 with torch.cuda.device(latent.device):
-                    self._captured[key] = self._capture(denoiser, latent, condition, guidance, labels)
-            captured = self._captured[key]
-            captured.latent.copy_(latent)
-            captured.times.fill_(timestep)
-            if captured.condition is not None and condition is not None:
-                captured.condition.copy_(condition)
-            if captured.labels is not None and labels is not None:
-                captured.labels.copy_(labels)
-            captured.graph.replay()
-            return captured.predicted.clone()
+                    self._captured[key] = made = _capture(denoiser, latent, timestep, condition, guidance, labels)
+                return made.predicted.clone()
+            except RuntimeError as error:  # what CUDA and the allocator raise
+                self._refuse(error)
+        # Here, since an error keeps the memory of what failed. If the graph was not to blame, the pass says so itself.
+        return predict_noise(denoiser, latent, timestep, condition, guidance, labels)
 
-    @staticmethod
-    def _capture(
-        denoiser: Denoiser, latent: Tensor, condition: Tensor | None, guidance: float, labels: Tensor | None
-    ) -> _Captured:
-        static = latent.clone()
-        times = torch.zeros(len(latent), dtype=torch.long, device=latent.device)
-        kept = None if condition is None else condition.clone()
-        classes = None if labels is None else labels.clone()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
+    def _refuse(self, error: RuntimeError) -> None:
+        reason = " ".join(str(error).split())[:200]
+        if self.required:
+            raise UserError(f"no CUDA graph could be made ({reason}): sample without --cuda-graph") from error
+        self.refused = True
+        self._captured.clear()
+        log.warning("sampling without CUDA graphs: %s", reason)
+
+
+def _capture(
+    denoiser: Denoiser,
+    latent: Tensor,
+    timestep: int,
+    condition: Tensor | None,
+    guidance: float,
+    labels: Tensor | None,
+) -> _Captured:
+    """A graph that has been replayed once; raises GraphDiffers where that gave something else than the pass itself."""
+    static = latent.clone()
+    times = torch.full((len(latent),), timestep, dtype=torch.long, device=latent.device)
+    kept = None if condition is None else condition.clone()
+    classes = None if labels is None else labels.clone()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with _without_cached_casts():
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP_PASSES):
-                predict_noise(denoiser, static, times, kept, guidance, classes)
+                expected = predict_noise(denoiser, static, times, kept, guidance, classes)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads go on, such as the one that pins the trainer's next batches: only this one is watched.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             predicted = predict_noise(denoiser, static, times, kept, guidance, classes)
-        return _Captured(graph, static, times, kept, classes, predicted)
+    graph.replay()
+    if reason := difference(predicted, expected):
+        raise GraphDiffers(reason)
+    return _Captured(graph, static, times, kept, classes, predicted)
 
 
-def graphed_prediction(denoiser: Denoiser) -> GraphedPrediction:
-    """A `GraphedPrediction` of the denoiser.
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Autocast, where it is on, without its cache: a graph would go on reading weights that are freed with it."""
+    if not torch.is_autocast_enabled("cuda"):
+        yield
+        return
+    with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False):
+        yield
+
+
+def difference(graphed: Tensor, expected: Tensor) -> str | None:
+    """How the first step of a graph differs from the ungraphed one; None where it doesn't. Waits for both."""
+    if not torch.equal(graphed.isfinite(), expected.isfinite()):
+        return "its first step is not finite where the ungraphed one is, or the other way round"
+    made, wanted = (torch.nan_to_num(tensor.double(), 0.0, 0.0, 0.0) for tensor in (graphed, expected))
+    largest, worst = float(wanted.abs().max()), float((made - wanted).abs().max())
+    if worst <= ALLOWED[expected.dtype] * largest:
+        return None
+    return f"its first step is {worst:.3g} off the ungraphed one, whose largest value is {largest:.3g}"
+
+
+def choose_prediction(denoiser: Denoiser, wanted: bool | None, steps: int) -> Callable[..., Tensor]:
+    """What predicts noise in sampling: `predict_noise`, or its CUDA graphs.
+
+    Args:
+        wanted: True: by graphs; False: not; None: by graphs on a GPU, where there are steps enough to be worth it.
+        steps: how many denoising steps there will be in all.
 
     Raises:
-        UserError: the denoiser isn't on a CUDA GPU.
+        UserError: graphs are wanted, and the denoiser is on no CUDA GPU or cut among processes.
     """
-    device = next(denoiser.parameters()).device
+    parameters = list(denoiser.parameters())
+    device = parameters[0].device
+    lack = None
     if device.type != "cuda":
-        raise UserError(
-            f"CUDA graphs need a CUDA GPU, but the denoiser is on {device}: sample without --cuda-graph (cuda_graph)"
-        )
-    return GraphedPrediction()
+        lack = f"CUDA graphs need a CUDA GPU, but the denoiser is on {device}"
+    elif any(type(parameter).__name__ == "DTensor" for parameter in parameters):  # importing it takes a while
+        lack = "CUDA graphs need a whole denoiser, but this one is cut among processes"
+    if wanted and lack:
+        raise UserError(f"{lack}: sample without --cuda-graph (cuda_graph)")
+    if wanted or (wanted is None and lack is None and steps >= FEWEST_STEPS):
+        return GraphedPrediction(required=bool(wanted))
+    return predict_noise

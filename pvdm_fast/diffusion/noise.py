@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvdm_fast.jobs.share import Share
+from pvdm_fast.jobs.transfer import to_device
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 
 
@@ -53,7 +54,7 @@ def joint_batch(
     Otherwise the target is a random window of T frames, and the condition is zeros.
 
     Args:
-        video: (B, 3, 2T, H, W) in [-1, 1].
+        video: (B, 3, 2T, H, W), whatever ``encode`` takes.
         encode: maps videos (b, 3, T, H, W) to latents (b, D, N).
         conditional_probability: between 0 and 1.
         generator: a CPU generator, the only source of randomness.
@@ -73,9 +74,9 @@ def joint_batch(
     windows = [clip[:, start : start + half] for clip, start in zip(video, starts.tolist(), strict=True)]
     preceding = [clip[:, :half] for clip, keep in zip(video, conditional.tolist(), strict=True) if keep]
     latents = encode(torch.stack(windows + preceding))
-    target = latents[:batch]
-    condition = torch.zeros_like(target)
-    condition[conditional.to(condition.device)] = latents[batch:]
+    target, nothing, of_preceding = latents[:batch], torch.zeros_like(latents[0]), iter(latents[batch:])
+    # Not by a mask on the device: how many are set would have to be waited for.
+    condition = torch.stack([next(of_preceding) if keep else nothing for keep in conditional.tolist()])
     return target, condition
 
 
@@ -98,10 +99,10 @@ def joint_latents(
     """
     conditional, starts = _draw_targets(len(latents), frames, conditional_probability, generator, share)
     cached = torch.tensor(window_starts(frames, latents.shape[1]))
-    nearest = (starts[:, None] - cached).abs().argmin(1).to(latents.device)
+    nearest = (starts[:, None] - cached).abs().argmin(1)
+    nearest, keep = to_device([nearest, conditional.to(latents.dtype)], latents.device)
     target = latents[torch.arange(len(latents), device=latents.device), nearest]
-    keep = conditional.to(latents.device, latents.dtype)[:, None, None]
-    return target, latents[:, 0] * keep
+    return target, latents[:, 0] * keep[:, None, None]
 
 
 def window_starts(frames: int, windows: int) -> list[int]:
@@ -114,6 +115,5 @@ def _draw_targets(
 ) -> tuple[Tensor, Tensor]:
     """Which clips have a condition, and where in the 2T frames each target begins: bool and int64 (B,)."""
     conditional = share.of(torch.rand(share.world * batch, generator=generator)) < conditional_probability
-    starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator)).clone()
-    starts[conditional] = half
-    return conditional, starts
+    starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator))
+    return conditional, torch.where(conditional, half, starts)

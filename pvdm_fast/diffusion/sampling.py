@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.diffusion.cuda_graph import graphed_prediction
+from pvdm_fast.diffusion.cuda_graph import choose_prediction
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs import numbers, threads
 from pvdm_fast.jobs.environment import plain_defaults
+from pvdm_fast.jobs.transfer import to_device
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -43,6 +44,11 @@ class NoiseSource:
                 raise UserError(f"there are {len(self.generator)} generators for {shape[0]} videos: give one for each")
             return torch.cat([_normal((1, *shape[1:]), generator) for generator in self.generator])
         return _normal(shape, self.generator)
+
+    def on(self, device: torch.device, shape: Sequence[int]) -> Tensor:
+        """The same on another device: what was drawn on the CPU crosses without being waited for."""
+        drawn = self(shape)
+        return to_device([drawn], device)[0] if drawn.device.type == "cpu" else drawn.to(device)
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -90,7 +96,7 @@ def sample_latents(
     device = next(denoiser.parameters()).device
     with plain_defaults():  # diffusers' schedulers compute with these
         scheduler.set_timesteps(steps, device=device)
-    latent = noise(shape).to(device)
+    latent = noise.on(device, shape)
     with copies.kept():  # under autocast the weights are cast once, not in each step
         for index, timestep in enumerate(scheduler.timesteps.tolist()):
             with threads.unit("denoising step"):
@@ -110,7 +116,7 @@ def _scheduler_step(
 
     if isinstance(scheduler, ReleaseDDIMScheduler):
         draws = eta > 0 and scheduler.next_time(timestep) >= 0
-        extra = noise(latent.shape).to(latent.device) if draws else None
+        extra = noise.on(latent.device, latent.shape) if draws else None
         return scheduler.step(predicted, timestep, latent, eta=eta, variance_noise=extra).prev_sample
     if scheduler.config.prediction_type == "sample":
         level = scheduler.alphas_cumprod[timestep].item()
@@ -136,7 +142,9 @@ class SamplingOptions:
         condition: the video that the samples continue, (B or 1, 3, T, H, W) in [-1, 1], of the model's size. It isn't
             repeated in the samples. Without it the first clip has no condition.
         labels: classes (B,) int64, for a denoiser with classes. None: no class.
-        cuda_graph: capture the denoiser's pass as a CUDA graph, and replay it in every step. Not yet run on a GPU.
+        cuda_graph: capture the denoiser's pass as a CUDA graph and replay it in every step. None: on a GPU, from 10
+            steps on; where that fails, a warning says why and sampling goes on without. True: that or an error. Not yet
+            run on a GPU.
 
     Raises:
         UserError: a number is out of range, or the scheduler is unknown.
@@ -151,7 +159,7 @@ class SamplingOptions:
     seed: int | NoiseSource = 0
     condition: Tensor | None = None
     labels: Tensor | None = None
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
         from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES
@@ -208,11 +216,11 @@ def stream_video(
     device = next(denoiser.parameters()).device
     sampler = _checked_scheduler(wanted.scheduler)
     _check_request(autoencoder, denoiser, wanted)
-    predict = graphed_prediction(denoiser) if wanted.cuda_graph else predict_noise
     noise = wanted.seed if isinstance(wanted.seed, NoiseSource) else NoiseSource(int(wanted.seed))
     layout = denoiser.layout
     shape = (wanted.clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
     rounds = math.ceil(frames / layout.time)
+    predict = choose_prediction(denoiser, wanted.cuda_graph, rounds * steps)
     latent: Tensor | None = None
     if wanted.condition is not None:
         latent = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float().expand(shape)

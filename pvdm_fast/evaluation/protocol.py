@@ -71,7 +71,7 @@ class Request:
     workers: int = 0
     threads: int | None = None
     device: str = "auto"
-    dtype: str = "fp32"
+    dtype: str = "auto"
     out: Path | None = None
     save_every: int = 64
 
@@ -80,7 +80,7 @@ class Request:
             value = getattr(self, name)
             for item in value if name == "frames" else [] if value is None else [value]:
                 number.checked(f"--{name.replace('_', '-')}", item)
-        for name, known in (("split", SPLITS), ("device", ("auto", "cpu")), ("dtype", ("fp32", "bf16"))):
+        for name, known in (("split", SPLITS), ("device", ("auto", "cpu")), ("dtype", ("auto", "fp32", "bf16"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not self.frames or len(set(self.frames)) < len(self.frames):

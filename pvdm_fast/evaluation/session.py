@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pvdm_fast.backends.precision import announce, choose_precision
 from pvdm_fast.data import ClipDataset
 from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import Interrupted, UserError
@@ -126,7 +127,9 @@ def _alone(evaluation: Evaluation) -> Iterator[None]:
 
 
 def prepare(request: Request, processes: Processes) -> Evaluation:
-    """Open everything first, so that what doesn't fit is found before any computing."""
+    """Open everything, so that what doesn't fit is found before anything is computed."""
+    if processes.main:
+        announce(request.dtype, choose_precision(request.dtype, processes.device), "--dtype")
     subject = load_subject(request.run, processes.device, request.dtype)
     if subject.denoiser is not None:
         from pvdm_fast.diffusion.schedulers import make_scheduler

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvdm_fast.backends.precision import bfloat16_serves
+from pvdm_fast.backends.precision import choose_precision
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.training.config import TrainConfig
@@ -59,18 +59,15 @@ class Subject:
 
 
 def load_subject(run: Path, device: torch.device, dtype: str) -> Subject:
-    """The models of a run on a device, in "fp32" or "bf16".
-
-    Raises UserError if there is no autoencoder, or if a model is damaged.
-    """
+    """The models of a run on a device, in "fp32", "bf16" or what "auto" chooses; raises UserError where there is no
+    autoencoder, or one of the models is damaged."""
     from pvdm_fast.models import Autoencoder, Denoiser
     from pvdm_fast.models.release import load_model
 
     folder = RunFolder(run)
     if not (folder.autoencoder / "config.json").is_file():
         raise UserError(f"there is no trained autoencoder in {folder.autoencoder}: name the folder of a run")
-    low = dtype == "bf16" and bfloat16_serves(device, "--dtype bf16")
-    compute = torch.bfloat16 if low else torch.float32
+    compute = choose_precision(dtype, device).dtype
     denoiser = None
     if (folder.denoiser / "config.json").is_file():
         denoiser = load_model(Denoiser, folder.denoiser, compute).to(device).eval()

@@ -20,17 +20,19 @@ OUTER_FAULTS = frozenset(
 )
 
 
-def run_command(action: Callable[[], object]) -> int:
+def run_command(action: Callable[[], object], smaller: str = "take smaller sizes, or a smaller batch") -> int:
     """Run ``action``; what users cause is printed as one sentence without a traceback. Returns the exit code.
+
+    ``smaller``: what to change where memory gives out.
 
     A signal that ends a job ends the action where it is, with its temporary files removed, unless the action handles
     signals itself. Output that cannot be written is left out.
     """
     with steady_output(), handled(_stop):
-        return _run(action)
+        return _run(action, smaller)
 
 
-def _run(action: Callable[[], object]) -> int:
+def _run(action: Callable[[], object], smaller: str) -> int:
     rank = rank_name()
     label = "error" if rank == "0" else f"error in process {rank}"
     try:
@@ -50,9 +52,10 @@ def _run(action: Callable[[], object]) -> int:
         print("stopped at once", file=sys.stderr)
         return getattr(stop, "exit_code", 128 + signal.SIGINT)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
-        print(f"{label}: out of memory: take smaller sizes, or a smaller batch", file=sys.stderr)
+        place = "out of the GPU's memory" if on_gpu(error) else "out of memory"
+        print(f"{label}: {place}: {smaller}", file=sys.stderr)
         return UserError.exit_code
     return 0
 
@@ -61,7 +64,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise StoppedAtOnce(number)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, in Python, on a GPU, or in PyTorch's allocator for CPUs."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or on_gpu(error) or "can't allocate memory" in str(error)
+
+
+def on_gpu(error: BaseException) -> bool:
+    """Whether an error is PyTorch's of a GPU whose memory is full."""
+    return "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}

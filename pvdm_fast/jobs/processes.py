@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.share import Share
+from pvdm_fast.jobs.transfer import Reading
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,13 +37,17 @@ class Processes:
         """Whether this is the one process that writes and prints."""
         return self.share.rank == 0
 
-    def mean(self, value: Tensor) -> float:
-        """The mean of a scalar over the processes; not finite where one of them is not."""
+    def means(self, values: Tensor) -> Reading:
+        """Send the means of a few values (n,) over the processes to the host: one exchange and one copy.
+
+        A mean is not finite where one of the processes' values is not.
+        """
+        mine = values.detach()
         if self.share.world == 1:
-            return value.item()
-        total = value.detach().clone()
-        dist.all_reduce(total)
-        return total.item() / self.share.world
+            return Reading(mine)
+        parts = [torch.empty_like(mine) for _ in range(self.share.world)]
+        dist.all_gather(parts, mine)
+        return Reading(torch.stack(parts).sum(0) / self.share.world)
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers. Signals are answered while the others don't come."""

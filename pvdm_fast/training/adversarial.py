@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pvdm_fast.data.transforms import to_float
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.share import Share
+from pvdm_fast.jobs.transfer import to_device
 from pvdm_fast.losses.lpips import LPIPS, MINIMUM_SIZE, load_lpips
 from pvdm_fast.losses.patchgan import Discriminators, frames_of
 from pvdm_fast.losses.psnr import psnr
@@ -116,15 +118,23 @@ class Adversary:
         values = {"d_loss": terms.loss.detach(), "d_real": terms.real, "d_fake": terms.fake}
         return values | ({"r1": terms.penalty} if self.options.r1 > 0 else {})
 
-    def step(self) -> float:
-        """One optimizer step, left out where the gradients are not finite; their norm."""
+    def clip(self) -> Tensor:
+        """Clip the gradients of each net; their norm, of both together."""
         self.scaler.unscale_(self.optimizer)
         nets = (self.nets.image, self.nets.clip)
-        norm = math.hypot(*(float(nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM)) for net in nets))
+        norms = [nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM) for net in nets]
+        return torch.hypot(*norms)
+
+    def step(self, norm: float) -> None:
+        """One optimizer step with the clipped gradients, left out where their ``norm`` is not finite."""
         if math.isfinite(norm) or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        return norm
+
+    def abandon(self) -> None:
+        """Leave a step out whose gradients have been clipped."""
+        if self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale())  # as it was: else the next clipping would be refused
 
     def state(self) -> dict[str, Any]:
         return {
@@ -156,7 +166,6 @@ class SecondPhaseStage(AutoencoderStage):
         self.active = False
         self._for_the_adversary: tuple[Tensor, Tensor, Tensor] | None = None
         self._sums: dict[str, Tensor] = {}
-        self._d_norm = 0.0
 
     def to(self, device: torch.device) -> None:
         if self.lpips is not None:
@@ -181,9 +190,11 @@ class SecondPhaseStage(AutoencoderStage):
         share: Share = WHOLE,
         classes: Classes = None,
     ) -> Tensor:
-        sample = self.reconstruct(model, video, generator, share)
-        frames = share.of(torch.randint(self.clip_frames, (share.world * len(video),), generator=generator))
-        frames = frames.to(video.device)
+        video = to_float(video)
+        drawn = self.latent_noise(len(video), generator, share)
+        drawn.append(share.of(torch.randint(self.clip_frames, (share.world * len(video),), generator=generator)))
+        *noise, frames = to_device(drawn, video.device)
+        sample = model(video, noise[0] if noise else None).sample.float()
         leaf = sample.detach().requires_grad_()
         value = self._reconstruction_loss(leaf, video, frames)
         gradient = self._gradient(value, leaf)
@@ -209,10 +220,12 @@ class SecondPhaseStage(AutoencoderStage):
 
     def _gradient(self, value: Tensor, at: Tensor) -> Tensor:
         """The gradient of a loss, computed under the loss scale where there is one: in float16 it would be 0."""
-        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+        scaler = self.accelerator.scaler
         with torch.autocast(at.device.type, enabled=False):
-            (gradient,) = torch.autograd.grad(value * scale, at)
-        return gradient / scale
+            if scaler is None:
+                return torch.autograd.grad(value, at)[0]
+            (gradient,) = torch.autograd.grad(scaler.scale(value), at)
+        return gradient / scaler.scale(gradient.new_ones(()))  # the scale itself, which nobody waits for
 
     def _adaptive_weight(self, sample: Tensor, gradient: Tensor, adversarial: Tensor) -> Tensor:
         """VQGAN's (Esser et al., 2021): the norm of the other losses' gradient at the last layer over this one's."""
@@ -234,22 +247,25 @@ class SecondPhaseStage(AutoencoderStage):
             self._add(self.adversary.backward(*self._for_the_adversary, share=1 / self.options.accumulate))
             self._for_the_adversary = None
 
-    def after_step(self) -> None:
+    def measured(self) -> dict[str, Tensor]:
+        found = dict(
+            zip(self._sums, torch.stack(list(self._sums.values())).float() / self.options.accumulate, strict=True)
+        )
         if self.adversary is not None and self.active:
-            self._d_norm = self.adversary.step()
+            found["d_gradient_norm"] = self.adversary.clip()
+        return found
+
+    def after_step(self, measured: Mapping[str, float]) -> None:
+        if self.adversary is not None and self.active:
+            self.adversary.step(measured["d_gradient_norm"])
+
+    def after_skip(self) -> None:
+        if self.adversary is not None and self.active:
+            self.adversary.abandon()
 
     def _add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-
-    def values(self) -> dict[str, float | None]:
-        means = (
-            self.accelerator.reduce(torch.stack(list(self._sums.values())).float(), "mean") / self.options.accumulate
-        )
-        found = dict(zip(self._sums, means.tolist(), strict=True))
-        if self.active:
-            found["d_gradient_norm"] = self._d_norm
-        return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
     def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
         """``psnr``, and with LPIPS ``lpips``: of each clip's middle frame. Averaged over clips."""

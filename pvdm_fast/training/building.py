@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pvdm_fast.backends.precision import bfloat16_serves
+from pvdm_fast.backends.precision import announce, choose_precision
 from pvdm_fast.data import find_classes
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.files import whole_file
@@ -42,20 +42,18 @@ DENOISER_SIZES = ("model_channels", "channel_mult", "num_res_blocks", "attention
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, with as many processes as were started; bf16 only where it serves.
+    """Accelerate, with as many processes as were started; 16 bits only where they serve.
 
     Raises:
         UserError: the precision, the batch size or the launcher's own settings don't fit.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    precision = config.mixed_precision
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
-    if precision == "bf16" and not bfloat16_serves(device, "--mixed-precision bf16"):
-        precision = "no"
-    if precision == "fp16" and device == "cpu":
-        print("--mixed-precision fp16 is for GPUs, so float32 is used on this CPU instead", flush=True)
-        precision = "no"
+    chosen = choose_precision(config.mixed_precision, device)
+    if chosen.refused:  # else the plan says it
+        announce(config.mixed_precision, chosen, "--mixed-precision")
+    precision = "no" if chosen.dtype == torch.float32 else chosen.name
     try:
         accelerator = Accelerator(
             cpu=device == "cpu",

@@ -80,7 +80,9 @@ class StageOptions:
     clip_norm: float = option(
         1.0, "largest norm of the gradients; larger ones are scaled down", number=real(1e-8, 1e30)
     )
-    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", resumable=True
+    )
 
 
 @dataclass
@@ -184,8 +186,10 @@ class TrainConfig:
         number=numbers.THREADS,
         resumable=True,
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "no", "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto",
+        "compute in 16 bits where that is safe; auto: bf16 on a GPU that multiplies it (NVIDIA's from sm_80 on), else "
+        "no; bf16 falls back to float32 where the units for it are missing",
     )
     optimizer: Literal["adamw", "adamw8bit"] = option(
         "adamw", "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]')"

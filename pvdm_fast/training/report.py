@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pvdm_fast.backends import choice
+from pvdm_fast.backends.precision import choose_precision
 from pvdm_fast.data import open_dataset
 from pvdm_fast.errors import BackendError, UserError, printable
 from pvdm_fast.training.adversarial import check_second_phase
@@ -75,6 +76,7 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
     lines = [
         ("training", f"{work} (preset {config.preset})"),
         ("machine", _machine(accelerator)),
+        ("precision", str(choose_precision(config.mixed_precision, accelerator.device))),
         ("backends", _backends(accelerator.device)),
         ("models", models),
         ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
@@ -123,8 +125,7 @@ def _machine(accelerator: Accelerator) -> str:
         where = torch.cuda.get_device_name(accelerator.device)
     if accelerator.num_processes > 1:
         where = f"{accelerator.num_processes} processes, here {where}"
-    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    return f"{where}, PyTorch {torch.__version__}, {precision}"
+    return f"{where}, PyTorch {torch.__version__}"
 
 
 def _backends(device: torch.device) -> str:

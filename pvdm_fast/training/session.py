@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from pvdm_fast.backends.precision import choose_precision
 from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
+from pvdm_fast.jobs.command import out_of_memory
 from pvdm_fast.jobs.environment import only_the_launcher, plain_torch, starts_again
 from pvdm_fast.jobs.files import whole_folder
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes, lost_another
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
-from pvdm_fast.training.config import OPTIONS, TrainConfig, get, make_config, with_absolute_places
+from pvdm_fast.training.config import OPTIONS, StageOptions, TrainConfig, get, make_config, with_absolute_places
 from pvdm_fast.training.options import Request, flag
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import unsharded
@@ -35,6 +37,28 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from pvdm_fast.models import Autoencoder
+
+
+class StageTooLarge(UserError):
+    """A stage found no memory; ``config``: the run's, with one process's batch, and with its precision chosen."""
+
+    def __init__(self, stage: str, config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> None:
+        options: StageOptions = getattr(config, stage)
+        share = replace(options, batch_size=options.batch_size // accelerator.num_processes)
+        weighed: dict[str, Any] = {stage: share, "mixed_precision": "bf16"}  # as fp16 does
+        if accelerator.mixed_precision == "no":
+            weighed["mixed_precision"] = "no"
+        self.stage, self.config, self.device = stage, replace(config, **weighed), accelerator.device
+        steps = [f"continue with --resume {run.path} --{stage}-checkpointing"] * (not options.checkpointing)
+        if share.batch_size > 1:
+            steps.append(
+                f"start a new run with a smaller --{stage}-batch-size, and --{stage}-accumulate larger by as much"
+            )
+        if accelerator.mixed_precision == "no" and choose_precision("bf16", self.device).name == "bf16":
+            steps.append("start a new run with --mixed-precision bf16")
+        steps.append("take smaller clips or a smaller model")
+        self.remedy = ", or ".join(steps)
+        super().__init__(f"the {stage} stage is out of memory: {self.remedy}")
 
 
 def run_training(request: Request) -> RunFolder:
@@ -145,7 +169,12 @@ def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acc
     stage = make_stage(name, config, run, accelerator)
     trainer = Trainer(stage, config, run, accelerator, stop)
     restore_newest(trainer, run)
-    trainer.fit(lambda: show(trainer))
+    try:
+        trainer.fit(lambda: show(trainer))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise StageTooLarge(name, config, run, accelerator) from error
     scores = show(trainer)
     with stage.evaluation_weights():
         model: Any = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pvdm_fast.data.transforms import to_float
 from pvdm_fast.diffusion.noise import diffusion_loss, joint_batch, joint_latents
 from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.share import Share
+from pvdm_fast.jobs.transfer import to_device
 from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.models.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
@@ -50,8 +52,9 @@ class Stage(ABC):
         share: Share = WHOLE,
         classes: Classes = None,
     ) -> Tensor:
-        """The training loss of a batch (B, 3, clip_frames, H, W); ``model`` is the prepared form of ``self.model``.
+        """The training loss of a batch (B, 3, clip_frames, H, W), uint8 or in [-1, 1].
 
+        Nothing in it waits for a GPU. ``model`` is the prepared form of ``self.model``.
         The batch is the ``share`` of a global one: the mean of all processes' losses is the global batch's.
         ``classes``: the name of each clip's class, or None where it has none.
         """
@@ -72,12 +75,15 @@ class Stage(ABC):
     def after_backward(self) -> None:  # noqa: B027
         """Called after the backward pass of each batch of a step."""
 
-    def after_step(self) -> None:  # noqa: B027
-        """Called after each optimizer step; not where it was left out."""
-
-    def values(self) -> dict[str, float | None]:
-        """What to record of the step just taken, beside its loss."""
+    def measured(self) -> dict[str, Tensor]:
+        """Scalars on the device to record, beside the loss; asked for once a step, after its last backward pass."""
         return {}
+
+    def after_step(self, measured: Mapping[str, float]) -> None:  # noqa: B027
+        """Called after each optimizer step with the values of :meth:`measured`; not where it was left out."""
+
+    def after_skip(self) -> None:  # noqa: B027
+        """Called instead of :meth:`after_step` where the step was left out."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond model and optimizer."""
@@ -120,17 +126,16 @@ class AutoencoderStage(Stage):
         share: Share = WHOLE,
         classes: Classes = None,
     ) -> Tensor:
-        return self.pixel_loss(self.reconstruct(model, video, generator, share), video)
+        video = to_float(video)
+        noise = to_device(self.latent_noise(len(video), generator, share), video.device)
+        return self.pixel_loss(model(video, noise[0] if noise else None).sample.float(), video)
 
-    def reconstruct(self, model: nn.Module, video: Tensor, generator: torch.Generator, share: Share) -> Tensor:
-        """The reconstruction in training, float32."""
-        noise = None
-        if self.options.latent_noise > 0:
-            clips = share.world * len(video)
-            shape = (clips, int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
-            noise = self.options.latent_noise * share.of(torch.randn(shape, generator=generator)).to(video.device)
-        sample: Tensor = model(video, noise).sample
-        return sample.float()
+    def latent_noise(self, clips: int, generator: torch.Generator, share: Share) -> list[Tensor]:
+        """The noise (clips, D, N) to add to the latent in training, on the CPU; an empty list where there is none."""
+        if self.options.latent_noise == 0:
+            return []
+        shape = (share.world * clips, int(self.model.config["latent_channels"]), self.model.layout.num_tokens)
+        return [self.options.latent_noise * share.of(torch.randn(shape, generator=generator))]
 
     def pixel_loss(self, sample: Tensor, video: Tensor) -> Tensor:
         """The loss that compares pixels, weighted."""
@@ -185,11 +190,13 @@ class DiffusionStage(Stage):
             with torch.no_grad():
                 target, condition = joint_batch(video, self._encode, probability, generator, share)
         clips = share.world * len(target)
-        noise = share.of(torch.randn((clips, *target.shape[1:]), generator=generator)).to(target.device)
-        timestep = share.of(torch.randint(TRAIN_STEPS, (clips,), generator=generator)).to(target.device)
-        prediction = str(self.model.config["prediction"])
+        drawn = [share.of(torch.randn((clips, *target.shape[1:]), generator=generator))]
+        drawn.append(share.of(torch.randint(TRAIN_STEPS, (clips,), generator=generator)))
         labels = self._labels(classes, len(target), generator, share)
-        denoise = model if labels is None else partial(model, class_labels=labels.to(target.device))
+        drawn += [] if labels is None else [labels]
+        noise, timestep, *classed = to_device(drawn, target.device)
+        prediction = str(self.model.config["prediction"])
+        denoise = partial(model, class_labels=classed[0]) if classed else model
         return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction)
 
     def _labels(self, classes: Classes, clips: int, generator: torch.Generator, share: Share = WHOLE) -> Tensor | None:
@@ -207,7 +214,7 @@ class DiffusionStage(Stage):
         return labels.masked_fill(dropped, none) if self.model.training else labels
 
     def _encode(self, video: Tensor) -> Tensor:
-        return self.autoencoder.encode(video).latent.float()
+        return self.autoencoder.encode(to_float(video)).latent.float()
 
     def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
         """``held_out_loss``: with the same noise every time, averaged over clips."""
@@ -218,7 +225,7 @@ class DiffusionStage(Stage):
             clips += len(video)
         return {"held_out_loss": losses / clips}
 
-    def after_step(self) -> None:
+    def after_step(self, measured: Mapping[str, float]) -> None:
         self.ema.step(local(self.model.parameters()))
 
     def state(self) -> dict[str, Any]:

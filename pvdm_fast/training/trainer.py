@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pvdm_fast.data import make_loader, open_dataset
-from pvdm_fast.data.transforms import to_float
 from pvdm_fast.data.watch import is_lasting
 from pvdm_fast.errors import Interrupted, NonFiniteLossError, UserError
 from pvdm_fast.jobs import threads
@@ -24,6 +24,7 @@ from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import StepBar
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.config import StageOptions, TrainConfig
+from pvdm_fast.training.feed import Feed
 from pvdm_fast.training.optimizer import make_optimizer
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import load_model, load_optimizer, whole
@@ -78,6 +79,7 @@ class Trainer:
         self.options = options = stage.options
         self.progress = Progress()
         self.saved = 0  # the step of the newest checkpoint
+        self.feed: Feed
         stage.to(accelerator.device)
         optimizer = make_optimizer(config.optimizer, stage.model.parameters(), options)
         sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
@@ -94,12 +96,12 @@ class Trainer:
             UserError: a checkpoint or the records could not be written, or the data gave out.
         """
         self.model.train()
-        batches = self.batches()
+        self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
         with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
             while self.progress.step < self.options.steps:
                 started = time.perf_counter()
                 with threads.unit("training step"):
-                    outcome = self.train_step(self.read(batches))
+                    outcome = self.train_step(self.read())
                 self.progress.seconds += (seconds := time.perf_counter() - started)
                 record = self.record(outcome, seconds)
                 bar.advance(record, self.options.batch_size * self.options.accumulate)
@@ -111,7 +113,7 @@ class Trainer:
                     self.stop.check()
                     preview()
 
-    def read(self, batches: Iterator[Batch]) -> list[Batch]:
+    def read(self) -> list[Batch]:
         """The batches of a step. A signal is answered here, also while they don't come. If they never do, no step is
         lost: the processes agree, save what they have, and stop.
 
@@ -122,8 +124,7 @@ class Trainer:
         found: list[Batch] = []
         problem: UserError | None = None
         try:
-            with self.stop.waiting():
-                found = [next(batches) for _ in range(self.options.accumulate)]
+            found = self.feed.take()
         except Interrupted:
             pass  # what all agree on counts
         except UserError as error:
@@ -138,39 +139,56 @@ class Trainer:
         raise problem or UserError("the data of another process gave out, and it says why; everything is saved")
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step over ``batches``; the values to record, with "skipped" where the step was left out."""
+        """One optimizer step over ``batches``; the values to record, with "skipped" where the step was left out.
+
+        Loss, gradient norm and what the stage measured come to the host together, after the backward pass. With one
+        GPU it is the only place where it is waited for. Several also agree in `read` that all go on.
+        """
         number = self.progress.step
         rate = learning_rate(self.options, number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         self.stage.before_step(number)
-        total = 0.0
-        for index, batch in enumerate(batches):
-            generator = step_generator(self.config.seed, self.stage.name, number, index)
-            video = to_float(batch["video"].to(self.accelerator.device, non_blocking=True))
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
-                    loss = self.stage.loss(self.model, video, generator, self.processes.share, batch["labels"])
-                    loss = loss / len(batches)
-                total += self.processes.mean(loss)
-                if not math.isfinite(total):
-                    return self.skip(batches, f"a loss of {total}")
-                self.accelerator.backward(loss)
-            self.stage.after_backward()
-        norm = float(whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm), True))
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            return self.skip(batches, f"a gradient norm of {norm}")
+        losses = [self.accumulate(batch, index, len(batches)) for index, batch in enumerate(batches)]
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        measured = self.stage.measured()
+        together = torch.stack([*losses, norm, *measured.values()])
+        reading = self.processes.means(together.float())
+        if number + 1 < self.options.steps:
+            self.feed.read_ahead()
+        found = reading.values()
+        total, found_norm = sum(found[: len(losses)]), found[len(losses)]
+        values = dict(zip(measured, found[len(losses) + 1 :], strict=True))
+        if not math.isfinite(total):
+            return self.skip(batches, f"a loss of {total}")
+        if not math.isfinite(found_norm) and self.accelerator.scaler is None:
+            return self.skip(batches, f"a gradient norm of {found_norm}")
         self.optimizer.step()
-        self.stage.after_step()
+        self.stage.after_step(values)
         self.progress.skipped_in_a_row = 0
         self.count(batches)
-        values = self.stage.values()
-        return {"loss": total, "learning_rate": rate, "gradient_norm": norm if math.isfinite(norm) else None, **values}
+        recorded = {"gradient_norm": found_norm, **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in recorded.items()}
+        return {"loss": total, "learning_rate": rate, **finite}
+
+    def accumulate(self, batch: Batch, index: int, count: int) -> Tensor:
+        """Add the gradients of one of ``count`` batches of a step; its share of the step's loss."""
+        generator = step_generator(self.config.seed, self.stage.name, self.progress.step, index)
+        with nullcontext() if index == count - 1 else self.accelerator.no_sync(self.model):
+            with self.accelerator.autocast():
+                loss = self.stage.loss(self.model, batch["video"], generator, self.processes.share, batch["labels"])
+                loss = loss / count
+            self.accelerator.backward(loss)
+        self.stage.after_backward()
+        return loss.detach()
 
     def skip(self, batches: list[Batch], reason: str) -> dict[str, Any]:
         """Leave a step out whose loss or gradient is not finite; after too many in a row, save aside and stop."""
+        self.stage.after_skip()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update(self.accelerator.scaler.get_scale())  # as it was, and ready to unscale again
         everyone = self.processes.gathered([name for batch in batches for name in batch["names"]])
         names = [name for position in zip(*everyone, strict=True) for name in position]
         self.progress.skipped_in_a_row += 1

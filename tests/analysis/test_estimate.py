@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import cost, floors
 from pvdm_fast.analysis.flops import FlopCount
 from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
+from pvdm_fast.backends import precision
 from pvdm_fast.errors import UserError
 from pvdm_fast.estimate import Estimate, estimate, main
 from pvdm_fast.models import Denoiser
@@ -64,6 +65,16 @@ def test_the_estimate_is_what_a_step_takes(stage: str, precision: str, checkpoin
     state = {"model": trained.model.state_dict(), "optimizer": optimizer.state_dict(), "stage": trained.state()}
     path = checkpoint.save(tmp_path, stage, 1, state)
     assert found.checkpoint == pytest.approx((path / checkpoint.STATE).stat().st_size, rel=NEAR)
+
+
+def test_auto_is_what_training_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = estimate(config(mixed_precision="auto"), "autoencoder")
+    assert torch.cuda.is_available() or found == estimate(config(mixed_precision="no"), "autoencoder")
+    on_a_gpu = precision.Precision(torch.bfloat16, "of this GPU")
+    monkeypatch.setattr(precision, "choose_precision", lambda asked, device: on_a_gpu)
+    assert estimate(config(mixed_precision="auto"), "autoencoder") == estimate(
+        config(mixed_precision="bf16"), "autoencoder"
+    )
 
 
 def test_products_are_counted_as_the_formulas_have_them() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from pvdm_fast.analysis.recorder import Recorder
-from pvdm_fast.diffusion.cuda_graph import WARM_UP_PASSES, GraphedPrediction
+from pvdm_fast.diffusion.cuda_graph import WARM_UP_PASSES, GraphedPrediction, choose_prediction, difference
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_video
 from pvdm_fast.diffusion.schedulers import make_scheduler
@@ -72,7 +74,8 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield
 
     @contextmanager
-    def capture(tape: Tape) -> Iterator[None]:
+    def capture(tape: Tape, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"  # the default ends other threads' allocations with an error
         Stream.log.append("capture")
         with tape:
             yield
@@ -131,6 +134,105 @@ def test_captured_once_a_shape_after_warming_up_aside(taped: list[str], denoiser
     predict(denoiser, latent[:1], 900)
     predict(denoiser, latent, 900)
     assert [tape.replays for tape in Tape.made] == [3, 1]
+
+
+class Broken(Tape):
+    """A graph whose replays give something else."""
+
+    def replay(self) -> None:
+        super().replay()
+        self.steps[-1][3][0].add_(1.0)
+
+
+@contextmanager
+def failing(graph: Any, **options: Any) -> Iterator[None]:
+    yield
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+
+FAULTS = {
+    "differs": ("CUDAGraph", Broken, r"its first step is \S+ off the ungraphed one, whose largest value is \S+"),
+    "fails": ("graph", failing, "CUDA error: operation not permitted when stream is capturing more"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_without_a_good_graph_sampling_goes_on(
+    fault: str,
+    taped: list[str],
+    denoiser: Denoiser,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With the ungraphed latents; the reason is said once, and capturing is not tried again."""
+    name, stand_in, reason = FAULTS[fault]
+    monkeypatch.setattr(torch.cuda, name, stand_in)
+    predict = GraphedPrediction()
+    expected = sample(denoiser, predict_noise, None, 0.0)
+    for _ in range(2):
+        assert torch.equal(sample(denoiser, predict, None, 0.0), expected)
+    (warning,) = [record.message for record in caplog.records]
+    assert re.fullmatch(f"sampling without CUDA graphs: {reason}", warning)
+    assert len(Tape.made) == 1 and predict.refused
+    with pytest.raises(UserError, match=f"no CUDA graph could be made .*{reason}.*: sample without --cuda-graph"):
+        sample(denoiser, GraphedPrediction(required=True), None, 0.0)
+
+
+def test_casts_are_not_cached_while_capturing(
+    taped: list[str], denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is emptied when autocast ends, and the graph would go on reading what was in it."""
+    taken: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def autocast(*arguments: Any, **options: Any) -> Iterator[None]:
+        taken.append((*arguments, options))
+        yield
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind=None: kind == "cuda")
+    GraphedPrediction()(denoiser, torch.randn(2, 4, denoiser.layout.num_tokens), 5)
+    assert taken == [("cuda", torch.get_autocast_dtype("cuda"), {"cache_enabled": False})]
+
+
+def test_how_far_a_replay_may_be() -> None:
+    exact = torch.tensor([1.0, -2.0, float("nan")])
+    assert difference(exact.clone(), exact) is None
+    assert difference(exact + 1e-4, exact) is None
+    assert "off the ungraphed one" in str(difference(exact + 0.01, exact))
+    assert difference((exact + 0.01).bfloat16(), exact.bfloat16()) is None
+    assert "not finite" in str(difference(torch.tensor([1.0, -2.0, 3.0]), exact))
+    assert "not finite" in str(difference(torch.tensor([1.0, float("inf"), float("nan")]), exact))
+    assert difference(torch.zeros(3), torch.zeros(3)) is None
+
+
+class DTensor(Tensor):
+    """What a sharded model's parameters are called."""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "steps", "graphed"),
+    [
+        (None, "cuda", 10, True),
+        (None, "cuda", 9, False),
+        (None, "cpu", 100, False),
+        (False, "cuda", 100, False),
+        (True, "cuda", 1, True),
+    ],
+)
+def test_graphs_are_taken_on_a_gpu(wanted: bool | None, device: str, steps: int, graphed: bool) -> None:
+    there = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device(device, 0))]))
+    predict = choose_prediction(there, wanted, steps)  # type: ignore[arg-type]
+    assert isinstance(predict, GraphedPrediction) == graphed
+    assert predict is predict_noise if not graphed else predict.required == bool(wanted)  # type: ignore[attr-defined]
+
+
+def test_a_sharded_denoiser_is_sampled_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DTensor, "device", torch.device("cuda", 0))
+    there = SimpleNamespace(parameters=lambda: iter([torch.zeros(1).as_subclass(DTensor)]))
+    assert choose_prediction(there, None, 100) is predict_noise  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="CUDA graphs need a whole denoiser, but this one is cut among processes"):
+        choose_prediction(there, True, 100)  # type: ignore[arg-type]
 
 
 def test_cpu_is_refused(denoiser: Denoiser) -> None:

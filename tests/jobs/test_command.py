@@ -35,7 +35,11 @@ def allocate() -> None:
         (raising(OSError(errno.ENAMETOOLONG, "File name too long", "a")), 2, "error: a: File name too long\n"),
         (raising(MemoryError()), 2, "error: out of memory: take smaller sizes, or a smaller batch\n"),
         (allocate, 2, "error: out of memory: take smaller sizes, or a smaller batch\n"),
-        (raising(torch.OutOfMemoryError("CUDA")), 2, "error: out of memory: take smaller sizes, or a smaller batch\n"),
+        (
+            raising(torch.OutOfMemoryError("CUDA")),
+            2,
+            "error: out of the GPU's memory: take smaller sizes, or a smaller batch\n",
+        ),
         (raising(KeyboardInterrupt()), 130, "stopped at once\n"),
         (raising(StoppedAtOnce(signal.SIGTERM)), 143, "stopped at once\n"),
         (raising(Interrupted(signal.SIGUSR1)), 138, ""),

@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_written_out_loss(adaptive: bool, lpips_file:
     expected = others + 0.7 * ratio * judged
     expected.backward()
     assert_close(loss, expected, tolerances.FLOAT32_ERROR, "loss")
-    assert stage.values()["adversarial_weight"] == pytest.approx(0.7 * ratio, rel=1e-4)
+    assert stage.measured()["adversarial_weight"].item() == pytest.approx(0.7 * ratio, rel=1e-4)
     assert len(actual) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         assert_close(actual[name], parameter.grad, tolerances.SECOND_PHASE_GRADIENT, name)
@@ -121,14 +121,14 @@ def test_discriminators_learn_from_every_batch_and_are_clipped_to_1() -> None:
     total = torch.zeros(())
     for number, video in enumerate(videos):
         generator = step_generator(number)
-        fake = stage.reconstruct(stage.model, video, generator, Share()).detach()
+        fake = stage.model(video, *stage.latent_noise(2, generator, Share())).sample.detach()
         total = total + adversary.nets(video, fake, torch.randint(4, (2,), generator=generator)).loss / 2
     total.backward()
     for gradient, parameter in zip(found, parameters, strict=True):
         assert_close(gradient, parameter.grad, tolerances.SECOND_PHASE_GRADIENT)
         parameter.grad.mul_(1e6)
     before = [parameter.detach().clone() for parameter in parameters]
-    adversary.step()
+    adversary.step(adversary.clip().item())
     for net in (adversary.nets.image, adversary.nets.clip):
         norm = torch.stack([parameter.grad.norm() for parameter in net.parameters()]).norm()
         assert norm.item() == pytest.approx(1, rel=1e-4)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from comparison import assert_close
 from training.test_adversarial import make_stage
 
+from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.share import Share
 from pvdm_fast.training.trainer import step_generator
 
@@ -33,8 +34,11 @@ def one_step(folder: Path) -> None:
     assert stage.adversary is not None
     gradients = {name: parameter.grad for name, parameter in stage.model.named_parameters()}
     judged = {f"d.{name}": parameter.grad.clone() for name, parameter in stage.adversary.nets.named_parameters()}
-    stage.after_step()
-    values = {name: torch.tensor(value) for name, value in stage.values().items()}
+    measured = stage.measured()
+    means = Processes(accelerator).means(torch.stack(list(measured.values()))).values()
+    found = dict(zip(measured, means, strict=True))
+    stage.after_step(found)
+    values = {name: torch.tensor(value) for name, value in found.items()}
     if share.rank == 0:
         torch.save({**gradients, **judged, **values}, folder / f"{share.world}.pt")
 

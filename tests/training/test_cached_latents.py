@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,22 @@ import torch
 from training.small import SMALL, losses, steps
 
 from pvdm_fast import encode
+from pvdm_fast.backends import precision
+from pvdm_fast.data.clips import ClipSpec
+from pvdm_fast.data.latents import LatentClips
 from pvdm_fast.models import Autoencoder
 from pvdm_fast.train import main
 
 STEPS = 6
 
 
-def cached(run: Path, out: Path) -> Path:
+SPEC = ClipSpec(frames=8, height=16, width=16)
+
+
+def cached(run: Path, out: Path, *more: str) -> Path:
     """The clips of all steps, at every window."""
     options = ["--clips", str(2 * STEPS), "--windows", "5", "--workers", "0", "--shard-clips", "5", "--device", "cpu"]
+    options += more
     assert encode.main(["synthetic:shapes", str(out), "--autoencoder", str(run), "--test-clips", "3", *options]) == 0
     return out
 
@@ -68,6 +77,36 @@ def test_another_autoencoder_is_refused(
     assert diffusion(tmp_path / "b", tmp_path / "other", latents) == 2
     assert "made by another autoencoder" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_latents_in_bf16_are_others(
+    trained: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Near those in float32, marked as such, and never mixed with them in a folder."""
+    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: True)
+    exact, low = LatentClips(latents, SPEC), LatentClips(cached(trained, tmp_path / "low", "--dtype", "bf16"), SPEC)
+    assert (exact.settings.dtype, low.settings.dtype) == ("float32", "bf16")
+    difference = (exact[0]["video"] - low[0]["video"]).abs().max()
+    assert 0 < difference < 0.1
+    capsys.readouterr()
+    with pytest.raises(AssertionError):
+        cached(trained, latents, "--dtype", "bf16")
+    assert "holds latents made with dtype float32, but bf16 is asked for" in capsys.readouterr().err
+
+
+def test_folders_of_before_there_was_a_dtype_are_used(latents: Path, trained: Path, tmp_path: Path) -> None:
+    """Their settings don't name one, and their shards carry the hash of the settings without it."""
+    old = tmp_path / "old"
+    shutil.copytree(latents, old)
+    for name in ("settings.json", "index.json"):
+        found = json.loads((old / name).read_text())
+        del (found["settings"] if name == "index.json" else found)["dtype"]
+        (old / name).write_text(json.dumps(found))
+    values = json.loads((old / "settings.json").read_text())
+    expected = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    assert LatentClips(old, SPEC).settings.hash() == expected
+    assert torch.equal(LatentClips(old, SPEC)[0]["video"], LatentClips(latents, SPEC)[0]["video"])
+    cached(trained, old)
 
 
 def test_the_autoencoder_cannot_be_trained_on_latents(

@@ -50,7 +50,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(tm
         (["--diffusion-conditional-probability", "1.5"], "must be at most 1, not 1.5"),
         (["--diffusion-channel-mult"], "--diffusion-channel-mult must be a list of whole numbers"),
         (["--diffusion-learning-rate", "nan"], "must be a finite number, not 'nan'"),
-        (["--mixed-precision", "fp8"], "--mixed-precision must be one of no, bf16, fp16, not 'fp8'"),
+        (["--mixed-precision", "fp8"], "--mixed-precision must be one of auto, no, bf16, fp16, not 'fp8'"),
         (["--preset", "huge"], "--preset must be one of tiny, small, base"),
         (["--data", "/no/such/folder"], "/no/such/folder"),
         (["--height", "30"], "height 30 is not divisible by the patch size 8"),
@@ -170,7 +170,7 @@ def test_samples_have_the_asked_for_size(finished: Path, tmp_path: Path, capsys:
         (["--frame", "3"], "no option --frame; did you mean '--frames'?"),
         (["--device", "tpu"], "--device must be auto or cpu"),
         (["--fps", "0"], "--fps must be at least 0.1, not 0"),
-        (["--dtype", "fp8"], "--dtype must be fp32 or bf16, not 'fp8'"),
+        (["--dtype", "fp8"], "--dtype must be auto, fp32 or bf16, not 'fp8'"),
     ],
 )
 def test_mistakes_in_sampling_are_one_sentence(

@@ -73,6 +73,38 @@ def check_resources(architectures: Sequence[str], *options: str) -> None:
     )
 
 
+# float32 under the switches as PyTorch sets them: its own convolutions then use tensor cores, its products don't.
+DEFAULT_SWITCHES = """
+import json, sys, torch
+from benchmarks.ahead_of_time import compile_calls, over_budget
+from benchmarks.kernel_resources import full_size_calls
+calls = [call.with_dtype(torch.bfloat16, torch.float32) for call in full_size_calls()]
+calls = [call for call in calls if call.op in ("plane_conv", "triplane_expand")]
+found = [made for architecture in sys.argv[1:] for made in compile_calls(architecture, calls) if made.products]
+print(json.dumps([
+    (made.kernel, made.architecture, made.products_tf32, made.tensor_core_instructions, over_budget(made))
+    for made in found
+]))
+"""
+
+
+@pytest.mark.slow
+def test_float32_takes_tensor_cores_where_eager_does() -> None:
+    architectures = ("sm80", "sm90", "sm100", "sm120", "gfx942")
+    result = run("-c", DEFAULT_SWITCHES, *architectures)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    for architecture in architectures:
+        of_convolutions = [row for row in rows if row[1] == architecture and row[0].startswith("plane_conv")]
+        assert {row[0] for row in of_convolutions} == {"plane_conv_forward", "plane_conv_backward_dweight"}
+        assert all(cores for *_, cores, _ in of_convolutions), of_convolutions  # AMD's have float32 too
+    for kernel, architecture, tf32, cores, problems in rows:
+        nvidia = architecture.startswith("sm")
+        assert tf32 == (nvidia and kernel.startswith("plane_conv")), (kernel, architecture)
+        assert bool(cores) == (tf32 or not nvidia), (kernel, architecture)
+        assert problems == []
+
+
 @pytest.mark.slow
 def test_every_kernel_on_one_target() -> None:
     """All that full-size networks launch in bfloat16, and every configuration of every table once, separately for

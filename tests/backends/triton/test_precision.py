@@ -12,7 +12,7 @@ from pvdm_fast.backends.float32 import tf32_allowed
 from pvdm_fast.kernels.configs import assume
 from pvdm_fast.kernels.math import dot_precision
 
-MATMUL = torch.backends.cuda.matmul
+MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 
 
 def old_switch() -> None:
@@ -43,7 +43,40 @@ def test_either_switch(switch: Callable[[], None]) -> None:
         assert dot_precision(x) == "ieee"
 
 
+def older_convolutions() -> None:
+    CUDNN.allow_tf32 = False
+
+
+def newer_convolutions() -> None:
+    CUDNN.conv.fp32_precision = "ieee"
+
+
+def without_cudnn() -> None:
+    CUDNN.enabled = False
+
+
+@pytest.mark.usefixtures("float32_switches")
+@pytest.mark.parametrize("switch", [older_convolutions, newer_convolutions, without_cudnn])
+def test_convolutions_follow_their_own_switch(switch: Callable[[], None]) -> None:
+    """By default they may take tf32, and products may not."""
+    x = torch.empty(1)
+    with assume("sm90"):
+        assert dot_precision(x, "convolution") == "tf32" and dot_precision(x) == "ieee"
+        assert dot_precision(x.bfloat16(), "convolution") == "ieee"
+        switch()
+        assert dot_precision(x, "convolution") == "ieee"
+    with assume("gfx942"):
+        assert dot_precision(x, "convolution") == "ieee"
+
+
+@pytest.mark.usefixtures("float32_switches")
+def test_convolutions_without_cudnn_are_products() -> None:
+    new_switch()
+    without_cudnn()
+    assert tf32_allowed("convolution")
+
+
 @pytest.mark.usefixtures("float32_switches")
 def test_16_bits_never_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pvdm_fast.kernels.math.tf32_allowed", lambda: pytest.fail("asked"))
+    monkeypatch.setattr("pvdm_fast.kernels.math.tf32_allowed", lambda kind: pytest.fail("asked"))
     assert dot_precision(torch.empty(1, dtype=torch.bfloat16)) == "ieee"
