@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs import devices, numbers
     from pvdm_fast.jobs.arguments import Parser
     from pvdm_fast.jobs.reading import READ_TIMEOUT
 
@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="X",
         help=f"seconds after which a file that cannot be read is left out {default}",
     )
-    parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
+    parser.add_argument("--device", default="auto", type=devices.DEVICE, metavar=devices.METAVAR, help=devices.HELP)
     return parser
 
 
@@ -94,11 +94,11 @@ def encode(arguments: argparse.Namespace) -> None:
     import torch
 
     from pvdm_fast.data.latents import fingerprint, shard_problem
-    from pvdm_fast.training.building import load_autoencoder
+    from pvdm_fast.jobs.devices import claim_device
+    from pvdm_fast.training.initialisation import find_autoencoder
 
     rank, world = check(arguments)
-    place: Path = arguments.autoencoder
-    autoencoder = load_autoencoder(place / "autoencoder" if (place / "autoencoder").is_dir() else place)
+    autoencoder = find_autoencoder(arguments.autoencoder, "--autoencoder")
     frames = int(autoencoder.config["frames"])
     if not 2 <= arguments.windows <= frames + 1:
         raise UserError(
@@ -112,8 +112,8 @@ def encode(arguments: argparse.Namespace) -> None:
         for number, shard in enumerate(settings.shards())
         if number % world == rank and shard_problem(arguments.out / shard.name, shard, settings)
     ]
-    device = torch.device("cpu")
-    if arguments.device == "auto" and torch.cuda.is_available():
+    device = claim_device(arguments.device)
+    if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     left_out = f"; left out: {datasets['train'].left_out}" if datasets["train"].left_out else ""
     print(
@@ -137,8 +137,6 @@ def check(arguments: argparse.Namespace) -> tuple[int, int]:
         raise UserError(f"--container must be one of {', '.join(CONTAINERS)}, not {arguments.container}")
     if arguments.container == "tar":
         library()
-    if arguments.device not in ("auto", "cpu"):
-        raise UserError(f"--device must be auto or cpu, not {arguments.device}")
     place = place_in_job(meeting=False)
     return place.rank, place.world
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs import devices, numbers
     from pvdm_fast.jobs.arguments import Parser
 
     parser = Parser(
@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--features", type=Path, metavar="FILE", help="feature network: i3d_torchscript.pt of StyleGAN-V")
     add("--features-sha256", metavar="HASH", help="the hash that this file must have")
     add("--scheduler", metavar="NAME", help="sampler, as for pvdm_fast.sample (default: ddim)")
-    add("--steps", type=numbers.SAMPLING_STEPS, metavar="N", help="denoising steps (default: 100)")
+    add("--steps", type=numbers.SAMPLING_STEPS, metavar="N", help=f"denoising steps (default: {numbers.DEFAULT_STEPS})")
     add("--eta", type=numbers.ETA, metavar="X", help="ddim: share of new noise (default: 1)")
     add(
         "--guidance",
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--batch-size", type=numbers.BATCH, metavar="N", help="clips at once; part of the protocol (default: 8)")
     add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")
-    add("--device", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
+    add("--device", type=devices.DEVICE, metavar=devices.METAVAR, help=devices.HELP)
     add("--dtype", metavar="{fp32,bf16}", help="of weights and activations (default: fp32)")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/evaluation)")
     add("--save-every", type=numbers.VIDEOS, metavar="N", help="clips of a process between saves (default: 64)")

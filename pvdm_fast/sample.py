@@ -24,7 +24,7 @@ SUFFIXES = (".mp4", ".gif", ".npy")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs import devices, numbers
     from pvdm_fast.jobs.arguments import Parser
 
     parser = Parser(
@@ -41,7 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--frames", type=numbers.FRAMES, metavar="N", help="frames of a video (default: the model's length)"
     )
     parser.add_argument(
-        "--steps", type=numbers.SAMPLING_STEPS, default=50, metavar="N", help="denoising steps (default: %(default)s)"
+        "--steps",
+        type=numbers.SAMPLING_STEPS,
+        default=numbers.DEFAULT_STEPS,
+        metavar="N",
+        help="denoising steps (default: %(default)s)",
     )
     parser.add_argument(
         "--scheduler", default="ddim", metavar="{ddim,ddpm,dpm++,unipc}", help="sampler (default: %(default)s)"
@@ -77,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fps", type=numbers.FPS, default=8.0, metavar="X", help="frames a second (default: %(default)s)"
     )
-    parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
+    parser.add_argument("--device", default="auto", type=devices.DEVICE, metavar=devices.METAVAR, help=devices.HELP)
     parser.add_argument(
         "--dtype",
         default="fp32",
@@ -97,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="mp4 or gif: the videos side by side; npy: uint8 (clips, frames, height, width, 3); written as it is "
         "sampled (default: %(default)s)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="write over --out where it exists")
     return parser
 
 
@@ -106,8 +111,9 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
 
     from pvdm_fast.backends.precision import bfloat16_serves
     from pvdm_fast.diffusion.pipeline import MODELS, load_part
+    from pvdm_fast.jobs.devices import claim_device
 
-    place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
+    place = claim_device(device)
     low = dtype == "bf16" and bfloat16_serves(place, "--dtype bf16")
     compute = torch.bfloat16 if low else torch.float32
     autoencoder, denoiser = (load_part(run, name, compute).to(place).eval() for name in MODELS)
@@ -217,8 +223,10 @@ def _check(options: argparse.Namespace) -> None:
     from pvdm_fast.diffusion.schedulers import make_scheduler
 
     make_scheduler(options.scheduler)
-    if options.device not in ("auto", "cpu"):
-        raise UserError(f"--device must be auto or cpu, not {options.device!r}")
+    if options.out.exists() and not options.overwrite:
+        raise UserError(
+            f"{options.out} already exists: name another file with --out, or write over it with --overwrite"
+        )
     if options.dtype not in ("fp32", "bf16"):
         raise UserError(f"--dtype must be fp32 or bf16, not {options.dtype!r}")
 

@@ -20,6 +20,7 @@ from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_model
+from pvdm_fast.models.saving import check_folder
 
 MODELS = ("autoencoder", "denoiser")
 # Options of diffusers' loading that change nothing where the files are at hand, as safetensors.
@@ -57,14 +58,15 @@ class PVDMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
-        """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``.
+        """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``. No hub is asked.
 
         ``options`` are diffusers'; of a run's folder ``torch_dtype`` (or ``dtype``) and the parts, for example
-        ``scheduler=``, while those about downloading change nothing. Raises UserError where a run lacks a model, or for
-        an option that a run's folder doesn't take.
+        ``scheduler=``, while those about downloading change nothing. Raises UserError where there is no such folder,
+        a run lacks a model, or for an option that a run's folder doesn't take.
         """
         folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir() or (folder / "model_index.json").is_file():
+        check_folder(pretrained_model_name_or_path)
+        if (folder / "model_index.json").is_file():
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         parts = {name: options.pop(name, None) for name in (*MODELS, "scheduler")}
         dtypes = _dtypes(options)

@@ -13,8 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs import numbers
+from pvdm_fast.jobs import devices, numbers
 from pvdm_fast.jobs.arguments import did_you_mean
+from pvdm_fast.jobs.devices import DEVICE, DeviceName
 from pvdm_fast.jobs.numbers import Number, real, whole
 from pvdm_fast.jobs.reading import UnreadableFile, read_yaml
 from pvdm_fast.training.presets import PRESETS, SIZES, preset_sizes
@@ -30,7 +31,7 @@ def option(
     default: Any,
     help: str,
     *,
-    number: Number | None = None,
+    number: Number | DeviceName | None = None,
     resumable: bool = False,
     may_be_empty: bool = False,
     metavar: str | None = None,
@@ -173,7 +174,9 @@ class DiffusionOptions(StageOptions):
     ema_decay: float = option(
         0.9999, "decay of the averaged weights that are saved for sampling", number=SHARE, resumable=True
     )
-    sampling_steps: int = option(50, "DDIM steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True)
+    sampling_steps: int = option(
+        numbers.DEFAULT_STEPS, "DDIM steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True
+    )
 
 
 @dataclass
@@ -202,7 +205,13 @@ class TrainConfig:
         metavar="FILE",
     )
     seed: int = option(0, "seed of weights, clips and noise", number=numbers.SEED)
-    device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
+    device: str = option(
+        "auto",
+        "where to compute; auto takes the GPU where there is one, cuda:1 the second one",
+        number=DEVICE,
+        resumable=True,
+        metavar=devices.METAVAR,
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no",
         "compute in 16 bits where that is safe; bf16 falls back to float32 on a CPU without bf16 units",
@@ -279,7 +288,7 @@ class Option:
         return self._scalar(value)
 
     def _scalar(self, value: Any) -> Any:
-        number: Number | None = self.metadata["number"]
+        number: Number | DeviceName | None = self.metadata["number"]
         if number is not None:
             return number.checked(self.key, value)
         if not isinstance(value, self.kind) or value == "" or (self.kind is str and "\0" in value):

@@ -16,6 +16,7 @@ from pvdm_fast.errors import UserError, printable
 from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import check_latents, empty_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
+from pvdm_fast.training.initialisation import Source, differences
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import video_size
 
@@ -38,16 +39,23 @@ class Plan:
         return "\n".join(printable(f"{label:<10} {text}") for label, text in [*self.lines, ("run folder", str(run))])
 
 
-def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accelerator) -> Plan:
-    """Describe a run before anything is written; finds out what doesn't fit (UserError, DataError)."""
+def make_plan(
+    config: TrainConfig, autoencoder: Autoencoder, accelerator: Accelerator, source: Source | None = None
+) -> Plan:
+    """Describe a run before anything is written; finds out what doesn't fit (UserError, DataError).
+
+    ``source``: the trained models that a new run starts from.
+    """
     stages = STAGES if config.stage == "all" else (config.stage,)
     frames, height, width = video_size(autoencoder)
     layout, channels = autoencoder.layout, autoencoder.config["latent_channels"]
     models = f"autoencoder {_count(autoencoder)} parameters"
     clip_frames = frames
+    trained: dict[str, Any] = {"autoencoder": autoencoder}
     if "diffusion" in stages:
         clip_frames = 2 * frames
-        models += f", denoiser {_count(empty_denoiser(config, autoencoder))}"
+        trained["diffusion"] = denoiser = empty_denoiser(config, autoencoder)
+        models += f", denoiser {_count(denoiser)}"
     data = open_dataset(
         config.data,
         frames=clip_frames,
@@ -68,11 +76,26 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
         ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
         ("data", data.description),
     ]
+    if source is not None:
+        lines.insert(1, ("start", _start(source, {stage: trained[stage] for stage in stages})))
     if data.left_out:
         lines.append(("left out", data.left_out))
     if "autoencoder" in stages:
         lines += check_second_phase(config, height, width)
     return Plan(stages, lines)
+
+
+def _start(source: Source, models: dict[str, Any]) -> str:
+    """Which models start from trained weights, and what is not just copied."""
+    parts = []
+    for stage, model in models.items():
+        name, start = "autoencoder" if stage == "autoencoder" else "denoiser", source.of_stage(stage)
+        if start is None:
+            parts.append(f"{name} from scratch")
+        else:
+            notes = differences(model, start)
+            parts.append(f"{name} from {source.place}{source.assumed}{f' ({notes})' if notes else ''}")
+    return "; ".join(parts)
 
 
 def _count(model: torch.nn.Module) -> str:

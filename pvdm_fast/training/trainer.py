@@ -22,8 +22,8 @@ from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import StepBar
 from pvdm_fast.training import checkpoint
-from pvdm_fast.training.config import StageOptions, TrainConfig
-from pvdm_fast.training.optimizer import make_optimizer
+from pvdm_fast.training.config import StageOptions, TrainConfig, to_yaml
+from pvdm_fast.training.optimizer import make_optimizer, optimizer_settings
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import load_model, load_optimizer, whole
 from pvdm_fast.training.stages import Stage
@@ -252,13 +252,16 @@ class Trainer:
     def save(self, folder: Path | None = None, keep: int = checkpoint.KEPT) -> Path:
         """Write a checkpoint, among the run's where no other folder is given."""
         state, place = self.state(), (folder or self.run.checkpoints, self.stage.name, self.progress.step)
-        return self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep))
+        config = to_yaml(self.config)
+        return self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep, config=config))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state` returned."""
+        """Continue from what :meth:`state` returned, with the options as they now are."""
         self.progress = Progress(**state["progress"])
         load_model(self.accelerator.unwrap_model(self.model), state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
+        for group in self.optimizer.param_groups:  # the state holds those that it was saved with
+            group.update(optimizer_settings(self.options))
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.stage.restore(state["stage"])
