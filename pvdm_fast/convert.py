@@ -39,7 +39,6 @@ def make_parser() -> Parser:
         "exists is never written over.",
         epilog="The tensors' shapes tell all sizes but those below. Each default is the release's, is said, and is "
         f"noted in {FORM} of the model's folder.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="the files to read, then what to write")

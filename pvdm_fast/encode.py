@@ -35,7 +35,6 @@ def make_parser() -> argparse.ArgumentParser:
         "that training with the same seed, stride and flip would take from DATA. Stopped or killed, the same command "
         "goes on. Started by torchrun or accelerate launch (or with RANK and WORLD_SIZE set), each process writes its "
         "share of the shards.",
-        allow_abbrev=False,
     )
 
     def number(kind: numbers.Number) -> dict[str, Any]:

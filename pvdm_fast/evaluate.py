@@ -25,7 +25,6 @@ def make_parser() -> argparse.ArgumentParser:
         "of reconstructions and samples. Writes evaluation.json and report.html. The same command continues an "
         "evaluation that was interrupted. Several processes share the work: torchrun --nproc-per-node 8 -m "
         "pvdm_fast.evaluate ...",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument

@@ -31,7 +31,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m pvdm_fast.sample",
         description="Samples videos from a trained run. Frames beyond the model's length are generated clip after "
         "clip, each conditioned on the one before. The same seed gives the same file.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="the folder that training left, with autoencoder/ and denoiser/")
     parser.add_argument(

@@ -167,7 +167,6 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m pvdm_fast.tune",
         description="Times every Triton kernel's configurations on this GPU, with the shapes of a network size. What "
         f"beats the package's own by {GAIN:.0%} is kept in {configs.user_table()}, which every later process reads.",
-        allow_abbrev=False,
     )
     parser.add_argument("--size", choices=DENOISER, default="base", help="of the networks (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")

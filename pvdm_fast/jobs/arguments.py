@@ -72,7 +72,11 @@ SYNONYMS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse, with errors as one UserError sentence and a suggestion for a misspelt option."""
+    """Argparse, with errors as one UserError sentence, a suggestion for a misspelt option, and no abbreviations: they
+    would be other options once there are more."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
 
     def error(self, message: str) -> NoReturn:
         unknown = re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL)
@@ -108,7 +112,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         known: the options that there are, written in the same way.
     """
     names = list(known)
-    group, plain = re.fullmatch(r"(-*|.*\.)(.*)", word.lower().replace("_", "-"), re.DOTALL).groups()  # type: ignore[union-attr]
+    group, plain = re.fullmatch(r"(.*\.|-*)(.*)", word.lower().replace("_", "-"), re.DOTALL).groups()  # type: ignore[union-attr]
     meant = [
         name
         for end in SYNONYMS.get(plain, ())

@@ -68,7 +68,6 @@ def make_parser() -> Parser:
         description="Trains PVDM: a video autoencoder, then a diffusion model of its latents. Without arguments it "
         "trains tiny models on made-up clips, in some minutes on two CPU cores.",
         epilog="Options on the command line go before those of the config file, and these before the preset's.",
-        allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=help_width()),
     )
     presets = {name: make_config({"preset": name}) for name in PRESETS}

@@ -31,6 +31,7 @@ from pvdm_fast.training.run_folder import RunFolder
 
 # Options that say where things are: new ones are kept for later commands even where nothing is left to train.
 PLACES = ("data", "stage", "device")
+DISCRIMINATORS = ("adversarial.norm", "adversarial.channels")  # free until there are any
 UNRECORDED = ("stage", "device")
 GROUP_STAGE = {"autoencoder": "autoencoder", "adversarial": "autoencoder", "diffusion": "diffusion"}
 
@@ -81,8 +82,9 @@ def resumption(resume: Path, request: Request) -> Resumption:
     config = make_config({**values, **changes})
     used, now = {**values, **_values_at_checkpoint(run)}, values_of(config)
     changed = {key: (used[key], value) for key, value in now.items() if used[key] != value and key not in UNRECORDED}
+    open_yet = DISCRIMINATORS if used["adversarial.start"] is None else ()
     for key in changed:
-        if not OPTIONS[key].metadata["resumable"]:
+        if not OPTIONS[key].metadata["resumable"] and key not in open_yet:
             what = flag(OPTIONS[key]) if key in asked else f"{key} in {run.config}, which was {used[key]},"
             raise UserError(
                 f"{what} cannot change when a run is resumed; start a new run for that, with --init-from {resume} if "

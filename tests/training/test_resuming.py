@@ -117,6 +117,17 @@ def test_an_edited_config_is_obeyed_or_refused(run: Path, capsys: pytest.Capture
     assert len(losses(run, "diffusion")) == 9
 
 
+def test_discriminators_are_free_until_there_are_any(
+    first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copytree(first_stage, tmp_path / "run")
+    options = ["--adversarial-start", "4", "--adversarial-norm", "spectral", "--adversarial-channels", "8"]
+    assert main(["--resume", str(run), "--autoencoder-steps", "5", *options]) == 0
+    assert {item["option"] for item in changes(run)} >= {"adversarial.norm", "adversarial.channels"}
+    assert main(["--resume", str(run), "--autoencoder-steps", "6", "--adversarial-channels", "4"]) == 2
+    assert "--adversarial-channels cannot change when a run is resumed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
