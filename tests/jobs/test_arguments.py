@@ -89,7 +89,7 @@ def test_steps_have_one_default() -> None:
     from pvdm_fast.training.config import make_config
 
     asked = sample.make_parser().parse_args(["run"]).steps
-    assert asked == Request.__dataclass_fields__["steps"].default == SamplingOptions().steps
+    assert asked == Request.__dataclass_fields__["steps"].default == SamplingOptions(clips=1, frames=1).steps
     assert asked == make_config({}).diffusion.sampling_steps
 
 
