@@ -43,7 +43,7 @@ def _default_text(option: Option, presets: dict[str, TrainConfig]) -> str:
     if option.key == "preset":
         return "default: tiny"
     if all(value is None for value in values.values()):
-        return "default: none" if not option.group else "default: the preset's"
+        return "default: none"
     if len(set(map(str, values.values()))) == 1:
         return f"default: {_word(next(iter(values.values())))}"
     return ", ".join(f"{name}: {_word(value)}" for name, value in values.items())

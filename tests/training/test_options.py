@@ -29,7 +29,7 @@ def test_every_hyper_parameter_has_an_option_with_help(monkeypatch: pytest.Monke
 def test_help_shows_the_value_of_every_preset() -> None:
     text = " ".join(make_parser().format_help().split())
     assert "(tiny: 1, small: 1 2 3, base: 1 2 4 4)" in text and "(tiny: none, small: 4 2, base: 4 2 1)" in text
-    assert "(tiny: 64, small: 192, base: 384)" in text and "the preset's" not in text
+    assert "(tiny: 64, small: 192, base: 384)" in text and "default: the preset's" not in text
     assert "(tiny: v, small: noise, base: noise)" in text and "(tiny: on, small: off, base: off)" in text
 
 
