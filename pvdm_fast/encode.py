@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs import devices, numbers
     from pvdm_fast.jobs.arguments import THREADS_HELP, Parser
     from pvdm_fast.jobs.reading import READ_TIMEOUT
 
@@ -35,7 +35,6 @@ def make_parser() -> argparse.ArgumentParser:
         "that training with the same seed, stride and flip would take from DATA. Stopped or killed, the same command "
         "goes on. Started by torchrun or accelerate launch (or with RANK and WORLD_SIZE set), each process writes its "
         "share of the shards.",
-        allow_abbrev=False,
     )
 
     def number(kind: numbers.Number) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"seconds that reading a file may take; slower ones are skipped {default}",
     )
     parser.add_argument("--threads", **number(numbers.THREADS), help=THREADS_HELP)
-    parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
+    parser.add_argument("--device", default="auto", type=devices.DEVICE, metavar=devices.METAVAR, help=devices.HELP)
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -103,11 +102,11 @@ def encode(arguments: argparse.Namespace) -> None:
 
     from pvdm_fast.backends.precision import announce, choose_precision
     from pvdm_fast.data.latents import fingerprint, shard_problem
-    from pvdm_fast.training.building import load_autoencoder
+    from pvdm_fast.jobs.devices import claim_device
+    from pvdm_fast.training.initialisation import find_autoencoder
 
     rank, world = check(arguments)
-    place: Path = arguments.autoencoder
-    autoencoder = load_autoencoder(place / "autoencoder" if (place / "autoencoder").is_dir() else place)
+    autoencoder = find_autoencoder(arguments.autoencoder, "--autoencoder")
     frames = int(autoencoder.config["frames"])
     if not 2 <= arguments.windows <= frames + 1:
         raise UserError(
@@ -127,6 +126,9 @@ def encode(arguments: argparse.Namespace) -> None:
         for number, shard in enumerate(settings.shards())
         if number % world == rank and shard_problem(arguments.out / shard.name, shard, settings)
     ]
+    device = claim_device(arguments.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     left_out = f"; left out: {datasets['train'].left_out}" if datasets["train"].left_out else ""
     print(
         printable(f"{datasets['train'].description}{left_out}; {len(shards)} shards to encode on {device}"), flush=True
@@ -149,8 +151,6 @@ def check(arguments: argparse.Namespace) -> tuple[int, int]:
         raise UserError(f"--container must be one of {', '.join(CONTAINERS)}, not {arguments.container}")
     if arguments.container == "tar":
         library()
-    if arguments.device not in ("auto", "cpu"):
-        raise UserError(f"--device must be auto or cpu, not {arguments.device}")
     if arguments.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype must be auto, fp32 or bf16, not {arguments.dtype}")
     place = place_in_job(meeting=False)

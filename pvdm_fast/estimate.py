@@ -204,7 +204,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preset", default="tiny", metavar="{" + ",".join(PRESETS) + "}", help="sizes (default: tiny)")
     parser.add_argument("--stage", default="all", metavar="{autoencoder,diffusion,all}", help="(default: all)")
-    parser.add_argument("--batch", type=numbers.BATCH, metavar="N", help="clips a forward pass (default: the preset's)")
+    parser.add_argument(
+        "--batch-size", type=numbers.BATCH, metavar="N", help="clips a forward pass (default: the preset's)"
+    )
     for name in ("frames", "height", "width"):
         metadata = OPTIONS[f"video.{name}"].metadata
         parser.add_argument(f"--{name}", type=metadata["number"], metavar="N", help=metadata["help"])
@@ -233,8 +235,8 @@ def configure(options: argparse.Namespace) -> TrainConfig:
     changes |= {f"video.{name}": getattr(options, name) for name in ("frames", "height", "width")}
     for stage in STAGES:
         changes[f"{stage}.checkpointing"] = options.checkpointing
-        if options.batch is not None:
-            changes[f"{stage}.batch_size"] = options.batch
+        if options.batch_size is not None:
+            changes[f"{stage}.batch_size"] = options.batch_size
     return make_config(changes)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs import devices, numbers
     from pvdm_fast.jobs.arguments import THREADS_HELP, Parser
 
     parser = Parser(
@@ -25,7 +25,6 @@ def make_parser() -> argparse.ArgumentParser:
         "of reconstructions and samples. Writes evaluation.json and report.html. The same command continues an "
         "evaluation that was interrupted. Several processes share the work: torchrun --nproc-per-node 8 -m "
         "pvdm_fast.evaluate ...",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -51,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--features", type=Path, metavar="FILE", help="feature network: i3d_torchscript.pt of StyleGAN-V")
     add("--features-sha256", metavar="HASH", help="the hash that this file must have")
     add("--scheduler", metavar="NAME", help="sampler, as for pvdm_fast.sample (default: ddim)")
-    add("--steps", type=numbers.SAMPLING_STEPS, metavar="N", help="denoising steps (default: 100)")
+    add("--steps", type=numbers.SAMPLING_STEPS, metavar="N", help=f"denoising steps (default: {numbers.DEFAULT_STEPS})")
     add("--eta", type=numbers.ETA, metavar="X", help="ddim: share of new noise (default: 1)")
     add(
         "--guidance",
@@ -62,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=numbers.BATCH, metavar="N", help="clips per batch, part of the protocol (default: 8)")
     add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")
     add("--threads", type=numbers.THREADS, metavar="N", help=THREADS_HELP)
-    add("--device", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
+    add("--device", type=devices.DEVICE, metavar=devices.METAVAR, help=devices.HELP)
     add(
         "--dtype",
         metavar="{auto,fp32,bf16}",

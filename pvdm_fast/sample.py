@@ -24,14 +24,13 @@ SUFFIXES = (".mp4", ".gif", ".npy")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.jobs import numbers
+    from pvdm_fast.jobs import devices, numbers
     from pvdm_fast.jobs.arguments import THREADS_HELP, Parser
 
     parser = Parser(
         prog="python -m pvdm_fast.sample",
         description="Samples videos from a trained run. Frames beyond the model's length are generated clip after "
         "clip, each conditioned on the one before. The same seed gives the same file.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="the folder that training left, with autoencoder/ and denoiser/")
     parser.add_argument(
@@ -41,7 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--frames", type=numbers.FRAMES, metavar="N", help="frames of a video (default: the model's length)"
     )
     parser.add_argument(
-        "--steps", type=numbers.SAMPLING_STEPS, default=50, metavar="N", help="denoising steps (default: %(default)s)"
+        "--steps",
+        type=numbers.SAMPLING_STEPS,
+        default=numbers.DEFAULT_STEPS,
+        metavar="N",
+        help="denoising steps (default: %(default)s)",
     )
     parser.add_argument(
         "--scheduler", default="ddim", metavar="{ddim,ddpm,dpm++,unipc}", help="sampler (default: %(default)s)"
@@ -77,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--fps", type=numbers.FPS, default=8.0, metavar="X", help="frames a second (default: %(default)s)"
     )
-    parser.add_argument("--device", default="auto", metavar="{auto,cpu}", help="auto takes the GPU if there is one")
+    parser.add_argument("--device", default="auto", type=devices.DEVICE, metavar=devices.METAVAR, help=devices.HELP)
     parser.add_argument("--threads", type=numbers.THREADS, metavar="N", help=THREADS_HELP)
     parser.add_argument(
         "--dtype",
@@ -100,17 +103,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="mp4 or gif: the videos side by side; npy: uint8 (clips, frames, height, width, 3); written as it is "
         "sampled (default: %(default)s)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="write over --out where it exists")
     return parser
 
 
 def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denoiser]:
     """The models of a run in eval mode; ``dtype`` "auto", "fp32" or "bf16"; raises UserError where one is missing."""
-    import torch
 
     from pvdm_fast.backends.precision import announce, choose_precision
     from pvdm_fast.diffusion.pipeline import MODELS, load_part
+    from pvdm_fast.jobs.devices import claim_device
 
-    place = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu"
+    place = claim_device(device)
     precision = choose_precision(dtype, place)
     announce(dtype, precision, "--dtype")
     autoencoder, denoiser = (load_part(run, name, precision.dtype).to(place).eval() for name in MODELS)
@@ -221,8 +225,10 @@ def _check(options: argparse.Namespace) -> None:
     from pvdm_fast.diffusion.schedulers import make_scheduler
 
     make_scheduler(options.scheduler)
-    if options.device not in ("auto", "cpu"):
-        raise UserError(f"--device must be auto or cpu, not {options.device!r}")
+    if options.out.exists() and not options.overwrite:
+        raise UserError(
+            f"{options.out} already exists: name another file with --out, or write over it with --overwrite"
+        )
     if options.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype must be auto, fp32 or bf16, not {options.dtype!r}")
 

@@ -18,7 +18,6 @@ def make_parser() -> Parser:
         description="Times every Triton kernel's configurations on this GPU, with the shapes of a network size. What "
         "is quicker than the package's own is kept in pvdm_fast/triton.json in your folder of settings (~/.config, or "
         "$XDG_CONFIG_HOME), which every later process reads.",
-        allow_abbrev=False,
     )
     parser.add_argument("--size", choices=tuple(PRESETS), default="base", help="of the networks (default: %(default)s)")
     parser.add_argument(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pvdm_fast.data.shards import Sample, library, read_sample, scan
+from pvdm_fast.jobs.files import share_as_usual
 from pvdm_fast.jobs.reading import open_regular, parse_json
 
 CONTAINERS = ("safetensors", "tar")
@@ -98,6 +99,7 @@ def save_shard(path: Path, container: str, first: int, latents: torch.Tensor, ab
         try:
             # a single entry of metadata, because safetensors writes several in any order
             save_file({"latents": latents.contiguous()}, path, {"about": json.dumps(about)})
+            share_as_usual(path)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         return

@@ -21,6 +21,7 @@ from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_model
+from pvdm_fast.models.saving import check_folder
 
 MODELS = ("autoencoder", "denoiser")
 # diffusers' loading options that change nothing if the files are on this machine, as safetensors.
@@ -58,14 +59,15 @@ class PVDMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
-        """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``.
+        """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``. No hub is asked.
 
         ``options`` are diffusers'. For a run's folder they are ``torch_dtype`` (or ``dtype``) and the parts, for
-        example ``scheduler=``. Options about downloading change nothing there. Raises UserError if a run lacks a model,
-        or for an option that a run's folder doesn't take.
+        example ``scheduler=``. Options about downloading change nothing there. Raises UserError if there is no such
+        folder, if a run lacks a model, or for an option that a run's folder doesn't take.
         """
         folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir() or (folder / "model_index.json").is_file():
+        check_folder(pretrained_model_name_or_path)
+        if (folder / "model_index.json").is_file():
             if "dtype" in options and _diffusers_version() < (0, 41):  # which passes over this name of it
                 options["torch_dtype"] = options.pop("dtype")
             return super().from_pretrained(pretrained_model_name_or_path, **options)

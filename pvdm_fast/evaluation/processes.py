@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch
-
+from pvdm_fast.jobs.devices import claim_device
 from pvdm_fast.jobs.processes import Processes
 
 PATIENCE = timedelta(hours=6)  # how long a process that has finished waits for the others
 
 
 def these_processes(device: str) -> Processes:
-    """The processes that the launcher started. ``device`` is "auto" (a GPU if there is one) or "cpu"."""
+    """What the launcher started; ``device`` is "auto", "cpu", "cuda" or "cuda:N"."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    on_cpu = claim_device(device).type == "cpu"
     return Processes(Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]))
 
 

@@ -22,6 +22,7 @@ from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.jobs import numbers
+from pvdm_fast.jobs.devices import DEVICE
 from pvdm_fast.jobs.processes import Processes
 
 METRICS = {
@@ -64,7 +65,7 @@ class Request:
     features: Path | None = None
     features_sha256: str | None = None
     scheduler: str = "ddim"
-    steps: int = 100
+    steps: int = numbers.DEFAULT_STEPS
     eta: float = 1.0
     guidance: float = 0.0
     batch_size: int = 8
@@ -80,9 +81,10 @@ class Request:
             value = getattr(self, name)
             for item in value if name == "frames" else [] if value is None else [value]:
                 number.checked(f"--{name.replace('_', '-')}", item)
-        for name, known in (("split", SPLITS), ("device", ("auto", "cpu")), ("dtype", ("auto", "fp32", "bf16"))):
+        for name, known in (("split", SPLITS), ("dtype", ("auto", "fp32", "bf16"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        DEVICE.checked("--device", self.device)
         if not self.frames or len(set(self.frames)) < len(self.frames):
             raise UserError(f"--frames must be different numbers, not {list(self.frames)}")
         if (self.features is None) != (self.features_sha256 is None):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation.moments import moments
-from pvdm_fast.jobs.files import whole_file
+from pvdm_fast.jobs.files import share_as_usual, whole_file
 from pvdm_fast.jobs.reading import file_clock, parse_json
 
 
@@ -77,6 +77,7 @@ class Tally:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.path) as temporary:
                 save_file(tensors, temporary, {"unreadable": json.dumps(self.unreadable)})
+                share_as_usual(temporary)
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the statistics {self.path}: {error}") from error
 

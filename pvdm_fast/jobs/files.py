@@ -24,6 +24,13 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def share_as_usual(path: Path) -> None:
+    """Give a file the rights that the umask allows new files: safetensors gives its own to nobody but their owner."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder, which becomes ``path`` when the block ends; an older ``path`` stays until then.

@@ -88,6 +88,7 @@ STRIDE = whole(1, 10_000)
 BATCH = whole(1, 100_000)
 STEPS = whole(1, 1_000_000_000)  # of training
 SAMPLING_STEPS = whole(1, 1000)
+DEFAULT_STEPS = 50  # of sampling, in every command
 WORKERS = whole(0, 256)
 THREADS = whole(1, 1024)
 HEADS = whole(1, 1024)

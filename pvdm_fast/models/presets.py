@@ -7,10 +7,16 @@ from typing import Any
 AUTOENCODER: dict[str, dict[str, Any]] = {
     "tiny": dict(
         frames=8, height=32, width=32, patch_size=4, channels=64, depth=1, num_heads=4, head_dim=16,
-        projection_depth=1, projection_hidden=128,
+        latent_channels=4, projection_depth=1, projection_hidden=128,
     ),
-    "small": dict(frames=16, height=64, width=64, patch_size=4, channels=192, depth=4, num_heads=6, head_dim=32),
-    "base": dict(frames=16, height=256, width=256, patch_size=8, channels=384, depth=8, num_heads=8, head_dim=64),
+    "small": dict(
+        frames=16, height=64, width=64, patch_size=4, channels=192, depth=4, num_heads=6, head_dim=32,
+        latent_channels=4, projection_depth=4, projection_hidden=512,
+    ),
+    "base": dict(
+        frames=16, height=256, width=256, patch_size=8, channels=384, depth=8, num_heads=8, head_dim=64,
+        latent_channels=4, projection_depth=4, projection_hidden=512,
+    ),
 }  # fmt: skip
 
 DENOISER: dict[str, dict[str, Any]] = {
@@ -20,11 +26,11 @@ DENOISER: dict[str, dict[str, Any]] = {
     ),
     "small": dict(
         time=16, height=16, width=16, model_channels=128, channel_mult=[1, 2, 3], num_res_blocks=2,
-        attention_resolutions=[4, 2], num_heads=8,
+        attention_resolutions=[4, 2], num_heads=8, positions=False, prediction="noise",
     ),
     "base": dict(
         time=16, height=32, width=32, model_channels=256, channel_mult=[1, 2, 4, 4], num_res_blocks=2,
-        attention_resolutions=[4, 2, 1], num_heads=8,
+        attention_resolutions=[4, 2, 1], num_heads=8, positions=False, prediction="noise",
     ),
 }  # fmt: skip
 

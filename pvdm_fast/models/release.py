@@ -18,7 +18,8 @@ from pvdm_fast.models import Autoencoder, Denoiser
 
 StateDict = Mapping[str, Tensor]
 Model = TypeVar("Model", Autoencoder, Denoiser)
-_PREFIXES = ("module.", "diffusion_model.")
+_PREFIXES = ("module.", "model.", "diffusion_model.")
+_WRAPPERS = ("ema", "state_dict", "model")  # entries that hold a state dict; the averaged weights first
 _SHOWN = 5
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CONFIG_BYTES = 16 << 20  # the names of a denoiser's classes are in it
@@ -33,22 +34,46 @@ class CheckpointError(UserError, ValueError):
 def read_state_dict(source: str | Path | StateDict) -> dict[str, Tensor]:
     """The tensors of a `.pth` (or `.safetensors`) file, or of a mapping, by their names as they stand there.
 
-    Only tensors are read: a pickle that would run code is refused, as are tensors that are larger than their file.
+    A state dict inside one of the entries `ema`, `state_dict` or `model` is found, in this order. Only tensors are
+    read: a pickle that would run code is refused, as are tensors that are larger than their file.
 
     Raises:
         CheckpointError: the file is missing, unreadable, would run code, or holds something else than tensors.
     """
+    return _read(source)[0]
+
+
+def _read(source: str | Path | StateDict) -> tuple[dict[str, Tensor], str]:
+    """:func:`read_state_dict`, and the entry of the file that it was found in ("" where it is the whole)."""
     if isinstance(source, Mapping):
         values: Any = source
         name = "the state dict"
     else:
         name = str(source)
         values = _read_file(Path(source))
-    if not isinstance(values, Mapping) or not values or not all(_is_plain(k, v) for k, v in values.items()):
-        raise CheckpointError(f"{name} doesn't hold a state dict: expected a mapping of names to floating tensors.")
+    found = _find_state(values)
+    if found is None:
+        keys = ", ".join(str(key) for key in [*values][:_SHOWN]) if isinstance(values, Mapping) else ""
+        raise CheckpointError(
+            f"{name} doesn't hold a state dict: expected a mapping of names to floating tensors, itself or in one of "
+            f"{', '.join(_WRAPPERS)}; found {keys or f'a {type(values).__name__}'}."
+        )
+    values, entry = found
     if len(values) > MAX_TENSORS:
         raise CheckpointError(f"{name} holds {len(values)} tensors, but no model here has more than {MAX_TENSORS}.")
-    return dict(values)
+    return dict(values), entry
+
+
+def _find_state(values: Any, depth: int = 2) -> tuple[StateDict, str] | None:
+    if not isinstance(values, Mapping) or not values:
+        return None
+    if all(_is_plain(name, value) for name, value in values.items()):
+        return values, ""
+    for entry in _WRAPPERS if depth else ():
+        inner = _find_state(values.get(entry), depth - 1)
+        if inner is not None:
+            return inner[0], ".".join(filter(None, (entry, inner[1])))
+    return None
 
 
 def _is_plain(name: Any, value: Any) -> bool:
@@ -162,13 +187,36 @@ def _strip(name: str) -> str:
     return name
 
 
-class _ReleaseState:
-    """A release state dict with the prefixes of its names taken off; remembers the names as they stood."""
+class ReleaseState:
+    """A release state dict with the prefixes of its names taken off; remembers the names as they stood.
+
+    Args:
+        source: the path of a checkpoint, or its state dict.
+
+    Raises:
+        CheckpointError: as :func:`read_state_dict`; or two names are the same without their prefixes.
+    """
 
     def __init__(self, source: str | Path | StateDict) -> None:
-        found = read_state_dict(source)
+        found, self.entry = _read(source)
         self.original_names = {_strip(name): name for name in found}
         self.tensors = {_strip(name): tensor for name, tensor in found.items()}
+        if len(self.tensors) < len(found):
+            raise CheckpointError(
+                "The state dict holds several models: some names differ in their prefixes only. Save one of them as a "
+                f"state dict of its own. {self._first_keys()}"
+            )
+
+    @property
+    def kind(self) -> type[Autoencoder] | type[Denoiser]:
+        """Which of the two networks it is of; raises CheckpointError where it is of neither."""
+        for kind, name in ((Autoencoder, "encoder.to_patch_embedding.weight"), (Denoiser, "input_blocks.0.0.weight")):
+            if name in self.tensors:
+                return kind
+        raise CheckpointError(
+            "The state dict is of neither network: it holds neither encoder.to_patch_embedding.weight nor "
+            f"input_blocks.0.0.weight. {self._first_keys()}"
+        )
 
     def shape(self, name: str) -> torch.Size:
         if name not in self.tensors:
@@ -203,7 +251,10 @@ class _ReleaseState:
         _check_shapes(empty.state_dict(), shapes, optional, otherwise)
         model = _build(kind, **config)
         model.load_state_dict(self.tensors, strict=False, assign=False)
-        model.release_names = self.original_names
+        model.release_form = {
+            name: (original, str(self.tensors[name].dtype).removeprefix("torch."))
+            for name, original in self.original_names.items()
+        }
         return model
 
 
@@ -216,29 +267,40 @@ def _differences(what: str, names: Iterable[str]) -> str:
 
 
 def load_release_autoencoder(
-    source: str | Path | StateDict, *, frames: int = 16, resolution: int = 256, num_heads: int = 8
+    source: str | Path | StateDict | ReleaseState,
+    *,
+    frames: int | None = None,
+    resolution: int | None = None,
+    num_heads: int = 8,
 ) -> Autoencoder:
     """The release's `ViTAutoencoder` from its state dict, in float32.
 
-    Channels, depths, patch size and latent channels follow from the shapes of its tensors.
+    All sizes but one follow from the shapes of its tensors.
 
     Args:
-        source: the path of a checkpoint, or its state dict; a prefix `module.` is taken off.
-        frames: T. resolution: height and width in pixels. Both must be what the tensors were made for.
+        source: the path of a checkpoint, or its state dict; prefixes `module.` and `model.` are taken off.
+        frames: T. resolution: height and width in pixels. By default what the tensors were made for; others raise.
         num_heads: of the TimeSformer layers (the shapes don't tell).
 
     Raises:
         CheckpointError: the file can't be read, or doesn't fit; the first differing keys are named.
     """
-    state = _ReleaseState(source)
+    state = source if isinstance(source, ReleaseState) else ReleaseState(source)
     channels = state.shape("encoder.to_patch_embedding.weight")[0]
     inner = state.shape("encoder.layers.0.0.fn.to_qkv.weight")[0] // 3
+    patch_size = state.shape("to_pixel.1.weight")[-1]
+    if inner % num_heads:
+        raise CheckpointError(f"The attention is {inner} channels wide, which {num_heads} heads don't divide.")
+
+    def length(plane: str) -> int:
+        return int(state.shape(f"{plane}_pos_embedding")[1]) - 1  # the last position is the appended token's
+
     model: Autoencoder = state.build(
         Autoencoder,
-        frames=frames,
-        height=resolution,
-        width=resolution,
-        patch_size=state.shape("to_pixel.1.weight")[-1],
+        frames=frames or length("xy"),
+        height=resolution or length("yt") * patch_size,
+        width=resolution or length("xt") * patch_size,
+        patch_size=patch_size,
         channels=channels,
         depth=state.count("encoder.layers.{}."),
         num_heads=num_heads,
@@ -251,25 +313,34 @@ def load_release_autoencoder(
 
 
 def load_release_denoiser(
-    source: str | Path | StateDict,
+    source: str | Path | StateDict | ReleaseState,
     *,
     layout: TriplaneLayout = TriplaneLayout(16, 32, 32),  # noqa: B008 (frozen)
     num_heads: int = 8,
+    num_head_channels: int | None = None,
 ) -> Denoiser:
     """The release's `UNetModel` (with cond_model) from its state dict, in float32.
 
     Widths, levels, blocks and attention resolutions follow from the names and shapes of its tensors.
 
     Args:
-        source: the path of a checkpoint, or its state dict; prefixes `module.` and `diffusion_model.` are taken off.
+        source: the path of a checkpoint, or its state dict; prefixes `module.`, `model.` and `diffusion_model.` are
+            taken off.
         layout: of the latent (the weights don't tell; the release always has 16 x 32 x 32).
         num_heads: of every attention (the shapes don't tell).
+        num_head_channels: channels of a head, in place of the number of heads, as some configurations have it.
 
     Raises:
         CheckpointError: the file can't be read, or doesn't fit; the first differing keys are named.
     """
-    state = _ReleaseState(source)
-    model_channels = state.shape("input_blocks.0.0.weight")[0]
+    state = source if isinstance(source, ReleaseState) else ReleaseState(source)
+    model_channels, inputs = state.shape("input_blocks.0.0.weight")[:2]
+    latent_channels = state.shape("out.2.weight")[0]
+    if inputs == latent_channels:
+        raise CheckpointError(
+            f"This denoiser was trained with cond_model: False (its first convolution takes {inputs} channels, not "
+            f"{2 * inputs}), and Denoiser always takes a condition: convert one that was trained with cond_model: True."
+        )
     outputs = state.count("output_blocks.{}.")
     # The first output block that ends in a second residual block is the last of its level: its index is the number
     # of residual blocks a level. Without one there is a single level.
@@ -279,21 +350,33 @@ def load_release_denoiser(
     blocks = ups[0] if ups else max(outputs - 1, 1)
     levels = max(outputs // (blocks + 1), 1)
     firsts = [1 + level * (blocks + 1) for level in range(levels)]
+    widths = [state.shape(f"input_blocks.{i}.0.in_layers.2.weight")[0] for i in firsts]
     model: Denoiser = state.build(
         Denoiser,
         time=layout.time,
         height=layout.height,
         width=layout.width,
-        latent_channels=state.shape("out.2.weight")[0],
+        latent_channels=latent_channels,
         model_channels=model_channels,
-        channel_mult=[state.shape(f"input_blocks.{i}.0.in_layers.2.weight")[0] // model_channels for i in firsts],
+        channel_mult=[width // model_channels for width in widths],
         num_res_blocks=blocks,
         attention_resolutions=[
             2**level for level, i in enumerate(firsts) if f"input_blocks.{i}.1.qkv.weight" in state.tensors
         ],
-        num_heads=num_heads,
+        num_heads=num_heads if num_head_channels is None else _heads(widths, num_head_channels),
     )
     return model
+
+
+def _heads(widths: list[int], channels: int) -> int:
+    """The number of heads of ``channels`` each; raises CheckpointError where that isn't one number for all levels."""
+    found = {width // channels for width in widths}
+    if len(found) > 1 or any(width % channels for width in widths):
+        raise CheckpointError(
+            f"Heads of {channels} channels give the levels, {widths} channels wide, unequal numbers of heads, and "
+            "Denoiser has one number for all: such a checkpoint can't be converted."
+        )
+    return found.pop()
 
 
 def _build(kind: type[Any], **config: Any) -> Any:
@@ -306,7 +389,7 @@ def _build(kind: type[Any], **config: Any) -> Any:
 def to_release(model: Autoencoder | Denoiser) -> dict[str, Tensor]:
     """The release's state dict of a model, its buffers included; loadable by the release's own code.
 
-    A model that came from `load_release_*` gives back the names it was loaded with, bit for bit.
+    A model that came from `load_release_*` gives back the names and dtypes it was loaded with, bit for bit.
 
     Raises:
         CheckpointError: a denoiser with learned positions, the prediction v or classes: the release has none of them.
@@ -318,7 +401,7 @@ def to_release(model: Autoencoder | Denoiser) -> dict[str, Tensor]:
             'positions=False, prediction="noise" and num_classes=None.'
         )
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    names: dict[str, str] | None = getattr(model, "release_names", None)
-    if names is None:
+    form: dict[str, tuple[str, str]] | None = getattr(model, "release_form", None)
+    if form is None:
         return state
-    return {original: state[name] for name, original in names.items()}
+    return {original: state[name].to(getattr(torch, dtype)) for name, (original, dtype) in form.items()}

@@ -1,20 +1,44 @@
-"""Saving a model over one that has checksums: they are written anew, else the folder would count as damaged."""
+"""Models in folders: saved with the rights and the checksums of their neighbours, loaded from folders alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.arguments import did_you_mean
 from pvdm_fast.jobs.checksums import NAME, write_checksums
+from pvdm_fast.jobs.files import share_as_usual
 
 
 class ChecksumsKept:
-    """Put before diffusers' ``ModelMixin``: ``save_pretrained`` leaves the right checksums where there were some."""
+    """Put before diffusers' ``ModelMixin``: what is saved can be read by whom the umask allows, with the right
+    checksums where there were some."""
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> Any:
         """As diffusers' own."""
         result = super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
         folder = Path(save_directory)
+        for weights in folder.glob("*.safetensors"):
+            share_as_usual(weights)
         if (folder / NAME).is_file():
             write_checksums(folder)
         return result
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+        """As diffusers' own, of a folder; raises UserError where there is none."""
+        check_folder(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)  # type: ignore[misc]
+
+
+def check_folder(path: str | Path) -> None:
+    """Raises UserError for what is no folder here. Diffusers would look for a repository of that name on a hub."""
+    if Path(path).is_dir():
+        return
+    parent = Path(path).parent
+    there = sorted(item.name for item in parent.iterdir() if item.is_dir()) if parent.is_dir() else []
+    raise UserError(
+        f"there is no folder {path}{did_you_mean(Path(path).name, there)}; a repository of a hub is fetched first, by "
+        f"huggingface_hub.snapshot_download({str(path)!r})"
+    )

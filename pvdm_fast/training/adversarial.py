@@ -146,6 +146,8 @@ class Adversary:
     def restore(self, state: dict[str, Any]) -> None:
         self.nets.load_state_dict(state["nets"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

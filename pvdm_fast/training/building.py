@@ -6,39 +6,30 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pvdm_fast.backends.precision import announce, choose_precision
 from pvdm_fast.data import find_classes
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.devices import claim_device
 from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.jobs.reading import read_json
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
-from pvdm_fast.training.config import STAGES, TrainConfig
+from pvdm_fast.training.config import STAGES, TrainConfig, get
+from pvdm_fast.training.initialisation import HEADS, find_autoencoder, initialise, read_source
+from pvdm_fast.training.presets import AUTOENCODER_SIZES, DENOISER_SIZES, VIDEO_SIZES, autoencoder_sizes, preset_sizes
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
-from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage, video_size
+from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from pvdm_fast.data import ClipDataset
     from pvdm_fast.models import Autoencoder, Denoiser
-
-AUTOENCODER_SIZES = (
-    "patch_size",
-    "channels",
-    "depth",
-    "num_heads",
-    "head_dim",
-    "latent_channels",
-    "projection_depth",
-    "projection_hidden",
-)
-DENOISER_SIZES = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -49,7 +40,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = claim_device(config.device).type
     chosen = choose_precision(config.mixed_precision, device)
     if chosen.refused:  # else the plan says it
         announce(config.mixed_precision, chosen, "--mixed-precision")
@@ -88,16 +79,26 @@ def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
         Processes(accelerator).fail(UserError(problem))
 
 
-def make_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Stage:
-    """The stage with freshly initialised weights, sharded with --fsdp; diffusion takes the run's autoencoder."""
+def make_stage(
+    name: str, config: TrainConfig, run: RunFolder, accelerator: Accelerator, *, begins: bool = True
+) -> Stage:
+    """The stage with freshly initialised weights, sharded with --fsdp; diffusion takes the run's autoencoder.
+
+    Where it ``begins`` and is not about to be restored, its weights are those of --init-from.
+    """
     torch.manual_seed(config.seed)
     if name == "autoencoder":
         autoencoder = make_autoencoder(config)
         model: Autoencoder | Denoiser = autoencoder
     else:
-        autoencoder = load_autoencoder(run.autoencoder)
+        autoencoder = find_autoencoder(run.autoencoder)
         names = class_names(config, run, accelerator.is_main_process) if config.diffusion.class_conditional else None
         model = denoiser = make_denoiser(config, autoencoder, names)
+    if begins and config.init_from is not None:
+        heads = {key: get(config, key) for key in HEADS.values()}
+        trained = read_source(Path(config.init_from), heads).of_stage(name)
+        if trained is not None:
+            initialise(model, trained)
     if getattr(config, name).checkpointing:
         model.enable_gradient_checkpointing()
     if config.fsdp and accelerator.num_processes > 1:
@@ -116,45 +117,55 @@ def _as_user_error() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def _arguments(config: TrainConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """A network's arguments from the options that name its sizes; lists are what JSON makes of them."""
+    values = {key.partition(".")[2]: get(config, key) for key in keys}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def asks_for_other_sizes(config: TrainConfig, keys: Sequence[str]) -> bool:
+    """Whether one of these options isn't as the preset has it."""
+    preset = preset_sizes(config.preset)
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return any(plain(get(config, key)) != plain(preset[key]) for key in keys)
+
+
 def make_autoencoder(config: TrainConfig) -> Autoencoder:
-    """The preset's autoencoder with the configuration's changes; raises UserError where sizes don't fit."""
+    """The configuration's autoencoder; raises UserError where sizes don't fit."""
     from pvdm_fast.models import Autoencoder
 
-    sizes = {name: getattr(config.video, name) for name in ("frames", "height", "width")}
-    sizes |= {name: getattr(config.autoencoder, name) for name in AUTOENCODER_SIZES}
     with _as_user_error():
-        return Autoencoder.from_preset(config.preset, **{key: size for key, size in sizes.items() if size is not None})
+        return Autoencoder(**_arguments(config, (*VIDEO_SIZES, *AUTOENCODER_SIZES)))
 
 
 def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence[str] | None = None) -> Denoiser:
-    """The preset's denoiser for the autoencoder's latents, with classes where their names are given; raises UserError
-    where sizes don't fit."""
+    """The configuration's denoiser for the autoencoder's latents, with classes where their names are given; raises
+    UserError where sizes don't fit."""
     from pvdm_fast.models import Denoiser
 
-    sizes = {name: getattr(config.diffusion, name) for name in DENOISER_SIZES}
     _check_attention(config)
     layout = autoencoder.layout
     with _as_user_error():
-        return Denoiser.from_preset(
-            config.preset,
+        return Denoiser(
             time=layout.time,
             height=layout.height,
             width=layout.width,
             latent_channels=autoencoder.config["latent_channels"],
             num_classes=None if names is None else len(names),
             class_names=names,
-            **{key: size for key, size in sizes.items() if size is not None},
+            **_arguments(config, DENOISER_SIZES),
         )
 
 
 def _check_attention(config: TrainConfig) -> None:
     """Raises UserError where --diffusion-attention-resolutions names a downsampling factor that no level has."""
-    from pvdm_fast.models.presets import DENOISER
-
     asked = config.diffusion.attention_resolutions
-    levels = config.diffusion.channel_mult or DENOISER[config.preset]["channel_mult"]
-    factors = [2**level for level in range(len(levels))]
-    if asked is not None and not set(asked) <= set(factors):
+    factors = [2**level for level in range(len(config.diffusion.channel_mult or ()))]
+    own = asks_for_other_sizes(config, ["diffusion.attention_resolutions"])
+    if asked is not None and own and not set(asked) <= set(factors):
         raise UserError(
             f"--diffusion-attention-resolutions {' '.join(map(str, asked))} must be among the levels' downsampling "
             f"factors, which are {' '.join(map(str, factors))}: one for each number of --diffusion-channel-mult"
@@ -179,36 +190,22 @@ def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:
     return names
 
 
-def load_autoencoder(path: Path) -> Autoencoder:
-    """A saved autoencoder; raises UserError where there is none, or it is damaged."""
-    from pvdm_fast.models import Autoencoder
-    from pvdm_fast.models.release import load_model
-
-    if not (path / "config.json").is_file():
-        raise UserError(f"there is no autoencoder in {path}: train one first, or name one with --autoencoder-from")
-    return load_model(Autoencoder, path)
-
-
 def existing_autoencoder(config: TrainConfig, resume: Path | None) -> Autoencoder | None:
     """The autoencoder that --stage diffusion builds on; None where the run trains its own.
 
     Raises:
-        UserError: there is none, or it takes clips of another size than the options say.
+        UserError: there is none, or it has other sizes than the options say.
     """
     if config.stage != "diffusion":
         if config.autoencoder_from is not None:
             raise UserError("--autoencoder-from goes with --stage diffusion only")
         return None
-    if resume is not None:
-        return load_autoencoder(resume / "autoencoder")
-    if config.autoencoder_from is None:
+    if resume is None and config.autoencoder_from is None:
         raise UserError("--stage diffusion needs a trained autoencoder: name its run with --autoencoder-from")
-    place = Path(config.autoencoder_from)
-    autoencoder = load_autoencoder(place / "autoencoder" if (place / "autoencoder").is_dir() else place)
-    for name, have in zip(("frames", "height", "width"), video_size(autoencoder), strict=True):
-        want = getattr(config.video, name)
-        if want is not None and want != have:
-            raise UserError(f"--{name} is {want}, but the autoencoder in {place} was made for {have}")
+    autoencoder = find_autoencoder(Path(resume or str(config.autoencoder_from)))
+    for key, have in autoencoder_sizes(autoencoder.config).items():
+        if get(config, key) != have:
+            raise UserError(f"{key} is {get(config, key)} in config.yaml, but the run's autoencoder has {have}")
     return autoencoder
 
 

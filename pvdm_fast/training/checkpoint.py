@@ -18,7 +18,7 @@ from pvdm_fast.jobs.reading import UnreadableFile, read_json_object
 from pvdm_fast.training.config import STAGES
 
 KEPT = 2
-STATE, NOTE = "state.pt", "checkpoint.json"
+STATE, NOTE, CONFIG = "state.pt", "checkpoint.json", "config.yaml"
 NOTE_BYTES = 4096
 
 
@@ -35,8 +35,12 @@ class Checkpoint:
         return STAGES[self.stage]
 
 
-def save(folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: int = KEPT) -> Path:
+def save(
+    folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: int = KEPT, config: str | None = None
+) -> Path:
     """Write ``state`` as ``folder/STAGE-step-NNNNNNN`` and remove all before it but the newest ``keep - 1``.
+
+    ``config``: the options in use, as YAML, for whoever goes on from there.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; what was there before is still there.
@@ -52,6 +56,8 @@ def save(folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: in
                 "crc32": checksum(temporary / STATE),
             }
             (temporary / NOTE).write_text(json.dumps(note), encoding="utf-8")
+            if config is not None:
+                (temporary / CONFIG).write_text(config, encoding="utf-8")
         place = Checkpoint(STAGES.index(stage), step, path)  # later ones are damaged and were passed over
         for old in [item for item in found(folder) if item <= place][:-keep]:
             remove_folder(old.path)

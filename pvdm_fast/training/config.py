@@ -13,10 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs import numbers
+from pvdm_fast.jobs import devices, numbers
 from pvdm_fast.jobs.arguments import did_you_mean
+from pvdm_fast.jobs.devices import DEVICE, DeviceName
 from pvdm_fast.jobs.numbers import Number, real, whole
 from pvdm_fast.jobs.reading import UnreadableFile, read_yaml
+from pvdm_fast.training.presets import PRESETS, SIZES, preset_sizes
 
 STAGES = ("autoencoder", "diffusion")
 
@@ -29,7 +31,7 @@ def option(
     default: Any,
     help: str,
     *,
-    number: Number | None = None,
+    number: Number | DeviceName | None = None,
     resumable: bool = False,
     may_be_empty: bool = False,
     metavar: str | None = None,
@@ -48,8 +50,8 @@ class VideoOptions:
     )
     height: int | None = option(None, "height of a clip in pixels", number=numbers.SIDE)
     width: int | None = option(None, "width of a clip in pixels", number=numbers.SIDE)
-    stride: int = option(1, "take every n-th frame of a video", number=numbers.STRIDE)
-    flip: bool = option(False, "mirror half of the training clips left to right")
+    stride: int = option(1, "take every n-th frame of a video", number=numbers.STRIDE, resumable=True)
+    flip: bool = option(False, "mirror half of the training clips left to right", resumable=True)
     fps: float = option(8.0, "frames a second of the videos written", number=numbers.FPS, resumable=True)
     workers: int = option(
         2, "processes that read clips ahead; 0 reads in the main process", number=numbers.WORKERS, resumable=True
@@ -67,18 +69,23 @@ class StageOptions:
     """What both stages share."""
 
     steps: int = option(10_000, "optimizer steps", number=numbers.STEPS, resumable=True)
-    batch_size: int = option(8, "clips a forward pass, of all processes together", number=numbers.BATCH)
+    batch_size: int = option(8, "clips a forward pass, of all processes together", number=numbers.BATCH, resumable=True)
     accumulate: int = option(
-        1, "forward passes whose gradients are averaged for one optimizer step", number=whole(1, 10_000)
+        1,
+        "forward passes whose gradients are averaged for one optimizer step",
+        number=whole(1, 10_000),
+        resumable=True,
     )
-    learning_rate: float = option(1e-4, "highest learning rate", number=real(0, 100))
-    schedule: Literal["constant", "cosine"] = option("constant", "learning rate after the warm-up; cosine ends near 0")
-    warmup: int = option(100, "steps of linear warm-up", number=whole(0, 1_000_000_000))
-    beta1: float = option(0.9, "AdamW: decay of the gradients' mean", number=BETA)
-    beta2: float = option(0.999, "AdamW: decay of the squared gradients' mean", number=BETA)
-    weight_decay: float = option(0.01, "AdamW: weight decay", number=real(0, 100))
+    learning_rate: float = option(1e-4, "highest learning rate", number=real(0, 100), resumable=True)
+    schedule: Literal["constant", "cosine"] = option(
+        "constant", "learning rate after the warm-up; cosine ends near 0", resumable=True
+    )
+    warmup: int = option(100, "steps of linear warm-up", number=whole(0, 1_000_000_000), resumable=True)
+    beta1: float = option(0.9, "AdamW: decay of the gradients' mean", number=BETA, resumable=True)
+    beta2: float = option(0.999, "AdamW: decay of the squared gradients' mean", number=BETA, resumable=True)
+    weight_decay: float = option(0.01, "AdamW: weight decay", number=real(0, 100), resumable=True)
     clip_norm: float = option(
-        1.0, "largest norm of the gradients; larger ones are scaled down", number=real(1e-8, 1e30)
+        1.0, "largest norm of the gradients; larger ones are scaled down", number=real(1e-8, 1e30), resumable=True
     )
     checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time", resumable=True
@@ -96,12 +103,13 @@ class AutoencoderOptions(StageOptions):
     head_dim: int | None = option(None, "channels of an attention head", number=WIDTH)
     latent_channels: int | None = option(None, "channels of the latent planes", number=WIDTH)
     loss: Literal["l1", "l2"] = option(
-        "l1", "l1: 4 times the mean absolute error, the release's; l2: 16 times the mean squared error"
+        "l1", "l1: 4 times the mean absolute error, the release's; l2: 16 times the mean squared error", resumable=True
     )
     latent_noise: float = option(
         0.0,
         "standard deviation of noise on the latent in training: what is sampled later is never exact",
         number=real(0, 1000),
+        resumable=True,
     )
     projection_depth: int | None = option(None, "layers of the projection to planes", number=whole(1, 1000))
     projection_hidden: int | None = option(None, "feed-forward width of the projection to planes", number=WIDTH)
@@ -117,9 +125,11 @@ class AdversarialOptions:
         number=whole(0, 1_000_000_000),
         resumable=True,
     )
-    weight: float = option(1.0, "weight of what the discriminators say", number=real(0, 1e6))
+    weight: float = option(1.0, "weight of what the discriminators say", number=real(0, 1e6), resumable=True)
     adaptive: bool = option(
-        True, "scale that weight so that its gradient at the last decoder layer is as large as the other losses'"
+        True,
+        "scale that weight so that its gradient at the last decoder layer is as large as the other losses'",
+        resumable=True,
     )
     norm: Literal["batch", "spectral", "none"] = option(
         "batch", "of the discriminators: batch statistics, the release's; or each convolution's singular value"
@@ -128,9 +138,12 @@ class AdversarialOptions:
         0.0,
         "weight of the penalty on the discriminators' gradient; not with --adversarial-norm batch",
         number=real(0, 1e6),
+        resumable=True,
     )
     channels: int = option(64, "width of the discriminators", number=WIDTH)
-    learning_rate: float = option(1e-4, "learning rate of the discriminators, constant", number=real(0, 100))
+    learning_rate: float = option(
+        1e-4, "learning rate of the discriminators, constant", number=real(0, 100), resumable=True
+    )
 
 
 @dataclass
@@ -149,13 +162,21 @@ class DiffusionOptions(StageOptions):
         may_be_empty=True,
     )
     num_heads: int | None = option(None, "attention heads", number=numbers.HEADS)
+    positions: bool | None = option(None, "learned positions of the latent's tokens, which the release doesn't have")
+    prediction: Literal["noise", "v"] | None = option(
+        None, "what the network puts out: the noise, as the release's; or v (Salimans and Ho 2022)"
+    )
     conditional_probability: float = option(
-        0.2, "share of the clips trained with the clip before as condition", number=SHARE
+        0.2, "share of the clips trained with the clip before as condition", number=SHARE, resumable=True
     )
     class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")
-    class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE)
-    ema_decay: float = option(0.9999, "decay of the averaged weights that are saved for sampling", number=SHARE)
-    sampling_steps: int = option(50, "DDIM steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True)
+    class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE, resumable=True)
+    ema_decay: float = option(
+        0.9999, "decay of the averaged weights that are saved for sampling", number=SHARE, resumable=True
+    )
+    sampling_steps: int = option(
+        numbers.DEFAULT_STEPS, "DDIM steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True
+    )
 
 
 @dataclass
@@ -172,6 +193,11 @@ class TrainConfig:
     autoencoder_from: str | None = option(
         None, "with --stage diffusion: the run, or the model folder, whose autoencoder to use"
     )
+    init_from: str | None = option(
+        None,
+        "start from trained weights: a run, a model folder, or a checkpoint of the authors' release",
+        metavar="PLACE",
+    )
     lpips_weights: str | None = option(
         None,
         "add the perceptual loss to the autoencoder's: a file with VGG16's weights, or the word torchvision",
@@ -179,7 +205,13 @@ class TrainConfig:
         metavar="FILE",
     )
     seed: int = option(0, "seed of weights, clips and noise", number=numbers.SEED)
-    device: Literal["auto", "cpu"] = option("auto", "auto takes the GPU where there is one", resumable=True)
+    device: str = option(
+        "auto",
+        "where to compute; auto takes the GPU where there is one, cuda:1 the second one",
+        number=DEVICE,
+        resumable=True,
+        metavar=devices.METAVAR,
+    )
     threads: int | None = option(
         None,
         "CPU threads; none: as many as are quickest, found by the job's pace, unless OMP_NUM_THREADS is set",
@@ -190,6 +222,7 @@ class TrainConfig:
         "auto",
         "compute in 16 bits where that is safe; auto: bf16 on a GPU that multiplies it (NVIDIA's from sm_80 on), else "
         "no; bf16 falls back to float32 where the units for it are missing",
+        resumable=True,
     )
     optimizer: Literal["adamw", "adamw8bit"] = option(
         "adamw", "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]')"
@@ -216,43 +249,6 @@ class TrainConfig:
     adversarial: AdversarialOptions = field(default_factory=AdversarialOptions)
     diffusion: DiffusionOptions = field(default_factory=DiffusionOptions)
 
-
-# What differs from the defaults above. The models' own sizes are in pvdm_fast.models.presets.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "save_every": 500,
-        "preview_every": 1000,
-        "video": {"workers": 0},
-        "autoencoder": {
-            "steps": 4000,
-            "batch_size": 4,
-            "loss": "l2",
-            "latent_noise": 0.2,
-            "learning_rate": 5e-3,
-            "beta2": 0.98,
-            "schedule": "cosine",
-            "warmup": 50,
-        },
-        "diffusion": {
-            "steps": 4400,
-            "batch_size": 8,
-            "learning_rate": 3e-3,
-            "beta2": 0.98,
-            "schedule": "cosine",
-            "warmup": 50,
-            "conditional_probability": 0.3,
-        },
-    },
-    "small": {
-        "autoencoder": {"steps": 40_000, "learning_rate": 3e-4, "schedule": "cosine", "warmup": 500},
-        "diffusion": {"steps": 60_000, "batch_size": 16, "learning_rate": 3e-4, "schedule": "cosine", "warmup": 500},
-    },
-    "base": {
-        "video": {"workers": 8},
-        "autoencoder": {"steps": 200_000, "beta1": 0.5, "beta2": 0.9, "warmup": 1000},
-        "diffusion": {"steps": 850_000, "batch_size": 64, "warmup": 1000},
-    },
-}
 
 GROUPS: dict[str, type[Any]] = {
     "video": VideoOptions,
@@ -299,7 +295,7 @@ class Option:
         return self._scalar(value)
 
     def _scalar(self, value: Any) -> Any:
-        number: Number | None = self.metadata["number"]
+        number: Number | DeviceName | None = self.metadata["number"]
         if number is not None:
             return number.checked(self.key, value)
         if not isinstance(value, self.kind) or value == "" or (self.kind is str and "\0" in value):
@@ -347,7 +343,7 @@ def flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 # Options that name files, and the values of them that don't.
-_PLACES = {"data": "synthetic:", "autoencoder_from": None, "lpips_weights": "torchvision"}
+_PLACES = {"data": "synthetic:", "autoencoder_from": None, "init_from": None, "lpips_weights": "torchvision"}
 
 
 def with_absolute_places(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,6 +356,11 @@ def with_absolute_places(changes: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
+def given(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` without sizes that are None: the preset's, or those of the models that training starts from."""
+    return {key: value for key, value in changes.items() if not (value is None and key in SIZES)}
+
+
 def make_config(changes: Mapping[str, Any]) -> TrainConfig:
     """The preset's configuration with ``changes`` (option key to value) made to it.
 
@@ -368,7 +369,7 @@ def make_config(changes: Mapping[str, Any]) -> TrainConfig:
     """
     config = TrainConfig()
     preset = OPTIONS["preset"].convert(changes.get("preset", config.preset))
-    for key, value in {**flatten(PRESETS[preset], "preset"), **changes}.items():
+    for key, value in {**preset_sizes(preset), **flatten(PRESETS[preset], "preset"), **given(changes)}.items():
         group, _, name = key.rpartition(".")
         setattr(getattr(config, group) if group else config, name, OPTIONS[key].convert(value))
     return config
@@ -387,6 +388,17 @@ def read_changes(path: Path) -> dict[str, Any]:
     return flatten(nested, str(path))
 
 
+def values_of(config: TrainConfig) -> dict[str, Any]:
+    """Every option with its value, as :func:`make_config` takes them."""
+    return {key: get(config, key) for key in OPTIONS}
+
+
 def to_yaml(config: TrainConfig) -> str:
-    """The whole configuration as YAML that `read_changes` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    """The whole configuration as YAML that :func:`read_changes` reads back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)

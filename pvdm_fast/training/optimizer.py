@@ -17,6 +17,11 @@ LEAST_8BIT = 4096  # elements: bitsandbytes keeps the moments of smaller paramet
 BLOCK = 256  # elements that share a scale in float32
 
 
+def optimizer_settings(options: StageOptions) -> dict[str, Any]:
+    """AdamW's arguments of a stage's options."""
+    return dict(lr=options.learning_rate, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
+
+
 def make_optimizer(name: str, parameters: Iterable[nn.Parameter], options: StageOptions) -> torch.optim.Optimizer:
     """AdamW with a stage's learning rate, betas and weight decay.
 
@@ -26,9 +31,9 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], options: Stage
     Raises:
         UserError: bitsandbytes, which "adamw8bit" is of, is not installed.
     """
-    settings = dict(lr=options.learning_rate, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
+    settings = optimizer_settings(options)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)  # type: ignore[arg-type]
+        return torch.optim.AdamW(parameters, fused=True, **settings)
     optimizer: torch.optim.Optimizer = adamw8bit()(parameters, min_8bit_size=LEAST_8BIT, **settings)
     return optimizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +43,21 @@ def _default_text(option: Option, presets: dict[str, TrainConfig]) -> str:
     if option.key == "preset":
         return "default: tiny"
     if all(value is None for value in values.values()):
-        return "default: none" if not option.group else "default: the preset's"
+        return "default: none"
     if len(set(map(str, values.values()))) == 1:
         return f"default: {_word(next(iter(values.values())))}"
     return ", ".join(f"{name}: {_word(value)}" for name, value in values.items())
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
+
+
+def help_width() -> int:
+    """Characters of a line of help: the terminal's, at most 110."""
+    return min(110, shutil.get_terminal_size((110, 24)).columns - 2)
 
 
 def make_parser() -> Parser:
@@ -60,8 +68,7 @@ def make_parser() -> Parser:
         description="Trains PVDM: a video autoencoder, then a diffusion model of its latents. Without arguments it "
         "trains tiny models on made-up clips, in some minutes on two CPU cores.",
         epilog="Options on the command line go before those of the config file, and these before the preset's.",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=help_width()),
     )
     presets = {name: make_config({"preset": name}) for name in PRESETS}
     run = parser.add_argument_group("the run")
@@ -69,7 +76,8 @@ def make_parser() -> Parser:
     # torchrun takes --run for an abbreviation of its own --run-path, wherever it stands
     text = "folder for the results (default: runs/DATE-TIME); after torchrun write --run-dir"
     run.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=text)
-    run.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
+    text = "go on with a run that was interrupted, or whose steps you raise"
+    run.add_argument("--resume", type=Path, metavar="RUN", help=text)
     groups = {"": run} | {
         name: parser.add_argument_group(str(owner.__doc__).strip(".").lower()) for name, owner in GROUPS.items()
     }

@@ -15,9 +15,11 @@ from pvdm_fast.backends.precision import choose_precision
 from pvdm_fast.data import open_dataset
 from pvdm_fast.errors import BackendError, UserError, printable
 from pvdm_fast.training.adversarial import check_second_phase
-from pvdm_fast.training.building import DENOISER_SIZES, check_latents, empty_denoiser
+from pvdm_fast.training.building import asks_for_other_sizes, check_latents, empty_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
+from pvdm_fast.training.initialisation import Source, differences
 from pvdm_fast.training.optimizer import adamw8bit
+from pvdm_fast.training.presets import DENOISER_SIZES
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.stages import video_size
 
@@ -40,8 +42,13 @@ class Plan:
         return "\n".join(printable(f"{label:<10} {text}") for label, text in [*self.lines, ("run folder", str(run))])
 
 
-def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accelerator) -> Plan:
+def make_plan(
+    config: TrainConfig, autoencoder: Autoencoder, accelerator: Accelerator, source: Source | None = None
+) -> Plan:
     """Describe a run before anything is written.
+
+    Args:
+        source: the trained models that a new run starts from.
 
     Raises:
         UserError: what doesn't fit, or isn't installed: all of it that can be known before a step is taken.
@@ -53,9 +60,11 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
     layout, channels = autoencoder.layout, autoencoder.config["latent_channels"]
     models = f"autoencoder {_count(autoencoder)} parameters"
     clip_frames = frames
+    trained: dict[str, Any] = {"autoencoder": autoencoder}
     if "diffusion" in stages:
         clip_frames = 2 * frames
-        models += f", denoiser {_count(empty_denoiser(config, autoencoder))}"
+        trained["diffusion"] = denoiser = empty_denoiser(config, autoencoder)
+        models += f", denoiser {_count(denoiser)}"
     data, held_out = (
         open_dataset(
             config.data,
@@ -82,6 +91,8 @@ def make_plan(config: TrainConfig, autoencoder: Autoencoder, accelerator: Accele
         ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
         ("data", data.description),
     ]
+    if source is not None:
+        lines.insert(1, ("start", _start(source, {stage: trained[stage] for stage in stages})))
     if data.left_out:
         lines.append(("left out", data.left_out))
     if "autoencoder" in stages:
@@ -108,11 +119,23 @@ def check_later_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> list[
     try:
         empty_denoiser(config, autoencoder)
     except UserError as error:
-        asked = [getattr(config.diffusion, name) for name in DENOISER_SIZES]
-        if config.diffusion.class_conditional or any(size is not None for size in asked):
+        if config.diffusion.class_conditional or asks_for_other_sizes(config, DENOISER_SIZES):
             raise
         return [("denoiser", f"not trained here; for these latents it needs other sizes than the preset's: {error}")]
     return []
+
+
+def _start(source: Source, models: dict[str, Any]) -> str:
+    """Which models start from trained weights, and what is not just copied."""
+    parts = []
+    for stage, model in models.items():
+        name, start = "autoencoder" if stage == "autoencoder" else "denoiser", source.of_stage(stage)
+        if start is None:
+            parts.append(f"{name} from scratch")
+        else:
+            notes = differences(model, start)
+            parts.append(f"{name} from {source.place}{source.assumed}{f' ({notes})' if notes else ''}")
+    return "; ".join(parts)
 
 
 def _count(model: torch.nn.Module) -> str:

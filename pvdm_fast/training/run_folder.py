@@ -28,6 +28,7 @@ class RunFolder:
         self.autoencoder = path / "autoencoder"
         self.denoiser = path / "denoiser"
         self.metrics = path / "metrics.jsonl"
+        self.changes = path / "changes.jsonl"
         self.results_file = path / "results.json"
         self.lock = path / "trainer.lock"
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
@@ -138,7 +139,13 @@ class RunFolder:
 
     def record_result(self, stage: str, result: dict[str, Any]) -> None:
         """Mark a stage as finished, with its results."""
-        results = {**self.results(), stage: result}
+        self._write_results({**self.results(), stage: result})
+
+    def forget_result(self, stage: str) -> None:
+        """Mark a stage as not finished: it is to take more steps."""
+        self._write_results({name: result for name, result in self.results().items() if name != stage})
+
+    def _write_results(self, results: dict[str, Any]) -> None:
         with whole_file(self.results_file) as temporary:
             temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,14 +19,16 @@ from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
 from pvdm_fast.jobs.command import out_of_memory
-from pvdm_fast.jobs.environment import only_the_launcher, plain_torch, starts_again
+from pvdm_fast.jobs.environment import only_the_launcher, plain_torch
 from pvdm_fast.jobs.files import whole_folder
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes, lost_another
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
-from pvdm_fast.training.config import OPTIONS, StageOptions, TrainConfig, get, make_config, with_absolute_places
-from pvdm_fast.training.options import Request, flag
+from pvdm_fast.training.config import StageOptions, TrainConfig, with_absolute_places
+from pvdm_fast.training.initialisation import Source, initial_config
+from pvdm_fast.training.options import Request
+from pvdm_fast.training.resuming import Resumption, reopen, resumed_folder, resumption
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import unsharded
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, video_size
@@ -74,19 +75,23 @@ def run_training(request: Request) -> RunFolder:
 
 def _run_training(request: Request) -> RunFolder:
     resume = resumed_folder(request)
-    config = resumed_config(resume, request) if resume else make_config(request.changes)
+    resumed = resumption(resume, request) if resume else None
+    config, source = (resumed.config, None) if resumed else initial_config(request.changes)
     with threads.chosen(config.threads, config.device):
-        return _run_configured(request, resume, config)
+        return _run_configured(request, resumed, config, source)
 
 
-def _run_configured(request: Request, resume: Path | None, config: TrainConfig) -> RunFolder:
+def _run_configured(
+    request: Request, resumed: Resumption | None, config: TrainConfig, source: Source | None
+) -> RunFolder:
     accelerator = make_accelerator(config)
     accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
     processes = Processes(accelerator)
-    found = existing_autoencoder(config, resume)
-    plan = report.make_plan(config, found or empty_autoencoder(config), accelerator)
+    found = existing_autoencoder(config, resumed.path if resumed else None)
+    plan = report.make_plan(config, found or empty_autoencoder(config), accelerator, source)
+    del source  # the stages read it again, each the model that it trains
     with ExitStack() as ending:
-        run = RunFolder(processes.on_main(lambda: claim_folder(resume, request, config, found, ending)))
+        run = RunFolder(processes.on_main(lambda: claim_folder(request, resumed, config, found, ending)))
         if processes.main:
             print(plan.text(run.path), flush=True)
             if config.tensorboard:
@@ -121,54 +126,28 @@ def train_stages(
         raise
 
 
-def resumed_folder(request: Request) -> Path | None:
-    """The folder of the run to continue; None for a new run.
-
-    A job that torchrun starts again after a failure has the same command line as before: its --run is continued.
-
-    Raises:
-        UserError: such a job doesn't name its folder.
-    """
-    if request.resume is not None or not starts_again():
-        return request.resume
-    if request.run is None:
-        raise UserError("a job that is started again after a failure must know its folder: name it with --run-dir")
-    return request.run if RunFolder(request.run).config.exists() else None
-
-
 def claim_folder(
-    resume: Path | None, request: Request, config: TrainConfig, found: Autoencoder | None, ending: ExitStack
+    request: Request, resumed: Resumption | None, config: TrainConfig, found: Autoencoder | None, ending: ExitStack
 ) -> Path:
     """Make or open the run's folder, and keep other trainers out of it until ``ending``."""
-    run = RunFolder.existing(resume) if resume else RunFolder.create(request.run)
+    run = RunFolder(resumed.path) if resumed else RunFolder.create(request.run)
     ending.enter_context(run.locked())
     run.clean_up()
-    if resume is None and found is not None:
+    if resumed:
+        reopen(run, resumed)
+    elif found is not None:
         save_model(found, run.autoencoder)
     run.write_config(config)
     return run.path
 
 
-def resumed_config(resume: Path, request: Request) -> TrainConfig:
-    """The run's own configuration, with the changes that are harmless; raises UserError for others."""
-    config = RunFolder.existing(resume).read_config()
-    values = {key: get(config, key) for key in OPTIONS}
-    if "data" not in request.changes and with_absolute_places(values)["data"] != os.path.normpath(config.data):
-        raise UserError(
-            f"the run names its data from the folder that it was started in, as {config.data}: give the whole path "
-            "with --data"
-        )
-    for key, value in request.changes.items():
-        if value != values[key] and not OPTIONS[key].metadata["resumable"]:
-            raise UserError(f"{flag(OPTIONS[key])} cannot change when a run is resumed; start a new run for that")
-    return make_config({**values, **request.changes})
-
-
 def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Accelerator, stop: StopRequest) -> None:
     """Train one stage from its newest checkpoint, or from the start, and write its model and results."""
-    stage = make_stage(name, config, run, accelerator)
+    newest = stop.processes.on_main(lambda: place_to_continue(name, run))
+    stage = make_stage(name, config, run, accelerator, begins=newest is None)
     trainer = Trainer(stage, config, run, accelerator, stop)
-    restore_newest(trainer, run)
+    if newest is not None:
+        trainer.restore(checkpoint.load(newest))
     try:
         trainer.fit(lambda: show(trainer))
     except (MemoryError, RuntimeError) as error:
@@ -196,13 +175,6 @@ def write_results(trainer: Trainer, model: Any, scores: dict[str, float]) -> Non
             "unreadable_files": trainer.progress.unreadable,
         },
     )
-
-
-def restore_newest(trainer: Trainer, run: RunFolder) -> None:
-    """Continue from the newest good checkpoint of the trainer's stage; later records are dropped."""
-    newest = trainer.processes.on_main(lambda: place_to_continue(trainer.stage.name, run))
-    if newest is not None:
-        trainer.restore(checkpoint.load(newest))
 
 
 def place_to_continue(stage: str, run: RunFolder) -> checkpoint.Checkpoint | None:

@@ -20,7 +20,7 @@ from pvdm_fast.jobs.share import Share
 from pvdm_fast.jobs.transfer import to_device
 from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.models.noise_schedule import TRAIN_STEPS, NoiseSchedule
-from pvdm_fast.training.config import AutoencoderOptions, StageOptions, TrainConfig
+from pvdm_fast.training.config import AutoencoderOptions, DiffusionOptions, StageOptions, TrainConfig
 from pvdm_fast.training.sharding import cut_like, local, of_parts
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class DiffusionStage(Stage):
         check_pair(autoencoder, denoiser)
         self.model: Denoiser = denoiser
         self.autoencoder = autoencoder.eval().requires_grad_(False)
-        self.options = config.diffusion
+        self.options: DiffusionOptions = config.diffusion
         frames, self.height, self.width = video_size(autoencoder)
         self.clip_frames = 2 * frames
         self.conditional_probability = config.diffusion.conditional_probability
@@ -236,7 +236,7 @@ class DiffusionStage(Stage):
     def restore(self, state: dict[str, Any]) -> None:
         averages = zip(state["ema"]["shadow_params"], self.model.parameters(), strict=True)
         parts = local(cut_like(average, like) for average, like in averages)
-        self.ema.load_state_dict({**state["ema"], "shadow_params": parts})
+        self.ema.load_state_dict({**state["ema"], "shadow_params": parts, "decay": self.options.ema_decay})
         self.ema.to(next(self.model.parameters()).device)
 
     @contextmanager

@@ -23,9 +23,9 @@ from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import StepBar
 from pvdm_fast.training import checkpoint
-from pvdm_fast.training.config import StageOptions, TrainConfig
+from pvdm_fast.training.config import StageOptions, TrainConfig, to_yaml
 from pvdm_fast.training.feed import Feed
-from pvdm_fast.training.optimizer import make_optimizer
+from pvdm_fast.training.optimizer import make_optimizer, optimizer_settings
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import load_model, load_optimizer, whole
 from pvdm_fast.training.stages import Stage
@@ -289,17 +289,20 @@ class Trainer:
     def save(self, folder: Path | None = None, keep: int = checkpoint.KEPT) -> Path:
         """Write a checkpoint, among the run's where no other folder is given."""
         state, place = self.state(), (folder or self.run.checkpoints, self.stage.name, self.progress.step)
-        path = self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep))
+        config = to_yaml(self.config)
+        path = self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep, config=config))
         if folder is None:
             self.saved = self.progress.step
         return path
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned, with the options as they now are."""
         self.progress = Progress(**state["progress"])
         self.saved = self.progress.step
         load_model(self.accelerator.unwrap_model(self.model), state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
+        for group in self.optimizer.param_groups:  # the state holds those that it was saved with
+            group.update(optimizer_settings(self.options))
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.stage.restore(state["stage"])

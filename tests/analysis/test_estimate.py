@@ -118,14 +118,15 @@ def test_eight_bits_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--frames", "2", "--height", "8", "--width", "8", "--batch", "1"]
+    small = ["--frames", "2", "--height", "8", "--width", "8", "--batch-size", "1"]
     assert main([*small, "--stage", "diffusion", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert Estimate(**{key: value for key, value in found.items() if key != "peak"}).peak == found["peak"]
     assert main([*small, "--checkpointing"]) == 0
     table = capsys.readouterr().out
     assert "autoencoder, " in table and "diffusion, " in table and "saved for backward" in table
-    for wrong in (["--preset", "huge"], ["--batch", "0"], ["--mixed-precision", "fp16"], ["--height", "9"], ["--bach"]):
+    wrongs = (["--preset", "huge"], ["--batch-size", "0"], ["--mixed-precision", "fp16"], ["--height", "9"], ["--bach"])
+    for wrong in wrongs:
         assert main(wrong) == 2
         assert capsys.readouterr().err.startswith("error: ")
 

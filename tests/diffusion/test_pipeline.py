@@ -295,6 +295,20 @@ def test_numbers_out_of_range(pipeline: PVDMPipeline, options: dict[str, Any], m
         pipeline(**options)
 
 
+@pytest.mark.parametrize("kind", [PVDMPipeline, Autoencoder, Denoiser])
+def test_a_misspelt_folder_says_so_and_asks_no_hub(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*arguments: Any, **options: Any) -> None:
+        pytest.fail("a hub was asked")
+
+    monkeypatch.setattr("socket.socket.connect", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match="there is no folder runs/mime; did you mean 'mine'"):
+        kind.from_pretrained("runs/mime", torch_dtype=torch.bfloat16, local_files_only=True)
+    with pytest.raises(UserError, match=r"fetched first, by huggingface_hub.snapshot_download\('somebody/model'\)"):
+        kind.from_pretrained("somebody/model")
+
+
 def test_a_folder_without_models(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no trained autoencoder"):
         PVDMPipeline.from_pretrained(tmp_path)

@@ -15,9 +15,14 @@ from golden_tools import load_case
 from torch import Tensor
 
 from pvdm_fast import TriplaneLayout
-from pvdm_fast.convert import main as convert
 from pvdm_fast.models import Autoencoder, Denoiser
-from pvdm_fast.models.release import CheckpointError, load_release_autoencoder, load_release_denoiser, to_release
+from pvdm_fast.models.release import (
+    CheckpointError,
+    ReleaseState,
+    load_release_autoencoder,
+    load_release_denoiser,
+    to_release,
+)
 
 LAYOUT = TriplaneLayout(16, 32, 32)
 State = dict[str, Tensor]
@@ -154,29 +159,70 @@ def test_missing_file_and_wrong_content(tmp_path: Path) -> None:
         load_denoiser(tmp_path / "list.pth")
 
 
-def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(autoencoder_state(), tmp_path / "ae.pth")
-    torch.save({f"diffusion_model.{n}": t for n, t in denoiser_state().items()}, tmp_path / "unet.pth")
-    assert convert([str(tmp_path / "ae.pth"), str(tmp_path / "ae"), "--resolution", "48"]) == 0
-    assert convert([str(tmp_path / "unet.pth"), str(tmp_path / "unet"), "--num-heads", "4"]) == 0
-    assert "Denoiser" in capsys.readouterr().out
-    assert Denoiser.from_pretrained(tmp_path / "unet").layout == LAYOUT
-    again = Autoencoder.from_pretrained(tmp_path / "ae").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in autoencoder_state_without_draws().items())
-
-
-def autoencoder_state_without_draws() -> State:
-    return load_case("autoencoder_small").parameters()
-
-
-def test_convert_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert([str(tmp_path / "none.pth"), str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-
-
 @pytest.mark.parametrize("change", [{"positions": True}, {"prediction": "v"}, {"num_classes": 3}])
 def test_what_the_release_does_not_have_is_refused(change: dict[str, Any]) -> None:
     model = Denoiser(time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_heads=2, **change)
     with pytest.raises(CheckpointError, match="no denoiser with learned positions, the prediction v or classes"):
         to_release(model)
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "model", "ema"])
+@both
+def test_known_wrappers_are_opened(kind: str, entry: str) -> None:
+    make, load = KINDS[kind]
+    state = make()
+    model = load({entry: {f"model.{name}": tensor for name, tensor in state.items()}, "step": 7})
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_averaged_weights_come_first() -> None:
+    state = denoiser_state()
+    model = load_denoiser({"model": state, "ema": {name: tensor + 1 for name, tensor in state.items()}})
+    assert torch.equal(model.state_dict()["time_embed.0.bias"], state["time_embed.0.bias"] + 1)
+    model = load_denoiser({"model": state, "ema": {"decay": 0.9999, "shadow_params": []}})
+    assert torch.equal(model.state_dict()["time_embed.0.bias"], state["time_embed.0.bias"])
+
+
+def test_what_was_found_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"in one of ema, state_dict, model; found epoch, net\."):
+        load_denoiser({"epoch": 3, "net": denoiser_state()})
+    with pytest.raises(CheckpointError, match=r"neither network.*begins with a\.weight"):
+        _ = ReleaseState({"a.weight": torch.zeros(2)}).kind
+    with pytest.raises(CheckpointError, match=r"several models: .*begins with time_embed"):
+        load_denoiser(
+            {f"{prefix}{name}": tensor for prefix in ("", "model.") for name, tensor in denoiser_state().items()}
+        )
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes_come_back(kind: str, dtype: torch.dtype) -> None:
+    make, load = KINDS[kind]
+    state = {name: tensor.to(dtype if tensor.dim() > 1 else torch.float32) for name, tensor in make().items()}
+    back = to_release(load(state))
+    assert all(back[name].dtype == tensor.dtype and torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_sizes_follow_from_the_shapes() -> None:
+    sizes = dict(frames=3, height=16, width=40, patch_size=8, channels=16, depth=1, num_heads=2, head_dim=8)
+    model = load_release_autoencoder(to_release(Autoencoder(**sizes)), num_heads=2)
+    assert {name: model.config[name] for name in sizes} == sizes
+
+
+def test_heads() -> None:
+    state = to_release(Denoiser(time=2, height=2, width=2, model_channels=32, channel_mult=[1, 1], num_heads=4))
+    layout = TriplaneLayout(2, 2, 2)
+    assert load_release_denoiser(state, layout=layout, num_head_channels=8).config.num_heads == 4
+    with pytest.raises(CheckpointError, match="unequal numbers of heads"):
+        load_release_denoiser(state, layout=layout, num_head_channels=5)
+    with pytest.raises(CheckpointError, match="unequal numbers of heads"):
+        load_denoiser(denoiser_state(), num_head_channels=8)
+    with pytest.raises(CheckpointError, match="which 7 heads don't divide"):
+        load_autoencoder(autoencoder_state(), num_heads=7)
+
+
+def test_a_denoiser_without_a_condition_is_refused() -> None:
+    state = denoiser_state()
+    state["input_blocks.0.0.weight"] = state["input_blocks.0.0.weight"][:, :4]
+    with pytest.raises(CheckpointError, match="trained with cond_model: False"):
+        load_denoiser(state)

@@ -15,12 +15,22 @@ from pvdm_fast.training.options import flag, make_parser, parse
 from pvdm_fast.training.trainer import learning_rate
 
 
-def test_every_hyper_parameter_has_an_option_with_help() -> None:
+def test_every_hyper_parameter_has_an_option_with_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     text = make_parser().format_help()
     for option in OPTIONS.values():
         assert option.metadata["help"], option.key
         assert flag(option) in text
     assert max(map(len, text.splitlines())) <= 110
+    monkeypatch.setenv("COLUMNS", "70")
+    assert max(map(len, make_parser().format_help().splitlines())) <= 70
+
+
+def test_help_shows_the_value_of_every_preset() -> None:
+    text = " ".join(make_parser().format_help().split())
+    assert "(tiny: 1, small: 1 2 3, base: 1 2 4 4)" in text and "(tiny: none, small: 4 2, base: 4 2 1)" in text
+    assert "(tiny: 64, small: 192, base: 384)" in text and "default: the preset's" not in text
+    assert "(tiny: v, small: noise, base: noise)" in text and "(tiny: on, small: off, base: off)" in text
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -118,7 +128,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capt
 def test_what_was_learned_cannot_be_changed_on_resuming(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", str(finished), "--autoencoder-channels", "32"]) == 2
     assert "--autoencoder-channels cannot change when a run is resumed" in capsys.readouterr().err
-    assert main(["--resume", str(finished), "--save-every", "50"]) == 0, "a finished run only reports its results"
+    assert main(["--resume", str(finished)]) == 0, "a finished run only reports its results"
     assert main(["--resume", str(finished / "autoencoder")]) == 2
     assert "holds no run" in capsys.readouterr().err
 
@@ -168,7 +178,7 @@ def test_samples_have_the_asked_for_size(finished: Path, tmp_path: Path, capsys:
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--clips", "0"], "at least 1"),
         (["--frame", "3"], "no option --frame; did you mean '--frames'?"),
-        (["--device", "tpu"], "--device must be auto or cpu"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         (["--fps", "0"], "--fps must be at least 0.1, not 0"),
         (["--dtype", "fp8"], "--dtype must be auto, fp32 or bf16, not 'fp8'"),
     ],

@@ -30,8 +30,8 @@ from pvdm_fast.training import checkpoint
 from pvdm_fast.training.building import check_processes
 from pvdm_fast.training.config import make_config
 from pvdm_fast.training.options import parse
+from pvdm_fast.training.resuming import resumed_folder
 from pvdm_fast.training.run_folder import RunFolder
-from pvdm_fast.training.session import resumed_folder
 from pvdm_fast.training.stages import AutoencoderStage
 
 # one stage has two passes per step and recomputation, and there is a checkpoint in the middle

@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_sentence(
 
     monkeypatch.setattr("os.fsync", full)
     for suffix in ("npy", "mp4"):
-        assert run_sample(finished, tmp_path / f"out.{suffix}") == 2
+        assert run_sample(finished, tmp_path / f"out.{suffix}", "--overwrite") == 2
         assert "No space left on device" in capsys.readouterr().err
         assert (tmp_path / f"out.{suffix}").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 2
@@ -116,6 +116,20 @@ def test_a_given_video_is_continued(finished: Path, tmp_path: Path, capsys: pyte
     assert run_sample(finished, tmp_path / "d.npy", *films[0], "--stride", "4") == 2
     assert "it has 12 frames, but the model's clip of 4, every 4th one, takes 13" in capsys.readouterr().err
     assert not (tmp_path / "d.npy").exists()
+
+
+def test_what_exists_is_written_over_only_where_that_is_asked_for(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.npy"
+    out.write_bytes(b"old")
+    assert run_sample(finished, out) == 2
+    assert f"{out} already exists: name another file with --out, or write over it with --overwrite" in (
+        capsys.readouterr().err
+    )
+    assert out.read_bytes() == b"old"
+    assert run_sample(finished, out, "--overwrite", "--steps", "1") == 0
+    assert np.load(out).shape == (2, 4, 16, 16, 3)
 
 
 CLASSES = ("Rising", "apart", "Boxing")

@@ -1,0 +1,92 @@
+"""The presets of a training run: hyper-parameters here, the models' sizes from `pvdm_fast.models.presets`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pvdm_fast.models.presets import AUTOENCODER, DENOISER
+
+# What differs from the defaults in `config.py`, but for the sizes of the models.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "save_every": 500,
+        "preview_every": 1000,
+        "video": {"workers": 0},
+        "autoencoder": {
+            "steps": 4000,
+            "batch_size": 4,
+            "loss": "l2",
+            "latent_noise": 0.2,
+            "learning_rate": 5e-3,
+            "beta2": 0.98,
+            "schedule": "cosine",
+            "warmup": 50,
+        },
+        "diffusion": {
+            "steps": 4400,
+            "batch_size": 8,
+            "learning_rate": 3e-3,
+            "beta2": 0.98,
+            "schedule": "cosine",
+            "warmup": 50,
+            "conditional_probability": 0.3,
+        },
+    },
+    "small": {
+        "autoencoder": {"steps": 40_000, "learning_rate": 3e-4, "schedule": "cosine", "warmup": 500},
+        "diffusion": {"steps": 60_000, "batch_size": 16, "learning_rate": 3e-4, "schedule": "cosine", "warmup": 500},
+    },
+    "base": {
+        "video": {"workers": 8},
+        "autoencoder": {"steps": 200_000, "beta1": 0.5, "beta2": 0.9, "warmup": 1000},
+        "diffusion": {"steps": 850_000, "batch_size": 64, "warmup": 1000},
+    },
+}
+
+AUTOENCODER_SIZES = tuple(
+    f"autoencoder.{name}"
+    for name in (
+        "patch_size",
+        "channels",
+        "depth",
+        "num_heads",
+        "head_dim",
+        "latent_channels",
+        "projection_depth",
+        "projection_hidden",
+    )
+)
+DENOISER_SIZES = tuple(
+    f"diffusion.{name}"
+    for name in (
+        "model_channels",
+        "channel_mult",
+        "num_res_blocks",
+        "attention_resolutions",
+        "num_heads",
+        "positions",
+        "prediction",
+    )
+)
+VIDEO_SIZES = ("video.frames", "video.height", "video.width")
+SIZES = frozenset((*VIDEO_SIZES, *AUTOENCODER_SIZES, *DENOISER_SIZES))
+
+
+def _named(keys: tuple[str, ...], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: sizes[key.partition(".")[2]] for key in keys}
+
+
+def autoencoder_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that name an Autoencoder's sizes, from its arguments."""
+    return _named((*VIDEO_SIZES, *AUTOENCODER_SIZES), sizes)
+
+
+def denoiser_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that name a Denoiser's sizes, from its arguments; its layout follows from the autoencoder's."""
+    return _named(DENOISER_SIZES, sizes)
+
+
+def preset_sizes(name: str) -> dict[str, Any]:
+    """The options that name the sizes of both models of a preset."""
+    return autoencoder_sizes(AUTOENCODER[name]) | denoiser_sizes(DENOISER[name])
