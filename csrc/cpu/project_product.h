@@ -11,9 +11,9 @@ namespace {
 
 template <class Op>
 constexpr int group = Op::depth > 1 ? 2 : tile_vectors;  // vectors
-// Words summed at once: 128 x 48 floats are 24 KB, half of a first-level cache. Tiles of AMX add in a detour by memory.
-template <class Op>
-constexpr int64_t run = Op::depth > 1 ? 512 : 128;
+// Words summed at once: 128 x 48 floats are 24 KB, half of a first-level cache; with AMX 128 x 32 words, 16 KB, beside as
+// much of the left operand.
+constexpr int64_t run = 128;
 
 // Of a packed operand, left or right: `summed` numbers are summed over, `width` are not. In floats.
 template <class Op>
@@ -58,6 +58,57 @@ struct Rows {
   Tokens<const float> tokens() const { return {data, stride}; }
 };
 
+#if defined(PVDM_ISA_AMX)
+// rows x 2 tiles of a result, added to what is there or not: in the tiles themselves, not as attention's by memory. The
+// next block's lines are asked for meanwhile: they lie in the third cache, or another one's.
+template <int rows, int vectors>
+__attribute__((noinline)) void sum_tiles(const float* a, int64_t panel, const float* b, const Rows& to, bool add,
+                                         int64_t steps) {
+  constexpr int64_t step_b = vectors * lanes;
+  for (int r = 0; r < rows * lanes; r++)
+    for (int v = 0; v < vectors; v++) __builtin_prefetch(to.at(rows * lanes + r) + v * lanes, 1);
+  unrolled<rows * vectors>([&](auto i) PVDM_BODY {
+    if (add)
+      load_tile<i>(to.data + i / vectors * lanes * to.stride + i % vectors * lanes, to.stride);
+    else
+      clear_tile<i>();
+  });
+  for (int64_t k = 0; k < steps; k += lanes, a += lanes * lanes, b += lanes * step_b) {
+    unrolled<vectors>([&](auto v) PVDM_BODY { load_tile<6 + v>(b + v * lanes, step_b); });
+    unrolled<rows>([&](auto r) PVDM_BODY {
+      load_tile<4 + r>(a + r * panel, lanes);
+      unrolled<vectors>([&](auto v) PVDM_BODY { multiply_tiles<r * vectors + v, 4 + r, 6 + v>(); });
+    });
+  }
+  unrolled<rows * vectors>([&](auto i) PVDM_BODY {
+    store_tile<i>(to.data + i / vectors * lanes * to.stride + i % vectors * lanes, to.stride);
+  });
+}
+
+template <int vectors>
+void sum_all_tiles(int64_t rows, const float* a, int64_t panel, const float* b, const Rows& to, bool add, int64_t steps) {
+  int64_t r = 0;
+  for (; r + lanes < rows; r += 2 * lanes)
+    sum_tiles<2, vectors>(a + r / lanes * panel, panel, b, {to.at(r), to.stride}, add, steps);
+  if (r < rows) sum_tiles<1, vectors>(a + r / lanes * panel, panel, b, {to.at(r), to.stride}, add, steps);
+}
+#endif
+
+// A group of columns of `product`, of so many words of the sum.
+template <class Op>
+PVDM_INLINE void product_part(int64_t rows, const float* left, int64_t panel, const float* right, int64_t vectors,
+                              const Rows& to, bool add, int64_t steps) {
+#if defined(PVDM_ISA_AMX)
+  if (vectors == 2)
+    sum_all_tiles<2>(rows, left, panel, right, to, add, steps);
+  else
+    sum_all_tiles<1>(rows, left, panel, right, to, add, steps);
+#else
+  multiply<Op>(rows, vectors, Panels{left, panel, lanes}, Vectors{right, vectors * lanes}, Into{to.data, to.stride, add},
+               steps);
+#endif
+}
+
 // to (rows x width) = or += left right, both packed; rows and columns up to whole vectors are computed.
 template <class Op>
 void product(int64_t rows, const float* left, int64_t summed, const float* right, int64_t width, const Rows& to,
@@ -65,10 +116,9 @@ void product(int64_t rows, const float* left, int64_t summed, const float* right
   const int64_t steps = words<Op>(summed);
   for (int64_t n = 0; n < width; n += group<Op> * lanes) {
     const int64_t rest = padded(width - n) / lanes, vectors = rest < group<Op> ? rest : group<Op>;
-    for (int64_t k = 0; k < steps; k += run<Op>)
-      multiply<Op>(rows, vectors, Panels{left + k * lanes, steps * lanes, lanes},
-                   Vectors{right + k * vectors * lanes, vectors * lanes}, Into{to.data + n, to.stride, add || k > 0},
-                   steps - k < run<Op> ? steps - k : run<Op>);
+    for (int64_t k = 0; k < steps; k += run)
+      product_part<Op>(rows, left + k * lanes, steps * lanes, right + k * vectors * lanes, vectors,
+                       {to.data + n, to.stride}, add || k > 0, steps - k < run ? steps - k : run);
     right += steps * vectors * lanes;
   }
 }

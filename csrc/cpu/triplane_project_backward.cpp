@@ -8,7 +8,7 @@ namespace pvdm::PVDM_ISA {
 namespace {
 
 template <class Op>
-constexpr int64_t tile_size = Op::step == 2 ? 512 : 128;  // rows
+constexpr int64_t tile_size = Op::step == 2 ? 384 : 128;  // rows
 
 // Sums of a thread for one layer: matrices with padded rows and columns.
 struct LayerSums {
@@ -123,18 +123,18 @@ struct Backward {
     const ProjectTensors& p = tile.p;
     const Rows dhidden = tile.wide;
     add_columns(grad, count, s.channels, sums.down_bias);
-    for (int64_t r = 0; r < count; r++)
+    for (int64_t r = 0; r < count; r++)  // GELU again, and its slope in the hidden layer's place
       for_registers(s.hidden, [&](int64_t c, int n) PVDM_BODY {
         const Vec h = load(k.hidden.at(r) + c, n);
-        store(tile.wide.at(r) + c, h * normal(h).cdf, n);
+        const Normal at = normal_for<Op>(h);
+        store(tile.wide.at(r) + c, h * at.cdf, n);
+        store(k.hidden.at(r) + c, at.cdf + h * at.density, n);
       });
     add_product(grad, s.channels, tile.wide.tokens(), s.hidden, count, sums.down);
     through(grad, count, w.down, dhidden);
     for (int64_t r = 0; r < count; r++)
       for_registers(s.hidden, [&](int64_t c, int n) PVDM_BODY {
-        const Vec h = load(k.hidden.at(r) + c, n);
-        const Normal at = normal(h);
-        store(dhidden.at(r) + c, load(dhidden.at(r) + c, n) * (at.cdf + h * at.density), n);
+        store(dhidden.at(r) + c, load(dhidden.at(r) + c, n) * load(k.hidden.at(r) + c, n), n);
       });
     add_columns(dhidden, count, s.hidden, sums.up_bias);
     normalize(k.total2, k.mean2, k.rstd2, count, tile.of_layer(p.norm2_weight, l), tile.of_layer(p.norm2_bias, l));

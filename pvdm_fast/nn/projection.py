@@ -138,7 +138,7 @@ class PlaneProjection(nn.Module):
         if latent is None or not found or len(found) < len(layers):
             return None
         eps = {step.norm.eps for layer in self.layers for step in layer}
-        dtypes = {layer.qkv_weight.dtype for layer in found}
+        dtypes = {tensor.dtype for layer in found for tensor in (*layer, *latent) if tensor.dim() > 1}
         if len(eps) > 1 or not (autocasts(lattice.device.type) or dtypes == {lattice.dtype}):
             return None
         weight = latent.weight.flatten(1)

@@ -73,7 +73,7 @@ def _check(x: Tensor, *arguments: Any) -> None:
     if heads < 1 or inner % heads:
         raise ValueError(f"{OP}: {heads} heads must divide the attention's inner width {inner}.")
     of_channels = ("norm1_weight", "norm1_bias", "out_bias", "norm2_weight", "norm2_bias", "down_bias")
-    shapes: dict[str, tuple[int, ...]] = {name: (depth, c) for name in of_channels}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(of_channels, (depth, c))
     shapes |= {"token": (c,), "positions": (length + 1, c), "qkv_weight": (depth, 3 * inner, c)}
     shapes |= {"out_weight": (depth, c, inner), "up_weight": (depth, hidden, c), "up_bias": (depth, hidden)}
     shapes |= {"down_weight": (depth, c, hidden), "latent_weight": (outputs, c), "latent_bias": (outputs,)}
@@ -166,8 +166,10 @@ def triplane_project(
     heads: int,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The latents of one plane (PVDM, section 3.1): `triplane_slice`, pre-norm transformer layers over each sequence, of
-    which element 0 is kept, a linear layer (the release's 1 x 1 convolution), tanh.
+    """The latents of one plane (PVDM, section 3.1).
+
+    That is `triplane_slice`, pre-norm transformer layers over each sequence, of which element 0 is kept, a linear layer
+    (the release's 1 x 1 convolution), and tanh.
 
     Args:
         x: (B, T H W, C) lattice tokens in the order (t, h, w). Differentiable, as are all tensors.
@@ -193,8 +195,16 @@ def triplane_project(
     """
     if not layers:
         raise ValueError(f"{OP}: there must be at least one layer.")
-    stacked = {name: torch.stack(kind) for name, kind in zip(ProjectionLayer._fields, zip(*layers, strict=True), strict=True)}
-    tensors = {"token": token, "positions": positions, **stacked, "latent_weight": latent_weight, "latent_bias": latent_bias}
+    stacked = {
+        name: torch.stack(kind) for name, kind in zip(ProjectionLayer._fields, zip(*layers, strict=True), strict=True)
+    }
+    tensors = {
+        "token": token,
+        "positions": positions,
+        **stacked,
+        "latent_weight": latent_weight,
+        "latent_bias": latent_bias,
+    }
     tensors |= dict(zip(MATRICES, autocast(*(tensors[name] for name in MATRICES)), strict=True))
     where = (plane, layout.time, layout.height, layout.width, heads, eps)
     return torch.ops.pvdm_fast.triplane_project(x, *(tensors[name] for name in NAMES), *where, choice.requested())

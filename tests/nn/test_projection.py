@@ -1,4 +1,4 @@
-"""The projection to a plane in one operation: the layers' values and gradients, little kept, and where it must not be."""
+"""The projection to a plane in one operation: the layers' values and gradients, little kept, and where it may not."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_bfloat16(autocast: bool, fused: list[str]) -> None:
     assert fused == ["xy"]
     for index, (a, w, e) in enumerate(zip(actual, layers, exact, strict=True)):
         assert a.dtype == w.dtype, index
-        assert relative_error(a, e) <= BFLOAT16_FACTOR * relative_error(w, e), index
+        rounding = OPERATION[torch.bfloat16]  # of a gradient of three numbers chance can leave the layers no error
+        assert relative_error(a, e) <= BFLOAT16_FACTOR * relative_error(w, e) + rounding, index
 
 
 def hooked(module: nn.Module) -> None:
@@ -149,4 +150,4 @@ def test_what_is_kept() -> None:
     """The lattice, and the parameters as the operation takes them: those of all layers side by side."""
     module, x = Network("xy"), lattice().requires_grad_()
     parameters = sum(p.numel() for p in module.projection.parameters())
-    assert saved_bytes(lambda: [module(x)], list(module.parameters())) == 4 * parameters  # the input isn't counted
+    assert saved_bytes(lambda: [module(x)], list(module.parameters())) == 4 * (parameters + x.numel())

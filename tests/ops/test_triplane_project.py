@@ -12,9 +12,10 @@ from tolerances import OPERATION
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pvdm_fast import BackendError, TriplaneLayout, ops, use_backend
+from pvdm_fast import TriplaneLayout, ops, use_backend
 from pvdm_fast.analysis.recorder import OwnCalls
 from pvdm_fast.backends import choice
+from pvdm_fast.errors import BackendError
 from pvdm_fast.ops.registry import FLOPS
 
 CASES = {
@@ -48,7 +49,9 @@ def test_registration(name: str) -> None:
     assert [c[0]._name for c in own] == ["pvdm_fast::triplane_project", "pvdm_fast::triplane_project_backward"]
     for function, arguments in own:
         torch.library.opcheck(function, tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments))
-    forward, backward = (FLOPS["triplane_project"](d, *c[1][:-1]) for d, c in zip(("forward", "backward"), own, strict=True))
+    forward, backward = (
+        FLOPS["triplane_project"](d, *c[1][:-1]) for d, c in zip(("forward", "backward"), own, strict=True)
+    )
     assert backward == 2 * forward > 0
 
 

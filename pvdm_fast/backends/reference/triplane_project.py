@@ -152,6 +152,8 @@ def backward(
         flowing, of_layer = _layer_backward(flowing, layers[index], steps[index], heads, index == len(layers) - 1)
         gradients.insert(0, of_layer)
     dx, dtoken, dpositions = triplane_slice.backward(flowing.view(sequences.shape), token_, positions_, *where)
-    found = [torch.stack(kind).to(like.dtype) for kind, like in zip(zip(*gradients, strict=True), parameters, strict=True)]
+    found = [
+        torch.stack(kind).to(like.dtype) for kind, like in zip(zip(*gradients, strict=True), parameters, strict=True)
+    ]
     ends = (_weight(dlatent, kept).to(latent_weight.dtype), _sum(dlatent).to(latent_bias.dtype))
     return dx.to(x.dtype), dtoken.to(token.dtype), dpositions.to(positions.dtype), *found, *ends

@@ -1,4 +1,4 @@
-"""triplane_project on the CPU: every instruction set against the float64 reference, at odd sizes; determinism; borders."""
+"""triplane_project on the CPU: every instruction set against the float64 reference, at odd sizes; borders."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def eager(case: Projection, tensors: dict[str, Tensor], grad: Tensor) -> dict[st
     x, token, positions, *stacked = leaves.values()
     layers, (weight, bias) = zip(*(t.unbind() for t in stacked[:-2]), strict=True), stacked[-2:]
     lattice = x.unflatten(1, case.layout)
-    moved = {"xy": lattice.permute(0, 2, 3, 1, 4), "yt": lattice.transpose(2, 3), "xt": lattice}[case.plane].flatten(1, 2)
+    moved = {"xy": lattice.permute(0, 2, 3, 1, 4), "yt": lattice.transpose(2, 3), "xt": lattice}[case.plane].flatten(
+        1, 2
+    )
     end = token.expand(*moved.shape[:2], 1, -1)
     y = (torch.cat((moved, end), dim=2) + positions).flatten(0, 1)
     for norm1, bias1, qkv, out, out_bias, norm2, bias2, up, up_bias, down, down_bias in layers:
