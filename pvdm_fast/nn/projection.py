@@ -130,12 +130,14 @@ class PlaneProjection(nn.Module):
         to_latent: nn.Module,
     ) -> Tensor | None:
         """What `latents` returns, in one operation; None where there is none for it, or a layer isn't plain."""
-        if not ops.fuses_projection(lattice) or not is_plain(self, PlaneProjection):
+        if not is_plain(self, PlaneProjection):
             return None
         latent = weights_of(to_latent, nn.Conv2d, POINTWISE_2D)
         layers = [_weights_of_layer(layer) for layer in self.layers]
         found = [layer for layer in layers if layer is not None]
         if latent is None or not found or len(found) < len(layers):
+            return None
+        if not ops.fuses_projection(lattice, found[0].qkv_weight):
             return None
         eps = {step.norm.eps for layer in self.layers for step in layer}
         dtypes = {tensor.dtype for layer in found for tensor in (*layer, *latent) if tensor.dim() > 1}

@@ -107,8 +107,25 @@ def test_who_serves_it() -> None:
     with pytest.raises(BackendError, match="float64"), use_backend("cpu"):
         case.run(*leaves(case))
     x = torch.zeros(1, 12, 8)
-    assert not ops.fuses_projection(x.to("meta")) and not ops.fuses_projection(x.double())
+    assert not ops.fuses_projection(x.to("meta"), x) and not ops.fuses_projection(x.double(), x.double())
     if choice.unavailable("cpu") is None:
-        assert ops.fuses_projection(x)
+        assert ops.fuses_projection(x, x)
     with use_backend("reference"):
-        assert not ops.fuses_projection(x)
+        assert not ops.fuses_projection(x, x)
+
+
+@pytest.mark.skipif(choice.unavailable("cpu") is not None, reason="the CPU extension is not built")
+def test_where_the_layers_are_quicker() -> None:
+    """Many channels in bfloat16 with a gradient, and only these."""
+    narrow, wide = torch.zeros(1, 12, 256), torch.zeros(1, 12, 264)
+    trained = torch.zeros(8, 8, requires_grad=True)
+    assert ops.fuses_projection(narrow.bfloat16(), trained.bfloat16())
+    assert ops.fuses_projection(wide, trained)
+    assert ops.fuses_projection(wide.half(), trained.half())
+    assert ops.fuses_projection(wide.bfloat16(), torch.zeros(8, 8).bfloat16())
+    assert not ops.fuses_projection(wide.bfloat16(), trained.bfloat16())
+    assert not ops.fuses_projection(wide.bfloat16().requires_grad_(), torch.zeros(8, 8).bfloat16())
+    with torch.no_grad():
+        assert ops.fuses_projection(wide.bfloat16(), trained.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not ops.fuses_projection(wide, trained)
