@@ -135,7 +135,7 @@ def calls(
 def _served_by_triton() -> Iterator[None]:
     """The networks ask whether a kernel serves before they fuse: yes, though Triton may not run here."""
     before = choice.serves
-    choice.serves = lambda backend, op, *_: op in choice.SERVED[backend]
+    choice.serves = lambda backend, op, *_: backend == "triton" and op in choice.SERVED[backend]
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from pvdm_fast import ops
@@ -139,7 +141,8 @@ class PlaneProjection(nn.Module):
             return None
         if not ops.fuses_projection(lattice, found[0].qkv_weight):
             return None
-        eps = {step.norm.eps for layer in self.layers for step in layer}
+        steps: list[Any] = [step for layer in self.layers for step in cast(nn.ModuleList, layer)]
+        eps = {step.norm.eps for step in steps}
         dtypes = {tensor.dtype for layer in found for tensor in (*layer, *latent) if tensor.dim() > 1}
         if len(eps) > 1 or not (autocasts(lattice.device.type) or dtypes == {lattice.dtype}):
             return None
@@ -149,7 +152,7 @@ class PlaneProjection(nn.Module):
         )
 
 
-def _weights_of_layer(layer: nn.ModuleList) -> ops.ProjectionLayer | None:
+def _weights_of_layer(layer: Any) -> ops.ProjectionLayer | None:
     """All parameters of a layer; None where a part of it isn't plain."""
     attention, feed_forward = layer
     parts = ((attention, PreNorm), (attention.fn, SequenceAttention), (feed_forward, PreNorm))

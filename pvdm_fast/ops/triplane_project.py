@@ -150,9 +150,9 @@ register(
 def fuses_projection(x: Tensor, weight: Tensor) -> bool:
     """Whether `triplane_project` should take the projection of x (B, T H W, C) by layers of matrices like `weight`.
 
-    So it should where a kernel serves it, which there is for CPUs, and where that is the quicker way. With a gradient in
-    bfloat16 and more than 256 channels it is not. Nor is it used under torch.compile, which fuses by itself, nor where
-    PyTorch must see every operation.
+    So it should where a kernel serves it, which there is for CPUs, and where that is the quicker way. With a gradient
+    in bfloat16 and more than 256 channels it is not. Nor is it used under torch.compile, which fuses by itself, nor
+    where PyTorch must see every operation.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if autocasts(device) else weight.dtype

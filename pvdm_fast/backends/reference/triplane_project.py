@@ -42,8 +42,8 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def _parts(normed: Tensor, qkv_weight: Tensor, heads: int, first: bool) -> tuple[Tensor, Tensor | None]:
-    """normed: (S, L, C) -> queries, keys and values (S, L, 1, 1, 3, heads, d); or keys and values, and element 0's query
-    (S, 1, 1, 1, heads, d)."""
+    """normed: (S, L, C) -> queries, keys and values (S, L, 1, 1, 3, heads, d); with `first` keys and values, and element
+    0's query (S, 1, 1, 1, heads, d)."""
     if not first:
         return F.linear(normed, qkv_weight).unflatten(-1, (3, heads, -1))[:, :, None, None], None
     inner = len(qkv_weight) // 3
@@ -75,9 +75,9 @@ def forward(
     plane: str, time: int, height: int, width: int, heads: int, eps: float,
 ) -> Tensor:  # fmt: skip
     """x: (B, T H W, C) -> (B, sites, D) in the dtype of the matrices."""
-    stacked = (norm1_weight, norm1_bias, qkv_weight, out_weight, out_bias, norm2_weight, norm2_bias)
-    stacked = wide(x, *stacked, up_weight, up_bias, down_weight, down_bias)[1:]
-    layers = [_Layer(*parameters) for parameters in zip(*(t.unbind() for t in stacked), strict=True)]
+    parameters = (norm1_weight, norm1_bias, qkv_weight, out_weight, out_bias, norm2_weight, norm2_bias)
+    stacked = wide(x, *parameters, up_weight, up_bias, down_weight, down_bias)[1:]
+    layers = [_Layer(*one) for one in zip(*(t.unbind() for t in stacked), strict=True)]
     x_, token_, positions_, weight, bias = wide(x, token, positions, latent_weight, latent_bias)
     sequences = triplane_slice.forward(x_, token_, positions_, plane, time, height, width)
     kept, _ = _run(sequences.flatten(0, 1), layers, heads, eps)
@@ -125,7 +125,7 @@ def _layer_backward(grad: Tensor, p: _Layer, step: _Step, heads: int, last: bool
     else:
         dnormed, dweight = dqkv @ p.qkv_weight, _weight(dqkv, normed)
     dx, *dnorm1 = add_layer_norm.backward(dnormed, dtotal, total, p.norm1_weight, mean, rstd)
-    return dx, _Layer(*dnorm1, dweight, *out, *dnorm2, *ffn)
+    return dx, _Layer._make((*dnorm1, dweight, *out, *dnorm2, *ffn))
 
 
 def backward(
@@ -136,8 +136,8 @@ def backward(
     plane: str, time: int, height: int, width: int, heads: int, eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x and of all parameters from grad: (B, sites, D)."""
-    parameters = (norm1_weight, norm1_bias, qkv_weight, out_weight, out_bias, norm2_weight, norm2_bias)
-    parameters = (*parameters, up_weight, up_bias, down_weight, down_bias)
+    first = (norm1_weight, norm1_bias, qkv_weight, out_weight, out_bias, norm2_weight, norm2_bias)
+    parameters = (*first, up_weight, up_bias, down_weight, down_bias)
     stacked = wide(x, *parameters)[1:]
     layers = [_Layer(*one) for one in zip(*(t.unbind() for t in stacked), strict=True)]
     x_, token_, positions_, weight, bias = wide(x, token, positions, latent_weight, latent_bias)
