@@ -42,8 +42,8 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def _parts(normed: Tensor, qkv_weight: Tensor, heads: int, first: bool) -> tuple[Tensor, Tensor | None]:
-    """normed: (S, L, C) -> queries, keys and values (S, L, 1, 1, 3, heads, d); with `first` keys and values, and element
-    0's query (S, 1, 1, 1, heads, d)."""
+    """normed: (S, L, C) -> queries, keys and values (S, L, 1, 1, 3, heads, d); with `first` keys and values, and
+    element 0's query (S, 1, 1, 1, heads, d)."""
     if not first:
         return F.linear(normed, qkv_weight).unflatten(-1, (3, heads, -1))[:, :, None, None], None
     inner = len(qkv_weight) // 3
