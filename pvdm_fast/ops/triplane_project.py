@@ -16,7 +16,7 @@ from pvdm_fast.ops.registry import autocast, expect_dtype, expect_real, expect_s
 
 OP = "triplane_project"
 
-# Wider than this and in bfloat16, the backward pass is no faster than that of the layers one by one: sums of the weights'
+# Wider than this and in bfloat16, the backward pass is no faster than that of the layers one by one: sums of weights'
 # gradients go through the third cache once for every tile of 384 rows, and AMX is done with it sooner. Both passes, one
 # thread of a Xeon with AMX: 1.11 times as fast at 192 channels, 0.89 to 0.98 times at 384 (float32: 1.5, 1.6 to 1.7).
 MOST_CHANNELS_IN_BFLOAT16 = 256
