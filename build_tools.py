@@ -34,7 +34,8 @@ X86_ISAS = {
     "avx512bf16": f"{AVX512} -mavx512bf16",
     "amx": f"{AVX512} -mavx512bf16",  # the tile instructions are in assembly
 }
-TILE_SOURCES = ("attention_forward", "attention_backward")  # files that amx is compiled for; avx512bf16 serves the rest
+# What amx is compiled for; avx512bf16 lends it the rest.
+TILE_SOURCES = ("attention_forward", "attention_backward", "triplane_project_forward", "triplane_project_backward")
 CXX_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall -Wextra"
 
 

@@ -11,6 +11,7 @@
 #include "bindings/cpu/plane_conv.h"
 #include "bindings/cpu/plane_norm.h"
 #include "bindings/cpu/triplane_expand.h"
+#include "bindings/cpu/triplane_project.h"
 #include "bindings/cpu/triplane_slice.h"
 
 PYBIND11_MODULE(_cpu, m) {
@@ -27,5 +28,6 @@ PYBIND11_MODULE(_cpu, m) {
   pvdm::bindings::bind_plane_conv(m);
   pvdm::bindings::bind_plane_norm(m);
   pvdm::bindings::bind_triplane_expand(m);
+  pvdm::bindings::bind_triplane_project(m);
   pvdm::bindings::bind_triplane_slice(m);
 }

@@ -27,15 +27,18 @@ _HOME = {
 # Where the rest lives, for people who look for it here.
 _ELSEWHERE = {
     "pvdm_fast.ops": (
+        "ProjectionLayer",
         "add_layer_norm",
         "attention_block",
         "axial_attention",
         "fuses_attention_block",
+        "fuses_projection",
         "geglu",
         "plane_conv",
         "plane_norm",
         "segment_attention",
         "triplane_expand",
+        "triplane_project",
         "triplane_slice",
     ),
     "pvdm_fast.models": (

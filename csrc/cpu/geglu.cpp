@@ -1,33 +1,11 @@
 // geglu: value * gate * cdf(gate), where cdf is that of the standard normal distribution. One pass in each direction.
 // Formula: pvdm_fast/backends/reference/geglu.py.
 #include "kernels.h"
+#include "normal.h"
 #include "runtime/parallel.h"
-#include "vec.h"
 
 namespace pvdm::PVDM_ISA {
 namespace {
-
-struct Normal {
-  Vec cdf, density;
-};
-
-// cdf(-a) = exp(-a^2 / 2) p(t), t = 1 / (1 + 0.35 a). p has degree 9 and is fitted for the smallest relative error over
-// 0 <= a <= 14 (2.7e-8). So small tails keep their digits, and one exponential serves the density too.
-PVDM_INLINE Normal normal(Vec g) {
-  const Vec a = bit_cast<Vec>(bit_cast<Words>(g) & 0x7fffffffu), t = 1.0f / (1.0f + 0.35f * a), e = exp(a * a * -0.5f);
-  Vec p = splat(-0.02804565045f);
-  p = p * t + 0.1382582073f;
-  p = p * t - 0.2429455047f;
-  p = p * t + 0.1431036802f;
-  p = p * t - 0.01059734849f;
-  p = p * t + 0.09927860145f;
-  p = p * t + 0.121809476f;
-  p = p * t + 0.1394775592f;
-  p = p * t + 0.1396628526f;
-  p = p * t - 1.886614502e-6f;
-  const Vec tail = p * e;
-  return {g < 0.0f ? tail : 1.0f - tail, e * 0.3989422804f};
-}
 
 // next: the following row, prefetched here. The CPU's own prefetching is slower for the two streams of a row: 21 ms
 // against 12.

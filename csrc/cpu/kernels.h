@@ -2,6 +2,7 @@
 #pragma once
 #include "../ops/add_layer_norm.h"
 #include "../ops/plane_norm.h"
+#include "../ops/triplane_project.h"
 #include "runtime/isa.h"
 
 // planes (B, N, D), weight (3, C, D) f32, bias (3, C) f32 -> out (B, T H W, C) in the planes' dtype. Last strides are
@@ -65,3 +66,11 @@ PVDM_CPU_KERNEL(triplane_slice_forward,
 PVDM_CPU_KERNEL(triplane_slice_backward,
                 (const TensorView& grad, const TensorView& dx, const TensorView& dpositions, const Layout& layout,
                  int plane, int threads))
+
+// x (B, T H W, C) -> out (B, sites, D) f32, by the parameters of ops/triplane_project.h.
+PVDM_CPU_TILE_KERNEL(triplane_project_forward, (const TensorView& x, const ProjectTensors& parameters,
+                                                const TensorView& out, const ProjectOptions& options))
+// grad (B, sites, D) f32 -> dx as x, and the gradients of all parameters, f32.
+PVDM_CPU_TILE_KERNEL(triplane_project_backward,
+                     (const TensorView& grad, const TensorView& x, const ProjectTensors& parameters,
+                      const TensorView& dx, const ProjectTensors& gradients, const ProjectOptions& options))

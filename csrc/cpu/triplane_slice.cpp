@@ -2,27 +2,13 @@
 // gradient once. Formula: pvdm_fast/backends/reference/triplane_slice.py.
 #include "kernels.h"
 #include "runtime/parallel.h"
-#include "vec.h"
+#include "sequences.h"
 
 namespace pvdm::PVDM_ISA {
 namespace {
 
 // sequences summed in float, then added in double; so results don't depend on the thread count
 constexpr int64_t chunk_sequences = 64;
-
-// Where the sequences of one plane lie in the lattice: element l of sequence `site` is token start(site) + l step().
-struct Sequences {
-  Layout layout;
-  int plane;
-  int64_t length() const { return plane == 0 ? layout.time : plane == 1 ? layout.height : layout.width; }
-  int64_t sites() const { return layout.rows(plane) * layout.columns(plane); }
-  int64_t step() const { return plane == 0 ? layout.height * layout.width : plane == 1 ? layout.width : 1; }
-  int64_t start(int64_t site) const {
-    if (plane == 0) return site;
-    if (plane == 2) return site * layout.width;
-    return site / layout.width * layout.height * layout.width + site % layout.width;
-  }
-};
 
 // ahead: the row to prefetch. Rows are too far apart for the CPU's own prefetching.
 template <class T>

@@ -136,7 +136,7 @@ def _served_by_triton() -> Iterator[None]:
     """Networks ask whether a kernel is available before they fuse operations. Answers yes, though Triton may not
     run here."""
     before = choice.serves
-    choice.serves = lambda backend, op, *_: op in choice.SERVED[backend]
+    choice.serves = lambda backend, op, *_: backend == "triton" and op in choice.SERVED[backend]
     try:
         yield
     finally:

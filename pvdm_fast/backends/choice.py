@@ -46,9 +46,11 @@ PACKAGE = {
 BACKENDS = tuple(PACKAGE)
 # Not in OPERATIONS: it has no gradient, and is used only if a kernel exists for it (pvdm_fast/ops/attention_block.py).
 FUSED = ("attention_block",)
+# Nor these, which have a kernel for CPUs only: elsewhere their parts are used (pvdm_fast/ops/triplane_project.py).
+FUSED_ON_CPU = ("triplane_project",)
 SERVED: dict[str, tuple[str, ...]] = {
-    "reference": (*OPERATIONS, *FUSED),
-    "cpu": OPERATIONS,
+    "reference": (*OPERATIONS, *FUSED, *FUSED_ON_CPU),
+    "cpu": (*OPERATIONS, *FUSED_ON_CPU),
     "triton": (*OPERATIONS, *FUSED),
     "cuda": ("segment_attention", "axial_attention", "plane_norm", "triplane_slice", "triplane_expand"),
 }

@@ -14,11 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pvdm_fast import ops
-from pvdm_fast.layout import PLANE_NAMES, PlaneLayout, TriplaneLayout
+from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, preset
 from pvdm_fast.models.ranges import check_pixels
 from pvdm_fast.models.saving import ChecksumsKept
-from pvdm_fast.nn import AxialTransformer, PlaneProjection, casting, planes
+from pvdm_fast.nn import AxialTransformer, PlaneProjection, casting
 from pvdm_fast.nn.linear import Linear, linear
 from pvdm_fast.nn.plain import POINTWISE_2D, weights_of
 
@@ -75,7 +75,6 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
                     f"{name} {size} is not divisible by the patch size {patch_size}: choose a multiple of {patch_size}."
                 )
         layout = self.layout = TriplaneLayout(frames, height // patch_size, width // patch_size)
-        self._plane_layouts = [PlaneLayout((plane,)) for plane in layout.planes]
         self.encoder = AxialTransformer(channels, depth, num_heads, head_dim)
         self.encoder.to_patch_embedding = Linear(3 * patch_size**2, channels)
         self.decoder = AxialTransformer(channels, depth, num_heads, head_dim)
@@ -125,12 +124,12 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
         to_tokens = cast(Linear, self.encoder.to_patch_embedding)
         lattice = self.encoder(to_tokens(patches), layout)
         latents = []
-        for name, plane_layout in zip(PLANE_NAMES, self._plane_layouts, strict=True):
+        for name in PLANE_NAMES:
             token, positions = getattr(self, f"{name}_token"), getattr(self, f"{name}_pos_embedding")
-            sequences = ops.triplane_slice(lattice, layout, name, token.flatten(), positions.squeeze(0))
-            plane = getattr(self, f"{name}_quant_attn")(sequences)
-            latents.append(planes.pointwise(getattr(self, f"pre_{name}"), plane, plane_layout))
-        return torch.cat(latents, dim=1).tanh().transpose(1, 2).contiguous()
+            projection, to_latent = getattr(self, f"{name}_quant_attn"), getattr(self, f"pre_{name}")
+            parameters = token.flatten(), positions.squeeze(0), to_latent
+            latents.append(projection.latents(lattice, layout, name, *parameters))
+        return torch.cat(latents, dim=1).transpose(1, 2).contiguous()
 
     def decode(self, latent: Tensor) -> AutoencoderOutput:
         """Video of three latent planes.

@@ -55,6 +55,7 @@ def space_rotation(
     return angles.sin(), angles.cos()
 
 
+@readable
 class PreNorm(nn.Module):
     """A residual step's norm and function; `forward` takes the stream and what the step before adds to it.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from pvdm_fast import ops
-from pvdm_fast.nn import checkpointing
+from pvdm_fast.layout import PLANE_NAMES, PlaneLayout, TriplaneLayout
+from pvdm_fast.nn import checkpointing, planes
 from pvdm_fast.nn.axial_transformer import PreNorm
 from pvdm_fast.nn.linear import Linear, linear
-from pvdm_fast.nn.plain import readable, weight_of
+from pvdm_fast.nn.plain import POINTWISE_2D, is_plain, readable, weight_of, weights_of
 from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward, values_of
+from pvdm_fast.ops.derivatives import autocasts
 
 HEADS = 4
 
@@ -59,6 +63,7 @@ class FeedForward(nn.Module):
         return feed_forward(x, self.net["0"], self.net["3"], "gelu")
 
 
+@readable
 class PlaneProjection(nn.Module):
     """Pre-norm transformer layers over sequences, of which element 0 is kept (the release: 4 layers, hidden 512).
 
@@ -90,6 +95,76 @@ class PlaneProjection(nn.Module):
         for index, layer in enumerate(self.layers):
             x, branch = checkpointing.run(self, _run_layer, layer, x, branch, index == len(self.layers) - 1)
         return (x if branch is None else x + branch)[:, 0].unflatten(0, (batch, sites))
+
+    def latents(
+        self,
+        lattice: Tensor,
+        layout: TriplaneLayout,
+        plane: str,
+        token: Tensor,
+        positions: Tensor,
+        to_latent: nn.Module,
+    ) -> Tensor:
+        """The latents of a plane: the sequences of `ops.triplane_slice`, this, a 1 x 1 convolution and tanh.
+
+        In one operation (`ops.triplane_project`) where a kernel serves it and all layers are plain.
+
+        Args:
+            lattice: (B, T H W, C). token: (C). positions: (L + 1, C). to_latent: nn.Conv2d of 1 x 1, C -> D.
+
+        Returns:
+            (B, sites, D).
+        """
+        fused = self._latents_fused(lattice, layout, plane, token, positions, to_latent)
+        if fused is not None:
+            return fused
+        kept = self(ops.triplane_slice(lattice, layout, plane, token, positions))
+        sizes = layout.planes[PLANE_NAMES.index(plane)]
+        return planes.pointwise(to_latent, kept, PlaneLayout((sizes,))).tanh()
+
+    def _latents_fused(
+        self,
+        lattice: Tensor,
+        layout: TriplaneLayout,
+        plane: str,
+        token: Tensor,
+        positions: Tensor,
+        to_latent: nn.Module,
+    ) -> Tensor | None:
+        """What `latents` returns, in one operation; None where there is none for it, or a layer isn't plain."""
+        if not is_plain(self, PlaneProjection):
+            return None
+        latent = weights_of(to_latent, nn.Conv2d, POINTWISE_2D)
+        layers = [_weights_of_layer(layer) for layer in self.layers]
+        found = [layer for layer in layers if layer is not None]
+        if latent is None or not found or len(found) < len(layers):
+            return None
+        if not ops.fuses_projection(lattice, found[0].qkv_weight):
+            return None
+        steps: list[Any] = [step for layer in self.layers for step in cast(nn.ModuleList, layer)]
+        eps = {step.norm.eps for step in steps}
+        dtypes = {tensor.dtype for layer in found for tensor in (*layer, *latent) if tensor.dim() > 1}
+        if len(eps) > 1 or not (autocasts(lattice.device.type) or dtypes == {lattice.dtype}):
+            return None
+        weight, bias = latent
+        return ops.triplane_project(
+            lattice, layout, plane, token, positions, found, weight.flatten(1), bias, heads=HEADS, eps=eps.pop()
+        )
+
+
+def _weights_of_layer(layer: Any) -> ops.ProjectionLayer | None:
+    """All parameters of a layer; None where a part of it isn't plain."""
+    attention, feed_forward = layer
+    parts = ((attention, PreNorm), (attention.fn, SequenceAttention), (feed_forward, PreNorm))
+    if not all(is_plain(*part) for part in (*parts, (feed_forward.fn, FeedForward))):
+        return None
+    norm1, norm2 = (weights_of(step.norm, nn.LayerNorm) for step in (attention, feed_forward))
+    qkv = weight_of(attention.fn.to_qkv, Linear)
+    linears = (attention.fn.to_out["0"], feed_forward.fn.net["0"], feed_forward.fn.net["3"])
+    out, up, down = (weights_of(one, Linear) for one in linears)
+    if norm1 is None or norm2 is None or qkv is None or out is None or up is None or down is None:
+        return None
+    return ops.ProjectionLayer(*norm1, qkv, *out, *norm2, *up, *down)
 
 
 def _run_layer(layer: nn.ModuleList, x: Tensor, branch: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,21 @@ from pvdm_fast.ops.plane_conv import plane_conv
 from pvdm_fast.ops.plane_norm import plane_norm
 from pvdm_fast.ops.segment_attention import segment_attention
 from pvdm_fast.ops.triplane_expand import triplane_expand
+from pvdm_fast.ops.triplane_project import ProjectionLayer, fuses_projection, triplane_project
 from pvdm_fast.ops.triplane_slice import triplane_slice
 
 __all__ = [
+    "ProjectionLayer",
     "add_layer_norm",
     "attention_block",
     "axial_attention",
     "fuses_attention_block",
+    "fuses_projection",
     "geglu",
     "plane_conv",
     "plane_norm",
     "segment_attention",
     "triplane_expand",
+    "triplane_project",
     "triplane_slice",
 ]

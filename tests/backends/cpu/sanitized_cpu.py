@@ -20,6 +20,7 @@ from pvdm_fast.backends.cpu import (
     plane_norm,
     segment_attention,
     triplane_expand,
+    triplane_project,
     triplane_slice,
 )
 
@@ -40,6 +41,7 @@ for launcher in (
     plane_norm,
     segment_attention,
     triplane_expand,
+    triplane_project,
     triplane_slice,
 ):
     launcher.extension = lambda name: module
@@ -101,6 +103,26 @@ def sequences(dtype: torch.dtype) -> None:
         triplane_slice.backward(out, token, positions, plane, 3, 5, 7)
 
 
+def project(dtype: torch.dtype) -> None:
+    """Two layers; sequences of 4 and 8, some of a tile left over."""
+    channels, inner, hidden = 24, 12, 17
+    vectors = [torch.randn(2, channels) for _ in range(6)]
+    up_bias = torch.randn(2, hidden)
+    shapes = (
+        (2, 3 * inner, channels),
+        (2, channels, inner),
+        (2, hidden, channels),
+        (2, channels, hidden),
+        (3, channels),
+    )
+    qkv, out, up, down, latent = (0.2 * torch.randn(shape).to(dtype) for shape in shapes)
+    layers = (*vectors[:2], qkv, out, *vectors[2:5], up, up_bias, down, vectors[5], latent, torch.randn(3))
+    for plane, length in (("xy", 3), ("xt", 7)):
+        ends = torch.randn(2, 105, channels).to(dtype), torch.randn(channels), torch.randn(length + 1, channels)
+        arguments = (*ends, *layers, plane, 3, 5, 7, 4, 1e-5)
+        triplane_project.backward(triplane_project.forward(*arguments), *arguments)
+
+
 threads = int(sys.argv[2])
 if sys.argv[3:] == ["race"]:
     ctypes.CDLL(sys.argv[1]).planted_race(threads)
@@ -120,4 +142,5 @@ for isa in sys.argv[3:]:
         conv(dtype)
         rows(dtype)
         sequences(dtype)
+        project(dtype)
 print("clean")
