@@ -102,6 +102,7 @@ def test_a_model_saved_over_the_run_s_own(
     model.save_pretrained(run / name)
     assert find_damage(run / name) is None and (run / name / NAME).is_file()
     arguments = [str(run), "--out", str(tmp_path / "o.npy"), "--steps", "1", "--clips", "1", "--device", "cpu"]
+    arguments.append("--overwrite")
     assert sample(arguments) == 0
     model.save_pretrained(tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere" / NAME).exists()
