@@ -1,4 +1,4 @@
-"""Files of torch.save that may come from strangers: checked against their own bytes before anything is allocated."""
+"""Files of torch.save that may come from strangers. Sizes are checked against their bytes before any allocation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHARED = 2  # tensors may share memory, so that they are more than the file; cop
 
 
 def load_archive(path: Path) -> Any:
-    """What torch.save wrote, on the CPU. Only tensors and plain values are read, nothing is run.
+    """What torch.save wrote, on the CPU. Only tensors and plain values are read, and nothing is executed.
 
     Raises:
         UnreadableFile: the file is damaged, older than PyTorch 1.6, would run code, or holds tensors that would be
@@ -28,7 +28,8 @@ def load_archive(path: Path) -> Any:
     with file_clock(path):
         _check_entries(path)
         try:
-            # Mapped: a storage that claims more bytes than its entry ends with the file, and is never read beyond it.
+            # Memory-mapped: a storage that claims more bytes than its entry ends with the file, and is never read
+            # beyond it.
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise UnreadableFile(
@@ -44,7 +45,7 @@ def load_archive(path: Path) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
+    """The first line of an error, or its type if it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
@@ -63,7 +64,7 @@ def check_sizes(found: Any, size: int) -> None:
 
 
 def _check_entries(path: Path) -> None:
-    """The list of the archive's parts, and their checksums, which torch.load does not look at."""
+    """The list of the archive's parts, and their checksums, which torch.load ignores."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -81,7 +82,7 @@ def _check_entries(path: Path) -> None:
 
 
 def _check_list(entries: list[zipfile.ZipInfo], size: int) -> None:
-    """torch.save packs nothing and lists nothing twice, so the parts are smaller than the file."""
+    """torch.save doesn't compress, and lists nothing twice, so the parts must be smaller than the file."""
     if len(entries) > MAX_ENTRIES:
         raise UnreadableFile(f"was refused: it lists {len(entries)} parts, more than {MAX_ENTRIES}")
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):

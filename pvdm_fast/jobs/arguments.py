@@ -1,4 +1,4 @@
-"""The parser of every command line: its mistakes are one sentence, and every number in it has a range."""
+"""The parser of every command line: a mistake gives one sentence, and every number has a range."""
 
 from __future__ import annotations
 

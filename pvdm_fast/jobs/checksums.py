@@ -1,5 +1,4 @@
-"""Checksums of files; those of a folder's are kept beside them: safetensors has none, and a flipped bit would be
-another weight."""
+"""Checksums of files, stored next to them: safetensors has none, and a flipped bit would change a weight."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: against accidents. Raises UnreadableFile for what is no file, or takes too long."""
+    """CRC-32 of a file, against accidents. Raises UnreadableFile if it isn't a file, or takes too long."""
     value = 0
     with file_clock(path):
         for piece in _pieces(path):
@@ -32,7 +31,7 @@ def checksum(path: Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal: which file it is. Raises UnreadableFile as `checksum` does."""
+    """SHA-256 of a file, in hexadecimal, to identify it. Raises UnreadableFile like `checksum`."""
     digest = hashlib.sha256()
     with file_clock(path):
         for piece in _pieces(path):
@@ -41,13 +40,13 @@ def sha256(path: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Note the CRC-32 of every file of a folder in its checksums.json."""
+    """Write the CRC-32 of every file of a folder to its checksums.json."""
     sums = {item.name: checksum(item) for item in sorted(folder.iterdir()) if item.is_file() and item.name != NAME}
     (folder / NAME).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
 def find_damage(folder: Path) -> str | None:
-    """What differs from checksums.json, as the end of a sentence; None where nothing does, or there is no such file."""
+    """What differs from checksums.json, as the end of a sentence. None if nothing does, or there is no such file."""
     try:
         sums = read_json_object(folder / NAME, MAX_BYTES)
     except FileNotFoundError:

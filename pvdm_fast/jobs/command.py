@@ -1,4 +1,4 @@
-"""How the command line tools end: one sentence for what the user can mend, and the right exit code."""
+"""How commands end: with one sentence for what you can mend, and the right exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pvdm_fast.jobs.environment import rank_name
 from pvdm_fast.jobs.signals import handled
 from pvdm_fast.jobs.streams import steady_output
 
-# What a disk, its rights, a name or the limits of the machine can do; any other OSError is a fault of the program.
+# Errors from disks, permissions, names or limits of the machine. Any other OSError is a fault of the program.
 OUTER_FAULTS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
     | {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENOMEM, errno.EAGAIN, errno.EMFILE}
@@ -21,12 +21,12 @@ OUTER_FAULTS = frozenset(
 
 
 def run_command(action: Callable[[], object], smaller: str = "take smaller sizes, or a smaller batch") -> int:
-    """Run ``action``; what users cause is printed as one sentence without a traceback. Returns the exit code.
+    """Run ``action``. User errors are printed as one sentence without a traceback. Returns the exit code.
 
     ``smaller``: what to change where memory gives out.
 
-    A signal that ends a job ends the action where it is, with its temporary files removed, unless the action handles
-    signals itself. Output that cannot be written is left out.
+    A signal that ends a job ends the action at once and removes its temporary files, unless the action handles signals
+    itself. Output that can't be written is dropped.
     """
     with steady_output(), handled(_stop):
         return _run(action, smaller)

@@ -1,13 +1,13 @@
-"""What is taken from outside the command line: a launcher's variables, and PyTorch's defaults of the calling program.
+"""What is read besides the command line: a launcher's variables, and the calling program's PyTorch defaults.
 
-Of the environment variables that torchrun and accelerate set, these are honoured, and no others:
+Of the environment variables that torchrun and accelerate set, only these have an effect:
 
 - RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: the processes of the job and where they meet.
 - TORCHELASTIC_MAX_RESTARTS: whether torchrun starts the job again after a failure.
 
-Accelerate's own settings (ACCELERATE_..., FSDP_... and so on) stay without effect: precision, accumulation and sharding
-are options of the command. So do MPI's counts of processes, and MPLBACKEND. Accelerate's variables that ask for another
-way to train (DeepSpeed, accelerate's FSDP, Megatron-LM) are refused.
+Accelerate's own settings (ACCELERATE_..., FSDP_... and so on) have no effect: precision, accumulation and sharding are
+options of the command. The same holds for MPI's counts of processes, and for MPLBACKEND. Accelerate's variables that
+ask for another way to train (DeepSpeed, accelerate's FSDP, Megatron-LM) are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pvdm_fast.errors import UserError
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What accelerate reads beside these, its own settings and MPI's counts of processes.
+# What else accelerate reads: its own settings and MPI's counts of processes.
 WITHOUT_EFFECT = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "PMI_", "OMPI_COMM_", "MV2_COMM_")
 FOR_DRAWING = "MPLBACKEND"  # a notebook sets it for what it starts; Matplotlib fails at names it doesn't know
 REFUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
@@ -30,7 +30,7 @@ REFUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"
 class Place:
     """This process's number in the job and on its machine, and how many there are.
 
-    ``launched``: whether a launcher said where they meet; if not, this is the only one.
+    ``launched``: whether a launcher said where they meet. If not, this is the only process.
     """
 
     rank: int
@@ -40,7 +40,7 @@ class Place:
 
 
 def place_in_job(*, meeting: bool = True) -> Place:
-    """The place that the launcher's variables give this process; without them it is alone.
+    """The place that the launcher's variables give this process. Without them it is alone.
 
     Args:
         meeting: whether the processes have to find each other.
@@ -92,7 +92,7 @@ def starts_again() -> bool:
 
 @contextmanager
 def only_the_launcher() -> Iterator[None]:
-    """While the block runs, accelerate sees the launcher's variables, where a launcher set them, and no settings.
+    """In the block, accelerate sees the launcher's variables (if a launcher set them), and no settings.
 
     Raises:
         UserError: the variables don't fit together, or ask for what is not supported.

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, flushed to the disk, then renamed."""
+"""Files that are complete or absent: written next to their place, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASIDE = f"{TEMPORARY}old-"
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, has reached the disk; raises OSError where it cannot."""
+    """Wait until a file, or a folder's list of names, has reached the disk. Raises OSError if it can't."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,7 +33,7 @@ def share_as_usual(path: Path) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder, which becomes ``path`` when the block ends; an older ``path`` stays until then.
+    """Fill a temporary folder, which becomes ``path`` when the block ends. An older ``path`` stays until then.
 
     Whatever goes wrong inside, ``path`` is untouched and the temporary folder is removed.
     """
@@ -54,7 +54,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder that counts by its name: it loses the name first, so that none is ever seen half removed."""
+    """Remove a folder. It is renamed first, so that it is never seen half removed under its name."""
     gone = path.parent / f"{TEMPORARY}gone-{path.name}"
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
@@ -74,10 +74,11 @@ def _replace(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, worker: str, option: str) -> Iterator[None]:
-    """Keep other processes that lock this file away; the kernel ends that when this process dies, however it dies.
+    """Keep out other processes that lock this file. The kernel releases the lock when this process dies, for any
+    reason.
 
     Args:
-        path: a file in the folder that is worked in; it is made, and left behind.
+        path: a file in the folder to protect. It is created, and left behind.
         worker: what works there, and ``option`` the option that names another folder: for the message.
 
     Raises:
@@ -89,7 +90,7 @@ def locked(path: Path, worker: str, option: str) -> Iterator[None]:
         raise UserError(f"cannot write the folder {path.parent}: {error.strerror}") from error
     with file:
         try:
-            # Not flock: data workers would inherit that, and outlive a killed process by some seconds.
+            # Not flock: data workers would inherit the lock, and they outlive a killed process by some seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
@@ -118,10 +119,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def clean_up(folder: Path) -> None:
-    """Put a folder in order after a process was killed while writing into it; no other may be writing there.
+    """Clean up a folder after a process was killed while writing to it. No other process may be writing there.
 
-    What was moved aside comes back where its successor did not get into place; all else that was begun is removed, the
-    video writer's temporary files too.
+    What was moved aside comes back if its successor didn't get into place. Everything else that is unfinished is
+    removed, including the video writer's temporary files.
     """
     for old in folder.rglob(f"{ASIDE}*"):
         place = old.with_name(old.name.removeprefix(ASIDE))

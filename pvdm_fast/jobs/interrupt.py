@@ -1,4 +1,4 @@
-"""A signal as a polite request: the step in hand is finished and saved first."""
+"""A signal as a polite request: the current step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pvdm_fast.errors import Interrupted, StoppedAtOnce
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.signals import handled
 
-# A launcher passes on the signal that its processes have had already: within this time it is the same request.
+# A launcher passes on a signal that its processes have already got. Within this time it counts as the same request.
 SAME_SECONDS = 0.5
 
 
 class StopRequest:
-    """While active, the first signal that ends a job is remembered; a second one stops at once, with its exit code.
+    """While active, the first signal that ends a job is remembered. A second one stops at once, with its exit code.
 
-    In another thread than the main one signals stay as they are.
+    Outside the main thread, signals stay as they are.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -50,7 +50,7 @@ class StopRequest:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A block that a signal may leave at any place: what it waits for may never come.
+        """A block that a signal may leave at any point, because what it waits for may never come.
 
         It is left in this process only. Several have to agree afterwards, where all of them meet.
 

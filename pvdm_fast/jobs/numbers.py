@@ -1,4 +1,4 @@
-"""The numbers that commands and functions take: each has a kind and a range, and is checked here before any work."""
+"""The numbers that commands and functions take. Each has a kind and a range, and is checked before any work."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ LONGEST_SHOWN = 40  # characters of a wrong value
 
 
 class WrongNumber(UserError, ValueError):
-    """A value that is no such number; the message says what was expected, and lacks the name."""
+    """A value that isn't such a number. The message says what was expected, without the argument's name."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number of a range; both ends belong to it.
+    """A finite number in a range that includes both ends.
 
     Args:
         kind: int or float.
@@ -33,7 +33,7 @@ class Number:
         """``value``, a number or a word for one, as this kind of number.
 
         Raises:
-            WrongNumber: it is another thing, not finite, or out of range; the message begins with "must be".
+            WrongNumber: it is something else, not finite, or out of range. The message begins with "must be".
         """
         converted = self._convert(value)
         if converted < self.minimum:
@@ -78,7 +78,7 @@ def real(minimum: float, maximum: float) -> Number:
     return Number(float, minimum, maximum)
 
 
-# What several commands take. The upper ends are far beyond what anyone uses; they stop slips of the keyboard.
+# Ranges that several commands share. The upper ends are far beyond real use. They catch typing mistakes.
 SEED = whole(0, 2**63 - 1)
 VIDEOS = whole(1, 10_000_000)
 FRAMES = whole(1, 1_000_000)  # of a sampled video

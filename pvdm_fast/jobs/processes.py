@@ -26,7 +26,7 @@ POLL = 0.001  # seconds
 
 
 class Processes:
-    """All processes of a job call these methods in the same order; with a single process they do nothing else."""
+    """All processes of a job call these methods in the same order. With a single process they need no communication."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.device = accelerator.device
@@ -88,7 +88,7 @@ class Processes:
         return outcome[0]
 
     def fail(self, error: UserError) -> NoReturn:
-        """End all processes with an error that all have met: the main one raises it, the others leave silently."""
+        """End all processes with an error that all have met. The main one raises it, the others exit silently."""
         if self.main:
             raise error
         raise SystemExit(error.exit_code)

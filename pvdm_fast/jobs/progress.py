@@ -1,4 +1,4 @@
-"""Progress bars for people, and sparse lines where nobody watches."""
+"""Progress bars in terminals, and occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUIET_SECONDS = 30.0
 def make_bar(
     label: str, total: int, *, done: int = 0, unit: str = "step", keep: bool = True, shown: bool = True
 ) -> tqdm[Any]:
-    """A bar on stderr; where that is no terminal, it is printed only every half minute.
+    """A bar on stderr. If that isn't a terminal, it is printed only every half minute.
 
     The time left is by the pace of the last ten lines or so.
     """

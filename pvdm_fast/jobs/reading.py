@@ -1,4 +1,4 @@
-"""Files that may come from strangers: opened only where they are files, read only up to a size, and under a clock."""
+"""Files that may come from strangers: only regular files are opened, with limits on size and time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE_BYTES = 1 << 20  # of metrics.jsonl, whose longest lines name the clips of 
 
 
 class UnreadableFile(ValueError):
-    """A file that cannot be read as what it should be; the message goes on after the file's name."""
+    """A file that can't be read as what it should be. The message continues after the file's name."""
 
 
 class SlowFile(UnreadableFile):
@@ -36,9 +36,9 @@ def allowed_seconds(size: int) -> float:
 
 @contextmanager
 def time_limit(seconds: float, expired: Callable[[], Exception]) -> Iterator[None]:
-    """Raise ``expired()`` in the block when ``seconds`` are over (0: never), as soon as Python is reached.
+    """Raise ``expired()`` in the block when ``seconds`` are over (0: never), as soon as Python runs.
 
-    In the main thread only, and only where no other alarm is set.
+    Only in the main thread, and only if no other alarm is set.
     """
     if (
         not seconds
@@ -67,7 +67,7 @@ def time_limit(seconds: float, expired: Callable[[], Exception]) -> Iterator[Non
 
 
 def file_clock(path: Path) -> Any:
-    """A `time_limit` for reading ``path`` whole; raises `SlowFile`."""
+    """A `time_limit` for reading all of ``path``. Raises `SlowFile`."""
     try:
         seconds = allowed_seconds(path.stat().st_size)
     except OSError:
@@ -76,7 +76,7 @@ def file_clock(path: Path) -> Any:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; a pipe or a device, which could keep a reader for ever, is refused.
+    """Open a file for reading. Pipes and devices are refused, because they could block a reader forever.
 
     Raises:
         UnreadableFile: it is something else than a file. OSError: it cannot be opened.
@@ -89,7 +89,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, limit: int = DOCUMENT_BYTES) -> bytes:
-    """What a file holds; raises UnreadableFile where that is more than ``limit`` bytes, before reading it."""
+    """The contents of a file. If there are more than ``limit`` bytes, raises UnreadableFile before reading."""
     with file_clock(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -98,7 +98,7 @@ def read_bytes(path: Path, limit: int = DOCUMENT_BYTES) -> bytes:
 
 
 def read_text(path: Path, limit: int = DOCUMENT_BYTES) -> str:
-    """The UTF-8 text of a file; raises UnreadableFile and OSError."""
+    """The UTF-8 text of a file. Raises UnreadableFile and OSError."""
     try:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError:
@@ -106,7 +106,7 @@ def read_text(path: Path, limit: int = DOCUMENT_BYTES) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON document; whatever is wrong with it is an UnreadableFile."""
+    """A JSON document. Any fault in it is an UnreadableFile."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -116,12 +116,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, limit: int = DOCUMENT_BYTES) -> Any:
-    """A JSON file; raises UnreadableFile and OSError."""
+    """A JSON file. Raises UnreadableFile and OSError."""
     return parse_json(read_text(path, limit))
 
 
 def read_json_object(path: Path, limit: int = DOCUMENT_BYTES) -> dict[str, Any]:
-    """A JSON file that holds an object; raises UnreadableFile and OSError."""
+    """A JSON file with an object. Raises UnreadableFile and OSError."""
     value = read_json(path, limit)
     if not isinstance(value, dict):
         raise UnreadableFile("does not hold a JSON object")
@@ -129,7 +129,7 @@ def read_json_object(path: Path, limit: int = DOCUMENT_BYTES) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """The values of a file with a JSON document on each line, one in memory at a time.
+    """The values of a file with one JSON document per line, one in memory at a time.
 
     Lines that are damaged, cut off or longer than 1 MiB are left out. Raises UnreadableFile and OSError.
     """
@@ -171,7 +171,7 @@ def _loader() -> Any:
     import yaml  # here: the networks import this module for their checksums, and need no YAML
 
     class Loader(yaml.SafeLoader):
-        """Plain YAML. An alias repeats what was written before: ten lines of them can stand for a billion values."""
+        """Plain YAML without aliases. Ten lines of aliases can stand for a billion values."""
 
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
             if self.check_event(yaml.AliasEvent):
@@ -182,7 +182,7 @@ def _loader() -> Any:
 
 
 def read_yaml(path: Path, limit: int = CONFIG_BYTES) -> Any:
-    """A YAML (or JSON) file without aliases; raises UnreadableFile and OSError."""
+    """A YAML (or JSON) file without aliases. Raises UnreadableFile and OSError."""
     import yaml
 
     text = read_text(path, limit)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """Every ``world``-th clip of a global batch, from ``rank`` on; without arguments, all of it.
+    """Every ``world``-th clip of a global batch, from ``rank`` on. Without arguments, all of it.
 
-    Random numbers are drawn for the global batch and then cut, so that they don't depend on the number of processes.
+    Random numbers are drawn for the global batch and then divided, so they don't depend on the number of processes.
     """
 
     rank: int = 0

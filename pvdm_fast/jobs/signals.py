@@ -1,4 +1,4 @@
-"""The signals by which a terminal or a scheduler ends a job, or warns that it will."""
+"""The signals with which a terminal or a scheduler ends a job, or warns that it will."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def in_main_thread() -> bool:
 
 @contextmanager
 def handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block runs, ``handle`` is called at each of these signals; in other threads than the main one, nothing.
+    """In the block, ``handle`` is called at each of these signals. Outside the main thread nothing changes.
 
-    A signal that was ignored from outside stays so, as SIGHUP by nohup; but not SIGINT, which a shell's script ignores
-    for everything it starts in the background.
+    A signal that was already ignored stays ignored, such as SIGHUP under nohup. SIGINT doesn't, because shell scripts
+    ignore it for everything that they start in the background.
     """
     before: dict[int, Any] = {}
     if in_main_thread():

@@ -1,4 +1,4 @@
-"""Standard output and error that never end a job: a closed pipe, a full log disk, letters the terminal lacks."""
+"""Output streams that never end a job: not by a closed pipe, a full log disk, or characters that a terminal lacks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class Steady:
-    """A text stream that prints what it can; what cannot be written is left out."""
+    """A text stream that prints what it can, and drops the rest."""
 
     def __init__(self, stream: Any) -> None:
-        # None: it was closed when Python started
+        # None if it was closed when Python started
         self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
         self.lost = stream is None
 
@@ -23,7 +23,8 @@ class Steady:
         except UnicodeEncodeError:
             encoding = self.stream.encoding or "ascii"
             return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError, RuntimeError):  # closed meanwhile; or printed to by a signal while printing
+        # closed in the meantime, or a signal handler printed during a print
+        except (OSError, ValueError, RuntimeError):
             self.lost = True
         return len(text)
 
@@ -58,7 +59,7 @@ def steady_output() -> Iterator[None]:
 
 
 def _leave_nothing(stream: Any) -> None:
-    """What a stream still holds goes nowhere: Python's own last flush would fail, and change the exit code."""
+    """Drop what a stream still holds. Python's own last flush would fail, and change the exit code."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -20,7 +20,7 @@ _HOME = {
     "DenoiserOutput": "denoiser",
 }
 
-# Diffusers warns at every cast of a model that `[]` should be kept in float32: nothing should.
+# diffusers warns at every cast of a model that `[]` should stay float32, which means nothing.
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
     lambda record: "should be kept in float32: []" not in record.getMessage()
 )

@@ -41,14 +41,14 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
     """PVDM's autoencoder (the release's `ViTAutoencoder`, its parameter names included; `base` is its full size).
 
     Args:
-        frames: T. height, width: of a frame in pixels, multiples of patch_size; all free and unequal.
+        frames: T. height, width: of a frame in pixels, multiples of patch_size. All may differ.
         patch_size: side of a patch in pixels.
         channels: C, a multiple of 8. depth: layers of the encoder and of the decoder. num_heads, head_dim: of these.
         latent_channels: D.
         projection_depth, projection_hidden: layers, and feed-forward width, of the projection to planes.
 
     Raises:
-        ValueError: sizes that don't divide.
+        ValueError: sizes don't divide.
     """
 
     _supports_gradient_checkpointing = True
@@ -102,7 +102,7 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
             `.latent`: (B, D, N), packed in the order xy, yt, xt, in [-1, 1].
 
         Raises:
-            ValueError: another shape than the model's; integers, or values of 8 bits (on a CPU).
+            ValueError: the shape isn't the model's, or values are integers or (checked on a CPU) 8-bit.
         """
         sizes = (3, self.config.frames, self.config.height, self.config.width)
         if video.dim() != 5 or video.shape[1:] != sizes or video.shape[0] == 0:
@@ -132,7 +132,7 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
         return torch.cat(latents, dim=1).transpose(1, 2).contiguous()
 
     def decode(self, latent: Tensor) -> AutoencoderOutput:
-        """Video of three latent planes.
+        """Decode three latent planes to a video.
 
         Args:
             latent: (B, D, N) packed planes. Differentiable.
@@ -157,7 +157,7 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
         return 2 * self._to_pixels(lattice).sigmoid() - 1
 
     def _expand(self, tokens: Tensor) -> Tensor:
-        """Packed planes (B, N, D) -> the lattice (B, T H W, C) of the sums of their `post_*` layers."""
+        """Packed planes (B, N, D) -> the lattice (B, T H W, C): the sum of their `post_*` layers."""
         posts = [getattr(self, f"post_{name}") for name in PLANE_NAMES]
         layers = [layer for layer in (weights_of(post, nn.Conv2d, POINTWISE_2D) for post in posts) if layer is not None]
         if len(layers) == len(posts):
@@ -183,6 +183,6 @@ class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
         return rearrange(pixels, "b t h w c p q -> b c t (h p) (w q)")
 
     def forward(self, video: Tensor, latent_noise: Tensor | None = None) -> AutoencoderOutput:
-        """The reconstruction of a video: `decode(encode(video).latent)`, latent_noise (B, D, N) added first."""
+        """The reconstruction of a video: `decode(encode(video).latent + latent_noise)`, with noise (B, D, N)."""
         latent = self.encode(video).latent
         return self.decode(latent if latent_noise is None else latent + latent_noise)

@@ -44,12 +44,12 @@ def timestep_embedding(timestep: Tensor, width: int, dtype: torch.dtype = torch.
 
 
 def noise_level_bits(device: torch.device) -> Tensor:
-    """The 1000 float32 noise levels as int32: floats would be rounded where buffers are cast with the model."""
+    """The 1000 float32 noise levels as int32. Floats would be rounded when buffers are cast with the model."""
     return NoiseSchedule.create(device).alphas_cumprod.view(torch.int32)
 
 
 def _check_widths(model_channels: int, channel_mult: Sequence[int], num_res_blocks: int, num_heads: int) -> None:
-    """Raises ValueError for widths that a layer would refuse, some of them only when it computes."""
+    """Raises ValueError for widths that a layer would refuse, in some cases only when it computes."""
     if model_channels < 1 or model_channels % NORM_GROUPS:
         raise ValueError(
             f"model_channels {model_channels} must be a multiple of {NORM_GROUPS}, the groups of the normalization."
@@ -75,9 +75,9 @@ def _check_attention(attention_resolutions: Sequence[int]) -> None:
 
 
 class PlanePositions(nn.Module):
-    """Learned vectors that say where a token is: one for each row, column and time, shared by the planes that have
-    that axis, and one for each plane. Without them the planes, which share all other weights, can tell neither each
-    other nor matching places apart except by what they hold."""
+    """Learned vectors that say where a token is: one per row, column and time, shared by the planes with that axis, and
+    one per plane. The planes share all other weights. Without these vectors only their contents distinguish planes and
+    positions."""
 
     def __init__(self, layout: TriplaneLayout, channels: int) -> None:
         super().__init__()
@@ -97,18 +97,18 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
     """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
 
     Args:
-        time, height, width: the layout of the latent; each divisible by 2 ** (levels - 1).
+        time, height, width: the layout of the latent. Each must be divisible by 2 ** (levels - 1).
         latent_channels: D. The input has 2 D: the noisy latent and the condition.
         model_channels: of the first level, a multiple of 32. channel_mult: factor of each level.
         num_res_blocks: residual blocks a level. attention_resolutions: downsampling factors (1, 2, 4, ...) at which
             planes attend to themselves too; those of levels that aren't there count for nothing. num_heads: of every
             attention.
         positions: learned positions of the tokens, which the release doesn't have.
-        prediction: what the network itself puts out: "noise" (the release's), or "v" = sqrt(a) noise - sqrt(1 - a)
-            latent (Salimans and Ho 2022), a being the noise level's alphas_cumprod. `forward` returns the noise in
-            either case; but from v it is exact where there is nothing but noise.
-        num_classes: of the videos, for class-conditional training; None: without classes. An embedding of the class is
-            added to that of the time; it has one entry more, for no class.
+        prediction: the network's own output: "noise" (as in the release), or "v" = sqrt(a) noise - sqrt(1 - a) latent
+            (Salimans and Ho 2022), where a is the noise level's alphas_cumprod. `forward` returns the noise in both
+            cases. From v it is exact where there is only noise.
+        num_classes: number of classes, for class-conditional training. None: without classes. The class's embedding is
+            added to that of the time. It has one more entry, for no class.
         class_names: their names, in the order of their numbers.
 
     Raises:
@@ -222,7 +222,8 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         return cls(**preset(DENOISER, name, overrides))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Denoiser:
-        """What moves, casts or empties the model (`to_empty`): the noise levels, which no file holds, are made anew."""
+        """Runs when the model is moved, cast or emptied (`to_empty`). The noise levels aren't in any file, so they are
+        remade."""
         super()._apply(fn, recurse)
         if self.config.prediction == "v":
             self.noise_levels = noise_level_bits(self.noise_levels.device)
@@ -245,17 +246,17 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
 
         Args:
             latent: (B, D, N) packed noisy planes. Differentiable.
-            timestep: (B,), or one number for all, in [0, 1000); for the prediction "v" whole numbers. Checked where
-                that needs no waiting for a GPU.
-            condition: (B, D, N), the latent of the clip before; None: unconditional (zeros). Differentiable.
-            class_labels: (B,) int64, from 0 to num_classes, the last of which means no class; None: no class for all.
+            timestep: (B,), or one number for all, in [0, 1000). For prediction "v" they must be whole numbers. Values
+                are checked unless that means waiting for a GPU.
+            condition: (B, D, N), the latent of the clip before. None: unconditional (zeros). Differentiable.
+            class_labels: (B,) int64, from 0 to num_classes, where the last means no class. None: no class for any.
 
         Returns:
             `.sample`: (B, D, N).
 
         Raises:
-            ValueError: shapes that don't fit the model's layout; a time out of range; labels for a model without
-                classes.
+            ValueError: shapes don't fit the model's layout, a time is out of range, or a model without classes gets
+                labels.
         """
         shape = (self.config.latent_channels, self.layout.num_tokens)
         for name, tensor in (("latent", latent), ("condition", condition)):
@@ -306,7 +307,7 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         x = planes.conv(cast(nn.ModuleList, self.input_blocks[0])[0], x, layout)
         if self.position_vectors is not None:
             x = x + self.position_vectors().to(x.dtype)
-        x = self.input_attns[0](x)  # nothing, unless somebody puts something there
+        x = self.input_attns[0](x)  # does nothing, unless somebody replaces it
         skips = [x]
         for block, attention in zip(down, list(self.input_attns)[1:], strict=True):
             x, layout = run(block, attention, x, layout)

@@ -39,7 +39,7 @@ def preset(table: dict[str, dict[str, Any]], name: str, overrides: dict[str, Any
     """The preset's values with `overrides` on top.
 
     Raises:
-        ValueError: no preset of that name.
+        ValueError: there is no such preset.
     """
     if name not in table:
         raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(table)}.")

@@ -1,4 +1,4 @@
-"""Values that no network was trained for: refused where they can be seen without waiting for a GPU."""
+"""Refuses values that no network was trained for, if they can be read without waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LARGEST_PIXEL = 8.0  # far outside [-1, 1], and below what 8 bits hold
 
 
 def _seen(tensor: Tensor) -> bool:
-    """Whether the values are there to be looked at: on the CPU, not traced, not by shapes alone."""
+    """Whether values can be read: on the CPU, not traced, and not shapes alone."""
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -32,10 +32,10 @@ class CheckpointError(UserError, ValueError):
 
 
 def read_state_dict(source: str | Path | StateDict) -> dict[str, Tensor]:
-    """The tensors of a `.pth` (or `.safetensors`) file, or of a mapping, by their names as they stand there.
+    """The tensors of a `.pth` (or `.safetensors`) file, or of a mapping, by their original names.
 
     A state dict inside one of the entries `ema`, `state_dict` or `model` is found, in this order. Only tensors are
-    read: a pickle that would run code is refused, as are tensors that are larger than their file.
+    read. A pickle that would run code is refused, and so are tensors that are larger than their file.
 
     Raises:
         CheckpointError: the file is missing, unreadable, would run code, or holds something else than tensors.
@@ -77,7 +77,7 @@ def _find_state(values: Any, depth: int = 2) -> tuple[StateDict, str] | None:
 
 
 def _is_plain(name: Any, value: Any) -> bool:
-    """A named, dense tensor of real numbers; others would be converted in silence, or fail only when copied."""
+    """A named, dense tensor of real numbers. Others would be converted silently, or fail only when copied."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     return isinstance(name, str) and dense and value.is_floating_point() and value.dtype.itemsize > 1
 
@@ -102,8 +102,8 @@ def _read_file(path: Path) -> Any:
 
 
 def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
-    """A model folder of ours: ``kind.from_pretrained``, with the checksums that training wrote compared where they are
-    there, and every tensor taken from the file and none left to chance.
+    """Load a model folder of ours with ``kind.from_pretrained``. Checksums that training wrote are compared, and every
+    tensor must come from the file, none from a random initialisation.
 
     Raises:
         CheckpointError: a file is missing or damaged, or holds another model.
@@ -133,8 +133,8 @@ def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float
 
 
 def _check_folder(kind: type[Any], folder: Path) -> None:
-    """Compare the sizes in config.json with the tensors of the weights' file, whose list is read and nothing else, so
-    that a config.json with a billion layers is refused before a model of it is begun."""
+    """Compare the sizes in config.json with the weight file's list of tensors. Only the list is read. So a config.json
+    with a billion layers is refused before its model is built."""
     from safetensors import safe_open
 
     try:
@@ -188,7 +188,7 @@ def _strip(name: str) -> str:
 
 
 class ReleaseState:
-    """A release state dict with the prefixes of its names taken off; remembers the names as they stood.
+    """A release state dict without the prefixes of its names. It remembers the original names.
 
     Args:
         source: the path of a checkpoint, or its state dict.
@@ -240,8 +240,8 @@ class ReleaseState:
         """A model of these sizes with the release's tensors in it.
 
         Raises:
-            CheckpointError: names or shapes differ; a release's buffers may be missing, nothing else. Found out before
-                memory is taken: sizes are read from single tensors, and could be far larger than the file.
+            CheckpointError: names or shapes differ. Only a release's buffers may be missing. This is checked before
+                memory is taken: sizes come from single tensors, and could be far larger than the file.
         """
         with torch.device("meta"):
             empty = _build(kind, **config)
@@ -387,12 +387,12 @@ def _build(kind: type[Any], **config: Any) -> Any:
 
 
 def to_release(model: Autoencoder | Denoiser) -> dict[str, Tensor]:
-    """The release's state dict of a model, its buffers included; loadable by the release's own code.
+    """The release's state dict of a model, including buffers. The release's own code can load it.
 
     A model that came from `load_release_*` gives back the names and dtypes it was loaded with, bit for bit.
 
     Raises:
-        CheckpointError: a denoiser with learned positions, the prediction v or classes: the release has none of them.
+        CheckpointError: the denoiser has learned positions, prediction v or classes, which the release doesn't have.
     """
     config = model.config
     if config.get("positions") or config.get("prediction", "noise") != "noise" or config.get("num_classes"):

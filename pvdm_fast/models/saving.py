@@ -16,7 +16,7 @@ class ChecksumsKept:
     checksums where there were some."""
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> Any:
-        """As diffusers' own."""
+        """Like diffusers' own."""
         result = super().save_pretrained(save_directory, *arguments, **options)  # type: ignore[misc]
         folder = Path(save_directory)
         for weights in folder.glob("*.safetensors"):

@@ -27,13 +27,13 @@ class TriplaneAttention(nn.Module):
     Args:
         channels: C, a multiple of 32.
         num_heads: of the attention; divides C.
-        num_head_channels: where given (not -1), the width of a head instead, from which num_heads follows.
+        num_head_channels: if given (not -1), the width of a head. num_heads follows from it.
 
     Attributes:
-        gradient_checkpointing: set, the block keeps its input alone for the backward pass and is computed again there.
+        gradient_checkpointing: if set, the block saves only its input for the backward pass, which recomputes it.
 
     Raises:
-        ValueError: sizes that don't divide.
+        ValueError: sizes don't divide.
     """
 
     def __init__(self, channels: int, num_heads: int = 1, num_head_channels: int = -1) -> None:
@@ -64,15 +64,15 @@ class TriplaneAttention(nn.Module):
         """Attend across planes.
 
         Args:
-            x: packed planes (B, C, N); or the planes (B, C, h, w) in a sequence, of any sizes; or, with a layout, its
-                tokens (B, N, C).
+            x: packed planes (B, C, N). Or a sequence of planes (B, C, h, w) of any sizes. Or, with a layout, its tokens
+                (B, N, C).
             layout: of the tokens.
 
         Returns:
             The same form as x, contiguous.
 
         Raises:
-            ValueError: another number of axes or channels.
+            ValueError: the number of axes or channels doesn't fit.
         """
         if layout is not None:
             assert isinstance(x, Tensor)
@@ -97,7 +97,8 @@ class TriplaneAttention(nn.Module):
         return checkpointing.run(self, self._attend, x, PlaneLayout(((x.shape[1], 1),))) if fused is None else fused
 
     def _attend_fused(self, x: Tensor) -> Tensor | None:
-        """What `_attend` computes, in one operation; None where there is none for x, or a layer isn't plain."""
+        """What `_attend` computes, in one operation. None if there is no such operation for x, or a layer isn't
+        plain."""
         like = self.qkv.__dict__["_parameters"].get("weight")
         if like is None or not ops.fuses_attention_block(x, like, heads=self.num_heads, groups=NORM_GROUPS):
             return None
@@ -121,14 +122,14 @@ class TriplaneAttention(nn.Module):
     def _attend(self, x: Tensor, segments: PlaneLayout) -> Tensor:
         """Attention inside each plane of `segments`, whose tokens also share the statistics of the norm."""
         qkv = pointwise(self.qkv, planes.norm(self.norm, x, segments))
-        # Channels are ordered head by head, each its q, k, v; the operation wants (B, N, 3, heads, d).
+        # Channels are grouped by head, each with its q, k, v. The operation takes (B, N, 3, heads, d).
         qkv = qkv.unflatten(-1, (self.num_heads, 3, -1)).transpose(2, 3)
         attended = ops.segment_attention(qkv, segments.offsets).flatten(2)
         return x + pointwise(self.proj_out, attended)
 
 
 class PlaneAttention(TriplaneAttention):
-    """In-plane attention: each plane on its own, norm statistics too (the release's `AttentionBlock`)."""
+    """In-plane attention: each plane separately, with its own norm statistics (the release's `AttentionBlock`)."""
 
     def forward(self, x: Tensor, layout: PlaneLayout) -> Tensor:  # type: ignore[override]
         """x: (B, N, C) packed tokens of `layout` -> (B, N, C)."""
@@ -136,7 +137,7 @@ class PlaneAttention(TriplaneAttention):
 
 
 def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a 1x1 nn.Conv1d, or what stands in its place, makes of tokens: x (B, N, C) -> (B, N, C')."""
+    """Applies a 1x1 nn.Conv1d, or what replaces it, to tokens: x (B, N, C) -> (B, N, C')."""
     weights = weights_of(layer, nn.Conv1d, POINTWISE_1D)
     if weights is None:
         return layer(x.transpose(1, 2)).transpose(1, 2)

@@ -34,8 +34,8 @@ def space_scales(width: int, device: Device = None, dtype: torch.dtype = torch.f
 def time_rotation(length: int, width: int, device: Device = None, dtype: torch.dtype = torch.float32) -> Tables:
     """(sin, cos), each (length, width), for positions 0 ... length - 1.
 
-    The frequencies stand twice side by side, while the rotation works on neighbours: the two members of a pair turn
-    by different angles. That is the release's; its checkpoints depend on it.
+    The frequencies are repeated as a whole, but the rotation works on neighbours, so the two members of a pair turn by
+    different angles. The release does this, and its checkpoints depend on it.
     """
     angles = torch.outer(torch.arange(length, device=device).to(dtype), time_frequencies(width, device, dtype))
     angles = torch.cat((angles, angles), dim=-1)
@@ -45,7 +45,8 @@ def time_rotation(length: int, width: int, device: Device = None, dtype: torch.d
 def space_rotation(
     height: int, width: int, head_width: int, device: Device = None, dtype: torch.dtype = torch.float32
 ) -> Tables:
-    """(sin, cos), each (height * width, head_width): row angles, then column angles, each for both of its pair."""
+    """(sin, cos), each (height * width, head_width): row angles, then column angles, each for both members of a
+    pair."""
     scales = space_scales(head_width, device, dtype)
     rows = torch.linspace(-1, 1, height, device=device, dtype=dtype)[:, None] * scales * math.pi
     columns = torch.linspace(-1, 1, width, device=device, dtype=dtype)[:, None] * scales * math.pi
@@ -57,9 +58,9 @@ def space_rotation(
 
 @readable
 class PreNorm(nn.Module):
-    """A residual step's norm and function; `forward` takes the stream and what the step before adds to it.
+    """A residual step's norm and function. `forward` takes the stream, and what the step before adds to it.
 
-    The sum is thereby taken together with the norm, in one operation.
+    So one operation computes both the sum and the norm.
     """
 
     def __init__(self, channels: int, fn: nn.Module) -> None:
@@ -69,7 +70,7 @@ class PreNorm(nn.Module):
         self._kind = type(fn)
 
     def forward(self, stream: Tensor, branch: Tensor | None, *arguments: object) -> tuple[Tensor, Tensor]:
-        """stream, branch: (..., C) -> the stream with `branch` added, and fn of its norm."""
+        """stream, branch: (..., C) -> the stream plus `branch`, and fn of its norm."""
         norm, fn = self.norm, self.fn
         weights = weights_of(norm, nn.LayerNorm)
         if weights is None:
@@ -117,10 +118,10 @@ class GatedFeedForward(nn.Module):
 
 
 class ReleaseTable(nn.Module):
-    """A constant that the release's state dicts hold under this name: kept as loaded, and written again.
+    """A constant of the release's state dicts: kept under its name as loaded, and written again.
 
-    Computing doesn't read it. The rotation tables are made in float32, and in float64 for tokens in float64, whatever
-    dtype the model is moved to.
+    It isn't used for computing. The rotation tables are float32, or float64 for float64 tokens, whatever dtype the
+    model is moved to.
     """
 
     def __init__(self, name: str, values: Tensor) -> None:
@@ -129,13 +130,13 @@ class ReleaseTable(nn.Module):
 
 
 class AxialTransformer(nn.Module):
-    """A stack of layers of time attention, space attention and feed-forward; no norm at the end.
+    """A stack of layers of time attention, space attention and feed-forward, without a norm at the end.
 
     Args:
         channels: C. depth: layers. num_heads, head_width: of the attentions; head_width a multiple of 4.
 
     Attributes:
-        gradient_checkpointing: set, each layer keeps its input alone for the backward pass and is computed again there.
+        gradient_checkpointing: if set, each layer saves only its input for the backward pass, which recomputes it.
     """
 
     def __init__(self, channels: int, depth: int, num_heads: int, head_width: int) -> None:
@@ -176,7 +177,7 @@ def _run_layer(
     time_tables: Tables,
     space_tables: Tables,
 ) -> tuple[Tensor, Tensor]:
-    """One layer; returns the stream and what is still to be added to it."""
+    """Runs one layer. Returns the stream, and what is still to be added to it."""
     time_attention, space_attention, feed_forward = layer
     x, branch = time_attention(x, branch, layout, time_tables)
     x, branch = space_attention(x, branch, layout, space_tables)

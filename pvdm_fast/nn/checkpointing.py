@@ -13,8 +13,8 @@ from pvdm_fast.nn import copies
 
 
 def run(block: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments); where block.gradient_checkpointing is set, only the arguments are kept for the backward
-    pass, which computes the function again."""
+    """function(*arguments). If block.gradient_checkpointing is set, only the arguments are saved for the backward pass,
+    which recomputes the function."""
     if block.gradient_checkpointing and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(copies.carried(function), *arguments, use_reentrant=False)
     return function(*arguments)

@@ -1,4 +1,4 @@
-"""Linear layers; in float32 on the CPU by oneDNN, forward and backward."""
+"""Linear layers. In float32 on the CPU they use oneDNN, forward and backward."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pvdm_fast.nn import copies
 from pvdm_fast.nn.plain import readable
 from pvdm_fast.ops.derivatives import transforming
 
-# Smaller products, and those of fewer rows, are left to torch: a call of oneDNN takes 15 us to set up, and one through
-# autograd in Python 10 more. From here on it is 1.2 to 1.8 times as fast, forward and backward together, one thread.
+# PyTorch computes smaller products, and those of fewer rows: a call of oneDNN takes 15 us to set up, and through
+# autograd in Python 10 more. From here on it is 1.2 to 1.8 times as fast, forward and backward together, on one thread.
 LEAST_PRODUCTS = 1 << 22
 LEAST_ROWS = 64
-TENSORS = frozenset({Tensor, nn.Parameter})  # those of other classes are fake, quantised, or compute in their own way
+TENSORS = frozenset({Tensor, nn.Parameter})  # other classes are fake, quantised, or compute in their own way
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -57,7 +57,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = rows_of(grad)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # this is to be differentiated again: in operations that PyTorch can
+        if torch.is_grad_enabled():  # will be differentiated again, so use operations that PyTorch can differentiate
             dx, dweight = (
                 (rows @ weight).view(x.shape) if needs_x else None,
                 rows.t() @ rows_of(x) if needs_weight else None,
@@ -71,9 +71,9 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x (..., K), weight (M, K), which may be a view, bias (M) -> (..., M).
 
-    In float32 on the CPU all products, the backward pass's too, are oneDNN's: on an AMD Zen 5 core they take half the
-    time of torch's, which are MKL's (2048 rows, 256 -> 768: 3.9 and 8.4 ms). Small products, compiled code, the
-    reference backend, forward-mode differentiation, `torch.func` and double backward are left to torch.
+    In float32 on the CPU oneDNN computes all products, also those of the backward pass. On an AMD Zen 5 core they take
+    half the time of PyTorch's own, which are MKL's (2048 rows, 256 -> 768: 3.9 and 8.4 ms). PyTorch computes small
+    products, compiled code, the reference backend, forward-mode differentiation, `torch.func` and double backward.
     """
     if _by_onednn(x, weight):
         return _Linear.apply(x, weight, bias)

@@ -1,8 +1,8 @@
-"""Whether a layer is exactly the one that was built: only then may its weights be read instead of calling it.
+"""Whether a layer is exactly as built. Only then may its weights be read instead of calling it.
 
 The networks compute several layers in one operation, from the layers' weights. An adapter (LoRA), a hook, a
-parametrization, a quantised or otherwise replaced layer would then do nothing, without a word. So every place that
-reads a layer's weights asks here first, and calls the layer where the answer is no.
+parametrization, a quantised or otherwise replaced layer would then silently do nothing. So every place that reads a
+layer's weights asks here first. If the answer is no, it calls the layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules.module import (  # hooks of all modules: dictionaries that have no public reader
+from torch.nn.modules.module import (  # global hooks are dictionaries without a public reader
     _global_backward_hooks,
     _global_backward_pre_hooks,
     _global_forward_hooks,
@@ -30,7 +30,7 @@ POINTWISE_1D = ((1,), (1,), (0,), (1,), 1, "zeros")
 POINTWISE_2D = ((1, 1), (1, 1), (0, 0), (1, 1), 1, "zeros")
 THREE_BY_THREE = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
-# What calling a layer does, by its class; other code may replace the method later.
+# What calling a layer does, by its class. Other code may replace the method later.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 _MULTIPLY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 Module = TypeVar("Module", bound=type[nn.Module])
@@ -38,7 +38,7 @@ Weights = tuple[Tensor, Tensor]  # of a plain layer: weight and bias
 
 
 def readable(kind: Module) -> Module:
-    """Class decorator: layers of this class may be computed from their weights, as long as they are plain."""
+    """Class decorator: plain layers of this class may be computed from their weights."""
     _FORWARDS[kind] = kind.forward
     return kind
 
@@ -55,10 +55,10 @@ def multiplies(kind: type[nn.Module]) -> bool:
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` does what the `readable` class `kind` says, and nothing else.
 
-    It doesn't where its class is another (a subclass too: a parametrization makes one), where it has a forward of its
-    own (the hooks of accelerate and of diffusers set one), where its call is compiled by itself, and where there is a
-    hook of any sort, its own or one for all modules. Takes half a microsecond. Nothing is remembered between calls,
-    since hooks come and go without notice.
+    It doesn't if its class is another (even a subclass: a parametrization makes one), if it has its own forward (hooks
+    of accelerate and diffusers set one), if its call is compiled separately, or if there is any hook, its own or a
+    global one. The test takes half a microsecond. Nothing is cached between calls, because hooks come and go without
+    notice.
     """
     state = module.__dict__
     return not (
@@ -78,12 +78,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def weights_of(module: nn.Module, kind: type[nn.Module], shape: tuple[Any, ...] | None = None) -> Weights | None:
-    """Weight and bias of a layer that `is_plain` and has both, for reading; None: call it.
+    """Weight and bias of a layer, for reading, if it `is_plain` and has both. None means that you must call it.
 
     Under autocast they are the copies that this pass has of them: see `casting`.
 
     Args:
-        shape: of a convolution, such as POINTWISE_2D; with another kernel, stride or padding it must be called too.
+        shape: of a convolution, such as POINTWISE_2D. With another kernel, stride or padding you must call it too.
     """
     if not is_plain(module, kind):
         return None

@@ -1,4 +1,4 @@
-"""PyTorch's own layers, parameters and all, computing on packed planes; and what stands in their place."""
+"""PyTorch's own layers, with their parameters, computing on packed planes. Also what replaces them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ STEPS = {None: 0, "up": 1, "down": -1}
 
 @readable
 class PlaneNorm(nn.GroupNorm):
-    """GroupNorm(32) of each plane on its own."""
+    """GroupNorm(32) of each plane separately."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(NORM_GROUPS, channels)
 
     def forward(self, x: Tensor, layout: PlaneLayout | None = None) -> Tensor:
-        """x: (B, N, C) packed tokens of `layout` -> (B, N, C); without a layout as nn.GroupNorm."""
+        """x: (B, N, C) packed tokens of `layout` -> (B, N, C). Without a layout, like nn.GroupNorm."""
         if layout is None:
             return super().forward(x)
         return ops.plane_norm(x, layout, self.weight, self.bias, groups=self.num_groups, eps=self.eps)
@@ -39,8 +39,8 @@ class PlaneNorm(nn.GroupNorm):
 class PlaneConv(nn.Conv2d):
     """3x3 convolution of each plane with shared weights: see `pvdm_fast.ops.plane_conv`.
 
-    With a kernel_size given it takes the arguments of nn.Conv2d. That is how peft makes the factors of an adapter: as
-    further layers of the adapted one's class.
+    If you pass a kernel_size, it takes the arguments of nn.Conv2d. peft makes the factors of an adapter like this, as
+    more layers of the adapted one's class.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PlaneConv(nn.Conv2d):
             nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, layout: PlaneLayout | None = None) -> Tensor:
-        """x: (B, N, C) packed tokens of `layout` -> (B, N, C'); without a layout as nn.Conv2d."""
+        """x: (B, N, C) packed tokens of `layout` -> (B, N, C'). Without a layout, like nn.Conv2d."""
         if layout is None:
             return super().forward(x)
         if self.bias is None or shape_of(self) != THREE_BY_THREE:  # changed after it was built
@@ -64,7 +64,7 @@ class PlaneConv(nn.Conv2d):
 
 
 def by_pictures(layer: Callable[[Tensor], Tensor], x: Tensor, layout: PlaneLayout) -> Tensor:
-    """A layer of pictures (b, c, h, w), called for each plane: x (B, N, C) packed tokens of `layout` -> (B, N', C')."""
+    """Calls a layer of images (b, c, h, w) for each plane: x (B, N, C) packed tokens of `layout` -> (B, N', C')."""
     planes = [layer(rearrange(plane, "b h w c -> b c h w")) for plane in layout.split(x)]
     return torch.cat([rearrange(plane, "b c h w -> b (h w) c") for plane in planes], dim=1)
 
@@ -78,13 +78,13 @@ def norm(
     activation: bool = False,
     resample: str | None = None,
 ) -> Tensor:
-    """What a PlaneNorm, or what stands in its place, makes of x, with what may follow: see `ops.plane_norm`.
+    """Applies a PlaneNorm, or what replaces it, to x, with what may follow: see `ops.plane_norm`.
 
     Args:
         x: (B, N, C) packed tokens of `layout`.
 
     Returns:
-        (B, N', C), in one operation where the layer is plain.
+        (B, N', C), in one operation if the layer is plain.
     """
     weights = weights_of(layer, PlaneNorm)
     if weights is not None:
@@ -106,12 +106,12 @@ def norm(
 
 
 def conv(layer: nn.Module, x: Tensor, layout: PlaneLayout) -> Tensor:
-    """What a PlaneConv, or what stands in its place, makes of packed tokens x (B, N, C) of `layout`: (B, N, C')."""
+    """Applies a PlaneConv, or what replaces it, to packed tokens x (B, N, C) of `layout`: (B, N, C')."""
     return layer(x, layout) if isinstance(layer, PlaneConv) else by_pictures(layer, x, layout)
 
 
 def pointwise(layer: nn.Module, x: Tensor, layout: PlaneLayout) -> Tensor:
-    """What a 1x1 nn.Conv2d, or what stands in its place, makes of packed tokens x (B, N, C) of `layout`: (B, N, C')."""
+    """Applies a 1x1 nn.Conv2d, or what replaces it, to packed tokens x (B, N, C) of `layout`: (B, N, C')."""
     weights = weights_of(layer, nn.Conv2d, POINTWISE_2D)
     if weights is not None:
         weight, bias = weights

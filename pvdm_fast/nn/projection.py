@@ -30,7 +30,7 @@ class SequenceAttention(nn.Module):
         self.to_out = nn.ModuleDict({"0": Linear(self.inner, channels)})
 
     def forward(self, x: Normed | Tensor, first_only: bool) -> Tensor:
-        """x: (S, L, C) -> (S, L, C), or (S, 1, C) with `first_only`: the query of element 0 alone."""
+        """x: (S, L, C) -> (S, L, C). With `first_only`, (S, 1, C): only element 0 is a query."""
         values = values_of(x)
         sequences, length, _ = values.shape
         if first_only:
@@ -65,12 +65,12 @@ class FeedForward(nn.Module):
 
 @readable
 class PlaneProjection(nn.Module):
-    """Pre-norm transformer layers over sequences, of which element 0 is kept (the release: 4 layers, hidden 512).
+    """Pre-norm transformer layers over sequences. Only element 0 is kept. (The release: 4 layers, hidden 512.)
 
-    Only element 0 of the last layer is read, so its query, output projection and feed-forward run for that alone.
+    Only element 0 of the last layer is read, so its query, output projection and feed-forward run only for that.
 
     Attributes:
-        gradient_checkpointing: set, each layer keeps its input alone for the backward pass and is computed again there.
+        gradient_checkpointing: if set, each layer saves only its input for the backward pass, which recomputes it.
     """
 
     def __init__(self, channels: int, depth: int = 4, hidden: int = 512) -> None:
@@ -168,7 +168,7 @@ def _weights_of_layer(layer: Any) -> ops.ProjectionLayer | None:
 
 
 def _run_layer(layer: nn.ModuleList, x: Tensor, branch: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
-    """One layer, the last one for element 0 only; returns the stream and what is still to be added to it."""
+    """Runs one layer, the last one for element 0 only. Returns the stream, and what is still to be added to it."""
     attention, feed_forward = layer
     x, branch = attention(x, branch, last)
     return feed_forward(x[:, :1] if last else x, branch)

@@ -1,11 +1,11 @@
-"""The wide steps of a transformer layer, in pieces, keeping for the backward pass no more than the stream they norm.
+"""The wide steps of a transformer layer, in pieces, saving only the pre-norm stream for the backward pass.
 
 A feed-forward's hidden layer is up to 8 times as wide as the stream, an attention's queries, keys and values 4 times.
-Both are computed piece by piece and made again in the backward pass, from a norm that is made again too. On a CPU a
-piece stays in the cache and in memory that is in use already, where a whole layer's fresh pages fault one by one: that
-pays for the recomputation. 16,384 tokens of 384 channels, float32, both passes, CPU time of an AMD Zen 5 core, malloc
-at its defaults: feed-forward 1.22 s (in one piece, all kept: 1.44), time attention 0.64 (0.64), space attention 1.16
-(1.18); a projection's two layers 1.59 (1.47).
+Both are computed piece by piece, and recomputed in the backward pass together with their norm. On a CPU a piece stays
+in the cache and reuses mapped memory, while a whole layer's new pages fault one by one. That pays for the
+recomputation. Measured with 16,384 tokens of 384 channels, float32, both passes, CPU time of an AMD Zen 5 core, default
+malloc (in parentheses: in one piece, with everything saved): feed-forward 1.22 s (1.44), time attention 0.64 (0.64),
+space attention 1.16 (1.18), a projection's two layers 1.59 (1.47).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pvdm_fast.nn.plain import weight_of, weights_of
 from pvdm_fast.ops.derivatives import transforming
 from pvdm_fast.ops.registry import autocast, statistic
 
-# Bytes of the widest tensor of a piece. A step that is one piece is not recomputed: there is little to save.
+# Bytes of the widest tensor of a piece. A step with a single piece isn't recomputed, because there is little to save.
 PIECE_ON_CPU = 12 << 20
 PIECE = 64 << 20  # elsewhere a piece must fill the device
 
 
 class Normed(NamedTuple):
-    """A LayerNorm over the last axis, and what it is made of: `values` are not kept, `again` makes them."""
+    """A LayerNorm over the last axis, and what it is computed from. `values` aren't saved, `again` recomputes them."""
 
     values: Tensor
     total: Tensor
@@ -49,12 +49,12 @@ def _again(total: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
 
 
 def _pieces(length: int, bytes_each: int, device: torch.device) -> int:
-    """How many of `length` rows, each of so many bytes at its widest, make a piece."""
+    """How many of `length` rows make a piece, if each has so many bytes at its widest."""
     return min(length, max(1, (PIECE_ON_CPU if device.type == "cpu" else PIECE) // bytes_each))
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """In which sums over pieces are taken."""
+    """The dtype of sums over pieces."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -75,7 +75,7 @@ def _feed_forward(
     activation: str,
     backend: str,
 ) -> Tensor:
-    """In one piece, in operations that autograd records."""
+    """The step in one piece, in operations that autograd records."""
     hidden = linear(values.to(first.dtype), first, first_bias)
     return linear(ACTIVATIONS[activation][0](hidden, backend), second, second_bias)
 
@@ -83,7 +83,7 @@ def _feed_forward(
 def _differentiable(
     out: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
 ) -> Iterator[Tensor | None]:
-    """The gradients of `inputs`, where they are needed, as functions of everything that `out` was computed from."""
+    """The needed gradients of `inputs`, as functions of everything that `out` was computed from."""
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
     with torch.autocast(grad.device.type, enabled=False):
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
@@ -91,8 +91,8 @@ def _differentiable(
 
 
 def _in_one_piece(x: Tensor) -> bool:
-    """Whether nothing is to be cut: compiled code fuses by itself, transforms must see every operation, and
-    what has no memory needs none."""
+    """Whether not to cut: compiled code fuses by itself, transforms must see every operation, and tensors without
+    memory don't need it."""
     return torch.compiler.is_compiling() or transforming() or x.is_meta
 
 
@@ -163,8 +163,8 @@ def feed_forward(x: Normed | Tensor, first: nn.Module, second: nn.Module, activa
         x: (..., C). first: C -> M. second: M -> C', or M / 2 -> C' with activation "geglu"; else "gelu".
 
     Returns:
-        (..., C'); where x is Normed, both layers are plain, and it is cut into pieces, nothing is kept for the backward
-        pass but x.total.
+        (..., C'). If x is Normed, both layers are plain, and there are several pieces, only x.total is saved for the
+        backward pass.
     """
     into, out_of = weights_of(first, Linear), weights_of(second, Linear)
     if isinstance(x, Normed) and into is not None and out_of is not None and not _in_one_piece(x.values):
@@ -181,7 +181,7 @@ def feed_forward(x: Normed | Tensor, first: nn.Module, second: nn.Module, activa
 
 
 class Sequences(NamedTuple):
-    """Tokens as (groups, time, sites, C), attending along time at each site, or along sites (and time is 1)."""
+    """Tokens as (groups, time, sites, C). They attend along time at each site, or along sites (then time is 1)."""
 
     groups: int
     time: int
@@ -271,12 +271,12 @@ def attention(
     """`ops.axial_attention` of to_qkv(x).
 
     Args:
-        x: as many tokens as `sequences`, in that order, each of C channels. to_qkv: C -> 3 heads d, without a bias.
+        x: the tokens of `sequences` in their order, each with C channels. to_qkv: C -> 3 heads d, without a bias.
         rotation: the tables of `ops.axial_attention`.
 
     Returns:
-        (groups, time, sites, heads d); where x is Normed, the layer is plain, and it is cut into pieces, only it,
-        x.total and a number for each query and head are kept for the backward pass.
+        (groups, time, sites, heads d). If x is Normed, the layer is plain, and there are several pieces, only the
+        result, x.total and one number per query and head are saved for the backward pass.
     """
     groups, time, sites, axis = sequences
     plain = weight_of(to_qkv, Linear)

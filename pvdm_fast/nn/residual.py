@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
     """norm -> SiLU -> [x2] -> 3x3 conv -> norm, scale and shift by the embedding -> SiLU -> 3x3 conv, plus the skip.
 
     Parameter names and shapes are those of the release's `ResBlock` (use_scale_shift_norm). The last conv starts at
-    zero. Norm statistics and conv borders are each plane's own.
+    zero. Each plane has its own norm statistics and conv borders.
 
     Args:
         channels, out_channels: multiples of 32.
@@ -70,7 +70,7 @@ class ResidualBlock(nn.Module):
         resample: None, "up" or "down": sides of every plane x2 or / 2, on the skip path too.
 
     Attributes:
-        gradient_checkpointing: set, the block keeps its inputs alone for the backward pass and is computed again there.
+        gradient_checkpointing: if set, the block saves only its inputs for the backward pass, which recomputes it.
     """
 
     def __init__(self, channels: int, embedding_channels: int, out_channels: int, resample: str | None = None) -> None:

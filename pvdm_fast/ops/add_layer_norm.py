@@ -98,18 +98,19 @@ def add_layer_norm(
 
     Args:
         x: (..., C). Differentiable, as are the next three.
-        residual: (..., C), or None: x alone is normed.
+        residual: (..., C). With None, x alone is normed.
         weight, bias: (C).
 
     Returns:
-        The sum (x itself without a residual) and its norm, both (..., C), in the dtype of the residual, else of x.
+        The sum (x itself without a residual) and its norm, both (..., C), in the dtype of the residual, or of x without
+        one.
 
     Raises:
-        ValueError: shapes that don't fit.
+        ValueError: shapes don't fit.
 
-    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference, which a log line says
-        once. `vmap` runs the operation for each element in turn.
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector products
+        and `torch.func` work on every backend, computed by the reference. A log line says so once. `vmap` runs the
+        operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton.
     """

@@ -12,8 +12,8 @@ from pvdm_fast.ops import costs
 from pvdm_fast.ops.derivatives import autocasts, transforming
 from pvdm_fast.ops.registry import expect_real, register_by_reference
 
-# Where launches, not bytes or products, are what takes time. Every program of the fused projection norms all tokens of
-# its clip: with more clips that costs more than the launches and bytes it saves.
+# Up to here launches take the time, not bytes or products. Every program of the fused projection norms all tokens of
+# its clip. With more clips that costs more than the saved launches and bytes.
 MOST_TOKENS = 128
 MOST_CLIPS = 2
 
@@ -109,12 +109,12 @@ def attention_block(
     groups: int = 32,
     eps: float = 1e-5,
 ) -> Tensor:
-    """x + projection(attention(qkv(GroupNorm(x)))), all tokens with all (PVDM, section 3.2). For sampling.
+    """x + projection(attention(qkv(GroupNorm(x)))), where all tokens attend to all (PVDM, section 3.2). For sampling.
 
     Args:
-        x: (B, N, C), any strides; N up to 128. float32, bfloat16, float16, as all weights.
-        norm_weight, norm_bias: (C) of the norm, whose statistics are over all tokens of a group of channels.
-        qkv_weight, qkv_bias: (3C, C), (3C): channels head by head, each its q, k, v.
+        x: (B, N, C), any strides, N up to 128. float32, bfloat16 or float16, like all weights.
+        norm_weight, norm_bias: (C). The norm's statistics are over all tokens of a group of channels.
+        qkv_weight, qkv_bias: (3C, C), (3C). Channels are grouped by head, each with its q, k, v.
         proj_weight, proj_bias: (C, C), (C).
         heads, groups: each divides C.
 
@@ -122,10 +122,10 @@ def attention_block(
         (B, N, C), contiguous.
 
     Raises:
-        ValueError: shapes that don't fit, or more tokens.
+        ValueError: shapes don't fit, or there are more tokens.
 
-    Derivatives: of every kind, all through the reference: there is no kernel for a gradient. `vmap` runs the operation
-        for each element in turn.
+    Derivatives: every kind, computed by the reference: there is no kernel for a gradient. `vmap` runs the operation for
+    each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, triton.
     """

@@ -1,4 +1,4 @@
-"""Attention along time, or inside frames, of a lattice of tokens; the table rotation of q and k is part of it."""
+"""Attention of a lattice of tokens along time or inside frames, including the table rotation of q and k."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _jvp_check(qkv: Tensor, tangent: Tensor, sin: Tensor | None, cos: Tensor | N
 
 
 def _shapes(qkv: Tensor, query: Tensor | None, axis: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the result and of the logarithms of sums."""
+    """The shapes of the result and of the log-sum-exp."""
     batch, time, height, width, _, heads, head_width = qkv.shape
     if query is not None:
         time = 1
@@ -188,26 +188,25 @@ def axial_attention(
     """Softmax attention along one axis of a lattice (the TimeSformer layers and the projections of PVDM).
 
     Args:
-        qkv: (B, T, H, W, 3, heads, d), any strides. Differentiable. With `query`, keys and values only:
-            (B, T, H, W, 2, heads, d).
-        axis: "time": a sequence is the T tokens of one site; "space": the H W tokens of one frame.
-        rotation: (sin, cos) tables, each (sequence length, d), taken in float32 (in their own dtype where
-            qkv is float64): q and k become x cos + R(x) sin, where R takes
-            each neighbouring pair (a, b) to (-b, a). No gradient (a tangent is taken).
-        query: (B, 1, H, W, heads, d): one query a sequence along time instead of T. Differentiable.
-        scale: of the scores; None: d ** -0.5.
+        qkv: (B, T, H, W, 3, heads, d), any strides. With `query` it holds only keys and values: (B, T, H, W, 2, heads,
+            d). Differentiable.
+        axis: with "time", a sequence is the T tokens of one site. With "space", it is the H W tokens of one frame.
+        rotation: (sin, cos) tables, each (sequence length, d), used in float32 (for float64 qkv in their own dtype). q
+            and k become x cos + R(x) sin, where R takes each neighbouring pair (a, b) to (-b, a). Tables get no
+            gradient, but may carry a tangent.
+        query: (B, 1, H, W, heads, d): one query per sequence along time, instead of T. Differentiable.
+        scale: factor of the scores. None means d ** -0.5.
 
     Returns:
         (B, T, H, W, heads, d), or (B, 1, H, W, heads, d) with `query`; contiguous.
 
     Raises:
-        ValueError: shapes that don't fit, an unknown axis, or `query` with a rotation or along space; tables that
+        ValueError: shapes don't fit, the axis is unknown, `query` comes with a rotation or along space, or tables
             require a gradient.
 
-    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference, which a log line says once;
-        on `cpu` jvp is a kernel of its own, of O(N) memory, where qkv alone carries a tangent. `vmap` runs the
-        operation for each element in turn.
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector products
+        and `torch.func` work on every backend, computed by the reference. A log line says so once. If only qkv carries
+        a tangent, `cpu` has its own jvp kernel with O(N) memory. `vmap` runs the operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """

@@ -1,4 +1,4 @@
-"""FLOPs of products, from sizes alone: a multiply-add is 2; exponentials, norms and activations are none."""
+"""FLOPs of products, from sizes alone. A multiply-add is 2. Exponentials, norms and activations don't count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def linear(tokens: int, inputs: int, outputs: int) -> int:
 
 
 def conv(tokens: int, inputs: int, outputs: int, kernel: int = 3) -> int:
-    """FLOPs of a kernel x kernel convolution, the zeros outside the border included."""
+    """FLOPs of a kernel x kernel convolution, including the zeros outside the border."""
     return linear(tokens, inputs * kernel * kernel, outputs)
 
 
@@ -19,7 +19,7 @@ def attention(sequences: int, queries: int, keys: int, channels: int) -> int:
 
 
 def attention_block(layout_tokens: int, segments: list[int], channels: int) -> int:
-    """qkv, attention inside each segment, output projection."""
+    """FLOPs of qkv, attention inside each segment, and output projection."""
     inside = sum(attention(1, n, n, channels) for n in segments)
     return linear(layout_tokens, channels, 4 * channels) + inside
 
@@ -33,5 +33,5 @@ def attention_passes(direction: str, forward: int) -> int:
 
 
 def none(direction: str, *inputs: object) -> int:
-    """Of an operation without products."""
+    """FLOPs of an operation without products."""
     return 0

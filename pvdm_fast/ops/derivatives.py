@@ -2,13 +2,13 @@
 
 An operation has one kernel for PyTorch's autograd keys, for all backends:
 
-- Where an input carries a tangent, the operation is computed by its reference, in differentiable PyTorch operations, so
-  that the tangent goes through (or by a kernel of its own: see `forward_mode` of `registry.register`).
-- Where an input requires a gradient, the backend's kernel runs and the backward formula is recorded.
-- Otherwise the backend's kernel runs, with nothing recorded.
+- If an input carries a tangent, the reference computes the operation in differentiable PyTorch operations, so that the
+tangent passes through. (Or a special kernel does: see `forward_mode` of `registry.register`.)
+- If an input requires a gradient, the backend's kernel runs and the backward formula is recorded.
+- Otherwise the backend's kernel runs, and nothing is recorded.
 
 Backward operations are registered in the same way. Their own derivative is that of the reference's backward formula,
-made from the inputs again: so double backward, and any order above it, is right on every backend.
+recomputed from the inputs. So double backward, and any higher order, is right on every backend.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Formula = Callable[..., tuple[Any, ...]]
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device. PyTorch raises where it asks that of tensors without memory."""
+    """Whether autocast is on for a type of device. (PyTorch raises if asked for the device of tensors without
+    memory.)"""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -55,7 +56,7 @@ def tangent_of(tensor: Tensor) -> Tensor | None:
 
 
 def split_dual(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of a tensor and its tangent, zeros where it has none."""
+    """The value of a tensor and its tangent. The tangent is zeros if there is none."""
     primal, tangent = forward_ad.unpack_dual(tensor, level=0)
     return primal, torch.zeros_like(primal) if tangent is None else tangent
 
@@ -65,15 +66,15 @@ def any_tangent(inputs: Sequence[Any]) -> bool:
 
 
 def records(*inputs: Any) -> bool:
-    """Whether autograd records what is computed of `inputs`. A value and its tangent, taken apart for a kernel, are
-    then not enough: a backward pass, run while tangents are there, needs them in the tensors that were saved for it."""
+    """Whether autograd records what is computed from `inputs`. If so, a kernel can't get value and tangent separately:
+    a backward pass that runs while tangents exist needs them in the saved tensors."""
     torch_c: Any = torch._C
     return bool(torch_c.is_grad_enabled() and torch_c._any_requires_grad(*inputs))
 
 
 def transforming() -> bool:
-    """Whether forward-mode AD or a transform of `torch.func` is at work, so that computing must be left to operations
-    that PyTorch can see through."""
+    """Whether forward-mode AD or a transform of `torch.func` is active, so that only operations that PyTorch can see
+    through may compute."""
     # These names are PyTorch's own for it, unchanged from 2.9 to 2.14.
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
@@ -84,8 +85,8 @@ def say(op: str, derivative: str) -> None:
 
 
 def by_reference(op: str, derivative: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which takes an operation's arguments without the backend, as it is called with them; outside
-    autocast, whose dtypes are settled by now."""
+    """Wraps `function`, which takes an operation's arguments without the backend. It runs outside autocast, because
+    dtypes are settled by now."""
 
     def run(*arguments: Any) -> Any:
         *inputs, _ = arguments
@@ -97,7 +98,7 @@ def by_reference(op: str, derivative: str, function: Callable[..., Any]) -> Call
 
 
 def saves_everything(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """`setup_context` for `pulled_back`: every argument is kept."""
+    """`setup_context` for `pulled_back`: saves every argument."""
     ctx.tensors = [isinstance(value, Tensor) for value in inputs]
     ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
@@ -203,7 +204,7 @@ def autograd_kernel(overload: Any, function: Any, with_tangents: Callable[..., A
 
 
 def one_by_one(overload: Any) -> Callable[..., Any]:
-    """The rule by which `torch.func.vmap` runs `overload`: once for each of what is mapped over, results stacked."""
+    """The rule for `torch.func.vmap`: runs `overload` once per mapped element and stacks the results."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         def at(index: int) -> list[Any]:

@@ -103,11 +103,11 @@ def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor) -> 
         (B, N, C'), contiguous.
 
     Raises:
-        ValueError: shapes or dtypes that don't fit.
+        ValueError: shapes or dtypes don't fit.
 
-    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference, which a log line says
-        once. `vmap` runs the operation for each element in turn.
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector products
+        and `torch.func` work on every backend, computed by the reference. A log line says so once. `vmap` runs the
+        operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton.
     """

@@ -1,4 +1,4 @@
-"""GroupNorm of packed planes with everything that follows it in the denoiser: FiLM, SiLU, x2 resampling."""
+"""GroupNorm of packed planes, and what follows it in the denoiser: FiLM, SiLU, x2 resampling."""
 
 from __future__ import annotations
 
@@ -146,10 +146,10 @@ def plane_norm(
     """GroupNorm, then scale and shift, then SiLU, then resampling of packed planes, in one operation.
 
     Args:
-        x: (B, N, C) packed tokens of `layout`. float32, bfloat16, float16, with statistics in float32;
-            float64, with statistics in float64. Differentiable.
-        layout: of x: planes of any number and sizes, each with statistics of its own. PlaneLayout(((N, 1),)) norms all
-            tokens jointly.
+        x: (B, N, C) packed tokens of `layout`, float32, bfloat16, float16 or float64. Statistics are float32, or
+            float64 for float64. Differentiable.
+        layout: that of x: any number of planes of any sizes, each with its own statistics. PlaneLayout(((N, 1),)) norms
+            all tokens jointly.
         weight, bias: (C), in any of these dtypes. Differentiable.
         scale_shift: (B, 2C), the halves (scale | shift): n (1 + scale) + shift. Differentiable.
         groups: of channels; divides C.
@@ -160,11 +160,11 @@ def plane_norm(
         (B, N', C) contiguous, in the dtype of x.
 
     Raises:
-        ValueError: shapes that don't fit, groups that don't divide C, odd sizes to halve.
+        ValueError: shapes don't fit, groups don't divide C, or a size to halve is odd.
 
-    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference, which a log line says
-        once. `vmap` runs the operation for each element in turn.
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector products
+        and `torch.func` work on every backend, computed by the reference. A log line says so once. `vmap` runs the
+        operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """

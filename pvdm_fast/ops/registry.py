@@ -1,7 +1,7 @@
-"""How an operation becomes `torch.ops.pvdm_fast.<op>` and `<op>_backward`, each served by the backend that is chosen.
+"""How an operation becomes `torch.ops.pvdm_fast.<op>` and `<op>_backward`, computed by the chosen backend.
 
-Every registered schema ends in `str backend`: the backend asked for when the operation was called ("auto" mostly).
-The backward pass thereby asks for the same one, whatever thread it runs in and whatever was asked for since.
+Every registered schema ends in `str backend`: the backend that was asked for when the operation was called (mostly
+"auto"). So the backward pass asks for the same one, in any thread, whatever was asked for since.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _dispatch(op: str, direction: str, check: Callable[..., None]) -> Callable[.
 
 
 def _define(name: str, schema: str, check: Callable[..., None], fake: Callable[..., Any], run: Any) -> Any:
-    """Define an operation without derivatives. Its arguments are checked in its fake too, before shapes are made."""
+    """Define an operation without derivatives. Its fake checks the arguments too, before it makes shapes."""
 
     def checked_fake(*arguments: Any) -> Any:
         check(*arguments[:-1])
@@ -76,11 +76,11 @@ def register(
     """Define `op` and `<op>_backward` with their schemas, checks, fakes (which state the strides) and derivatives.
 
     Args:
-        check, backward_check: raise ValueError for arguments that don't fit; before anything is allocated or computed.
-        fake, backward_fake: results without values. These four take the arguments without the trailing backend.
+        check, backward_check: raise ValueError for arguments that don't fit, before anything is allocated or computed.
+        fake, backward_fake: give results without values. These four take the arguments without the trailing backend.
         setup_context, backward: as of `torch.library.register_autograd`.
         flops: cost(direction, *arguments without the backend), direction "forward" or "backward".
-        forward_mode: takes all arguments where one of them carries a tangent. None: the reference is computed, in
+        forward_mode: takes all arguments if one of them carries a tangent. With None, the reference computes, in
             operations that PyTorch differentiates.
 
     Returns:
@@ -134,7 +134,7 @@ def register_by_reference(
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device, else as they are."""
+    """The tensors in autocast's dtype if autocast is on for their device, otherwise unchanged."""
     if not torch._C._is_any_autocast_enabled():  # quicker to ask than for a device
         return tensors
     device = tensors[0].device.type
@@ -164,7 +164,7 @@ def expect_real(op: str, first: Tensor, *others: Tensor | None) -> None:
 
 
 def expect_shapes(op: str, **expected: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Raise ValueError unless each tensor, given with its name, has the shape that goes with it."""
+    """Raise ValueError unless each named tensor has its expected shape."""
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must be {tuple(shape)}, not {tuple(tensor.shape)}.")
@@ -178,12 +178,13 @@ def expect_dtype(op: str, dtype: torch.dtype, **tensors: Tensor | None) -> None:
 
 
 def default_scale(qkv: Tensor) -> float:
-    """d ** -0.5, of attention's scores; anything where there is no d: the operation refuses such a shape."""
+    """The scale of attention's scores, d ** -0.5. Any number if there is no d, because the operation refuses such
+    shapes."""
     return float(qkv.shape[-1]) ** -0.5 if qkv.dim() and qkv.shape[-1] else 1.0
 
 
 def statistic(dtype: torch.dtype) -> torch.dtype:
-    """Of statistics and logarithms of sums of tensors of `dtype`."""
+    """The dtype of statistics and log-sum-exps of tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -191,7 +192,7 @@ def tokens_of_planes(op: str, planes: Sequence[int]) -> int:
     """The tokens of planes given as (rows, columns, rows, columns, ...). Python's integers don't overflow.
 
     Raises:
-        ValueError: no plane, a size without its other, or one below 1.
+        ValueError: there is no plane, an odd number of sizes, or a size below 1.
     """
     if len(planes) < 2 or len(planes) % 2 or min(planes) < 1:
         raise ValueError(

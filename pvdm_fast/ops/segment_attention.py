@@ -134,25 +134,25 @@ def segment_attention(qkv: Tensor, offsets: Sequence[int] | None = None, scale: 
     """Softmax attention inside each segment of the token axis, heads apart (PVDM, section 3.2).
 
     Args:
-        qkv: (B, N, 3, heads, d), any strides: queries, keys and values of one buffer, so that their gradient is one
-            buffer too. float32, bfloat16, float16 (float64 on `reference`). Differentiable.
-        offsets: where segments start, and the end: (0, n1, ..., N). None: one segment, every token attends to all.
-        scale: of the scores; None: d ** -0.5.
+        qkv: (B, N, 3, heads, d), any strides, float32, bfloat16 or float16 (float64 on `reference`). Queries, keys and
+            values are one buffer, so their gradient is one too. Differentiable.
+        offsets: where segments start, and the end: (0, n1, ..., N). With None there is one segment: every token attends
+            to all.
+        scale: factor of the scores. None means d ** -0.5.
 
     Returns:
         (B, N, heads, d), contiguous.
 
-    Large scores: float32 rounds a score s by 6e-8 |s|, which a softmax feels absolutely. Rows of -inf give NaN. The cpu
-    kernels are as exact as the formula in float32 at any size. The cuda kernels compute the probabilities of the
-    backward pass from a log-sum-exp in float32, which makes them wrong by up to 2e-7 |s|.
+    Large scores: float32 rounds a score s by 6e-8 |s|, and a softmax takes that as an absolute error. Rows of -inf give
+    NaN. The cpu kernels are as exact as the float32 formula at any size. The cuda kernels compute the backward pass's
+    probabilities from a float32 log-sum-exp, so these are off by up to 2e-7 |s|.
 
     Raises:
-        ValueError: shapes or offsets that don't fit.
+        ValueError: shapes or offsets don't fit.
 
-    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference, which a log line says once;
-        on `cpu` jvp is a kernel of its own, of O(N) memory, where qkv alone carries a tangent. `vmap` runs the
-        operation for each element in turn.
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector products
+        and `torch.func` work on every backend, computed by the reference. A log line says so once. If only qkv carries
+        a tangent, `cpu` has its own jvp kernel with O(N) memory. `vmap` runs the operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """

@@ -97,17 +97,17 @@ def triplane_slice(x: Tensor, layout: TriplaneLayout, plane: str, token: Tensor,
         x: (B, T H W, C) lattice tokens in the order (t, h, w). Differentiable.
         plane: "xy" (sequences along time, one for each h, w), "yt" (along height), "xt" (along width).
         token: (C), appended at the end of each sequence. Differentiable.
-        positions: (L + 1, C), added; L is the length of the collapsed axis. Differentiable.
+        positions: (L + 1, C), added. L is the length of the collapsed axis. Differentiable.
 
     Returns:
-        (B, sites, L + 1, C), contiguous, in the dtype of x; sites in the order of the plane's packed tokens.
+        (B, sites, L + 1, C), contiguous, in the dtype of x. Sites have the order of the plane's packed tokens.
 
     Raises:
-        ValueError: shapes that don't fit, an unknown plane.
+        ValueError: shapes don't fit, or the plane is unknown.
 
-    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector
-        products and `torch.func` are right on every backend, through the reference, which a log line says
-        once. `vmap` runs the operation for each element in turn.
+    Derivatives: reverse mode once by the backend's kernel. Forward mode (jvp), double backward, Hessian-vector products
+        and `torch.func` work on every backend, computed by the reference. A log line says so once. `vmap` runs the
+        operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """

@@ -73,7 +73,7 @@ def check_second_phase(config: TrainConfig, height: int, width: int, accelerator
 
 
 class _KnownGradient(torch.autograd.Function):
-    """The value of a loss whose gradient at ``sample`` has been computed already."""
+    """The value of a loss whose gradient at ``sample`` is already known."""
 
     @staticmethod
     def forward(sample: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
@@ -94,12 +94,12 @@ class Adversary:
 
     def __init__(self, options: AdversarialOptions, seed: int) -> None:
         self.options = options
-        with torch.random.fork_rng(devices=[]):  # what else the run draws does not depend on them
+        with torch.random.fork_rng(devices=[]):  # so that the run's other random numbers don't depend on them
             torch.manual_seed(seed)
             self.nets = Discriminators(options.channels, options.norm)
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Move and wrap the discriminators; under data parallel their gradients are averaged."""
+        """Move and wrap the discriminators. With data parallelism their gradients are averaged."""
         self.accelerator = accelerator
         if self.options.norm == "batch" and accelerator.num_processes > 1:
             self.nets = nn.SyncBatchNorm.convert_sync_batchnorm(self.nets)
@@ -111,7 +111,7 @@ class Adversary:
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.scaler is not None)
 
     def backward(self, real: Tensor, fake: Tensor, frames: Tensor, share: float) -> dict[str, Tensor]:
-        """Add ``share`` of the gradients of a batch; what to record of it."""
+        """Add ``share`` of a batch's gradients. Returns what to record."""
         with self.accelerator.autocast():
             terms = self.prepared(real, fake, frames, self.options.r1)
         self.scaler.scale(terms.loss * share).backward()
@@ -155,8 +155,8 @@ class Adversary:
 class SecondPhaseStage(AutoencoderStage):
     """Reconstruction judged by pixels, by LPIPS of one random frame of each clip, and by discriminators.
 
-    The losses are differentiated with respect to the reconstruction alone, each once; the sum of these gradients, each
-    with its weight, is what goes on into the autoencoder. So the adaptive weight costs two products at the last layer.
+    Each loss is differentiated once, only with respect to the reconstruction. The weighted sum of these gradients goes
+    on into the autoencoder. So the adaptive weight costs two products at the last layer.
     """
 
     def __init__(self, config: TrainConfig, autoencoder: Autoencoder) -> None:
@@ -221,7 +221,7 @@ class SecondPhaseStage(AutoencoderStage):
         return loss
 
     def _gradient(self, value: Tensor, at: Tensor) -> Tensor:
-        """The gradient of a loss, computed under the loss scale where there is one: in float16 it would be 0."""
+        """The gradient of a loss, computed with the loss scale if there is one: in float16 it would otherwise be 0."""
         scaler = self.accelerator.scaler
         with torch.autocast(at.device.type, enabled=False):
             if scaler is None:
@@ -288,7 +288,7 @@ class SecondPhaseStage(AutoencoderStage):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` returned; a phase that is switched on on resuming begins afresh.
+        """Restore what `state` returned. A phase that is switched on when resuming starts from the beginning.
 
         Raises:
             UserError: the LPIPS weights are not those that the run began with.

@@ -1,4 +1,4 @@
-"""From a configuration to the objects that are trained, with one clear sentence where something doesn't fit."""
+"""From a configuration to the objects that are trained, with one clear sentence if something doesn't fit."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def make_stage(
 
 @contextmanager
 def _as_user_error() -> Iterator[None]:
-    """A model's complaint about its sizes is the user's to mend."""
+    """Turns a model's complaint about its sizes into a UserError."""
     try:
         yield
     except ValueError as error:
@@ -173,7 +173,7 @@ def _check_attention(config: TrainConfig) -> None:
 
 
 def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:
-    """The classes of the data. A run keeps those it began with, so that their numbers stay when the data moves."""
+    """The classes of the data. A run keeps its first classes, so that numbers stay the same when the data moves."""
     kept = run.path / "classes.json"
     if kept.exists():
         try:
@@ -191,7 +191,7 @@ def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:
 
 
 def existing_autoencoder(config: TrainConfig, resume: Path | None) -> Autoencoder | None:
-    """The autoencoder that --stage diffusion builds on; None where the run trains its own.
+    """The autoencoder that --stage diffusion builds on. None if the run trains its own.
 
     Raises:
         UserError: there is none, or it has other sizes than the options say.
@@ -232,7 +232,7 @@ def empty_autoencoder(config: TrainConfig) -> Autoencoder:
 
 
 def empty_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> Denoiser:
-    """The denoiser in the same way, with the classes of the data where it learns them."""
+    """The denoiser in the same way, with the data's classes if it learns them."""
     names = find_classes(Path(config.data)) if config.diffusion.class_conditional else None
     with torch.device("meta"):
         return make_denoiser(config, autoencoder, names)

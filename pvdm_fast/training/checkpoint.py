@@ -38,12 +38,12 @@ class Checkpoint:
 def save(
     folder: Path, stage: str, step: int, state: dict[str, Any], *, keep: int = KEPT, config: str | None = None
 ) -> Path:
-    """Write ``state`` as ``folder/STAGE-step-NNNNNNN`` and remove all before it but the newest ``keep - 1``.
+    """Write ``state`` as ``folder/STAGE-step-NNNNNNN``, and remove all earlier ones except the newest ``keep - 1``.
 
     ``config``: the options in use, as YAML, for whoever goes on from there.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; what was there before is still there.
+        UserError: the disk is full or the folder can't be written. Earlier checkpoints are still there.
     """
     path = folder / f"{stage}-step-{step:07d}"
     try:
@@ -77,7 +77,7 @@ def _is_writer_failure(error: RuntimeError) -> bool:
 
 
 def found(folder: Path) -> list[Checkpoint]:
-    """The checkpoints in a folder, oldest first; half-written ones have other names and don't count."""
+    """The checkpoints in a folder, oldest first. Half-written ones have other names and don't count."""
     result = []
     for path in folder.glob("[!.]*"):
         stage, _, number = path.name.rpartition("-step-")
@@ -87,7 +87,7 @@ def found(folder: Path) -> list[Checkpoint]:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as written."""
+    """What is wrong with a checkpoint's files. None if they are as written."""
     path = checkpoint.path
     try:
         note = read_json_object(path / NOTE, NOTE_BYTES)
@@ -103,10 +103,10 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest undamaged checkpoint, and a sentence for each newer one that had to be passed over.
+    """The newest undamaged checkpoint, and a sentence for each newer one that was skipped.
 
     Raises:
-        UserError: there are checkpoints, but none is good: to start again would throw a run away.
+        UserError: there are checkpoints, but none is good. Starting again would lose the run.
     """
     passed_over: list[str] = []
     for candidate in reversed(found(folder)):
@@ -123,7 +123,7 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def load(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The state saved in a checkpoint, on the CPU; nothing but tensors and plain values is ever unpickled.
+    """The state saved in a checkpoint, on the CPU. Only tensors and plain values are ever unpickled.
 
     Raises:
         UserError: the file holds something else, though its checksum is right.
@@ -149,7 +149,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` returned; GPU states only where there are as many GPUs."""
+    """Restore what `random_states` returned. GPU states only if there are as many GPUs."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,4 +1,4 @@
-"""Every hyper-parameter of a training run, with its help text; presets; reading and writing config files."""
+"""Every hyper-parameter of a training run with its help text, presets, and reading and writing config files."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ class Option:
 
     @property
     def key(self) -> str:
-        """Its name in a config file, for example ``autoencoder.steps``."""
+        """The option's name in a config file, for example ``autoencoder.steps``."""
         return f"{self.group}.{self.name}" if self.group else self.name
 
     def convert(self, value: Any) -> Any:
@@ -327,7 +327,7 @@ def get(config: TrainConfig, key: str) -> Any:
 
 
 def flatten(nested: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """``{"autoencoder": {"steps": 5}}`` as ``{"autoencoder.steps": 5}``; raises UserError for an unknown name."""
+    """``{"autoencoder": {"steps": 5}}`` as ``{"autoencoder.steps": 5}``. Raises UserError for an unknown name."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if name in GROUPS:
@@ -376,7 +376,7 @@ def make_config(changes: Mapping[str, Any]) -> TrainConfig:
 
 
 def read_changes(path: Path) -> dict[str, Any]:
-    """The options in a YAML (or JSON) config file, by key; raises UserError where it cannot be read."""
+    """The options in a YAML (or JSON) config file, by key. Raises UserError if it can't be read."""
     try:
         nested = read_yaml(path)
     except OSError as error:

@@ -26,10 +26,10 @@ def make_optimizer(name: str, parameters: Iterable[nn.Parameter], options: Stage
     """AdamW with a stage's learning rate, betas and weight decay.
 
     Args:
-        name: "adamw", fused; or "adamw8bit": moments in blocks of 8 bits (Dettmers et al. 2022), on CPUs and GPUs.
+        name: "adamw" (fused), or "adamw8bit" with moments in blocks of 8 bits (Dettmers et al. 2022), on CPUs and GPUs.
 
     Raises:
-        UserError: bitsandbytes, which "adamw8bit" is of, is not installed.
+        UserError: bitsandbytes, which "adamw8bit" needs, isn't installed.
     """
     settings = optimizer_settings(options)
     if name == "adamw":

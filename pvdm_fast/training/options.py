@@ -25,7 +25,7 @@ from pvdm_fast.training.config import (
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for: options that were given, and where the run is."""
+    """What the command line asks for: the given options, and where the run is."""
 
     changes: dict[str, Any]
     run: Path | None
@@ -33,7 +33,7 @@ class Request:
 
 
 def flag(option: Option) -> str:
-    """``autoencoder.batch_size`` as ``--autoencoder-batch-size``; options of the video have no prefix."""
+    """``autoencoder.batch_size`` as ``--autoencoder-batch-size``. Video options have no prefix."""
     prefix = "" if option.group in ("", "video") else f"{option.group}-"
     return f"--{prefix}{option.name.replace('_', '-')}"
 
@@ -73,7 +73,7 @@ def make_parser() -> Parser:
     presets = {name: make_config({"preset": name}) for name in PRESETS}
     run = parser.add_argument_group("the run")
     run.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of options, such as a run's config.yaml")
-    # torchrun takes --run for an abbreviation of its own --run-path, wherever it stands
+    # torchrun takes --run anywhere for an abbreviation of its own --run-path
     text = "folder for the results (default: runs/DATE-TIME); after torchrun write --run-dir"
     run.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=text)
     text = "go on with a run that was interrupted, or whose steps you raise"

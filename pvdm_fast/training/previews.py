@@ -59,10 +59,10 @@ def _strip(video: Tensor) -> np.ndarray:
 
 
 def write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A PNG with the loss of each stage over its steps, as it was and smoothed; records are gone through once.
+    """A PNG with the loss of each stage over its steps, raw and smoothed. Records are read once.
 
-    Where discriminators took part, whose terms can be negative, the autoencoder's is the loss of pixels, and what they
-    said has a picture of its own.
+    If discriminators took part, whose terms can be negative, the autoencoder's curve is the pixel loss, and the
+    discriminators have their own picture.
     """
     with _own_style():
         _write_loss_curves(path, records)
@@ -109,7 +109,7 @@ def _draw(axes: Any, steps: Sequence[float], values: Sequence[float], name: str,
 
 @contextmanager
 def _own_style() -> Iterator[None]:
-    """Matplotlib's own defaults: what the user's matplotlibrc says, for example to call LaTeX, can end a run."""
+    """Matplotlib's own defaults. The user's matplotlibrc could end a run, for example by calling LaTeX."""
     import matplotlib
 
     with matplotlib.rc_context():

@@ -152,7 +152,7 @@ def _machine(accelerator: Accelerator) -> str:
 
 
 def _backends(device: torch.device) -> str:
-    """Operations by the backend that serves them, for example ``cpu: plane_norm; plain PyTorch: 7 more``.
+    """Operations by the backend that computes them, for example ``cpu: plane_norm; plain PyTorch: 7 more``.
 
     Raises:
         BackendError: one that was asked for by name cannot serve an operation of the networks here.
@@ -188,7 +188,7 @@ def summary(run: RunFolder) -> str:
 
 
 def _unreadable(results: dict[str, Any]) -> list[str]:
-    """The files that were passed over, the first ones by name."""
+    """The skipped files, the first ones by name."""
     files = {path: reason for result in results.values() for path, reason in result["unreadable_files"].items()}
     if not files:
         return []
@@ -205,7 +205,7 @@ def _duration(seconds: float) -> str:
 
 
 def tensorboard_listener(path: Path) -> Callable[[dict[str, Any]], None]:
-    """Passes each record on to TensorBoard logs in ``path``/tensorboard; raises UserError where it isn't installed."""
+    """Passes each record on to TensorBoard logs in ``path``/tensorboard. Raises UserError if it isn't installed."""
     writer = _summary_writer()(path / "tensorboard")
 
     def listen(record: dict[str, Any]) -> None:

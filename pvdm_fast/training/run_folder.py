@@ -16,7 +16,7 @@ from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_cha
 
 
 class RunFolder:
-    """Paths inside a run's folder; ``metrics.jsonl`` and ``results.json`` are read and written here only.
+    """Paths inside a run's folder. Only this class reads and writes ``metrics.jsonl`` and ``results.json``.
 
     ``listeners`` are called with every record that is added to metrics.jsonl.
     """
@@ -35,7 +35,7 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path | None) -> RunFolder:
-        """A new folder; without ``path`` it is runs/DATE-TIME.
+        """A new folder. Without ``path`` it is runs/DATE-TIME.
 
         Raises:
             UserError: the folder already holds something, has a name that is not UTF-8, or cannot be written.
@@ -59,7 +59,7 @@ class RunFolder:
 
     @staticmethod
     def existing(path: Path) -> RunFolder:
-        """The folder of an earlier run; raises UserError where there is none."""
+        """The folder of an earlier run. Raises UserError if there is none."""
         run = RunFolder(path)
         if not run.config.is_file():
             raise UserError(f"{path} holds no run: there is no {run.config}")
@@ -74,7 +74,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other trainers out of the folder; the kernel ends that when this process dies, however it dies.
+        """Keep other trainers out of the folder. The kernel releases the lock when this process dies, for any reason.
 
         Raises:
             UserError: another trainer is at work in the folder, or it cannot be written.
@@ -90,7 +90,7 @@ class RunFolder:
             raise UserError(f"cannot write the run folder {self.path}: {error.strerror}") from error
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl; raises UserError when the disk is full."""
+        """Add one line to metrics.jsonl. Raises UserError if the disk is full."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -100,7 +100,7 @@ class RunFolder:
             listener(record)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The records of metrics.jsonl, one in memory at a time; damaged or cut-off lines are left out.
+        """The records of metrics.jsonl, one in memory at a time. Damaged or incomplete lines are left out.
 
         Raises:
             UserError: the file cannot be read at all.
@@ -114,11 +114,11 @@ class RunFolder:
             raise UserError(f"{self.metrics} {reason}; mend it, or move it away to go on without it") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All of `records`."""
+        """All `records` as a list."""
         return list(self.records())
 
     def forget_after(self, stage: str, step: int) -> None:
-        """Drop records later than a checkpoint, so that the steps taken again are not recorded twice."""
+        """Drop records later than a checkpoint, so that repeated steps aren't recorded twice."""
         place = (STAGES.index(stage), step)
         with whole_file(self.metrics) as temporary, temporary.open("w", encoding="utf-8") as file:
             for item in self.records():
@@ -126,7 +126,7 @@ class RunFolder:
                     file.write(json.dumps(item) + "\n")
 
     def results(self) -> dict[str, Any]:
-        """What the finished stages recorded, by stage; raises UserError where the file is damaged."""
+        """The results of finished stages, by stage. Raises UserError if the file is damaged."""
         try:
             results = read_json_object(self.results_file)
         except FileNotFoundError:
@@ -151,7 +151,7 @@ class RunFolder:
 
 
 def _is_number(value: Any) -> bool:
-    """A real number that a float can hold; JSON's integers have no limit."""
+    """Whether it is a real number that a float can hold. JSON's integers have no limit."""
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
@@ -164,7 +164,7 @@ def _is_record(record: Any) -> bool:
 
 
 def _is_result(result: Any) -> bool:
-    """Whether results.json says of a stage what is read from it again."""
+    """Whether an entry of results.json has everything that is read from it again."""
     if not isinstance(result, dict) or not any(_is_number(result.get(name)) for name in ("psnr", "held_out_loss")):
         return False
     files = result.get("unreadable_files")

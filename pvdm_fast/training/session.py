@@ -63,10 +63,10 @@ class StageTooLarge(UserError):
 
 
 def run_training(request: Request) -> RunFolder:
-    """Do what the command line asks for; returns the run's folder.
+    """Do what the command line asks for. Returns the run's folder.
 
     Raises:
-        UserError: something the user can mend; Interrupted: a signal came, and everything is saved.
+        UserError: something that you can mend. Interrupted: a signal came, and everything is saved.
     """
     keep_freed_memory()
     with plain_torch(), only_the_launcher():
@@ -114,7 +114,7 @@ def _run_configured(
 def train_stages(
     names: Iterable[str], config: TrainConfig, run: RunFolder, accelerator: Accelerator, stop: StopRequest
 ) -> None:
-    """Train the stages that have no results yet, one after the other."""
+    """Train the stages that have no results yet, one after another."""
     try:
         for name in names:
             if name not in stop.processes.on_main(run.results):
@@ -178,7 +178,7 @@ def write_results(trainer: Trainer, model: Any, scores: dict[str, float]) -> Non
 
 
 def place_to_continue(stage: str, run: RunFolder) -> checkpoint.Checkpoint | None:
-    """The newest good checkpoint of a stage; later records are dropped."""
+    """The newest good checkpoint of a stage. Drops later records."""
     newest, passed_over = checkpoint.newest_good(run.checkpoints)
     for sentence in passed_over:
         print(sentence)
@@ -191,7 +191,7 @@ def place_to_continue(stage: str, run: RunFolder) -> checkpoint.Checkpoint | Non
 
 
 def save_model(model: Any, path: Path) -> None:
-    """``save_pretrained``, whole or not at all."""
+    """``save_pretrained``, complete or not at all."""
     try:
         with whole_folder(path) as temporary:
             model.save_pretrained(temporary)
@@ -242,5 +242,5 @@ def show(trainer: Trainer) -> dict[str, float]:
         previews.write_loss_curves(run.path / "loss.png", run.records())
 
     trainer.processes.on_main(write)
-    gc.collect()  # a figure is a ring of references: 2 MB a preview stayed until the collector happened to come
+    gc.collect()  # a figure is a reference cycle: 2 MB per preview stayed until the garbage collector ran
     return scores

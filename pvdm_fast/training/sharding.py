@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients, optimizer state and averaged weights cut among the processes; whole in every file."""
+"""FSDP2: weights, gradients, optimizer state and averaged weights are sharded, but complete in every file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from torch.utils._pytree import tree_map_only
 from pvdm_fast.nn import ResidualBlock, TriplaneAttention
 from pvdm_fast.nn.axial_transformer import PreNorm
 
-# Modules whose weights are gathered together, just before use: nothing outside reads them.
+# Modules whose weights are gathered together just before use. Nothing outside reads them.
 UNITS = (PreNorm, ResidualBlock, TriplaneAttention)
 # Methods that compute without ``forward``.
 METHODS = ("encode", "decode")
 
 
 def shard(model: nn.Module, device: torch.device, world: int) -> None:
-    """Cut a model's parameters among all processes, in place; every process must hold the same values."""
+    """Shard a model's parameters among all processes, in place. Every process must hold the same values."""
     mesh = init_device_mesh(device.type, (world,))
     # Nothing in this package writes into what a module returned.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in [*(item for item in model.modules() if isinstance(item, UNITS)), model]:
-        # the model too, which by default stays whole after a forward pass: between steps all parameters are parts
+        # also the model itself, which by default stays whole after a forward pass: between steps all parameters are
+        # sharded
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         for name in METHODS:
             if hasattr(module, name):
@@ -36,14 +37,14 @@ def shard(model: nn.Module, device: torch.device, world: int) -> None:
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's part of each tensor, sharing its memory; the tensor itself where it isn't sharded."""
+    """This process's part of each tensor, sharing its memory. If a tensor isn't sharded, the tensor itself."""
     return [item.to_local() if isinstance(item, DTensor) else item for item in tensors]
 
 
 def whole(state: Any, keep: bool) -> Any:
-    """A nested state with its sharded tensors made whole, on the CPU, one after the other.
+    """A nested state with its sharded tensors made whole, on the CPU, one after another.
 
-    All processes call it; only those that ``keep`` the result get the tensors.
+    All processes call it. Only those that ``keep`` the result get the tensors.
     """
 
     def gather(item: DTensor) -> Tensor | None:
@@ -54,7 +55,7 @@ def whole(state: Any, keep: bool) -> Any:
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, sharded as ``parameter`` is; every process must hold the same values."""
+    """A whole tensor, sharded like ``parameter``. Every process must hold the same values."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -62,7 +63,7 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def of_parts(part: Tensor, parameter: Tensor) -> Tensor:
-    """The opposite of `local` for a tensor that is sharded as ``parameter`` is."""
+    """The opposite of `local`, for a tensor sharded like ``parameter``."""
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(
@@ -90,7 +91,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def unsharded(model: nn.Module, main: bool) -> nn.Module | None:
-    """The model itself; where it is sharded, a whole copy of it for the main process and None for the others."""
+    """The model itself. If it is sharded, a whole copy for the main process and None for the others."""
     if not isinstance(model, FSDPModule):
         return model
     state = whole(model.state_dict(), main)

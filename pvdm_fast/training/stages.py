@@ -1,4 +1,4 @@
-"""The two things that are trained: the autoencoder, then the denoiser of its latents."""
+"""The two stages of training: the autoencoder, then the denoiser of its latents."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class Stage(ABC):
         """Held-out scores, from batches of clips."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027
-        """Move what is not trained; the model itself is moved by accelerate."""
+        """Move what isn't trained. accelerate moves the model itself."""
 
     def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027
-        """Make ready what is trained beside the model."""
+        """Prepare what is trained besides the model."""
 
     def before_step(self, step: int) -> None:  # noqa: B027
         """Called before the losses of step number ``step``, counted from 0."""
@@ -90,7 +90,7 @@ class Stage(ABC):
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -109,7 +109,7 @@ def video_size(autoencoder: Autoencoder) -> tuple[int, int, int]:
 
 
 class AutoencoderStage(Stage):
-    """Reconstruction: the mean absolute or squared error, with noise on the latent where the options say so."""
+    """Reconstruction: the mean absolute or squared error, with noise on the latent if the options say so."""
 
     name = "autoencoder"
 
@@ -200,7 +200,7 @@ class DiffusionStage(Stage):
         return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction)
 
     def _labels(self, classes: Classes, clips: int, generator: torch.Generator, share: Share = WHOLE) -> Tensor | None:
-        """Class numbers (B,) with a share of them dropped in training; None for a denoiser without classes."""
+        """Class numbers (B,), with a share of them dropped in training. None for a denoiser without classes."""
         config = self.model.config
         if config["num_classes"] is None:
             return None

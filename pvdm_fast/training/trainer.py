@@ -66,9 +66,9 @@ class Progress:
 
 
 class Trainer:
-    """Trains one stage of a run; everything that changes is in ``progress``, the model, optimizer and stage state.
+    """Trains one stage of a run. Everything that changes is in ``progress``, model, optimizer and stage state.
 
-    All processes take the same steps, each with its share of the clips; the main one writes.
+    All processes take the same steps, each with its share of the clips. The main one writes.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Trainer:
         stage.prepare(accelerator)
 
     def fit(self, preview: Callable[[], object]) -> None:
-        """Take the steps that are left; ``preview`` is called between steps every ``preview_every`` of them.
+        """Take the remaining steps. ``preview`` is called between steps, every ``preview_every`` steps.
 
         Raises:
-            Interrupted: a signal came; everything is saved.
+            Interrupted: a signal came, and everything is saved.
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
-            UserError: a checkpoint or the records could not be written, or the data gave out.
+            UserError: a checkpoint or the records couldn't be written, or the data ran out.
         """
         self.model.train()
         self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
@@ -139,7 +139,7 @@ class Trainer:
         raise problem or UserError("the data of another process gave out, and it says why; everything is saved")
 
     def train_step(self, batches: list[Batch]) -> dict[str, Any]:
-        """One optimizer step over ``batches``; the values to record, with "skipped" where the step was left out.
+        """One optimizer step over ``batches``. Returns the values to record, with "skipped" if the step was skipped.
 
         Loss, gradient norm and what the stage measured come to the host together, after the backward pass. With one
         GPU it is the only place where it is waited for. Several also agree in `read` that all go on.
@@ -185,7 +185,7 @@ class Trainer:
         return loss.detach()
 
     def skip(self, batches: list[Batch], reason: str) -> dict[str, Any]:
-        """Leave a step out whose loss or gradient is not finite; after too many in a row, save aside and stop."""
+        """Skip a step whose loss or gradient isn't finite. After too many in a row, save a copy and stop."""
         self.stage.after_skip()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update(self.accelerator.scaler.get_scale())  # as it was, and ready to unscale again
@@ -205,7 +205,7 @@ class Trainer:
         return {"loss": None, "skipped": reason, "clips": names}
 
     def count(self, batches: list[Batch]) -> None:
-        """A step is done, or left out: go on with the next draws."""
+        """A step is done or skipped: continue with the next draws."""
         self.progress.step += 1
         for batch in batches:
             self.progress.draw += len(batch["names"]) * self.processes.share.world
@@ -237,7 +237,7 @@ class Trainer:
         share = self.processes.share
         dataset = self.dataset("train")
         for file, reason in self.progress.unreadable.items():
-            if is_lasting(reason):  # as in the run that was interrupted
+            if is_lasting(reason):  # as in the interrupted run
                 dataset.set_aside(file, reason)
         loader = make_loader(
             dataset,
@@ -263,7 +263,7 @@ class Trainer:
     def score(self) -> dict[str, float]:
         """Held-out scores with the weights that will be saved, also written to the records.
 
-        Every process computes them: the others would only wait, and a sharded model needs all of them.
+        Every process computes them. The others would only wait, and a sharded model needs all processes.
         """
         with self.stage.evaluation_weights(), self.accelerator.autocast():
             scores = self.stage.score(self.held_out())
@@ -272,7 +272,8 @@ class Trainer:
         return scores
 
     def state(self) -> dict[str, Any]:
-        """Everything that continuing exactly needs, the same for any number of processes; for the main one to save."""
+        """Everything needed to continue exactly. It is the same for any number of processes, and the main one saves
+        it."""
         scaler = self.accelerator.scaler
         for unreadable in self.processes.gathered(self.progress.unreadable):
             self.progress.unreadable.update(unreadable)
@@ -287,7 +288,7 @@ class Trainer:
         return whole(state, self.processes.main)
 
     def save(self, folder: Path | None = None, keep: int = checkpoint.KEPT) -> Path:
-        """Write a checkpoint, among the run's where no other folder is given."""
+        """Write a checkpoint, by default among the run's own."""
         state, place = self.state(), (folder or self.run.checkpoints, self.stage.name, self.progress.step)
         config = to_yaml(self.config)
         path = self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep, config=config))
