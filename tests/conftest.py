@@ -30,6 +30,9 @@ if find_spec("triton"):
 
 from pvdm_fast.ops import operation  # noqa: E402
 
+# Interpreted kernels follow PyTorch's switches too. By default convolutions may take tf32, which would hide faults.
+torch.backends.cudnn.allow_tf32 = False
+
 # The files that take longest go first: with --dist loadfile one that begins last keeps a single process at work.
 LONGEST = (
     "backends/triton/test_networks.py",

@@ -124,7 +124,7 @@ class CallKey {
   }
 
   const Watchers& watchers_;
-  char data_[1024];
+  char data_[4096];  // triplane_project has 17 tensors of some 70 bytes
   Py_ssize_t size_ = 0;
 };
 

@@ -22,7 +22,7 @@ from pvdm_fast.backends import choice
 from pvdm_fast.nn.linear import Linear, linear, product, weight_gradient
 from pvdm_fast.nn.plain import weight_of, weights_of
 from pvdm_fast.ops.derivatives import transforming
-from pvdm_fast.ops.registry import autocast, statistic
+from pvdm_fast.ops.registry import OPERATION, autocast, statistic
 
 # Bytes of the widest tensor of a piece. A step with a single piece isn't recomputed, because there is little to save.
 PIECE_ON_CPU = 12 << 20
@@ -45,7 +45,7 @@ def values_of(x: Normed | Tensor) -> Tensor:
 
 
 def _again(total: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> Tensor:
-    return torch.ops.pvdm_fast.add_layer_norm(total, None, weight, bias, eps, backend)[1]
+    return OPERATION["add_layer_norm"](total, None, weight, bias, eps, backend)[1]
 
 
 def _pieces(length: int, bytes_each: int, device: torch.device) -> int:
@@ -151,7 +151,7 @@ class _FeedForward(torch.autograd.Function):
 
 
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "geglu": (torch.ops.pvdm_fast.geglu, torch.ops.pvdm_fast.geglu_backward),
+    "geglu": (OPERATION["geglu"], OPERATION["geglu_backward"]),
     "gelu": (lambda x, _: F.gelu(x), lambda grad, x, _: torch.ops.aten.gelu_backward(grad, x)),
 }
 
@@ -212,9 +212,7 @@ class _Attention(torch.autograd.Function):
         lse = tokens.new_empty(lse_shape, dtype=statistic(weight.dtype))
         for cut in sequences.cut(rows):
             qkv = _qkv(tokens.narrow(*cut), weight, heads)
-            part, part_lse = torch.ops.pvdm_fast.axial_attention(
-                qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend
-            )
+            part, part_lse = OPERATION["axial_attention"](qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend)
             out.narrow(*cut).copy_(part.flatten(3))
             lse.narrow(cut[0] // 2, *cut[1:]).copy_(part_lse)  # sites are its axis 1
         ctx.save_for_backward(total, scale, shift, weight, sin, cos, out, lse)
@@ -227,9 +225,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             normed = _again(total, scale, shift, ctx.eps, ctx.backend)
             qkv = linear(normed.to(weight.dtype), weight).view(groups, time, sites, 1, 3, ctx.heads, -1)
-            again = torch.ops.pvdm_fast.axial_attention(qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend)[
-                0
-            ]
+            again = OPERATION["axial_attention"](qkv, None, sin, cos, axis, qkv.shape[-1] ** -0.5, ctx.backend)[0]
             needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
             dvalues, dweight = _differentiable(again.flatten(3), (normed, weight), needs, grad)
             return dvalues, None, None, None, dweight, *[None] * 6
@@ -244,7 +240,7 @@ class _Attention(torch.autograd.Function):
             for cut in ctx.sequences.cut(ctx.rows):
                 normed = _again(stream.narrow(*cut), scale, shift, ctx.eps, ctx.backend).to(weight.dtype)
                 qkv = _qkv(normed, weight, ctx.heads)
-                dqkv, _ = torch.ops.pvdm_fast.axial_attention_backward(
+                dqkv, _ = OPERATION["axial_attention_backward"](
                     by_head(grad.narrow(*cut)), qkv, None, sin, cos, by_head(out.narrow(*cut)),
                     lse.narrow(cut[0] // 2, *cut[1:]), axis, qkv.shape[-1] ** -0.5, ctx.backend,
                 )  # fmt: skip

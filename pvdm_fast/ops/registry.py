@@ -18,6 +18,8 @@ from pvdm_fast.ops.operation import Operation, choosing
 
 _library = torch.library.Library("pvdm_fast", "DEF")
 
+# What is registered, by its name (`geglu`, `geglu_backward`, ...), to be called from inside this package.
+OPERATION: dict[str, Operation] = {}
 # FLOPs of each operation: cost(direction, *arguments without the backend).
 FLOPS: dict[str, Callable[..., int]] = {}
 
@@ -106,7 +108,9 @@ def register(
     overload = _define(f"{op}_backward", backward_schema, backward_check, backward_fake, run)
     again = derivatives.by_reference(op, "derivatives of its backward pass", compute_backward)
     function = _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
-    return forwards, Operation(op, "backward", overload, backward_check, function)
+    backwards = Operation(op, "backward", overload, backward_check, function)
+    OPERATION[op], OPERATION[f"{op}_backward"] = forwards, backwards
+    return forwards, backwards
 
 
 def register_by_reference(
@@ -130,7 +134,8 @@ def register_by_reference(
     overload = _define(name, schema, check, fake, _dispatch(op, direction, check))
     again = derivatives.by_reference(op, "derivatives", compute)
     function = _differentiate(overload, derivatives.saves_everything, derivatives.pulled_back(overload, again), again)
-    return Operation(op, direction, overload, check, function)
+    OPERATION[name] = Operation(op, direction, overload, check, function)
+    return OPERATION[name]
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -129,11 +129,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    gradients = torch.ops.pvdm_fast.triplane_project_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    gradients = _backwards(grad, *ctx.saved_tensors, *ctx.rest)
     return *gradients, *(None for _ in ctx.rest)
 
 
-register(
+_forwards, _backwards = register(
     OP,
     schema=f"(Tensor x, {_TENSORS}, {_NUMBERS}) -> Tensor",
     backward_schema=f"(Tensor grad, Tensor x, {_TENSORS}, {_NUMBERS}) -> ({', '.join(['Tensor'] * (len(NAMES) + 1))})",
@@ -221,4 +221,4 @@ def triplane_project(
     }
     tensors |= dict(zip(MATRICES, autocast(*(tensors[name] for name in MATRICES)), strict=True))
     where = (plane, layout.time, layout.height, layout.width, heads, eps)
-    return torch.ops.pvdm_fast.triplane_project(x, *(tensors[name] for name in NAMES), *where, choice.requested())
+    return _forwards(x, *(tensors[name] for name in NAMES), *where, choice.requested())
