@@ -28,6 +28,7 @@ _TINY_AUTOENCODER = dict(
     projection_hidden=128,
 )  # fmt: skip
 SIZES = ("tiny", "small", "base")
+OURS_ALONE = ("positions", "prediction")  # of denoisers: the release's has neither, as our small and base
 VARIANTS = {"eager": RELEASE, "sdpa": SDPA}
 
 
@@ -58,6 +59,7 @@ class Setting:
     def denoiser(self) -> dict[str, Any]:
         """Config of the denoiser."""
         config = _TINY_DENOISER if self.size == "tiny" else DENOISER[self.size]
+        config = {name: value for name, value in config.items() if name not in OURS_ALONE}
         return {"latent_channels": 4, **config, **dict(self.denoiser_overrides)}
 
     @property

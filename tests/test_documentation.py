@@ -29,6 +29,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 NOT_IN_EXAMPLE = {
     "csrc/cpu/vec.h",
     "csrc/bindings_cuda.cpp",
+    "pvdm_fast/ops/operation.py",  # names no operation
     "pvdm_fast/analysis/flops.py",  # geglu multiplies no matrices
     "tests/tolerances.py",
     "benchmarks/cases_networks.py",

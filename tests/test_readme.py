@@ -41,7 +41,7 @@ def test_python_runs() -> None:
 
 def test_train_commands_parse() -> None:
     found = commands("train")
-    assert len(found) == 2
+    assert len(found) == 3
     for arguments in found:
         parse(arguments)
 

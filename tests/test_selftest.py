@@ -85,6 +85,8 @@ def test_a_gpu_has_all_that_automatic_choice_can_take(monkeypatch: pytest.Monkey
     """Every operation of every backend there, the fused block among them, in every precision, small and full."""
     monkeypatch.setattr(choice, "unavailable", lambda backend: "not here." if backend == "cpu" else None)
     monkeypatch.setattr(choice, "interpreting", lambda: False)
+    monkeypatch.setattr(choice, "_without_16_bits", lambda device: None)
+    monkeypatch.setattr(choice.probe, "failure", lambda backend, device: None)
     monkeypatch.setattr(torch.version, "hip", None)
     with FakeTensorMode():
         found = [job for job in agreement.jobs("cuda", True) if isinstance(job, Job)]

@@ -45,6 +45,8 @@ class ProjectionLayer(NamedTuple):
 # Of the operation's tensors, as its schema names them.
 NAMES = ("token", "positions", *ProjectionLayer._fields, "latent_weight", "latent_bias")
 MATRICES = ("qkv_weight", "out_weight", "up_weight", "down_weight", "latent_weight")
+# What autocast casts: the parameters of linear layers and convolutions, as it does in PyTorch's own.
+CAST = (*MATRICES, "out_bias", "up_bias", "down_bias", "latent_bias")
 _TENSORS = ", ".join(f"Tensor {name}" for name in NAMES)
 _NUMBERS = "str plane, int time, int height, int width, int heads, float eps, str backend"
 
@@ -189,7 +191,7 @@ def triplane_project(
         x: (B, T H W, C) lattice tokens in the order (t, h, w). Differentiable, as are all tensors.
         plane: "xy" (sequences along time, one for each h, w), "yt" (along height), "xt" (along width).
         token: (C), positions: (L + 1, C): of `triplane_slice`; L is the length of the collapsed axis.
-        layers: at least one. Their matrices and latent_weight share a dtype (autocast casts them).
+        layers: at least one. Their matrices and latent_weight share a dtype (autocast casts them and the biases).
         latent_weight: (D, C), latent_bias: (D).
         heads: divides the attention's inner width.
 
@@ -219,6 +221,6 @@ def triplane_project(
         "latent_weight": latent_weight,
         "latent_bias": latent_bias,
     }
-    tensors |= dict(zip(MATRICES, autocast(*(tensors[name] for name in MATRICES)), strict=True))
+    tensors |= dict(zip(CAST, autocast(*(tensors[name] for name in CAST)), strict=True))
     where = (plane, layout.time, layout.height, layout.width, heads, eps)
     return _forwards(x, *(tensors[name] for name in NAMES), *where, choice.requested())

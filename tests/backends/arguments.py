@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from projections import Projection
 from torch import Tensor
 
 from pvdm_fast.analysis.cases import SMALL, run_with_gradients
@@ -74,6 +75,10 @@ def recorded(dtype: torch.dtype) -> list[Call]:
         patch.setattr(choice, "choose", choose)
         for running, case in SMALL.items():  # noqa: B007, `choose` reads it
             run_with_gradients(case, case.inputs(dtype), dtype)
+        running, projection = "triplane_project", Projection((2, 3, 2), "yt", channels=8, heads=2, head_width=4)
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in projection.tensors().values()]
+        result = projection.run(*tensors)
+        torch.autograd.grad(result, tensors, torch.randn_like(result))
     return calls
 
 

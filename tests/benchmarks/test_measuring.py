@@ -194,7 +194,10 @@ def test_weighing_shapes_equals_weighing_a_run(name: str) -> None:
     weights = weigh(case, TINY, "both")
     prepared = case.prepare(TINY)
     for runner in ("ours", "eager"):
-        assert weights[runner] == weigh_runner(prepared.runners[runner], "both")
+        weighed, run = weights[runner], weigh_runner(prepared.runners[runner], "both")
+        # By shapes each network makes rotation tables of its own. A run shares them: 7 KB of 11 MB here.
+        assert weighed.saved == pytest.approx(run.saved, rel=1e-3)
+        assert weighed.peak == pytest.approx(run.peak, rel=1e-3)
     if case.kind == "network":
         assert weights["ours, recomputing"].saved < weights["ours"].saved
 
