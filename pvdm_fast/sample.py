@@ -72,7 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--class", dest="label", metavar="NAME|NUMBER", help="of a model trained with classes")
     parser.add_argument(
-        "--eta", type=numbers.ETA, default=1.0, metavar="X", help="ddim: share of new noise (default: %(default)s)"
+        "--eta",
+        type=numbers.ETA,
+        default=numbers.DEFAULT_ETA,
+        metavar="X",
+        help="ddim: share of new noise (default: %(default)s)",
     )
     parser.add_argument(
         "--seed", type=numbers.SEED, default=0, metavar="N", help="seed of all noise (default: %(default)s)"
@@ -223,8 +227,10 @@ def _check(options: argparse.Namespace) -> None:
     if options.out.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {options.out}: its name must end in {', '.join(SUFFIXES)}")
     from pvdm_fast.diffusion.schedulers import make_scheduler
+    from pvdm_fast.jobs import numbers
 
     make_scheduler(options.scheduler)
+    numbers.check_eta(options.scheduler, options.eta)
     if options.out.exists() and not options.overwrite:
         raise UserError(
             f"{options.out} already exists: name another file with --out, or write over it with --overwrite"

@@ -66,7 +66,7 @@ def sample_latents(
     condition: Tensor | None = None,
     labels: Tensor | None = None,
     guidance: float = 0.0,
-    eta: float = 1.0,
+    eta: float = numbers.DEFAULT_ETA,
     predict: Callable[..., Tensor] = predict_noise,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -155,7 +155,7 @@ class SamplingOptions:
     steps: int = 50
     scheduler: str | Any = "ddim"
     guidance: float = 0.0
-    eta: float = 1.0
+    eta: float = numbers.DEFAULT_ETA
     seed: int | NoiseSource = 0
     condition: Tensor | None = None
     labels: Tensor | None = None
@@ -172,6 +172,7 @@ class SamplingOptions:
             raise UserError(
                 f"there is no scheduler called {self.scheduler!r}: choose one of {', '.join(SCHEDULER_NAMES)}"
             )
+        numbers.check_eta(self.scheduler, self.eta)
 
 
 RANGES = {

@@ -66,7 +66,7 @@ class Request:
     features_sha256: str | None = None
     scheduler: str = "ddim"
     steps: int = numbers.DEFAULT_STEPS
-    eta: float = 1.0
+    eta: float = numbers.DEFAULT_ETA
     guidance: float = 0.0
     batch_size: int = 8
     workers: int = 0
@@ -84,6 +84,7 @@ class Request:
         for name, known in (("split", SPLITS), ("dtype", ("auto", "fp32", "bf16"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        numbers.check_eta(self.scheduler, self.eta)
         DEVICE.checked("--device", self.device)
         if not self.frames or len(set(self.frames)) < len(self.frames):
             raise UserError(f"--frames must be different numbers, not {list(self.frames)}")

@@ -89,6 +89,7 @@ BATCH = whole(1, 100_000)
 STEPS = whole(1, 1_000_000_000)  # of training
 SAMPLING_STEPS = whole(1, 1000)
 DEFAULT_STEPS = 50  # of sampling, in every command
+DEFAULT_ETA = 1.0  # the release's
 WORKERS = whole(0, 256)
 THREADS = whole(1, 1024)
 HEADS = whole(1, 1024)
@@ -96,3 +97,9 @@ SECONDS = real(0, 1e6)
 FPS = real(0.1, 1000)
 ETA = real(0, 1)
 GUIDANCE = real(0, 1000)
+
+
+def check_eta(scheduler: object, eta: float) -> None:
+    """Raise UserError for an `eta` that a sampler, given by name, would pass over."""
+    if isinstance(scheduler, str) and scheduler != "ddim" and eta != DEFAULT_ETA:
+        raise UserError(f"eta is DDIM's share of new noise, and {scheduler} has none: leave it out, or take ddim")

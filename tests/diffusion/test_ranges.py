@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from pvdm_fast.diffusion.pipeline import PVDMPipeline
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_video
 from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
+from pvdm_fast.evaluation import protocol
 from pvdm_fast.models import Autoencoder, Denoiser
 
 NAN, INF = float("nan"), float("inf")
@@ -42,6 +45,15 @@ def models() -> tuple[Autoencoder, Denoiser]:
 def test_sampling_refuses_other_numbers(models: tuple[Autoencoder, Denoiser], wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="must be"):
         sample_video(*models, **{"clips": 1, "frames": 2, "steps": 1, **wrong})
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpm++", "unipc"])
+def test_eta_belongs_to_ddim(models: tuple[Autoencoder, Denoiser], scheduler: str) -> None:
+    """Other samplers would pass over it."""
+    with pytest.raises(UserError, match=f"DDIM's share of new noise, and {re.escape(scheduler)} has none"):
+        sample_video(*models, clips=1, frames=2, steps=1, scheduler=scheduler, eta=0.5)
+    with pytest.raises(UserError, match="take ddim"):
+        protocol.Request(run=Path("run"), data="clips", scheduler=scheduler, eta=0.0)
 
 
 def test_the_ends_of_the_ranges_give_finite_videos(models: tuple[Autoencoder, Denoiser]) -> None:

@@ -86,7 +86,7 @@ def test_addresses_and_undefined_behaviour(isas: str, builds: Builds) -> None:
     run_sanitized(SCRIPT, built, 2, *used)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_extension
 def test_addresses_of_tiles(builds: Builds) -> None:
     """Attention in the set amx: loads and stores of the stand-in for tiles, and everything around them."""
@@ -102,7 +102,7 @@ def built_for_threads(builds: Builds) -> Path:
     return builds.get("threads", lambda folder: instrumented.build(folder, [best()], THREAD_FLAGS, planted), best())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @needs_extension
 @pytest.mark.skipif(platform.system() != "Linux", reason="ThreadSanitizer is preloaded as on Linux: run on Linux")
 def test_threads(built_for_threads: Path) -> None:

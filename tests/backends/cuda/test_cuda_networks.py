@@ -91,7 +91,7 @@ def test_autoencoder() -> None:
     check_gradients(case, model, {"video": video}, GOLDEN_NETWORK)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_denoiser_on_tensor_cores(monkeypatch: pytest.MonkeyPatch, device: ModuleType) -> None:
     """In float16 the network is as close to the golden values as the float16 reference. (Backward would take
     minutes.)"""

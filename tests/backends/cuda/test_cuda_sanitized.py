@@ -35,6 +35,7 @@ def program(builds: Builds, *flags: str) -> str:
     return str(builds.get("all_kernels" + flags[0].partition("=")[2].replace(",", "_"), build, *flags))
 
 
+@pytest.mark.exhaustive
 def test_addresses(builds: Builds) -> None:
     """Every access stays inside its tensor, workspace or shared memory (AddressSanitizer and UBSan)."""
     run(program(builds, *FLAGS))

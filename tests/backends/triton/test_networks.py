@@ -69,6 +69,7 @@ def test_denoiser() -> None:
     check_gradients(case, model, {"x": x}, GOLDEN_NETWORK)
 
 
+@pytest.mark.exhaustive
 def test_autoencoder() -> None:
     case = load_case("autoencoder_small")
     config = case.meta["ddconfig"]
