@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pvdm_fast import TriplaneLayout
+from pvdm_fast.backends.projection_layers import NAMES
 from pvdm_fast.ops import ProjectionLayer, triplane_project
-from pvdm_fast.ops.triplane_project import NAMES
 
 
 @dataclass(frozen=True)

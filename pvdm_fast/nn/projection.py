@@ -115,23 +115,21 @@ class PlaneProjection(nn.Module):
         Returns:
             (B, sites, D).
         """
-        fused = self._latents_fused(lattice, layout, plane, token, positions, to_latent)
+        fused = self._plain_layers(lattice, to_latent)
         if fused is not None:
-            return fused
+            layers, weight, bias, eps = fused
+            return ops.triplane_project(
+                lattice, layout, plane, token, positions, layers, weight, bias, heads=HEADS, eps=eps
+            )
         kept = self(ops.triplane_slice(lattice, layout, plane, token, positions))
         sizes = layout.planes[PLANE_NAMES.index(plane)]
         return planes.pointwise(to_latent, kept, PlaneLayout((sizes,))).tanh()
 
-    def _latents_fused(
-        self,
-        lattice: Tensor,
-        layout: TriplaneLayout,
-        plane: str,
-        token: Tensor,
-        positions: Tensor,
-        to_latent: nn.Module,
-    ) -> Tensor | None:
-        """What `latents` returns, in one operation; None where there is none for it, or a layer isn't plain."""
+    def _plain_layers(
+        self, lattice: Tensor, to_latent: nn.Module
+    ) -> tuple[list[ops.ProjectionLayer], Tensor, Tensor, float] | None:
+        """The layers, the latent's weight and bias, and eps, for one operation; None where there is none for them, or a
+        layer isn't plain."""
         if not is_plain(self, PlaneProjection):
             return None
         latent = weights_of(to_latent, nn.Conv2d, POINTWISE_2D)
@@ -147,9 +145,7 @@ class PlaneProjection(nn.Module):
         if len(eps) > 1 or not (autocasts(lattice.device.type) or dtypes == {lattice.dtype}):
             return None
         weight, bias = latent
-        return ops.triplane_project(
-            lattice, layout, plane, token, positions, found, weight.flatten(1), bias, heads=HEADS, eps=eps.pop()
-        )
+        return found, weight.flatten(1), bias, eps.pop()
 
 
 def _weights_of_layer(layer: Any) -> ops.ProjectionLayer | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
+from pvdm_fast.layout import PLANE_NAMES
 from pvdm_fast.ops import derivatives
 from pvdm_fast.ops.operation import Operation, choosing
 
@@ -215,3 +216,14 @@ def tokens_of_lattice(op: str, time: int, height: int, width: int) -> tuple[int,
     if min(time, height, width) < 1:
         raise ValueError(f"{op}: time, height and width must be at least 1, not {(time, height, width)}.")
     return time * height * width, height * width + time * width + time * height
+
+
+def sequence_length(op: str, plane: str, time: int, height: int, width: int) -> int:
+    """The length of the lattice's axis that a plane's sequences run along.
+
+    Raises:
+        ValueError: there is no such plane.
+    """
+    if plane not in PLANE_NAMES:
+        raise ValueError(f"{op}: plane must be one of {', '.join(PLANE_NAMES)}, not {plane!r}.")
+    return time if plane == "xy" else height if plane == "yt" else width

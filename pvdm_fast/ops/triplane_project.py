@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
-from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
+from pvdm_fast.backends.projection_layers import MATRICES, NAMES, ProjectionLayer
+from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.ops import costs
 from pvdm_fast.ops.derivatives import autocasts, transforming
-from pvdm_fast.ops.registry import autocast, expect_dtype, expect_real, expect_shapes, register, tokens_of_lattice
+from pvdm_fast.ops.registry import (
+    autocast,
+    expect_dtype,
+    expect_real,
+    expect_shapes,
+    register,
+    sequence_length,
+    tokens_of_lattice,
+)
 
 OP = "triplane_project"
 
@@ -21,47 +30,16 @@ OP = "triplane_project"
 # thread of a Xeon with AMX: 1.11 times as fast at 192 channels, 0.89 to 0.98 times at 384 (float32: 1.5, 1.6 to 1.7).
 MOST_CHANNELS_IN_BFLOAT16 = 256
 
-
-class ProjectionLayer(NamedTuple):
-    """The parameters of one layer: norm, attention, norm, feed-forward.
-
-    norm1_weight, norm1_bias, norm2_weight, norm2_bias, out_bias, down_bias: (C). qkv_weight: (3 inner, C). out_weight:
-    (C, inner). up_weight: (hidden, C), up_bias: (hidden). down_weight: (C, hidden).
-    """
-
-    norm1_weight: Tensor
-    norm1_bias: Tensor
-    qkv_weight: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-    norm2_weight: Tensor
-    norm2_bias: Tensor
-    up_weight: Tensor
-    up_bias: Tensor
-    down_weight: Tensor
-    down_bias: Tensor
-
-
-# Of the operation's tensors, as its schema names them.
-NAMES = ("token", "positions", *ProjectionLayer._fields, "latent_weight", "latent_bias")
-MATRICES = ("qkv_weight", "out_weight", "up_weight", "down_weight", "latent_weight")
 # What autocast casts: the parameters of linear layers and convolutions, as it does in PyTorch's own.
 CAST = (*MATRICES, "out_bias", "up_bias", "down_bias", "latent_bias")
 _TENSORS = ", ".join(f"Tensor {name}" for name in NAMES)
 _NUMBERS = "str plane, int time, int height, int width, int heads, float eps, str backend"
 
 
-def _length(plane: str, time: int, height: int, width: int) -> int:
-    """Of the axis that a plane's sequences run along."""
-    if plane not in PLANE_NAMES:
-        raise ValueError(f"{OP}: plane must be one of {', '.join(PLANE_NAMES)}, not {plane!r}.")
-    return time if plane == "xy" else height if plane == "yt" else width
-
-
 def _check(x: Tensor, *arguments: Any) -> None:
     *tensors, plane, time, height, width, heads, _ = arguments
     expect_real(OP, x, *tensors)
-    length = _length(plane, time, height, width)
+    length = sequence_length(OP, plane, time, height, width)
     lattice, _ = tokens_of_lattice(OP, time, height, width)
     if x.dim() != 3 or x.numel() == 0 or x.shape[1] != lattice:
         raise ValueError(

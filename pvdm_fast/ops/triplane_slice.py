@@ -7,16 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from pvdm_fast.backends import choice
-from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
+from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.registry import expect_real, register, tokens_of_lattice
-
-
-def _length(plane: str, time: int, height: int, width: int) -> int:
-    """Of the axis that a plane's sequences run along."""
-    if plane not in PLANE_NAMES:
-        raise ValueError(f"triplane_slice: plane must be one of {', '.join(PLANE_NAMES)}, not {plane!r}.")
-    return time if plane == "xy" else height if plane == "yt" else width
+from pvdm_fast.ops.registry import expect_real, register, sequence_length, tokens_of_lattice
 
 
 def _check_parameters(channels: int, token: Tensor, positions: Tensor, plane: str, length: int) -> None:
@@ -29,7 +22,7 @@ def _check_parameters(channels: int, token: Tensor, positions: Tensor, plane: st
 
 def _check(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int) -> None:
     expect_real("triplane_slice", x, token, positions)
-    length = _length(plane, time, height, width)
+    length = sequence_length("triplane_slice", plane, time, height, width)
     lattice, _ = tokens_of_lattice("triplane_slice", time, height, width)
     if x.dim() != 3 or x.numel() == 0 or x.shape[1] != lattice:
         raise ValueError(
@@ -43,7 +36,7 @@ def _backward_check(
     grad: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, height: int, width: int
 ) -> None:
     expect_real("triplane_slice", grad, token, positions)
-    length = _length(plane, time, height, width)
+    length = sequence_length("triplane_slice", plane, time, height, width)
     lattice, _ = tokens_of_lattice("triplane_slice", time, height, width)
     if grad.dim() != 4 or grad.numel() == 0 or grad.shape[1:3] != (lattice // length, length + 1):
         raise ValueError(

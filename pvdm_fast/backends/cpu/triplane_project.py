@@ -8,19 +8,16 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.backends.extensions import extension
+from pvdm_fast.backends.projection_layers import MATRICES, NAMES
 from pvdm_fast.backends.rows import parameter, rows_dense
 from pvdm_fast.layout import PLANE_NAMES
-
-PARAMETERS = 15  # tensors behind x
-MATRICES = (4, 5, 9, 11, 13)  # of these
 
 
 def _read(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """The parameters as the kernel reads them, matrices in their own dtype, vectors in float32; and the numbers."""
-    plane, *numbers = arguments[PARAMETERS:]
-    tensors = tuple(
-        t.contiguous() if index in MATRICES else parameter(t) for index, t in enumerate(arguments[:PARAMETERS])
-    )
+    plane, *numbers = arguments[len(NAMES) :]
+    named = zip(NAMES, arguments[: len(NAMES)], strict=True)
+    tensors = tuple(tensor.contiguous() if name in MATRICES else parameter(tensor) for name, tensor in named)
     return tensors, (PLANE_NAMES.index(plane), *numbers, torch.get_num_threads())
 
 
@@ -30,7 +27,7 @@ def forward(x: Tensor, *arguments: Any) -> Tensor:
     length, latent = len(tensors[1]) - 1, len(tensors[-1])
     out = torch.empty(len(x), x.shape[1] // length, latent, dtype=torch.float32)
     extension("_cpu").triplane_project_forward(rows_dense(x), tensors, out, *numbers)
-    return out.to(tensors[MATRICES[0]].dtype)
+    return out.to(tensors[NAMES.index("qkv_weight")].dtype)
 
 
 def backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -39,5 +36,5 @@ def backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     dx = x.new_empty(x.shape)
     gradients = tuple(torch.empty(t.shape, dtype=torch.float32) for t in tensors)
     extension("_cpu").triplane_project_backward(parameter(grad), rows_dense(x), tensors, dx, gradients, *numbers)
-    originals = arguments[:PARAMETERS]
+    originals = arguments[: len(NAMES)]
     return dx, *(g.to(t.dtype) for g, t in zip(gradients, originals, strict=True))

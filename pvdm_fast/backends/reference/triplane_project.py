@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pvdm_fast.backends.projection_layers import NAMES, ProjectionLayer
 from pvdm_fast.backends.reference import add_layer_norm, axial_attention, triplane_slice, wide
-
-
-class _Layer(NamedTuple):
-    """A layer's parameters."""
-
-    norm1_weight: Tensor
-    norm1_bias: Tensor
-    qkv_weight: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-    norm2_weight: Tensor
-    norm2_bias: Tensor
-    up_weight: Tensor
-    up_bias: Tensor
-    down_weight: Tensor
-    down_bias: Tensor
 
 
 class _Step(NamedTuple):
@@ -51,7 +36,7 @@ def _parts(normed: Tensor, qkv_weight: Tensor, heads: int, first: bool) -> tuple
     return kv, F.linear(normed[:, :1], qkv_weight[:inner]).unflatten(-1, (heads, -1))[:, :, None, None]
 
 
-def _run(x: Tensor, layers: list[_Layer], heads: int, eps: float) -> tuple[Tensor, list[_Step]]:
+def _run(x: Tensor, layers: list[ProjectionLayer], heads: int, eps: float) -> tuple[Tensor, list[_Step]]:
     """x: (S, L, C) -> element 0 of the last layer (S, C), and what every layer computed."""
     steps = []
     for index, p in enumerate(layers):
@@ -67,21 +52,21 @@ def _run(x: Tensor, layers: list[_Layer], heads: int, eps: float) -> tuple[Tenso
     return x[:, 0], steps
 
 
-def forward(
-    x: Tensor, token: Tensor, positions: Tensor,
-    norm1_weight: Tensor, norm1_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
-    norm2_weight: Tensor, norm2_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
-    down_bias: Tensor, latent_weight: Tensor, latent_bias: Tensor,
-    plane: str, time: int, height: int, width: int, heads: int, eps: float,
-) -> Tensor:  # fmt: skip
-    """x: (B, T H W, C) -> (B, sites, D) in the dtype of the matrices."""
-    parameters = (norm1_weight, norm1_bias, qkv_weight, out_weight, out_bias, norm2_weight, norm2_bias)
-    stacked = wide(x, *parameters, up_weight, up_bias, down_weight, down_bias)[1:]
-    layers = [_Layer(*one) for one in zip(*(t.unbind() for t in stacked), strict=True)]
-    x_, token_, positions_, weight, bias = wide(x, token, positions, latent_weight, latent_bias)
-    sequences = triplane_slice.forward(x_, token_, positions_, plane, time, height, width)
+def _unpack(x: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """x, token, positions, the layers, the last weight and bias, all wide; and the numbers behind the tensors."""
+    x, token, positions, *stacked, weight, bias = wide(x, *arguments[: len(NAMES)])
+    layers = [ProjectionLayer(*one) for one in zip(*(t.unbind() for t in stacked), strict=True)]
+    return x, token, positions, layers, weight, bias, arguments[len(NAMES) :]
+
+
+def forward(x: Tensor, *arguments: Any) -> Tensor:
+    """x: (B, T H W, C), then the tensors of NAMES, plane, time, height, width, heads, eps -> (B, sites, D) in the
+    dtype of the matrices."""
+    x, token, positions, layers, weight, bias, (*where, heads, eps) = _unpack(x, arguments)
+    sequences = triplane_slice.forward(x, token, positions, *where)
     kept, _ = _run(sequences.flatten(0, 1), layers, heads, eps)
-    return F.linear(kept, weight, bias).tanh().unflatten(0, sequences.shape[:2]).to(qkv_weight.dtype).contiguous()
+    latents = F.linear(kept, weight, bias).tanh().unflatten(0, sequences.shape[:2])
+    return latents.to(arguments[NAMES.index("qkv_weight")].dtype).contiguous()
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -98,7 +83,9 @@ def _gelu_slope(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * density
 
 
-def _layer_backward(grad: Tensor, p: _Layer, step: _Step, heads: int, last: bool) -> tuple[Tensor, _Layer]:
+def _layer_backward(
+    grad: Tensor, p: ProjectionLayer, step: _Step, heads: int, last: bool
+) -> tuple[Tensor, ProjectionLayer]:
     """The gradient of a layer's input from `grad`, that of its result, and its parameters'."""
     hidden, gelu = step.hidden, F.gelu(step.hidden)
     dhidden = grad @ p.down_weight * _gelu_slope(hidden)
@@ -125,35 +112,23 @@ def _layer_backward(grad: Tensor, p: _Layer, step: _Step, heads: int, last: bool
     else:
         dnormed, dweight = dqkv @ p.qkv_weight, _weight(dqkv, normed)
     dx, *dnorm1 = add_layer_norm.backward(dnormed, dtotal, total, p.norm1_weight, mean, rstd)
-    return dx, _Layer._make((*dnorm1, dweight, *out, *dnorm2, *ffn))
+    return dx, ProjectionLayer._make((*dnorm1, dweight, *out, *dnorm2, *ffn))
 
 
-def backward(
-    grad: Tensor, x: Tensor, token: Tensor, positions: Tensor,
-    norm1_weight: Tensor, norm1_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor, out_bias: Tensor,
-    norm2_weight: Tensor, norm2_bias: Tensor, up_weight: Tensor, up_bias: Tensor, down_weight: Tensor,
-    down_bias: Tensor, latent_weight: Tensor, latent_bias: Tensor,
-    plane: str, time: int, height: int, width: int, heads: int, eps: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x and of all parameters from grad: (B, sites, D)."""
-    first = (norm1_weight, norm1_bias, qkv_weight, out_weight, out_bias, norm2_weight, norm2_bias)
-    parameters = (*first, up_weight, up_bias, down_weight, down_bias)
-    stacked = wide(x, *parameters)[1:]
-    layers = [_Layer(*one) for one in zip(*(t.unbind() for t in stacked), strict=True)]
-    x_, token_, positions_, weight, bias = wide(x, token, positions, latent_weight, latent_bias)
-    where = (plane, time, height, width)
-    sequences = triplane_slice.forward(x_, token_, positions_, *where)
+def backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of x and of all tensors of NAMES from grad: (B, sites, D)."""
+    originals = (x, *arguments[: len(NAMES)])
+    x, token, positions, layers, weight, bias, (*where, heads, eps) = _unpack(x, arguments)
+    sequences = triplane_slice.forward(x, token, positions, *where)
     kept, steps = _run(sequences.flatten(0, 1), layers, heads, eps)
     latent = F.linear(kept, weight, bias).tanh()
     dlatent = grad.to(latent.dtype).flatten(0, 1) * (1 - latent * latent)
     flowing = (dlatent @ weight)[:, None]
-    gradients: list[_Layer] = []
+    gradients: list[ProjectionLayer] = []
     for index in reversed(range(len(layers))):
         flowing, of_layer = _layer_backward(flowing, layers[index], steps[index], heads, index == len(layers) - 1)
         gradients.insert(0, of_layer)
-    dx, dtoken, dpositions = triplane_slice.backward(flowing.view(sequences.shape), token_, positions_, *where)
-    found = [
-        torch.stack(kind).to(like.dtype) for kind, like in zip(zip(*gradients, strict=True), parameters, strict=True)
-    ]
-    ends = (_weight(dlatent, kept).to(latent_weight.dtype), _sum(dlatent).to(latent_bias.dtype))
-    return dx.to(x.dtype), dtoken.to(token.dtype), dpositions.to(positions.dtype), *found, *ends
+    of_slice = triplane_slice.backward(flowing.view(sequences.shape), token, positions, *where)
+    of_layers = (torch.stack(kind) for kind in zip(*gradients, strict=True))
+    found = (*of_slice, *of_layers, _weight(dlatent, kept), _sum(dlatent))
+    return tuple(gradient.to(like.dtype) for gradient, like in zip(found, originals, strict=True))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pvdm_fast.backends import extensions
 from pvdm_fast.backends.cpu import triplane_project as kernel
+from pvdm_fast.backends.projection_layers import MATRICES, NAMES
 from pvdm_fast.backends.reference import triplane_project as reference
-from pvdm_fast.ops.triplane_project import MATRICES, NAMES
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the CPU extension is not built: pip install -e .")
 
