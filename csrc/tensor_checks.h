@@ -8,7 +8,7 @@
 
 namespace pvdm {
 
-// Messages are put together only where they are thrown: as std::string at every check they took 1.3 of a call's 2.4 us.
+// Messages are put together only where they are thrown: as std::string at every check they took 1.2 of a call's 2.4 us.
 [[noreturn]] inline void refuse(const char* name, const char* message) {
   throw std::invalid_argument(std::string(name) + message);
 }

@@ -32,6 +32,8 @@ struct Layout {
   int64_t time, height, width;
   PVDM_BOTH int64_t rows(int plane) const { return plane == 0 ? height : time; }
   PVDM_BOTH int64_t columns(int plane) const { return plane == 2 ? height : width; }
+  // Of the axis that a plane lacks, along which its sequences run.
+  PVDM_BOTH int64_t length(int plane) const { return plane == 0 ? time : plane == 1 ? height : width; }
   PVDM_BOTH int64_t offset(int plane) const {
     return plane == 0 ? 0 : height * width + (plane == 1 ? 0 : time * width) + (plane == 3 ? time * height : 0);
   }

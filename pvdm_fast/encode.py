@@ -105,16 +105,16 @@ def encode(arguments: argparse.Namespace) -> None:
     from pvdm_fast.jobs.devices import claim_device
     from pvdm_fast.training.initialisation import find_autoencoder
 
-    rank, world = check(arguments)
+    rank, world, local_rank = check(arguments)
     autoencoder = find_autoencoder(arguments.autoencoder, "--autoencoder")
     frames = int(autoencoder.config["frames"])
     if not 2 <= arguments.windows <= frames + 1:
         raise UserError(
             f"--windows must be from 2 to {frames + 1} (T + 1) for this autoencoder, not {arguments.windows}"
         )
-    device = torch.device("cpu")
-    if arguments.device == "auto" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = claim_device(arguments.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
     precision = choose_precision(arguments.dtype, device)
     if rank == 0:
         announce(arguments.dtype, precision, "--dtype")
@@ -126,9 +126,6 @@ def encode(arguments: argparse.Namespace) -> None:
         for number, shard in enumerate(settings.shards())
         if number % world == rank and shard_problem(arguments.out / shard.name, shard, settings)
     ]
-    device = claim_device(arguments.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     left_out = f"; left out: {datasets['train'].left_out}" if datasets["train"].left_out else ""
     print(
         printable(f"{datasets['train'].description}{left_out}; {len(shards)} shards to encode on {device}"), flush=True
@@ -141,8 +138,9 @@ def encode(arguments: argparse.Namespace) -> None:
     finish(arguments.out, settings)
 
 
-def check(arguments: argparse.Namespace) -> tuple[int, int]:
-    """This process's number, and how many there are. Raises UserError for an impossible option."""
+def check(arguments: argparse.Namespace) -> tuple[int, int, int]:
+    """This process's number, how many there are, and its number on this machine. Raises UserError for an impossible
+    option."""
     from pvdm_fast.data.latent_shards import CONTAINERS
     from pvdm_fast.data.shards import library
     from pvdm_fast.jobs.environment import place_in_job
@@ -154,7 +152,7 @@ def check(arguments: argparse.Namespace) -> tuple[int, int]:
     if arguments.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype must be auto, fp32 or bf16, not {arguments.dtype}")
     place = place_in_job(meeting=False)
-    return place.rank, place.world
+    return place.rank, place.world, place.local_rank
 
 
 def open_split(arguments: argparse.Namespace, autoencoder: Autoencoder, split: str) -> ClipDataset:

@@ -93,7 +93,7 @@ def _in_16_bits(config: TrainConfig) -> bool:
         raise UserError("--mixed-precision must be auto, no or bf16 here: fp16 weighs the same as bf16")
     if config.mixed_precision != "auto":
         return config.mixed_precision == "bf16"
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     return choose_precision("auto", device).dtype == torch.bfloat16
 
 

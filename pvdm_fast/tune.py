@@ -11,7 +11,7 @@ from pvdm_fast.jobs.command import run_command
 
 def make_parser() -> Parser:
     from pvdm_fast.jobs import numbers
-    from pvdm_fast.training.config import PRESETS
+    from pvdm_fast.models.presets import DENOISER
 
     parser = Parser(
         prog="python -m pvdm_fast.tune",
@@ -19,7 +19,9 @@ def make_parser() -> Parser:
         "is quicker than the package's own is kept in pvdm_fast/triton.json in your folder of settings (~/.config, or "
         "$XDG_CONFIG_HOME), which every later process reads.",
     )
-    parser.add_argument("--size", choices=tuple(PRESETS), default="base", help="of the networks (default: %(default)s)")
+    parser.add_argument(
+        "--size", choices=tuple(DENOISER), default="base", help="of the networks (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(default: %(default)s)"
     )

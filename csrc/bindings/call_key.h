@@ -2,7 +2,7 @@
 //
 // call_key(*arguments) -> bytes, or None where the call must go through PyTorch's dispatcher: something watches or transforms
 // (torch.compile, torch.func, forward-mode AD, a mode, a tracer, the profiler), an argument is of another kind (a subclass,
-// a tensor without memory), or PyTorch is older than DLPack's table of functions. 0.4 us for four tensors; in Python 5.
+// a tensor without memory), or PyTorch is older than DLPack's table of functions. 0.9 us for four tensors.
 #pragma once
 #include <cstring>
 #include <string>

@@ -9,7 +9,7 @@ namespace {
 struct Sequences {
   Layout layout;
   int plane;
-  int64_t length() const { return plane == 0 ? layout.time : plane == 1 ? layout.height : layout.width; }
+  int64_t length() const { return layout.length(plane); }
   int64_t sites() const { return layout.rows(plane) * layout.columns(plane); }
   int64_t step() const { return plane == 0 ? layout.height * layout.width : plane == 1 ? layout.width : 1; }
   int64_t start(int64_t site) const {

@@ -30,7 +30,7 @@ inline void check_project(const TensorView& x, const ProjectTensors& p, const Te
   require(plane >= 0 && plane < 3, "plane must be 0, 1 or 2.");
   const int64_t channels = p.token.size[0], depth = p.up_weight.size[0], hidden = p.up_weight.size[1];
   const int64_t inner = p.out_weight.size[2], latent = p.latent_weight.size[0];
-  const int64_t length = plane == 0 ? layout.time : plane == 1 ? layout.height : layout.width;
+  const int64_t length = layout.length(plane);
   require(depth > 0 && inner > 0 && options.heads > 0 && inner % options.heads == 0,
           "There must be a layer, and the heads must divide its inner width.");
   check("x", x, {out.size[0], layout.time * layout.height * layout.width, channels});

@@ -10,7 +10,7 @@ inline void check_slice(const TensorView& lattice, const TensorView& sequences, 
                         const Layout& layout, int plane) {
   require(plane >= 0 && plane < 3, "plane must be 0, 1 or 2.");
   const int64_t batch = lattice.size[0], channels = lattice.size[2];
-  const int64_t length = plane == 0 ? layout.time : plane == 1 ? layout.height : layout.width;
+  const int64_t length = layout.length(plane);
   check("The lattice", lattice, {batch, layout.time * layout.height * layout.width, channels});
   check("The sequences", sequences, {batch, layout.rows(plane) * layout.columns(plane), length + 1, channels});
   check("positions", positions, {length + 1, channels});

@@ -39,7 +39,7 @@ SETTINGS_BYTES = 1 << 20
 class Settings:
     """What a folder of latents holds. Every process that writes to it must have the same settings.
 
-    ``autoencoder`` is its :func:`fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of
+    ``autoencoder`` is its `fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of
     T; ``train_clips`` and ``test_clips`` are the draws 0, 1, ... of ``data``, ``shard_clips`` of them in a shard.
     ``container`` is the shards' suffix, "safetensors" or "tar"; ``dtype`` what the autoencoder computed in, "float32"
     or "bf16".

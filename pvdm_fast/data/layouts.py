@@ -3,7 +3,7 @@
 These are tried in order:
 
 1. The official lists of UCF-101, ``trainlist01.txt`` and ``testlist01.txt``, in the folder, one level up, or in
-``ucfTrainTestlist`` in either. They apply to the videos that they name.
+   ``ucfTrainTestlist`` in either. They apply to the videos that they name.
 2. Folders named as splits side by side, at any depth and in any case: ``train`` and ``test``, ``val`` or the like.
 3. A hash of the names. For videos named like ``v_<Class>_g01_c01.avi``, a hash of class and group.
 """

@@ -151,7 +151,5 @@ def _walk(root: Path, listing: Listing) -> Iterator[tuple[Path, list[str]]]:
 def _is_own(names: list[str], subfolders: list[str]) -> bool:
     """Whether a folder is a run or an evaluation. Models made the videos in it."""
     here = {*names, *subfolders}
-    run = "config.yaml" in here and not here.isdisjoint(
-        {"metrics.jsonl", "trainer.lock", "results.json", "checkpoints"}
-    )
+    run = "config.yaml" in here and not here.isdisjoint(RUN_FILES)
     return run or "evaluation.lock" in here or {"evaluation.json", "report.html"} <= here

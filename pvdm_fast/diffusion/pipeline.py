@@ -20,7 +20,7 @@ from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, check_pai
 from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
-from pvdm_fast.models.release import load_model
+from pvdm_fast.models.release import is_saved, load_model
 from pvdm_fast.models.saving import check_folder
 
 MODELS = ("autoencoder", "denoiser")
@@ -198,7 +198,7 @@ def _dtypes(options: dict[str, Any]) -> dict[str, torch.dtype]:
 
 def load_part(folder: Path, name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
     """A run's "autoencoder" or "denoiser". Raises UserError if it is missing or damaged."""
-    if not (folder / name / "config.json").is_file():
+    if not is_saved(folder / name):
         raise UserError(f"there is no trained {name} in {folder / name}: train it, or finish with --resume {folder}")
     kind: Any = {"autoencoder": Autoencoder, "denoiser": Denoiser}[name]
     return load_model(kind, folder / name, torch_dtype)

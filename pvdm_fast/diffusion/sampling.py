@@ -152,7 +152,7 @@ class SamplingOptions:
 
     clips: int
     frames: int
-    steps: int = 50
+    steps: int = numbers.DEFAULT_STEPS
     scheduler: str | Any = "ddim"
     guidance: float = 0.0
     eta: float = numbers.DEFAULT_ETA

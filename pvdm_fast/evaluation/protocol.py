@@ -34,7 +34,7 @@ METRICS = {
     "number of clips, as in StyleGAN-V and cd-fvd; called FVD only for the I3D network of StyleGAN-V",
 }
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "av")
-RANGES = {  # of a request's numbers, for the command line and for Python
+RANGES = {  # of a request's numbers, as it is made in Python
     "clips": numbers.VIDEOS,
     "samples": numbers.whole(0, 10_000_000),
     "frames": numbers.FRAMES,
@@ -78,9 +78,11 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, number in RANGES.items():
-            value = getattr(self, name)
-            for item in value if name == "frames" else [] if value is None else [value]:
-                number.checked(f"--{name.replace('_', '-')}", item)
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            if name == "frames":
+                object.__setattr__(self, name, tuple(number.checked(option, item) for item in value))
+            elif value is not None:
+                object.__setattr__(self, name, number.checked(option, value))
         for name, known in (("split", SPLITS), ("dtype", ("auto", "fp32", "bf16"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")

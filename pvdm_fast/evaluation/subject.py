@@ -62,14 +62,14 @@ def load_subject(run: Path, device: torch.device, dtype: str) -> Subject:
     """The models of a run on a device, in "fp32", "bf16" or what "auto" chooses; raises UserError where there is no
     autoencoder, or one of the models is damaged."""
     from pvdm_fast.models import Autoencoder, Denoiser
-    from pvdm_fast.models.release import load_model
+    from pvdm_fast.models.release import is_saved, load_model
 
     folder = RunFolder(run)
-    if not (folder.autoencoder / "config.json").is_file():
+    if not is_saved(folder.autoencoder):
         raise UserError(f"there is no trained autoencoder in {folder.autoencoder}: name the folder of a run")
     compute = choose_precision(dtype, device).dtype
     denoiser = None
-    if (folder.denoiser / "config.json").is_file():
+    if is_saved(folder.denoiser):
         denoiser = load_model(Denoiser, folder.denoiser, compute).to(device).eval()
     return Subject(
         folder,

@@ -1,4 +1,4 @@
-"""`--device` of every command: auto, cpu, cuda, or one GPU of several, cuda:N."""
+"""`--device` of train, sample, evaluate and encode: auto, cpu, cuda, or one GPU of several, cuda:N."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs.numbers import WrongNumber
+from pvdm_fast.jobs.numbers import Checked, WrongNumber
 
 if TYPE_CHECKING:
     import torch
 
 METAVAR = "{auto,cpu,cuda,cuda:N}"
-HELP = "where to compute; auto takes the GPU where there is one, cuda:1 the second one (default: auto)"
+MEANING = "where to compute; auto takes the GPU where there is one, cuda:1 the second one"
+HELP = f"{MEANING} (default: auto)"
 
 
 @dataclass(frozen=True)
-class DeviceName:
+class DeviceName(Checked):
     """Checks the name of a device, not whether it is there: as the numbers of `jobs/numbers.py` are checked."""
 
     def __call__(self, value: Any) -> str:
@@ -26,13 +27,6 @@ class DeviceName:
         if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
             raise WrongNumber(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
         return value
-
-    def checked(self, name: str, value: Any) -> str:
-        """As the call; the message begins with ``name``."""
-        try:
-            return self(value)
-        except WrongNumber as error:
-            raise WrongNumber(f"{name} {error}") from None
 
 
 DEVICE = DeviceName()

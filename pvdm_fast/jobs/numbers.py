@@ -16,8 +16,22 @@ class WrongNumber(UserError, ValueError):
     """A value that isn't such a number. The message says what was expected, without the argument's name."""
 
 
+class Checked:
+    """What is called with a value, and returns it as it should be or raises WrongNumber."""
+
+    def __call__(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The same, with the name of the argument in the message (UserError)."""
+        try:
+            return self(value)
+        except WrongNumber as error:
+            raise UserError(f"{name} {error}") from None
+
+
 @dataclass(frozen=True)
-class Number:
+class Number(Checked):
     """A finite number in a range that includes both ends.
 
     Args:
@@ -56,13 +70,6 @@ class Number:
         if not math.isfinite(converted) or (whole and not converted.is_integer()):
             raise wrong
         return int(converted) if whole else converted
-
-    def checked(self, name: str, value: Any) -> Any:
-        """The same, with the name of the argument in the message (UserError)."""
-        try:
-            return self(value)
-        except WrongNumber as error:
-            raise UserError(f"{name} {error}") from None
 
 
 def _short(value: Any, quoted: bool = False) -> str:

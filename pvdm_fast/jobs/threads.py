@@ -58,7 +58,7 @@ class Pace:
         next(self._plan)
 
     def took(self, seconds: float, cpu: float) -> None:
-        """A unit was computed with :attr:`threads`, in CPU seconds of all of them; that is the number for the next."""
+        """A unit was computed with `threads`, in CPU seconds of all of them; that is the number for the next."""
         self.spent, self.units = self.spent + seconds, self.units + 1
         self.starved = cpu < STARVED * self.threads * seconds
         self._plan.send(seconds)
@@ -135,7 +135,9 @@ class Chooser:
 
     @contextmanager
     def unit(self, kind: str) -> Iterator[None]:
-        pace = self.paces.setdefault(kind, Pace(self.most))
+        if kind not in self.paces:
+            self.paces[kind] = Pace(self.most)
+        pace = self.paces[kind]
         with _number(pace.threads):
             start, cpu = time.perf_counter(), time.process_time()
             yield
@@ -155,21 +157,21 @@ _chooser: Chooser | None = None
 def unit(kind: str) -> AbstractContextManager[None]:
     """Put around one unit of a job's work, all of whose units are alike, with a name such as "training step".
 
-    Inside :func:`chosen` it is timed and gets the threads that are best for its kind; elsewhere nothing happens.
+    Inside `chosen` it is timed and gets the threads that are best for its kind; elsewhere nothing happens.
     """
     return nullcontext() if _chooser is None else _chooser.unit(kind)
 
 
 @contextmanager
 def chosen(number: int | None, device: str) -> Iterator[None]:
-    """While the block runs, PyTorch computes with ``number`` threads; or with what :func:`unit` finds best.
+    """While the block runs, PyTorch computes with ``number`` threads; or with what `unit` finds best.
 
     The choice is PyTorch's own where the environment says how many, for a job of several processes (they wait for each
     other), and where the work is a GPU's. Afterwards the number is as it was.
 
     Args:
         number: of threads; None: what is best.
-        device: "cpu", or "auto" for a GPU where there is one.
+        device: "cpu", or what takes a GPU where there is one: "auto", "cuda", "cuda:1".
     """
     global _chooser
     import torch

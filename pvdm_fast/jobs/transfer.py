@@ -29,7 +29,7 @@ def pack(tensors: Sequence[Tensor], pinned: bool = False) -> Tensor:
 
 
 def unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views into what :func:`pack` made of tensors `like` these."""
+    """Views into what `pack` made of tensors `like` these."""
     views, start = [], 0
     for tensor in like:
         views.append(packed[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
@@ -42,7 +42,7 @@ def _room(tensor: Tensor) -> int:
 
 
 class Reading:
-    """The values of a tensor on their way to the host, copied as soon as they are there; :meth:`values` waits."""
+    """The values of a tensor on their way to the host, copied as soon as they are there; `values` waits."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._host = tensor.detach().to("cpu", non_blocking=True)  # into pinned memory

@@ -44,7 +44,7 @@ def read_state_dict(source: str | Path | StateDict) -> dict[str, Tensor]:
 
 
 def _read(source: str | Path | StateDict) -> tuple[dict[str, Tensor], str]:
-    """:func:`read_state_dict`, and the entry of the file that it was found in ("" where it is the whole)."""
+    """`read_state_dict`, and the entry of the file that it was found in ("" where it is the whole)."""
     if isinstance(source, Mapping):
         values: Any = source
         name = "the state dict"
@@ -99,6 +99,11 @@ def _read_file(path: Path) -> Any:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
     except UnreadableFile as reason:
         raise CheckpointError(f"{path} {reason}.") from reason
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a model was saved in this folder."""
+    return (folder / CONFIG).is_file()
 
 
 def load_model(kind: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
@@ -194,7 +199,7 @@ class ReleaseState:
         source: the path of a checkpoint, or its state dict.
 
     Raises:
-        CheckpointError: as :func:`read_state_dict`; or two names are the same without their prefixes.
+        CheckpointError: as `read_state_dict`; or two names are the same without their prefixes.
     """
 
     def __init__(self, source: str | Path | StateDict) -> None:

@@ -125,7 +125,7 @@ def attention_block(
         ValueError: shapes don't fit, or there are more tokens.
 
     Derivatives: every kind, computed by the reference: there is no kernel for a gradient. `vmap` runs the operation for
-    each element in turn.
+        each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, triton.
     """

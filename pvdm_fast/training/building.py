@@ -18,9 +18,9 @@ from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.jobs.reading import read_json
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
-from pvdm_fast.training.config import STAGES, TrainConfig, get
+from pvdm_fast.training.config import STAGES, TrainConfig, get, make_config
 from pvdm_fast.training.initialisation import HEADS, find_autoencoder, initialise, read_source
-from pvdm_fast.training.presets import AUTOENCODER_SIZES, DENOISER_SIZES, VIDEO_SIZES, autoencoder_sizes, preset_sizes
+from pvdm_fast.training.presets import AUTOENCODER_SIZES, DENOISER_SIZES, VIDEO_SIZES, autoencoder_sizes
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage
@@ -96,7 +96,7 @@ def make_stage(
         model = denoiser = make_denoiser(config, autoencoder, names)
     if begins and config.init_from is not None:
         heads = {key: get(config, key) for key in HEADS.values()}
-        trained = read_source(Path(config.init_from), heads).of_stage(name)
+        trained = read_source(Path(config.init_from), heads, name).of_stage(name)
         if trained is not None:
             initialise(model, trained)
     if getattr(config, name).checkpointing:
@@ -125,12 +125,8 @@ def _arguments(config: TrainConfig, keys: Sequence[str]) -> dict[str, Any]:
 
 def asks_for_other_sizes(config: TrainConfig, keys: Sequence[str]) -> bool:
     """Whether one of these options isn't as the preset has it."""
-    preset = preset_sizes(config.preset)
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return any(plain(get(config, key)) != plain(preset[key]) for key in keys)
+    preset = make_config({"preset": config.preset})
+    return any(get(config, key) != get(preset, key) for key in keys)
 
 
 def make_autoencoder(config: TrainConfig) -> Autoencoder:

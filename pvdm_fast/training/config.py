@@ -1,4 +1,4 @@
-"""Every hyper-parameter of a training run with its help text, presets, and reading and writing config files."""
+"""Every hyper-parameter of a training run with its help text, and reading and writing config files."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class TrainConfig:
     seed: int = option(0, "seed of weights, clips and noise", number=numbers.SEED)
     device: str = option(
         "auto",
-        "where to compute; auto takes the GPU where there is one, cuda:1 the second one",
+        devices.MEANING,
         number=DEVICE,
         resumable=True,
         metavar=devices.METAVAR,
@@ -389,12 +389,12 @@ def read_changes(path: Path) -> dict[str, Any]:
 
 
 def values_of(config: TrainConfig) -> dict[str, Any]:
-    """Every option with its value, as :func:`make_config` takes them."""
+    """Every option with its value, as `make_config` takes them."""
     return {key: get(config, key) for key in OPTIONS}
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The whole configuration as YAML that :func:`read_changes` reads back."""
+    """The whole configuration as YAML that `read_changes` reads back."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -48,11 +48,12 @@ class Source:
         return self.autoencoder if stage == "autoencoder" else self.denoiser
 
 
-def read_source(place: Path, heads: Mapping[str, int | None]) -> Source:
+def read_source(place: Path, heads: Mapping[str, int | None], stage: str | None = None) -> Source:
     """The models of a run, of a model folder, or of a checkpoint of the authors' release.
 
     Args:
         heads: for a checkpoint: by option key, the number of attention heads, which its shapes don't tell.
+        stage: of a run, read only the model that this stage trains. None: both.
 
     Raises:
         UserError: there is nothing of that kind, or it is damaged.
@@ -70,16 +71,15 @@ def read_source(place: Path, heads: Mapping[str, int | None]) -> Source:
         if kind == "Autoencoder":
             return Source(place, autoencoder=load_model(Autoencoder, place))
         return Source(place, denoiser=load_model(Denoiser, place))
-    found: dict[str, Any] = {}
-    for name, of in (("autoencoder", Autoencoder), ("denoiser", Denoiser)):
-        if (place / name / CONFIG).is_file():
-            found[name] = load_model(of, place / name)
-    if not found:
+    kinds: dict[str, Any] = {"autoencoder": Autoencoder, "denoiser": Denoiser}
+    names = [name for name in kinds if (place / name / CONFIG).is_file()]
+    if not names:
         raise UserError(
             f"--init-from {place} is neither a run with a trained model, a model's folder, nor a checkpoint: "
             + ("finish a stage of the run first" if place.is_dir() else "there is nothing of that name")
         )
-    return Source(place, **found)
+    wanted = {None: names, "autoencoder": ["autoencoder"], "diffusion": ["denoiser"]}[stage]
+    return Source(place, **{name: load_model(kinds[name], place / name) for name in names if name in wanted})
 
 
 def _read_checkpoint(place: Path, heads: Mapping[str, int | None]) -> Source:
@@ -104,7 +104,7 @@ def initial_config(changes: Mapping[str, Any]) -> tuple[TrainConfig, Source | No
     """
     changes = given(changes)
     config = make_config(changes)
-    source, sizes = None, {}
+    source, sizes, own_place = None, {}, changes.get("autoencoder_from")
     if config.init_from is not None:
         heads = {key: get(config, key) if key in changes else None for key in HEADS.values()}
         source = read_source(Path(config.init_from), heads)
@@ -113,8 +113,8 @@ def initial_config(changes: Mapping[str, Any]) -> tuple[TrainConfig, Source | No
             changes["autoencoder_from"] = config.init_from
         sizes = source.sizes()
         _check_sizes(sizes, changes, source.place, () if config.stage == "diffusion" else VIDEO_SIZES)
-    if config.stage == "diffusion" and changes.get("autoencoder_from") is not None:
-        place = Path(changes["autoencoder_from"])
+    if config.stage == "diffusion" and own_place is not None:
+        place = Path(own_place)
         own = autoencoder_sizes(find_autoencoder(place).config)
         _check_sizes(own, changes, place, ())
         sizes |= own
@@ -132,10 +132,10 @@ def initial_config(changes: Mapping[str, Any]) -> tuple[TrainConfig, Source | No
 def find_autoencoder(place: Path, option: str = "--autoencoder-from") -> Autoencoder:
     """The autoencoder of a run, or of its own folder; raises UserError, which names ``option``, where there is none."""
     from pvdm_fast.models import Autoencoder
-    from pvdm_fast.models.release import load_model
+    from pvdm_fast.models.release import is_saved, load_model
 
     path = place / "autoencoder" if (place / "autoencoder").is_dir() else place
-    if not (path / "config.json").is_file():
+    if not is_saved(path):
         raise UserError(f"there is no autoencoder in {path}: train one first, or name one with {option}")
     return load_model(Autoencoder, path)
 
@@ -166,7 +166,7 @@ def _check_sizes(sizes: Mapping[str, Any], changes: Mapping[str, Any], place: Pa
 
 
 def differences(model: Autoencoder | Denoiser, trained: Autoencoder | Denoiser) -> str:
-    """What :func:`initialise` will not just copy, as text; "" where there is nothing."""
+    """What `initialise` will not just copy, as text; "" where there is nothing."""
     parts = []
     here, there = model.layout, trained.layout
     if here != there and trained.config.get("positions", True):  # the autoencoder always has them
@@ -194,7 +194,7 @@ def initialise(model: Autoencoder | Denoiser, trained: Autoencoder | Denoiser) -
     appended token's, stays. A class is known by its name; a new one begins as no class. Without classes, what no class
     added to the embedding of the time stays in its bias.
     """
-    state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    state = dict(trained.state_dict())
     own = model.state_dict()
     buffers = {name for name, _ in model.named_buffers()}
     for plane in PLANE_NAMES:
@@ -210,7 +210,7 @@ def initialise(model: Autoencoder | Denoiser, trained: Autoencoder | Denoiser) -
     if "class_embed.weight" in own:
         state["class_embed.weight"] = _class_rows(model, trained, embedding)
     elif embedding is not None:
-        state["time_embed.2.bias"] += embedding[-1]
+        state["time_embed.2.bias"] = state["time_embed.2.bias"] + embedding[-1]
     state = {name: own[name] if name in buffers else tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=True)
 

@@ -29,8 +29,8 @@ from pvdm_fast.training.options import Request, flag
 from pvdm_fast.training.presets import SIZES, autoencoder_sizes
 from pvdm_fast.training.run_folder import RunFolder
 
-# Options that say where things are: new ones are kept for later commands even where nothing is left to train.
-PLACES = ("data", "stage", "device")
+# Options whose new values are kept for later commands even where nothing is left to train.
+KEPT_WHEN_FINISHED = ("data", "stage", "device")
 DISCRIMINATORS = ("adversarial.norm", "adversarial.channels")  # free until there are any
 UNRECORDED = ("stage", "device")
 GROUP_STAGE = {"autoencoder": "autoencoder", "adversarial": "autoencoder", "diffusion": "diffusion"}
@@ -130,7 +130,7 @@ def reopen(run: RunFolder, resumed: Resumption) -> None:
                 f"{flag(OPTIONS[key])} would do nothing: the {own} stage is finished after {results[own]['steps']} "
                 f"steps; raise --{own}-steps to go on with it"
             )
-        if not left and key not in PLACES:
+        if not left and key not in KEPT_WHEN_FINISHED:
             remedy = f"raise --{stages[-1]}-steps to go on with it"
             raise UserError(f"{flag(OPTIONS[key])} would do nothing: the run is finished; {remedy}")
     record_changes(run, resumed.changed)

@@ -26,7 +26,7 @@ from pvdm_fast.jobs.processes import Processes, lost_another
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
 from pvdm_fast.training.config import StageOptions, TrainConfig, with_absolute_places
-from pvdm_fast.training.initialisation import Source, initial_config
+from pvdm_fast.training.initialisation import initial_config
 from pvdm_fast.training.options import Request
 from pvdm_fast.training.resuming import Resumption, reopen, resumed_folder, resumption
 from pvdm_fast.training.run_folder import RunFolder
@@ -77,20 +77,14 @@ def _run_training(request: Request) -> RunFolder:
     resume = resumed_folder(request)
     resumed = resumption(resume, request) if resume else None
     config, source = (resumed.config, None) if resumed else initial_config(request.changes)
-    with threads.chosen(config.threads, config.device):
-        return _run_configured(request, resumed, config, source)
-
-
-def _run_configured(
-    request: Request, resumed: Resumption | None, config: TrainConfig, source: Source | None
-) -> RunFolder:
-    accelerator = make_accelerator(config)
-    accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
-    processes = Processes(accelerator)
-    found = existing_autoencoder(config, resumed.path if resumed else None)
-    plan = report.make_plan(config, found or empty_autoencoder(config), accelerator, source)
-    del source  # the stages read it again, each the model that it trains
     with ExitStack() as ending:
+        ending.enter_context(threads.chosen(config.threads, config.device))
+        accelerator = make_accelerator(config)
+        accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
+        processes = Processes(accelerator)
+        found = existing_autoencoder(config, resume)
+        plan = report.make_plan(config, found or empty_autoencoder(config), accelerator, source)
+        del source  # each stage reads the model that it trains again
         run = RunFolder(processes.on_main(lambda: claim_folder(request, resumed, config, found, ending)))
         if processes.main:
             print(plan.text(run.path), flush=True)

@@ -80,10 +80,10 @@ class Stage(ABC):
         return {}
 
     def after_step(self, measured: Mapping[str, float]) -> None:  # noqa: B027
-        """Called after each optimizer step with the values of :meth:`measured`; not where it was left out."""
+        """Called after each optimizer step with the values of `measured`; not where it was left out."""
 
     def after_skip(self) -> None:  # noqa: B027
-        """Called instead of :meth:`after_step` where the step was left out."""
+        """Called instead of `after_step` where the step was left out."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond model and optimizer."""

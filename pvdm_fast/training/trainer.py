@@ -100,8 +100,9 @@ class Trainer:
         with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
             while self.progress.step < self.options.steps:
                 started = time.perf_counter()
+                batches = self.read()
                 with threads.unit("training step"):
-                    outcome = self.train_step(self.read())
+                    outcome = self.train_step(batches)
                 self.progress.seconds += (seconds := time.perf_counter() - started)
                 record = self.record(outcome, seconds)
                 bar.advance(record, self.options.batch_size * self.options.accumulate)
@@ -290,8 +291,7 @@ class Trainer:
     def save(self, folder: Path | None = None, keep: int = checkpoint.KEPT) -> Path:
         """Write a checkpoint, by default among the run's own."""
         state, place = self.state(), (folder or self.run.checkpoints, self.stage.name, self.progress.step)
-        config = to_yaml(self.config)
-        path = self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep, config=config))
+        path = self.processes.on_main(lambda: checkpoint.save(*place, state, keep=keep, config=to_yaml(self.config)))
         if folder is None:
             self.saved = self.progress.step
         return path

@@ -213,7 +213,7 @@ def functions_entered(step: Callable[[], Any]) -> int:
     return entered
 
 
-# What a call costs, in a unit that no other process disturbs. Through the dispatcher it is 30 to 60 functions.
+# What a call costs, in a unit that no other process disturbs. Through the dispatcher it is 25 to 52 functions.
 MOST_FUNCTIONS = 18
 
 
