@@ -62,8 +62,8 @@ def run(
 ) -> None:
     """What `launch` does when nobody watches.
 
-    Triton finds out at every launch which of its compiled kernels fits: 7 µs. Under the key of the arguments, which
-    tells apart more than Triton does, the kernel is found in 1 and launched in 1.5.
+    Triton finds out at every launch which of its compiled kernels fits, which takes 7 µs. Under the key of the
+    arguments, which tells apart more than Triton does, all of this takes 4 (one thread of a Xeon, without a driver).
     """
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -15,7 +15,7 @@ from pvdm_fast.analysis import agreement, goldens
 from pvdm_fast.analysis.agreement import Job, Result
 from pvdm_fast.analysis.goldens import Agreement
 from pvdm_fast.backends import choice
-from pvdm_fast.backends.choice import FUSED, KERNEL_DTYPES, OPERATIONS, SERVED
+from pvdm_fast.backends.choice import FUSED, FUSED_ON_CPU, KERNEL_DTYPES, OPERATIONS, SERVED
 from pvdm_fast.backends.reference import geglu
 from pvdm_fast.diffusion import cuda_graph, guidance
 
@@ -27,7 +27,11 @@ def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(choice, "BACKENDS", ("reference", "cpu", "cuda"))  # Triton's interpreter has its own tests
     assert selftest.main(["--device", "cpu"]) == 0
     text = capsys.readouterr().out
-    assert f"All {3 * len(OPERATIONS)} are right." in text and "Versions" in text and torch.__version__ in text
+    assert (
+        f"All {3 * (len(OPERATIONS) + len(FUSED_ON_CPU))} are right." in text
+        and "Versions" in text
+        and torch.__version__ in text
+    )
     lines = [line.split() for line in text.splitlines()]
     for op in OPERATIONS:
         for dtype in KERNEL_DTYPES:
@@ -47,6 +51,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
     monkeypatch.setattr(choice, "unavailable", lambda backend: None if backend in ("cpu", "reference") else "not here.")
     monkeypatch.setattr(choice, "implementation", implementation)
     monkeypatch.setattr(agreement, "OPERATIONS", ("geglu",))
+    monkeypatch.setattr(agreement, "FUSED_ON_CPU", ())
 
 
 @pytest.mark.parametrize(

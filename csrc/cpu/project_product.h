@@ -1,7 +1,7 @@
 // The products of triplane_project: operands packed whole, multiplied by the micro-kernels of attention.
 //
 // A right operand is cut into groups of columns, as many vectors as a micro-kernel's accumulators are wide, each dense in
-// memory: a group of 384 rows lies in the first cache (or half of it at a time), and all rows of the left operand pass it.
+// memory. All rows of the left operand pass a run of a group's words, which lies in the first cache.
 #pragma once
 #include "attention_pack.h"
 #include "attention_tiles.h"

@@ -205,26 +205,24 @@ struct Backward {
   }
 };
 
-// All that a thread has: its sums first, which are cleared.
-template <class Op>
-struct Thread {
-  static int64_t sums_size(const Sizes& s) {
-    Arena count{nullptr};
-    Sums sums(count, s);
-    for (int64_t l = 0; l < s.depth; l++) LayerSums layer(count, s, l == s.depth - 1);
-    return count.used;
-  }
-  static LayerSums layer_sums(float* start, const Sizes& s, int64_t l) {
-    Arena arena{start};
-    Sums sums(arena, s);
-    for (int64_t i = 0; i < l; i++) LayerSums before(arena, s, false);
-    return LayerSums(arena, s, l == s.depth - 1);
-  }
-  static Kept kept(float* start, int64_t size, const Sizes& s, int64_t rows, int64_t sequences, int64_t l) {
-    Arena arena{start + l * size};
-    return Kept(arena, s, rows, sequences);
-  }
-};
+// Where a thread's sums lie: those of the ends first, then layer by layer.
+int64_t sums_size_of(const Sizes& s) {
+  Arena count{nullptr};
+  Sums sums(count, s);
+  for (int64_t l = 0; l < s.depth; l++) LayerSums layer(count, s, l == s.depth - 1);
+  return count.used;
+}
+LayerSums layer_sums(float* start, const Sizes& s, int64_t l) {
+  Arena arena{start};
+  Sums sums(arena, s);
+  for (int64_t i = 0; i < l; i++) LayerSums before(arena, s, false);
+  return LayerSums(arena, s, l == s.depth - 1);
+}
+
+Kept kept_of(float* start, int64_t size, const Sizes& s, int64_t rows, int64_t sequences, int64_t l) {
+  Arena arena{start + l * size};
+  return Kept(arena, s, rows, sequences);
+}
 
 // to[r][c] = the sum over threads of a matrix of sums, of rows ... columns as dense as `to`.
 void add_threads(const float* first, int64_t stride, int64_t threads, int64_t each, int64_t rows, int64_t columns,
@@ -237,7 +235,6 @@ void add_threads(const float* first, int64_t stride, int64_t threads, int64_t ea
     });
 }
 
-template <class Op>
 void write_sums(float* start, int64_t threads, int64_t each, const Sizes& s, const ProjectTensors& g) {
   const auto write = [&](const Rows& from, int64_t rows, int64_t columns, const TensorView& to, int64_t at) {
     add_threads(from.data, from.stride, threads, each, rows, columns, to.as<float>() + at);
@@ -251,7 +248,7 @@ void write_sums(float* start, int64_t threads, int64_t each, const Sizes& s, con
   write({sums.latent_bias, 0}, 1, s.latent, g.latent_bias, 0);
   parallel_for(threads_for(static_cast<int>(threads), s.depth), s.depth, [&](int64_t begin, int64_t end, int) {
     for (int64_t l = begin; l < end; l++) {
-      const LayerSums layer = Thread<Op>::layer_sums(start, s, l);
+      const LayerSums layer = layer_sums(start, s, l);
       const int64_t rows = 3 * s.inner * l * c;
       if (l == s.depth - 1) {
         write(layer.query, s.inner, c, g.qkv_weight, rows);
@@ -276,12 +273,11 @@ void write_sums(float* start, int64_t threads, int64_t each, const Sizes& s, con
 template <class Op>
 void backward(const TensorView& grad, const TensorView& x, const ProjectTensors& p, const TensorView& dx,
               const ProjectTensors& gradients, const ProjectOptions& o) {
-  using Own = Thread<Op>;
   const Sizes s(p, o.heads);
   const Weights<Op> weights(p, s, true, o.threads);
   const int64_t units = grad.size[0] * grad.size[1];
   const int64_t each = sequences_of_tile(tile_size<Op>, s.length, units, o.threads), tiles = (units + each - 1) / each;
-  const int64_t rows = each * s.length, sums_size = Own::sums_size(s);
+  const int64_t rows = each * s.length, sums_size = sums_size_of(s);
   Arena count{nullptr}, count_kept{nullptr};
   Kept(count_kept, s, rows, each);
   const Tile<Op> counted(count, p, s, weights, o, rows);
@@ -300,7 +296,7 @@ void backward(const TensorView& grad, const TensorView& x, const ProjectTensors&
     float* out = arena.floats(each * s.latent);
     Arena sums_arena{start};
     const Sums sums(sums_arena, s);
-    const auto kept = [&](int64_t l) { return Own::kept(states, kept_size, s, rows, each, l); };
+    const auto kept = [&](int64_t l) { return kept_of(states, kept_size, s, rows, each, l); };
     for (int64_t t = begin; t < end; t++) {
       const int64_t first = t * each, sequences = units - first < each ? units - first : each;
       Kept before;
@@ -312,11 +308,11 @@ void backward(const TensorView& grad, const TensorView& x, const ProjectTensors&
       }
       tile.finish(kept(s.depth - 1), sequences, out);
       back.latents(grad.as<float>() + first * s.latent, out, sequences, sums);
-      for (int64_t l = s.depth - 1; l >= 0; l--) back.layer(l, kept(l), sequences, Own::layer_sums(start, s, l));
+      for (int64_t l = s.depth - 1; l >= 0; l--) back.layer(l, kept(l), sequences, layer_sums(start, s, l));
       back.scatter(dx, first, sequences, sums.positions);
     }
   });
-  write_sums<Op>(memory.floats(), threads, size, s, gradients);
+  write_sums(memory.floats(), threads, size, s, gradients);
 }
 
 }  // namespace

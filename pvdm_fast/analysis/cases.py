@@ -26,6 +26,14 @@ Draw = Callable[[int, tuple[int, ...]], Tensor]
 Tables = tuple[Tensor, Tensor]
 
 
+def _scaled(name: str, values: Tensor) -> Tensor:
+    if name == "weight" and values.dim() == 1:  # of a norm
+        return 1 + 0.1 * values
+    if name == "weight" and values.dim() == 4:  # of a convolution: the result keeps unit variance
+        return values / math.prod(values.shape[1:]) ** 0.5
+    return 0.2 * values if name == "scale_shift" else values
+
+
 @dataclass(frozen=True)
 class Case:
     """One operation at one size.
@@ -35,30 +43,24 @@ class Case:
         shapes: of its differentiable tensors, by name.
         run: calls the operation on them, in that order or by name.
         flops: the fewest FLOPs that the products of a forward pass can take. A multiply-add is 2.
+        scaled: makes a tensor as large as a network's, from its name and standard normal numbers.
     """
 
     op: str
     shapes: Mapping[str, tuple[int, ...]]
     run: Callable[..., Any]
     flops: int = 0
+    scaled: Callable[[str, Tensor], Tensor] = _scaled
 
     def tensors(self, draw: Draw) -> dict[str, Tensor]:
         """The tensors by name, scaled like a network's. draw(index, shape) gives standard normal numbers."""
-        return {name: _scaled(name, draw(i, shape)) for i, (name, shape) in enumerate(self.shapes.items())}
+        return {name: self.scaled(name, draw(i, shape)) for i, (name, shape) in enumerate(self.shapes.items())}
 
     def inputs(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
         """The tensors by name, on the CPU, drawn in float64 and rounded to `dtype`."""
         generator = torch.Generator().manual_seed(seed)
         drawn = self.tensors(lambda _, shape: torch.randn(shape, generator=generator, dtype=torch.float64))
         return {name: tensor.to(dtype) for name, tensor in drawn.items()}
-
-
-def _scaled(name: str, values: Tensor) -> Tensor:
-    if name == "weight" and values.dim() == 1:  # of a norm
-        return 1 + 0.1 * values
-    if name == "weight" and values.dim() == 4:  # of a convolution: the result keeps unit variance
-        return values / math.prod(values.shape[1:]) ** 0.5
-    return 0.2 * values if name == "scale_shift" else values
 
 
 def as_tuple(results: Any) -> tuple[Tensor, ...]:

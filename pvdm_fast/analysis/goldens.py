@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,6 @@ from pvdm_fast.models import Autoencoder, Denoiser
 
 _ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (_ROOT / "tests" / "golden", _ROOT.parent / "shared" / "golden")
-NETWORKS = ("unet_small", "autoencoder_small")
 DENOISER_SIZES = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads")
 Model = TypeVar("Model", Autoencoder, Denoiser)
 
@@ -121,15 +120,6 @@ def _filled(model: Model, case: GoldenCase) -> Model:
     return model
 
 
-def network(name: str) -> nn.Module:
-    return denoiser() if name == "unet_small" else autoencoder()
-
-
-def results(name: str, model: nn.Module, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a network computes of its case's inputs, by the names of the case's tensors: outputs and whole gradients."""
-    return _denoised(model, device, dtype) if name == "unet_small" else _reconstructed(model, device, dtype)
-
-
 def _denoised(model: nn.Module, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     case = load_case("unet_small")
     x = case.input("x").to(device, dtype).requires_grad_()
@@ -156,6 +146,14 @@ def _reconstructed(model: Any, device: str, dtype: torch.dtype) -> dict[str, Ten
     }
 
 
+# How each network is built, and what it computes of its case's inputs, by the names of the case's tensors: outputs and
+# whole gradients.
+NETWORKS: dict[str, tuple[Callable[[], Any], Callable[..., dict[str, Tensor]]]] = {
+    "unet_small": (denoiser, _denoised),
+    "autoencoder_small": (autoencoder, _reconstructed),
+}
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How far a network's result is from its golden value, relative in the 2-norm; NaN where it is not finite."""
@@ -174,13 +172,14 @@ def compare(name: str, device: str, dtype: torch.dtype) -> Iterator[Agreement]:
 
     Float32 products must not be rounded to tf32 meanwhile.
     """
-    model = network(name).to(device, dtype)
-    found = results(name, model, device, dtype)
+    build, run = NETWORKS[name]
+    model = build().to(device, dtype)
+    found = run(model, device, dtype)
     golden = load_case(name).tensors
     plain = {}
     if dtype != torch.float32:
         with use_backend("reference"):
-            plain = results(name, model, device, dtype)
+            plain = run(model, device, dtype)
     for what, tensor in found.items():
         allowed = FACTOR_16_BIT * relative_error(plain[what], golden[what]) if plain else NETWORK
         yield Agreement(f"{name} {what}", relative_error(tensor, golden[what]), allowed)

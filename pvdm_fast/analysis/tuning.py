@@ -35,7 +35,7 @@ AGREEMENT = 0.02
 # The calls that a class of shapes is timed on: its largest, where the time goes.
 CALLS = 3
 ASSUMED = "sm90"  # in a dry run without a GPU
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: dtype for dtype, name in configs.NAMES.items()}
 
 
 class Untimed(UserError):

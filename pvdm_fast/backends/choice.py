@@ -287,5 +287,5 @@ def report(device: str | None = None) -> dict[str, dict[str, str | None]]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return {
         op: {"auto": automatic(op, device, torch.float32), **{name: why_not(name, op) for name in BACKENDS}}
-        for op in OPERATIONS
+        for op in (*OPERATIONS, *(FUSED_ON_CPU if device == "cpu" else ()))
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.errors import UserError
+from pvdm_fast.ops.derivatives import autocast_dtype
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Denoiser
@@ -90,8 +91,7 @@ class GraphedPrediction:
         """
         if self.refused:
             return predict_noise(denoiser, latent, timestep, condition, guidance, labels)
-        casts = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        kinds = (None if condition is None else condition.dtype, labels is None, casts)
+        kinds = (None if condition is None else condition.dtype, labels is None, autocast_dtype("cuda"))
         key = (denoiser, tuple(latent.shape), latent.dtype, *kinds, guidance)
         with torch.no_grad():
             if key in self._captured:
@@ -147,10 +147,11 @@ def _capture(
 @contextmanager
 def _without_cached_casts() -> Iterator[None]:
     """Autocast, where it is on, without its cache: a graph would go on reading weights that are freed with it."""
-    if not torch.is_autocast_enabled("cuda"):
+    dtype = autocast_dtype("cuda")
+    if dtype is None:
         yield
         return
-    with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False):
+    with torch.autocast("cuda", dtype, cache_enabled=False):
         yield
 
 

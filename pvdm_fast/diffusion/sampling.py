@@ -97,7 +97,7 @@ def sample_latents(
     with plain_defaults():  # diffusers' schedulers compute with these
         scheduler.set_timesteps(steps, device=device)
     latent = noise.on(device, shape)
-    with copies.kept():  # under autocast the weights are cast once, not in each step
+    with copies.kept():  # under autocast the weights are cast once, not in each step (each CUDA graph casts them)
         for index, timestep in enumerate(scheduler.timesteps.tolist()):
             with threads.unit("denoising step"):
                 predicted = predict(denoiser, latent, timestep, condition, guidance, labels).float()

@@ -1,12 +1,12 @@
 """How many CPU threads a command computes with: what the user said, or what the job's own pace shows to be quickest.
 
 OpenMP's threads wait for each other by spinning. On a machine that nobody else uses this is the quickest way. Beside
-another busy process one thread has no core, the others spin away the time that it needs, and two threads can be three
+another busy process one thread has no core, the others spin away the time that it needs, and two threads can be seven
 times slower than one. So a job's units of work (a training step, a denoising step, a batch) are timed, and other
 numbers of threads are tried for a few units: at the start, when the pace changes, and now and then.
 
-Spinning less instead (GOMP_SPINCOUNT, OMP_WAIT_POLICY) costs more than it saves: measured on two cores with the tiny
-autoencoder's training steps, a spin short enough for a busy machine lost 13 to 27 % of a quiet one's pace.
+Spinning less instead (GOMP_SPINCOUNT, OMP_WAIT_POLICY) lost 5 to 27 % of a quiet machine's pace, measured on two cores
+with the tiny autoencoder's training steps.
 """
 
 from __future__ import annotations

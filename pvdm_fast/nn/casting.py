@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pvdm_fast.nn import copies
 from pvdm_fast.nn.plain import TENSORS, is_plain, multiplies
-from pvdm_fast.ops.derivatives import transforming
+from pvdm_fast.ops.derivatives import autocast_dtype, transforming
 
 
 def run(modules: Iterable[nn.Module], device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -22,7 +22,7 @@ def run(modules: Iterable[nn.Module], device: torch.device, function: Callable[.
     """
     if torch.compiler.is_compiling():
         return function(*arguments)
-    dtype = copies.autocast_dtype(device.type)
+    dtype = autocast_dtype(device.type)
     if dtype is None or transforming():
         return function(*arguments)
     return copies.run_with(copies.make(device.type, dtype, _weights(modules)), function, *arguments)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvdm_fast.ops.derivatives import autocasts
+from pvdm_fast.ops.derivatives import autocast_dtype
 
 # Elements whose gradients are handed on together: 32 MB of float32, about what DistributedDataParallel sends at once,
 # so that it sends the first while the rest is still computed.
@@ -44,11 +44,6 @@ class _Kept(NamedTuple):
 _current: ContextVar[Copies | None] = ContextVar("copies", default=None)
 active = _current.get  # None, where each weight stands for itself
 _kept: ContextVar[dict[tuple[int, torch.dtype], _Kept] | None] = ContextVar("kept_copies", default=None)
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast casts to on a type of device; None where it is off."""
-    return torch.get_autocast_dtype(device) if autocasts(device) else None
 
 
 def of(weight: Tensor) -> Tensor:

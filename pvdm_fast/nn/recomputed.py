@@ -21,7 +21,7 @@ from pvdm_fast import ops
 from pvdm_fast.backends import choice
 from pvdm_fast.nn.linear import Linear, linear, product, weight_gradient
 from pvdm_fast.nn.plain import weight_of, weights_of
-from pvdm_fast.ops.derivatives import transforming
+from pvdm_fast.ops.derivatives import transforming, without_autocast
 from pvdm_fast.ops.registry import OPERATION, autocast, statistic
 
 # Bytes of the widest tensor of a piece. A step with a single piece isn't recomputed, because there is little to save.
@@ -85,7 +85,7 @@ def _differentiable(
 ) -> Iterator[Tensor | None]:
     """The needed gradients of `inputs`, as functions of everything that `out` was computed from."""
     wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device.type):
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
     return (next(found) if needed else None for needed in needs)
 
@@ -130,7 +130,7 @@ class _FeedForward(torch.autograd.Function):
         stream, grad_rows = total.flatten(0, -2), grad.flatten(0, -2)
         dvalues = torch.empty_like(stream, memory_format=torch.contiguous_format)
         dfirst = dfirst_bias = dsecond = dsecond_bias = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             for start in range(0, len(stream), ctx.rows):
                 piece = slice(start, start + ctx.rows)
                 normed = _again(stream[piece], scale, shift, ctx.eps, ctx.backend).to(first.dtype)
@@ -172,7 +172,7 @@ def feed_forward(x: Normed | Tensor, first: nn.Module, second: nn.Module, activa
         tokens = x.values.numel() // x.values.shape[-1]
         rows = _pieces(tokens, len(weights[0]) * weights[0].element_size(), x.values.device)
         if rows < tokens:
-            with torch.autocast(x.values.device.type, enabled=False):
+            with without_autocast(x.values.device.type):
                 out: Tensor = _FeedForward.apply(*x[:4], *weights, x.eps, activation, rows)
             return out
     hidden = first(values_of(x)) if into is None else linear(values_of(x), *into)
@@ -236,7 +236,7 @@ class _Attention(torch.autograd.Function):
         def by_head(x: Tensor) -> Tensor:
             return x.unflatten(-1, (ctx.heads, -1)).unsqueeze(3)
 
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             for cut in ctx.sequences.cut(ctx.rows):
                 normed = _again(stream.narrow(*cut), scale, shift, ctx.eps, ctx.backend).to(weight.dtype)
                 qkv = _qkv(normed, weight, ctx.heads)
@@ -282,7 +282,7 @@ def attention(
         rows = _pieces(tokens, len(weight) * weight.element_size(), weight.device)
         if rows < tokens:
             sin, cos = rotation or (None, None)
-            with torch.autocast(weight.device.type, enabled=False):
+            with without_autocast(weight.device.type):
                 out: Tensor = _Attention.apply(*x[:4], weight, sin, cos, x.eps, heads, sequences, rows)
             return out
     qkv = to_qkv(values_of(x)) if plain is None else linear(values_of(x), plain)

@@ -15,8 +15,9 @@ from pvdm_fast.nn import checkpointing, planes
 from pvdm_fast.nn.plain import Weights, is_plain, readable, weights_of
 from pvdm_fast.nn.planes import PlaneConv, PlaneNorm
 
-# Where a launch costs more than a pass over the weights: one product for all blocks. On a CPU the copy of the weights
-# takes longer than what it saves (`tiny`, 8 clips, one core of a Xeon, forward and backward: 355 us apart, 467 joined).
+# One product for all blocks, where a launch should cost more than a copy of the weights. No GPU has measured it. On a
+# CPU the copy takes longer than what it saves (`tiny`, 8 clips, one core of a Xeon, forward and backward: 355 us apart,
+# 467 joined).
 JOINED = frozenset({"cuda"})
 
 

@@ -35,6 +35,11 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on a type of device; None where it is off."""
+    return torch.get_autocast_dtype(device) if autocasts(device) else None
+
+
 class without_autocast:
     """A block with autocast off for a type of device: 1 µs, where `torch.autocast(device, enabled=False)` takes 2.5."""
 

@@ -143,10 +143,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype if autocast is on for their device, otherwise unchanged."""
     if not torch._C._is_any_autocast_enabled():  # quicker to ask than for a device
         return tensors
-    device = tensors[0].device.type
-    if not derivatives.autocasts(device):
+    dtype = derivatives.autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
 
 

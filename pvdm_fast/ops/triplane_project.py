@@ -12,7 +12,7 @@ from pvdm_fast.backends import choice
 from pvdm_fast.backends.projection_layers import MATRICES, NAMES, ProjectionLayer
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.derivatives import autocasts, transforming
+from pvdm_fast.ops.derivatives import autocast_dtype, records, transforming
 from pvdm_fast.ops.registry import (
     autocast,
     expect_dtype,
@@ -135,9 +135,8 @@ def fuses_projection(x: Tensor, weight: Tensor) -> bool:
     where PyTorch must see every operation.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if autocasts(device) else weight.dtype
-    records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if records and dtype == torch.bfloat16 and x.shape[-1] > MOST_CHANNELS_IN_BFLOAT16:
+    dtype = autocast_dtype(device) or weight.dtype
+    if dtype == torch.bfloat16 and records(x, weight) and x.shape[-1] > MOST_CHANNELS_IN_BFLOAT16:
         return False
     return (
         not torch.compiler.is_compiling()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from projections import Projection
 from torch import Tensor
 
 from pvdm_fast.analysis.cases import SMALL, run_with_gradients
+from pvdm_fast.analysis.projections import Projection
 from pvdm_fast.backends import choice
 
 LOGS = {"segment_attention": 3, "axial_attention": 6}  # index of the scores' log-sum-exp among backward's arguments

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
-from projections import Projection
 from tolerances import OPERATION
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.analysis.projections import Projection
 from pvdm_fast.analysis.recorder import OwnCalls
 from pvdm_fast.backends import choice
 from pvdm_fast.errors import BackendError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.projection_layers import MATRICES, NAMES
-from pvdm_fast.backends.rows import parameter, rows_dense
+from pvdm_fast.backends.rows import as_dtype, empty_as, parameter, rows_dense
 from pvdm_fast.layout import PLANE_NAMES
 
 
@@ -33,8 +33,8 @@ def forward(x: Tensor, *arguments: Any) -> Tensor:
 def backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of x and of all parameters from grad: (B, sites, D)."""
     tensors, numbers = _read(arguments)
-    dx = x.new_empty(x.shape)
+    dx = empty_as(x)
     gradients = tuple(torch.empty(t.shape, dtype=torch.float32) for t in tensors)
     extension("_cpu").triplane_project_backward(parameter(grad), rows_dense(x), tensors, dx, gradients, *numbers)
     originals = arguments[: len(NAMES)]
-    return dx, *(g.to(t.dtype) for g, t in zip(gradients, originals, strict=True))
+    return dx, *(as_dtype(g, t.dtype) for g, t in zip(gradients, originals, strict=True))

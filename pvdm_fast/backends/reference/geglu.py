@@ -21,6 +21,12 @@ def backward(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of x: GELU'(g) = cdf(g) + g pdf(g), of the standard normal distribution."""
     xw, g = wide(x, grad)
     value, gate = xw.chunk(2, dim=-1)
-    cdf = 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
-    pdf = torch.exp(-0.5 * gate.square()) / math.sqrt(2 * math.pi)
-    return torch.cat((g * gate * cdf, g * value * (cdf + gate * pdf)), dim=-1).to(x.dtype).contiguous()
+    cdf, slope = gelu_slope(gate)
+    return torch.cat((g * gate * cdf, g * value * slope), dim=-1).to(x.dtype).contiguous()
+
+
+def gelu_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """cdf(x), and GELU'(x) = cdf(x) + x pdf(x)."""
+    cdf = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    pdf = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
+    return cdf, cdf + x * pdf

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pvdm_fast.backends.projection_layers import NAMES, ProjectionLayer
 from pvdm_fast.backends.reference import add_layer_norm, axial_attention, triplane_slice, wide
+from pvdm_fast.backends.reference.geglu import gelu_slope
 
 
 class _Step(NamedTuple):
@@ -78,17 +79,12 @@ def _weight(grad: Tensor, x: Tensor) -> Tensor:
     return grad.flatten(0, -2).mT @ x.flatten(0, -2)
 
 
-def _gelu_slope(x: Tensor) -> Tensor:
-    density = (-0.5 * x * x).exp() * 0.3989422804014327
-    return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * density
-
-
 def _layer_backward(
     grad: Tensor, p: ProjectionLayer, step: _Step, heads: int, last: bool
 ) -> tuple[Tensor, ProjectionLayer]:
     """The gradient of a layer's input from `grad`, that of its result, and its parameters'."""
     hidden, gelu = step.hidden, F.gelu(step.hidden)
-    dhidden = grad @ p.down_weight * _gelu_slope(hidden)
+    dhidden = grad @ p.down_weight * gelu_slope(hidden)[1]
     total, normed, mean, rstd = step.norm2
     dtotal, *dnorm2 = add_layer_norm.backward(dhidden @ p.up_weight, grad, total, p.norm2_weight, mean, rstd)
     ffn = (_weight(dhidden, normed), _sum(dhidden), _weight(grad, gelu), _sum(grad))

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from comparison import assert_close, relative_error
 from instruction_sets import ISAS, using
-from projections import Projection
 from tolerances import BFLOAT16_FACTOR, OPERATION, PROJECTION_16_BIT
 from torch import Tensor
 
+from pvdm_fast.analysis.projections import Projection
 from pvdm_fast.backends import extensions
 from pvdm_fast.backends.cpu import triplane_project as kernel
 from pvdm_fast.backends.projection_layers import MATRICES, NAMES

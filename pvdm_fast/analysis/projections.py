@@ -1,4 +1,4 @@
-"""Inputs of `triplane_project` at any sizes."""
+"""Cases of `triplane_project` at any sizes, for tests and the self-test."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvdm_fast import TriplaneLayout
-from pvdm_fast.backends.projection_layers import NAMES
-from pvdm_fast.ops import ProjectionLayer, triplane_project
+from pvdm_fast.analysis.cases import Case
+from pvdm_fast.backends.projection_layers import NAMES, ProjectionLayer
+from pvdm_fast.layout import TriplaneLayout
+from pvdm_fast.ops import triplane_project
+
+
+def _scaled(name: str, values: Tensor) -> Tensor:
+    if name in ("norm1_weight", "norm2_weight"):
+        return 1 + 0.1 * values
+    if name.endswith("bias"):
+        return 0.3 * values
+    return values * values.shape[-1] ** -0.5 if name.endswith("weight") else values
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,9 @@ class Projection:
     def length(self) -> int:
         return self.layout[("xy", "yt", "xt").index(self.plane)]
 
-    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
-        """x and all parameters by name, in float64, as large as a network's."""
+    @property
+    def case(self) -> Case:
+        """This projection as the cases of other operations are."""
         c, inner, d = self.channels, self.heads * self.head_width, self.depth
         time, height, width = self.layout
         shapes: dict[str, tuple[int, ...]] = {"x": (self.batch, time * height * width, c), "token": (c,)}
@@ -41,18 +51,12 @@ class Projection:
         shapes |= {"qkv_weight": (d, 3 * inner, c), "out_weight": (d, c, inner), "up_weight": (d, self.hidden, c)}
         shapes |= {"up_bias": (d, self.hidden), "down_weight": (d, c, self.hidden)}
         shapes |= {"latent_weight": (self.latent, c), "latent_bias": (self.latent,)}
-        generator = torch.Generator().manual_seed(seed)
-        found = {}
-        for name in ("x", *NAMES):
-            values = torch.randn(shapes[name], generator=generator, dtype=torch.float64)
-            if name in ("norm1_weight", "norm2_weight"):
-                values = 1 + 0.1 * values
-            elif name.endswith("bias"):
-                values = 0.3 * values
-            elif name.endswith("weight"):
-                values = values * shapes[name][-1] ** -0.5
-            found[name] = values
-        return found
+        ordered = {name: shapes[name] for name in ("x", *NAMES)}
+        return Case("triplane_project", ordered, lambda **tensors: self.run(*tensors.values()), scaled=_scaled)
+
+    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
+        """x and all parameters by name, in float64, as large as a network's."""
+        return self.case.inputs(torch.float64, seed)
 
     def arguments(self) -> tuple[object, ...]:
         """What follows the tensors in the arguments of a backend."""
@@ -64,3 +68,10 @@ class Projection:
         layers = [ProjectionLayer(*kinds) for kinds in zip(*(t.unbind() for t in stacked), strict=True)]
         layout = TriplaneLayout(*self.layout)
         return triplane_project(x, layout, self.plane, token, positions, layers, *ends, heads=self.heads)
+
+
+# Odd sizes, and sizes like the networks', which matrix units take.
+CASES = {
+    "triplane_project-odd": Projection((3, 5, 2), "yt", channels=24, heads=3, head_width=4, batch=2).case,
+    "triplane_project-usual": Projection((8, 4, 4), "xy", channels=64, heads=4, head_width=8, hidden=128).case,
+}
