@@ -134,16 +134,13 @@ def fuses_projection(x: Tensor, weight: Tensor) -> bool:
     in bfloat16 and more than 256 channels it is not. Nor is it used under torch.compile, which fuses by itself, nor
     where PyTorch must see every operation.
     """
+    if torch.compiler.is_compiling() or transforming() or x.is_meta:
+        return False
     device = x.device.type
     dtype = autocast_dtype(device) or weight.dtype
     if dtype == torch.bfloat16 and records(x, weight) and x.shape[-1] > MOST_CHANNELS_IN_BFLOAT16:
         return False
-    return (
-        not torch.compiler.is_compiling()
-        and not transforming()
-        and not x.is_meta
-        and choice.serves("cpu", OP, choice.requested(), device, x.dtype)
-    )
+    return choice.serves("cpu", OP, choice.requested(), device, x.dtype)
 
 
 def triplane_project(
