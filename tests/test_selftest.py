@@ -219,7 +219,9 @@ def test_a_precision_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(choice, "why_not", why_not)
     found = list(agreement.jobs("cpu", False))
     lines = [line for line in found if isinstance(line, str) and "too old." in line]
-    assert len(lines) == len((*OPERATIONS, *FUSED_ON_CPU)) and all(line.split()[1:3] == ["cpu", "bfloat16"] for line in lines)
+    assert len(lines) == len((*OPERATIONS, *FUSED_ON_CPU)) and all(
+        line.split()[1:3] == ["cpu", "bfloat16"] for line in lines
+    )
     assert {job.precision for job in found if isinstance(job, Job)} == {"float32", "float16"}
 
 

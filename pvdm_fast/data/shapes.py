@@ -1,8 +1,11 @@
-"""Small moving scenes rendered on the fly: several objects with their own speeds, nearer ones hide farther ones.
+"""Small moving scenes rendered on the fly: one or two objects of plain colours before a plain, dark backdrop.
+
+They are made so that you see at a glance what a small model has learned: every object is one of five kinds, in one of
+six colours, large enough to be named in a frame of 32 x 32 pixels. Time matters all the same: objects move, the nearer
+one hides the farther, and some leave the frame on one side and come back on the other.
 
 Units are the frame's short side, so a scene looks the same at any resolution. Time is continuous: any number of frames
-at any stride shows one uninterrupted motion. Objects either bounce at the walls, or leave the frame on one side and
-enter on the other.
+at any stride shows one uninterrupted motion.
 """
 
 from __future__ import annotations
@@ -11,17 +14,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = 5  # disc, square, triangle, ring, diamond: see _distance
-MAX_OBJECTS = 3
+KINDS = ("disc", "square", "triangle", "ring", "diamond")
+COLOURS = ("red", "yellow", "green", "blue", "pink", "white")
+MAX_OBJECTS = 2
+PALETTE = np.array(
+    [
+        (0.90, 0.16, 0.14),
+        (0.96, 0.80, 0.14),
+        (0.16, 0.74, 0.28),
+        (0.18, 0.44, 0.94),
+        (0.92, 0.36, 0.78),
+        (0.94, 0.94, 0.92),
+    ]
+)
+BACKDROPS = np.array([(0.08, 0.08, 0.10), (0.06, 0.13, 0.26), (0.08, 0.20, 0.16), (0.24, 0.10, 0.18)])
 
 
 @dataclass(frozen=True)
 class Scene:
     """Objects from far to near. Lengths in short sides of the frame, times in frames, colours in [0, 1].
 
-    ``extent`` (2,): height and width of the frame; ``kind`` (n,); ``radius`` (n,); ``start``, ``velocity`` (n, 2) as
-    (down, right); ``bounces`` (n,) bool; ``colours`` (n, 3); ``backdrop`` (2, 3): colours of opposite sides;
-    ``slope`` (2,): direction in which the backdrop changes.
+    ``extent`` (2,): height and width of the frame; ``kind`` (n,): indices into KINDS; ``radius`` (n,); ``start``,
+    ``velocity`` (n, 2) as (down, right); ``bounces`` (n,) bool: at the walls, or leaves the frame and comes back;
+    ``colour`` (n,): indices into PALETTE; ``backdrop`` (3,).
     """
 
     extent: np.ndarray
@@ -30,9 +45,8 @@ class Scene:
     start: np.ndarray
     velocity: np.ndarray
     bounces: np.ndarray
-    colours: np.ndarray
+    colour: np.ndarray
     backdrop: np.ndarray
-    slope: np.ndarray
 
     def positions(self, times: np.ndarray) -> np.ndarray:
         """Centres (frames, n, 2) at the given times (frames,)."""
@@ -51,7 +65,7 @@ class Scene:
         columns = (np.arange(width, dtype=np.float32) + 0.5) / unit
         centres = self.positions(np.arange(frames) * stride).astype(np.float32)
         canvas = np.empty((3, frames, height, width), np.float32)
-        canvas[:] = self._paint_backdrop(rows, columns)[:, None]
+        canvas[:] = self.backdrop.astype(np.float32)[:, None, None, None]
         for number, kind in enumerate(self.kind):
             down = rows - centres[:, number, :1]
             right = columns - centres[:, number, 1:]
@@ -60,59 +74,41 @@ class Scene:
             np.multiply(cover, -unit, out=cover)
             cover += np.float32(0.5)
             np.clip(cover, 0, 1, out=cover)
-            for channel, colour in zip(canvas, self.colours[number], strict=True):
+            for channel, colour in zip(canvas, PALETTE[self.colour[number]], strict=True):
                 channel += cover * (np.float32(colour) - channel)
         canvas *= 255
         canvas += 0.5
         return np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 3, 0))
 
-    def _paint_backdrop(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """float32 (3, height, width): an even transition from one colour to the other."""
-        across = self.slope[0] * (rows / self.extent[0] - 0.5)[:, None] + self.slope[1] * (
-            columns / self.extent[1] - 0.5
-        )
-        first, second = self.backdrop.astype(np.float32)
-        share = np.clip(across + 0.5, 0, 1).astype(np.float32)
-        return first[:, None, None] + share * (second - first)[:, None, None]
-
 
 def draw_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
     """A random scene for frames of the given width / height."""
     extent = np.array([max(1.0, 1 / aspect), max(1.0, aspect)])
-    count = int(rng.integers(2, MAX_OBJECTS + 1))
-    radius = rng.uniform(0.14, 0.26, count)
+    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    radius = rng.uniform(0.2, 0.28, count)
     angle = rng.uniform(0, 2 * np.pi, count)
     speed = rng.uniform(0.02, 0.07, count)
     return Scene(
         extent=extent,
-        kind=rng.integers(KINDS, size=count),
+        kind=rng.integers(len(KINDS), size=count),
         radius=radius,
         start=radius[:, None] + rng.random((count, 2)) * (extent - 2 * radius[:, None]),
         velocity=speed[:, None] * np.stack([np.sin(angle), np.cos(angle)], axis=1),
         bounces=rng.random(count) < 0.7,
-        colours=_vivid(rng, count),
-        backdrop=rng.uniform(0.05, 0.35, (2, 3)) if rng.random() < 0.7 else np.tile(rng.uniform(0.05, 0.35, 3), (2, 1)),
-        slope=rng.uniform(-1, 1, 2),
+        colour=rng.permutation(len(COLOURS))[:count],
+        backdrop=BACKDROPS[rng.integers(len(BACKDROPS))],
     )
-
-
-def _vivid(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Bright, saturated colours (count, 3) with hues well apart."""
-    hue = (rng.random() + np.arange(count) / count + rng.uniform(-0.08, 0.08, count)) % 1.0
-    wheel = np.clip(np.abs((hue[:, None] * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1, 0, 1)
-    lightest = rng.uniform(0.8, 1.0, (count, 1))
-    return lightest * (1 - rng.uniform(0.75, 1.0, (count, 1)) * (1 - wheel))
 
 
 def _distance(kind: int, down: np.ndarray, right: np.ndarray, radius: np.float32) -> np.ndarray:
     """Signed distance to the outline, negative inside. All shapes fit in a disc of ``radius``."""
-    if kind == 0:  # disc
+    if KINDS[kind] == "disc":
         return np.sqrt(down * down + right * right) - radius
-    if kind == 1:  # square
+    if KINDS[kind] == "square":
         return np.maximum(np.abs(down), np.abs(right)) - radius * np.float32(0.75)
-    if kind == 2:  # triangle, point up: the farthest of three sides
+    if KINDS[kind] == "triangle":  # point up: the farthest of three sides
         slant = np.abs(right) * np.float32(3**0.5 / 2) - down * np.float32(0.5)
         return np.maximum(slant, down) - radius * np.float32(0.5)
-    if kind == 3:  # ring
+    if KINDS[kind] == "ring":
         return np.abs(np.sqrt(down * down + right * right) - radius * np.float32(0.75)) - radius * np.float32(0.25)
     return (np.abs(down) + np.abs(right) - radius) * np.float32(0.5**0.5)  # diamond
