@@ -169,6 +169,13 @@ class DiffusionOptions(StageOptions):
     conditional_probability: float = option(
         0.2, "share of the clips trained with the clip before as condition", number=SHARE, resumable=True
     )
+    cached_clips: int = option(
+        0,
+        "videos' clips of 2T frames to encode once, before the stage, which then repeats these until its end; "
+        "0: encode new ones in each step",
+        number=whole(0, 1_000_000_000),
+        resumable=True,
+    )
     class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")
     class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE, resumable=True)
     ema_decay: float = option(

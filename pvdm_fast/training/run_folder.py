@@ -27,6 +27,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.autoencoder = path / "autoencoder"
         self.denoiser = path / "denoiser"
+        self.latents = path / "latents"
         self.metrics = path / "metrics.jsonl"
         self.changes = path / "changes.jsonl"
         self.results_file = path / "results.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from pvdm_fast.backends.precision import choose_precision
+from pvdm_fast.data.latents import is_latents
 from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.jobs import threads
@@ -26,6 +28,7 @@ from pvdm_fast.jobs.processes import Processes, lost_another
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
 from pvdm_fast.training.config import StageOptions, TrainConfig, with_absolute_places
+from pvdm_fast.training.encoding import encode_for_run
 from pvdm_fast.training.initialisation import initial_config
 from pvdm_fast.training.options import Request
 from pvdm_fast.training.resuming import Resumption, reopen, resumed_folder, resumption
@@ -139,6 +142,8 @@ def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acc
     """Train one stage from its newest checkpoint, or from the start, and write its model and results."""
     newest = stop.processes.on_main(lambda: place_to_continue(name, run))
     stage = make_stage(name, config, run, accelerator, begins=newest is None)
+    if isinstance(stage, DiffusionStage) and config.diffusion.cached_clips and not is_latents(Path(config.data)):
+        stage.data = cached_latents(stage, config, run, accelerator, stop)
     trainer = Trainer(stage, config, run, accelerator, stop)
     if newest is not None:
         trainer.restore(checkpoint.load(newest))
@@ -153,7 +158,25 @@ def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acc
         model: Any = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         model = unsharded(model, trainer.processes.main)
         trainer.processes.on_main(lambda: write_results(trainer, model, scores))
+    if stage.data is not None:  # 18 KB a clip for `tiny`, and made again where they are wanted again
+        trainer.processes.on_main(lambda: shutil.rmtree(run.latents, ignore_errors=True))
     accelerator.free_memory()
+
+
+def cached_latents(
+    stage: DiffusionStage, config: TrainConfig, run: RunFolder, accelerator: Accelerator, stop: StopRequest
+) -> str:
+    """The folder with the latents of --diffusion-cached-clips. All processes make their shares of it."""
+    stage.to(accelerator.device)
+    precision = "float32" if accelerator.mixed_precision == "no" else "bf16"
+    folder = run.latents
+    try:
+        with stop.waiting():  # what is written is whole at any moment
+            folder = encode_for_run(config, run.latents, stage.autoencoder, precision, stop.processes.share)
+    except Interrupted:
+        pass  # what all agree on counts
+    stop.check()
+    return str(folder)
 
 
 def write_results(trainer: Trainer, model: Any, scores: dict[str, float]) -> None:

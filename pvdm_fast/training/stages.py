@@ -42,6 +42,7 @@ class Stage(ABC):
     clip_frames: int
     height: int
     width: int
+    data: str | None = None  # what it reads in place of --data
 
     @abstractmethod
     def loss(

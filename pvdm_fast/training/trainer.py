@@ -222,7 +222,7 @@ class Trainer:
         """The clips of a split, of the size this stage's model takes."""
         video, model = self.config.video, self.stage
         return open_dataset(
-            self.config.data,
+            model.data or self.config.data,
             frames=model.clip_frames,
             height=model.height,
             width=model.width,
