@@ -88,7 +88,7 @@ def sample_latents(
             timestep, latent)``. Returns the latent to continue with.
 
     Returns:
-        (B, D, N) float32 on the denoiser's device, in [-1, 1] of a flow's denoiser.
+        (B, D, N) float32 on the denoiser's device. A flow's may be a little outside [-1, 1].
     """
     from pvdm_fast.nn import copies
 
@@ -106,7 +106,7 @@ def sample_latents(
                     latent = _scheduler_step(scheduler, predicted, timestep, latent, noise, eta)
             if on_step is not None:
                 latent = on_step(index, timestep, latent)
-    return latent.clamp(-1, 1) if denoiser.config.get("prediction") == "flow" else latent
+    return latent
 
 
 def _scheduler_step(
@@ -249,6 +249,8 @@ def stream_video(
             predict=predict,
             on_step=after_step,
         )
+        if denoiser.config.get("prediction") == "flow":
+            latent = latent.clamp(-1, 1)  # as the autoencoder's are; the other samplers clamp in each step
         video = autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu()
         yield video[:, :, : frames - index * layout.time]
 

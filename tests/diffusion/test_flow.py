@@ -132,13 +132,20 @@ def test_few_and_many_steps_are_finite_and_inside(name: str, steps: int) -> None
         assert torch.allclose(latent, torch.full_like(latent, MEAN), atol=1e-3), "one step gives the mean"
 
 
-def test_latents_end_inside_their_range() -> None:
+def test_latents_end_inside_their_range(tiny_autoencoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are decoded, and those that the next clip continues."""
+    seen: list[Tensor] = []
+
     class Far(Exact):
         def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor | None = None) -> SimpleNamespace:
+            seen.extend([] if condition is None else [condition])
             return SimpleNamespace(sample=torch.full_like(latent, -9.0))
 
-    latent = sample_latents(Far(), make_scheduler("euler", "flow"), (1, 4, 12), steps=3, noise=NoiseSource(0))  # type: ignore[arg-type]
-    assert torch.equal(latent, torch.ones_like(latent))
+    decode = tiny_autoencoder.decode
+    monkeypatch.setattr(tiny_autoencoder, "decode", lambda latent: (seen.append(latent), decode(latent))[1])
+    sample_video(tiny_autoencoder, Far(), SamplingOptions(clips=1, frames=4, steps=1))  # type: ignore[arg-type]
+    assert len(seen) == 3
+    assert all(torch.equal(latent, torch.ones_like(latent)) for latent in seen)
 
 
 def test_times_are_logit_normal_and_shifted() -> None:
