@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=numbers.SEED, metavar="N", help="seed of clips and samples (default: 0)")
     add("--features", type=Path, metavar="FILE", help="feature network: i3d_torchscript.pt of StyleGAN-V")
     add("--features-sha256", metavar="HASH", help="the hash that this file must have")
-    add("--scheduler", metavar="NAME", help="sampler, as for pvdm_fast.sample (default: ddim)")
+    add("--scheduler", metavar="NAME", help="sampler, as for pvdm_fast.sample (default: auto)")
     add("--steps", type=numbers.SAMPLING_STEPS, metavar="N", help=f"denoising steps (default: {numbers.DEFAULT_STEPS})")
     add("--eta", type=numbers.ETA, metavar="X", help="ddim: share of new noise (default: 1)")
     add(

@@ -64,7 +64,7 @@ class Request:
     seed: int = 0
     features: Path | None = None
     features_sha256: str | None = None
-    scheduler: str = "ddim"
+    scheduler: str = "auto"
     steps: int = numbers.DEFAULT_STEPS
     eta: float = numbers.DEFAULT_ETA
     guidance: float = 0.0

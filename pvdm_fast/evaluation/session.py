@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +132,11 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
         announce(request.dtype, choose_precision(request.dtype, processes.device), "--dtype")
     subject = load_subject(request.run, processes.device, request.dtype)
     if subject.denoiser is not None:
-        from pvdm_fast.diffusion.schedulers import make_scheduler
+        from pvdm_fast.diffusion.schedulers import scheduler_name
 
         check_pair(subject.autoencoder, subject.denoiser)
-        make_scheduler(request.scheduler)
+        prediction = str(subject.denoiser.config["prediction"])
+        request = replace(request, scheduler=scheduler_name(request.scheduler, prediction))
     network = None
     if request.features is not None and request.features_sha256 is not None:
         network = FeatureNetwork(request.features, request.features_sha256, processes.device)

@@ -107,6 +107,6 @@ GUIDANCE = real(0, 1000)
 
 
 def check_eta(scheduler: object, eta: float) -> None:
-    """Raise UserError for an `eta` that a sampler, given by name, would pass over."""
-    if isinstance(scheduler, str) and scheduler != "ddim" and eta != DEFAULT_ETA:
+    """Raise UserError for an `eta` that a sampler, given by name, would pass over. "auto" may be ddim."""
+    if isinstance(scheduler, str) and scheduler not in ("auto", "ddim") and eta != DEFAULT_ETA:
         raise UserError(f"eta is DDIM's share of new noise, and {scheduler} has none: leave it out, or take ddim")

@@ -18,8 +18,9 @@ from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.jobs.reading import read_json
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
-from pvdm_fast.training.config import STAGES, TrainConfig, get, make_config
+from pvdm_fast.training.config import OPTIONS, STAGES, DiffusionOptions, TrainConfig, get, make_config
 from pvdm_fast.training.initialisation import HEADS, find_autoencoder, initialise, read_source
+from pvdm_fast.training.options import flag
 from pvdm_fast.training.presets import AUTOENCODER_SIZES, DENOISER_SIZES, VIDEO_SIZES, autoencoder_sizes
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
@@ -143,6 +144,7 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
     from pvdm_fast.models import Denoiser
 
     _check_attention(config)
+    _check_times(config)
     layout = autoencoder.layout
     with _as_user_error():
         return Denoiser(
@@ -152,6 +154,7 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
             latent_channels=autoencoder.config["latent_channels"],
             num_classes=None if names is None else len(names),
             class_names=names,
+            time_shift=config.diffusion.time_shift,
             **_arguments(config, DENOISER_SIZES),
         )
 
@@ -166,6 +169,17 @@ def _check_attention(config: TrainConfig) -> None:
             f"--diffusion-attention-resolutions {' '.join(map(str, asked))} must be among the levels' downsampling "
             f"factors, which are {' '.join(map(str, factors))}: one for each number of --diffusion-channel-mult"
         )
+
+
+def _check_times(config: TrainConfig) -> None:
+    """Raises UserError for an option of flow matching that another prediction would pass over."""
+    options, usual = config.diffusion, DiffusionOptions()
+    for name in ("time_mean", "time_std", "time_shift"):
+        if options.prediction != "flow" and getattr(options, name) != getattr(usual, name):
+            raise UserError(
+                f"{flag(OPTIONS[f'diffusion.{name}'])} goes with --diffusion-prediction flow, not {options.prediction}: "
+                "leave it out, or train a flow"
+            )
 
 
 def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:

@@ -163,8 +163,25 @@ class DiffusionOptions(StageOptions):
     )
     num_heads: int | None = option(None, "attention heads", number=numbers.HEADS)
     positions: bool | None = option(None, "learned positions of the latent's tokens, which the release doesn't have")
-    prediction: Literal["noise", "v"] | None = option(
-        None, "what the network puts out: the noise, as the release's; or v (Salimans and Ho 2022)"
+    prediction: Literal["noise", "v", "flow"] | None = option(
+        None,
+        "what the network puts out: the noise, as the release's; v (Salimans and Ho 2022); or flow, the velocity of "
+        "rectified flow (Liu et al. 2023)",
+    )
+    time_mean: float = option(
+        0.0,
+        "flow: training times are sigmoid(normal) with this mean; above 0 more of them are near the noise",
+        number=real(-10, 10),
+        resumable=True,
+    )
+    time_std: float = option(
+        1.0, "flow: standard deviation of that normal distribution", number=real(0, 100), resumable=True
+    )
+    time_shift: float = option(
+        1.0,
+        "flow: factor s that moves times t to s t / (1 + (s - 1) t), in training and in sampling; larger clips want "
+        "more than 1",
+        number=real(0.01, 100),
     )
     conditional_probability: float = option(
         0.2, "share of the clips trained with the clip before as condition", number=SHARE, resumable=True
@@ -182,7 +199,7 @@ class DiffusionOptions(StageOptions):
         0.9999, "decay of the averaged weights that are saved for sampling", number=SHARE, resumable=True
     )
     sampling_steps: int = option(
-        numbers.DEFAULT_STEPS, "DDIM steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True
+        numbers.DEFAULT_STEPS, "denoising steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvdm_fast.data.transforms import to_float
+from pvdm_fast.diffusion.flow import logit_normal_times
 from pvdm_fast.diffusion.noise import diffusion_loss, joint_batch, joint_latents
 from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import UserError
@@ -151,7 +152,7 @@ class AutoencoderStage(Stage):
 
 
 class DiffusionStage(Stage):
-    """Noise prediction on latents, unconditional and conditional together, with averaged weights."""
+    """Prediction of noise or velocity on latents, unconditional and conditional together, with averaged weights."""
 
     name = "diffusion"
 
@@ -192,13 +193,21 @@ class DiffusionStage(Stage):
                 target, condition = joint_batch(video, self._encode, probability, generator, share)
         clips = share.world * len(target)
         drawn = [share.of(torch.randn((clips, *target.shape[1:]), generator=generator))]
-        drawn.append(share.of(torch.randint(TRAIN_STEPS, (clips,), generator=generator)))
+        drawn.append(share.of(self._timesteps(clips, generator)))
         labels = self._labels(classes, len(target), generator, share)
         drawn += [] if labels is None else [labels]
         noise, timestep, *classed = to_device(drawn, target.device)
         prediction = str(self.model.config["prediction"])
         denoise = partial(model, class_labels=classed[0]) if classed else model
         return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction)
+
+    def _timesteps(self, clips: int, generator: torch.Generator) -> Tensor:
+        """Random times (clips,): int64 in [0, 1000), or for a flow 1000 t in float32."""
+        if self.model.config["prediction"] != "flow":
+            return torch.randint(TRAIN_STEPS, (clips,), generator=generator)
+        options, normal = self.options, torch.randn(clips, generator=generator)
+        shift = float(self.model.config["time_shift"])
+        return TRAIN_STEPS * logit_normal_times(normal, options.time_mean, options.time_std, shift)
 
     def _labels(self, classes: Classes, clips: int, generator: torch.Generator, share: Share = WHOLE) -> Tensor | None:
         """Class numbers (B,), with a share of them dropped in training. None for a denoiser without classes."""

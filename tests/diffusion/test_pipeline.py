@@ -16,7 +16,7 @@ from pvdm_fast import PVDMPipeline
 from pvdm_fast.data import write_video
 from pvdm_fast.data.continuation import last_clip
 from pvdm_fast.diffusion.sampling import sample_video
-from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES, make_scheduler
+from pvdm_fast.diffusion.schedulers import OF_NOISE, make_scheduler
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
 
@@ -81,7 +81,7 @@ def test_it_is_sample_video(pipeline: PVDMPipeline) -> None:
     assert np.array_equal(np.asarray(as_pictures[1][5]), (as_numpy[1, 5] * 255).round().astype(np.uint8))
 
 
-@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+@pytest.mark.parametrize("name", OF_NOISE)
 def test_saved_and_loaded_it_samples_the_same(name: str, pipeline: PVDMPipeline, tmp_path: Path) -> None:
     pipeline.scheduler = make_scheduler(name)
     pipeline.save_pretrained(tmp_path / "saved")

@@ -355,7 +355,7 @@ def test_all_clips_can_be_opened() -> None:
     ("options", "sentence"),
     [
         (["--features", "i3d.pt"], "--features and --features-sha256 go together"),
-        (["--scheduler", "euler"], "'euler'"),
+        (["--scheduler", "euler"], "the scheduler euler doesn't go with this denoiser"),
         (["--split", "dev"], "--split must be one of test, train, all"),
         (["--frames", "4", "4"], "--frames must be different numbers"),
         (["--clips", "0"], "--clips must be at least 1"),

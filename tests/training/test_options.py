@@ -174,7 +174,8 @@ def test_samples_have_the_asked_for_size(finished: Path, tmp_path: Path, capsys:
     ("arguments", "message"),
     [
         (["--out", "film.avi"], "its name must end in .mp4, .gif, .npy"),
-        (["--scheduler", "euler"], "there is no scheduler called 'euler'"),
+        (["--scheduler", "foo"], "there is no scheduler called 'foo'"),
+        (["--scheduler", "euler"], "the scheduler euler doesn't go with this denoiser, which predicts v: choose"),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--clips", "0"], "at least 1"),
         (["--frame", "3"], "no option --frame; did you mean '--frames'?"),
