@@ -26,7 +26,6 @@ from pvdm_fast.nn.constants import constant
 from pvdm_fast.nn.planes import NORM_GROUPS
 from pvdm_fast.nn.residual import embedded, scale_shifts
 
-
 PREDICTIONS = ("noise", "v", "flow")
 
 

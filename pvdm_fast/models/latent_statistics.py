@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the latents, by plane and channel, with which a denoiser of flow sees them as normal."""
+"""Mean and standard deviation of the latents by plane and channel: a denoiser of flow can see them normalised."""
 
 from __future__ import annotations
 

@@ -176,13 +176,14 @@ def _check_objective(config: TrainConfig) -> None:
     options, usual = config.diffusion, DiffusionOptions()
     if options.prediction == "flow" and options.loss_weight != "none":
         raise UserError(
-            f"--diffusion-loss-weight {options.loss_weight} weighs the noise levels of the predictions noise and v, and "
-            "flow has none: leave it out, and choose the times with --diffusion-time-mean and --diffusion-time-std"
+            f"--diffusion-loss-weight {options.loss_weight} weighs the noise levels of the predictions noise and v, "
+            "but flow has none: leave it out, and choose the times with --diffusion-time-mean and --diffusion-time-std"
         )
     for name in ("time_mean", "time_std", "time_shift", "normalize_latents"):
         if options.prediction != "flow" and getattr(options, name) != getattr(usual, name):
+            option = flag(OPTIONS[f"diffusion.{name}"])
             raise UserError(
-                f"{flag(OPTIONS[f'diffusion.{name}'])} goes with --diffusion-prediction flow, not {options.prediction}: "
+                f"{option} goes with --diffusion-prediction flow, not {options.prediction}: "
                 "leave it out, or train a flow"
             )
 

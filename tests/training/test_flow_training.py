@@ -104,7 +104,7 @@ def test_an_evaluation_records_the_sampler_that_auto_chose(flow: Path, tmp_path:
         (["--diffusion-prediction", "flow", "--diffusion-time-shift", "0"], "must be at least 0.01, not 0"),
         (["--diffusion-prediction", "velocity"], "must be one of noise, v, flow"),
         (["--diffusion-normalize-latents"], "--diffusion-normalize-latents goes with --diffusion-prediction flow"),
-        (["--diffusion-prediction", "flow", "--diffusion-loss-weight", "min_snr"], "flow has none: leave it out"),
+        (["--diffusion-prediction", "flow", "--diffusion-loss-weight", "min_snr"], "but flow has none: leave it out"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
