@@ -50,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--scheduler",
         default="auto",
         metavar="NAME",
-        help="sampler: ddim, ddpm, dpm++ or unipc; for a model that was trained with --diffusion-prediction flow unipc, "
-        "dpm++, euler or heun (default: auto, which is ddim, or unipc for such a model)",
+        help="sampler: ddim, ddpm, dpm++ or unipc; for a model trained with --diffusion-prediction flow unipc, dpm++, "
+        "euler or heun (default: auto, which is ddim, or unipc for such a model)",
     )
     parser.add_argument(
         "--guidance",

@@ -39,7 +39,9 @@ def predict_noise(
 
 def times_of(timestep: float, batch: int, device: torch.device) -> Tensor:
     """One time for a whole batch (B,): int64, or float32 if it is no int, as the times of a flow."""
-    return torch.full((batch,), timestep, dtype=torch.long if isinstance(timestep, int) else torch.float32, device=device)
+    return torch.full(
+        (batch,), timestep, dtype=torch.long if isinstance(timestep, int) else torch.float32, device=device
+    )
 
 
 def _labelled(labels: Tensor | None) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from pvdm_fast.jobs.share import Share
 from pvdm_fast.jobs.transfer import to_device
 from pvdm_fast.models.noise_schedule import TRAIN_STEPS, NoiseSchedule
 
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023
+
 
 def diffusion_loss(
     denoiser: Callable[..., object],
@@ -22,6 +24,7 @@ def diffusion_loss(
     noise: Tensor,
     timestep: Tensor,
     prediction: str = "noise",
+    loss_weight: str = "none",
 ) -> Tensor:
     """Mean squared error of the predicted noise, of v or of the velocity, a float32 scalar.
 
@@ -34,6 +37,8 @@ def diffusion_loss(
         prediction: "noise", "v" or "flow". With "v" it is the error of v = sqrt(a) noise - sqrt(1 - a) latent, where v
             follows from the predicted noise. That is the noise's error divided by sqrt(a). With "flow" it is the error
             of the velocity noise - latent (`pvdm_fast.diffusion.flow`), which needs no schedule.
+        loss_weight: "none", or "min_snr" for "noise" and "v": the error of the clean latent times min(snr, 5), where
+            snr = a / (1 - a) (Hang et al. 2023). It is the same for both.
     """
     if prediction == "flow":
         noisy = interpolate(target, noise, timestep / TRAIN_STEPS)
@@ -41,10 +46,14 @@ def diffusion_loss(
         return F.mse_loss(velocity.float(), noise.float() - target.float())
     noisy = schedule.q_sample(target, noise, timestep)
     predicted: Tensor = denoiser(noisy, timestep, condition=condition).sample  # type: ignore[attr-defined]
-    if prediction == "noise":
+    if prediction == "noise" and loss_weight == "none":
         return F.mse_loss(predicted.float(), noise.float())
     error = (predicted.float() - noise.float()).square().flatten(1).mean(1)
-    return (error / schedule.alphas_cumprod[timestep]).mean()
+    level = schedule.alphas_cumprod[timestep]
+    if loss_weight == "min_snr":
+        snr = level / (1 - level)  # the clean latent's error is the noise's over snr
+        return (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean()
+    return (error / level).mean()
 
 
 def joint_batch(

@@ -59,11 +59,11 @@ class PVDMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
-        """The pipeline of a run's folder, with its default scheduler, or one that was saved with ``save_pretrained``. No hub is asked.
+        """The pipeline of a run's folder, with the scheduler "auto", or one that was saved with ``save_pretrained``.
 
-        ``options`` are diffusers'. For a run's folder they are ``torch_dtype`` (or ``dtype``) and the parts, for
-        example ``scheduler=``. Options about downloading change nothing there. Raises UserError if there is no such
-        folder, if a run lacks a model, or for an option that a run's folder doesn't take.
+        No hub is asked. ``options`` are diffusers'. For a run's folder they are ``torch_dtype`` (or ``dtype``) and the
+        parts, for example ``scheduler=``. Options about downloading change nothing there. Raises UserError if there is
+        no such folder, if a run lacks a model, or for an option that a run's folder doesn't take.
         """
         folder = Path(pretrained_model_name_or_path)
         check_folder(pretrained_model_name_or_path)

@@ -17,6 +17,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.jobs import numbers, threads
 from pvdm_fast.jobs.environment import plain_defaults
 from pvdm_fast.jobs.transfer import to_device
+from pvdm_fast.models.latent_statistics import normalized, restored
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
@@ -88,7 +89,8 @@ def sample_latents(
             timestep, latent)``. Returns the latent to continue with.
 
     Returns:
-        (B, D, N) float32 on the denoiser's device. A flow's may be a little outside [-1, 1].
+        (B, D, N) float32 on the denoiser's device, as the denoiser sees latents: `stream_video` restores and clamps
+        a flow's.
     """
     from pvdm_fast.nn import copies
 
@@ -225,7 +227,8 @@ def stream_video(
     predict = choose_prediction(denoiser, wanted.cuda_graph, rounds * steps)
     latent: Tensor | None = None
     if wanted.condition is not None:
-        latent = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float().expand(shape)
+        encoded = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float()
+        latent = normalized(encoded, denoiser).expand(shape)
     labels = None if wanted.labels is None else wanted.labels.to(device)
     for index in range(rounds):
 
@@ -249,9 +252,11 @@ def stream_video(
             predict=predict,
             on_step=after_step,
         )
-        if denoiser.config.get("prediction") == "flow":
-            latent = latent.clamp(-1, 1)  # as the autoencoder's are; the other samplers clamp in each step
-        video = autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu()
+        decodable = restored(latent, denoiser)
+        if denoiser.config.get("prediction") == "flow":  # the other samplers clamp in each step
+            decodable = decodable.clamp(-1, 1)  # as the autoencoder's are
+            latent = normalized(decodable, denoiser)
+        video = autoencoder.decode(decodable.to(autoencoder.dtype)).sample.float().cpu()
         yield video[:, :, : frames - index * layout.time]
 
 

@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
+from pvdm_fast.models import latent_statistics
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
 from pvdm_fast.models.ranges import check_timestep
@@ -24,7 +25,6 @@ from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, Tr
 from pvdm_fast.nn.constants import constant
 from pvdm_fast.nn.planes import NORM_GROUPS
 from pvdm_fast.nn.residual import embedded, scale_shifts
-
 
 PREDICTIONS = ("noise", "v", "flow")
 
@@ -111,6 +111,8 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
             (Salimans and Ho 2022), where a is the noise level's alphas_cumprod. `forward` returns the noise in both
             cases. From v it is exact where there is only noise. Or "flow": the velocity noise - latent on the straight
             path (1 - t) latent + t noise (`pvdm_fast.diffusion.flow`), which `forward` returns as it is.
+        latent_mean, latent_std: [plane][channel], with which training and sampling normalise the autoencoder's latents
+            (`pvdm_fast.models.latent_statistics`), for prediction "flow". None: they are taken as they are.
         time_shift: for prediction "flow", how far training and sampling move their times towards the noise
             (`pvdm_fast.diffusion.flow.shifted`). 1 moves nothing.
         num_classes: number of classes, for class-conditional training. None: without classes. The class's embedding is
@@ -119,7 +121,7 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
 
     Raises:
         ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; a
-            time shift that isn't positive, or without flow; not as many names as classes.
+            time shift that isn't positive; a time shift or statistics without flow; not as many names as classes.
     """
 
     _supports_gradient_checkpointing = True
@@ -141,6 +143,8 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         time_shift: float = 1.0,
+        latent_mean: Sequence[Sequence[float]] | None = None,
+        latent_std: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != num_classes:
@@ -149,6 +153,10 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
             raise ValueError(f"The prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
         if time_shift <= 0 or (time_shift != 1 and prediction != "flow"):
             raise ValueError(f"time_shift {time_shift} must be above 0, and goes with prediction flow only.")
+        if latent_mean is not None or latent_std is not None:
+            if prediction != "flow" or latent_mean is None or latent_std is None:
+                raise ValueError("latent_mean and latent_std go together, and with prediction flow only.")
+            latent_statistics.check(latent_mean, latent_std, planes=3, channels=latent_channels)
         _check_widths(model_channels, channel_mult, num_res_blocks, num_heads)
         _check_attention(attention_resolutions)
         self.layout = TriplaneLayout(time, height, width)

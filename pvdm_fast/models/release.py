@@ -397,7 +397,8 @@ def to_release(model: Autoencoder | Denoiser) -> dict[str, Tensor]:
     A model that came from `load_release_*` gives back the names and dtypes it was loaded with, bit for bit.
 
     Raises:
-        CheckpointError: the denoiser has learned positions, prediction v or flow, or classes, which the release doesn't have.
+        CheckpointError: the denoiser has learned positions, prediction v or flow, or classes, which the release doesn't
+            have.
     """
     config = model.config
     if config.get("positions") or config.get("prediction", "noise") != "noise" or config.get("num_classes"):

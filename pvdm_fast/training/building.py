@@ -144,7 +144,7 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
     from pvdm_fast.models import Denoiser
 
     _check_attention(config)
-    _check_times(config)
+    _check_objective(config)
     layout = autoencoder.layout
     with _as_user_error():
         return Denoiser(
@@ -171,13 +171,19 @@ def _check_attention(config: TrainConfig) -> None:
         )
 
 
-def _check_times(config: TrainConfig) -> None:
-    """Raises UserError for an option of flow matching that another prediction would pass over."""
+def _check_objective(config: TrainConfig) -> None:
+    """Raises UserError for an option that this prediction would pass over."""
     options, usual = config.diffusion, DiffusionOptions()
-    for name in ("time_mean", "time_std", "time_shift"):
+    if options.prediction == "flow" and options.loss_weight != "none":
+        raise UserError(
+            f"--diffusion-loss-weight {options.loss_weight} weighs the noise levels of the predictions noise and v, "
+            "but flow has none: leave it out, and choose the times with --diffusion-time-mean and --diffusion-time-std"
+        )
+    for name in ("time_mean", "time_std", "time_shift", "normalize_latents"):
         if options.prediction != "flow" and getattr(options, name) != getattr(usual, name):
+            option = flag(OPTIONS[f"diffusion.{name}"])
             raise UserError(
-                f"{flag(OPTIONS[f'diffusion.{name}'])} goes with --diffusion-prediction flow, not {options.prediction}: "
+                f"{option} goes with --diffusion-prediction flow, not {options.prediction}: "
                 "leave it out, or train a flow"
             )
 

@@ -183,6 +183,14 @@ class DiffusionOptions(StageOptions):
         "more than 1",
         number=real(0.01, 100),
     )
+    normalize_latents: bool = option(
+        False, "flow: give the denoiser latents of mean 0 and variance 1, measured by plane and channel on 32 clips"
+    )
+    loss_weight: Literal["none", "min_snr"] = option(
+        "none",
+        "of a noise level: none, or min_snr (Hang et al. 2023), which lets clean levels count less; not for flow",
+        resumable=True,
+    )
     conditional_probability: float = option(
         0.2, "share of the clips trained with the clip before as condition", number=SHARE, resumable=True
     )
@@ -196,7 +204,11 @@ class DiffusionOptions(StageOptions):
     class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")
     class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE, resumable=True)
     ema_decay: float = option(
-        0.9999, "decay of the averaged weights that are saved for sampling", number=SHARE, resumable=True
+        0.9999,
+        "decay of the averaged weights that are saved for sampling; after n steps it is (1 + n) / (10 + n), if that is "
+        "less",
+        number=SHARE,
+        resumable=True,
     )
     sampling_steps: int = option(
         numbers.DEFAULT_STEPS, "denoising steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pvdm_fast.data import Batch, ClipDataset
 
 DATA_GAVE_OUT = 1_000_000  # what the processes agree on where no signal came: more than any signal's number
+MEASURED_CLIPS = 32  # of which a stage learns what it needs of the data
 
 
 def learning_rate(options: StageOptions, step: int) -> float:
@@ -95,6 +96,8 @@ class Trainer:
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
             UserError: a checkpoint or the records couldn't be written, or the data ran out.
         """
+        with torch.no_grad(), self.accelerator.autocast():
+            self.stage.before_training(self.clips("train", MEASURED_CLIPS), self.processes)
         self.model.train()
         self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
         with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
@@ -254,8 +257,12 @@ class Trainer:
 
     def held_out(self) -> Iterator[torch.Tensor]:
         """Batches of held-out clips (B, 3, T, H, W) on the model's device, the same ones in every process."""
-        dataset = self.dataset("test")
-        count = min(self.config.held_out_clips, len(dataset))
+        return self.clips("test", self.config.held_out_clips)
+
+    def clips(self, split: str, most: int) -> Iterator[torch.Tensor]:
+        """Batches of the first clips of a split, at ``most`` so many."""
+        dataset = self.dataset(split)
+        count = min(most, len(dataset))
         for first in range(0, count, self.options.batch_size):
             clips = [dataset[draw]["video"] for draw in range(first, min(count, first + self.options.batch_size))]
             yield torch.stack(clips).to(self.accelerator.device)

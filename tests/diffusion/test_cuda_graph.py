@@ -122,6 +122,20 @@ def test_replays_give_the_same_latents(taped: list[str], denoiser: Denoiser, sch
     assert len(Tape.made[0].steps) > 50
 
 
+def test_the_times_of_a_flow_reach_the_captured_pass(taped: list[str]) -> None:
+    """They are fractions, which whole numbers would cut."""
+    flow = Denoiser.from_preset("tiny", time=2, height=4, width=4, prediction="flow")
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    noise = torch.randn(2, 4, flow.layout.num_tokens)
+    predict = GraphedPrediction()
+    for time in (1000.0, 333.25, 0.5):
+        expected = predict_noise(flow.eval(), noise, time)
+        assert torch.equal(predict(flow, noise, time), expected)
+        assert not torch.equal(predict_noise(flow, noise, int(time)), expected) or time == 1000
+    assert [tape.replays for tape in Tape.made] == [3]
+
+
 def test_captured_once_a_shape_after_warming_up_aside(taped: list[str], denoiser: Denoiser) -> None:
     predict, latent = GraphedPrediction(), torch.randn(2, 4, denoiser.layout.num_tokens)
     passes = []

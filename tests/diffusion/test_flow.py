@@ -18,7 +18,7 @@ from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, passes, s
 from pvdm_fast.diffusion.schedulers import OF_FLOW, make_scheduler, scheduler_of
 from pvdm_fast.errors import UserError
 from pvdm_fast.layout import TriplaneLayout
-from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.models import Autoencoder, Denoiser, latent_statistics
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.release import CheckpointError, to_release
 
@@ -105,6 +105,15 @@ def test_errors_fall_with_the_order_of_the_method(name: str, ratio: float) -> No
         latent = sample_latents(Exact(), make_scheduler(name, "flow"), SHAPE, steps=steps, noise=NoiseSource(0))  # type: ignore[arg-type]
         errors.append((latent - (MEAN + STD * noise)).square().mean().sqrt().item())
     assert errors[0] / errors[1] == pytest.approx(ratio, rel=0.1)
+
+
+def test_the_default_comes_closest() -> None:
+    """The numbers of docs/sampling.md."""
+    errors = {}
+    for name in OF_FLOW:
+        latent = sample_latents(Exact(), make_scheduler(name, "flow"), SHAPE, steps=40, noise=NoiseSource(0))  # type: ignore[arg-type]
+        errors[name] = (latent - (MEAN + STD * NoiseSource(0)(SHAPE))).square().mean().sqrt().item()
+    assert errors == pytest.approx({"unipc": 0.0005, "dpm++": 0.001, "heun": 0.0016, "euler": 0.012}, rel=0.1)
 
 
 @pytest.mark.parametrize("name", OF_FLOW)
@@ -263,3 +272,82 @@ def test_what_a_denoiser_refuses(options: dict[str, Any], words: str) -> None:
 def test_the_release_has_no_flow() -> None:
     with pytest.raises(CheckpointError, match="flow"):
         to_release(Denoiser(**FLOW, prediction="flow"))
+
+
+def test_statistics_make_latents_normal_and_are_undone() -> None:
+    """By plane and channel, and the same in what is saved and loaded in bf16."""
+    scale = torch.linspace(0.01, 0.4, 12).view(3, 4)
+    offset = torch.linspace(-0.5, 0.5, 12).view(3, 4)
+    layout, tokens = TriplaneLayout(2, 2, 2), torch.randn(500, 4, 12)
+    of_token = [values.t().repeat_interleave(4, dim=1) for values in (scale, offset)]
+    latents = tokens * of_token[0] + of_token[1]
+    mean, std = latent_statistics.measure(latents.split(100), layout)
+    assert torch.allclose(torch.tensor(mean), offset, atol=0.03)
+    assert torch.allclose(torch.tensor(std), scale, rtol=0.05)
+    model = Denoiser(**FLOW, prediction="flow", latent_mean=mean, latent_std=std)
+    normal = latent_statistics.normalized(latents, model)
+    for plane in layout.split(normal, dim=2):
+        assert torch.allclose(plane.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
+        assert torch.allclose(plane.square().mean((0, 2, 3)), torch.ones(4), atol=1e-3)
+    assert torch.allclose(latent_statistics.restored(normal, model), latents, atol=1e-6)
+    windows = latents.view(250, 2, 4, 12)  # as cached
+    assert torch.equal(latent_statistics.normalized(windows, model.to(torch.bfloat16)).view_as(normal), normal)
+
+
+def test_without_statistics_latents_stay_as_they_are() -> None:
+    latent, model = torch.rand(1, 4, 12), Denoiser(**FLOW)
+    assert latent_statistics.normalized(latent, model) is latent
+    assert latent_statistics.restored(latent, model) is latent
+
+
+def test_a_channel_that_is_constant_is_not_blown_up() -> None:
+    _, std = latent_statistics.measure([torch.full((2, 1, 12), 0.3)], TriplaneLayout(2, 2, 2))
+    assert std == [[latent_statistics.LEAST_STD]] * 3
+
+
+def test_samples_of_normal_latents_have_the_statistics_again(tiny_autoencoder: Any) -> None:
+    """The exact velocity of N(0, 1): what is decoded, and continued, are the numbers of the autoencoder."""
+    seen: list[tuple[str, Tensor]] = []
+
+    class Normal(Exact):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config |= {"latent_mean": [[0.3] * 4] * 3, "latent_std": [[0.05] * 4] * 3}
+
+        def forward(self, latent: Tensor, timestep: Tensor, condition: Tensor | None = None) -> SimpleNamespace:
+            seen.extend([] if condition is None else [("continued", condition)])
+            time = (timestep / 1000).view(-1, 1, 1)
+            return SimpleNamespace(sample=(2 * time - 1) / ((1 - time) ** 2 + time**2) * latent)
+
+    class Coder(nn.Module):
+        layout, config, dtype = tiny_autoencoder.layout, tiny_autoencoder.config, torch.float32
+
+        def decode(self, latent: Tensor) -> Any:
+            seen.append(("decoded", latent))
+            return tiny_autoencoder.decode(latent)
+
+        def encode(self, video: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(latent=torch.full((len(video), 4, 12), 0.35))
+
+    condition = torch.zeros(1, 3, 2, 16, 16)
+    sample_video(Coder(), Normal(), SamplingOptions(clips=64, frames=4, steps=20, condition=condition))  # type: ignore[arg-type]
+    decoded = [latent for kind, latent in seen if kind == "decoded"]
+    continued = [latent for kind, latent in seen if kind == "continued"]
+    assert decoded[0].mean() == pytest.approx(0.3, abs=5e-3)
+    assert decoded[0].std() == pytest.approx(0.05, abs=3e-3)
+    assert torch.allclose(continued[0], torch.ones(64, 4, 12), atol=1e-5), "the condition of the caller, encoded"
+    assert torch.allclose(continued[-1], (decoded[0] - 0.3) / 0.05, atol=1e-4), "the clip before"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(prediction="flow", latent_mean=[[0.0] * 4] * 3), "go together"),
+        (dict(prediction="v", latent_mean=[[0.0] * 4] * 3, latent_std=[[1.0] * 4] * 3), "prediction flow only"),
+        (dict(prediction="flow", latent_mean=[[0.0] * 4] * 3, latent_std=[[1.0] * 3] * 3), "latent_std must hold 3"),
+        (dict(prediction="flow", latent_mean=[[0.0] * 4] * 3, latent_std=[[0.0] * 4] * 3), "must be above 0"),
+    ],
+)
+def test_what_statistics_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Denoiser(**FLOW, **options)

@@ -16,7 +16,10 @@ from pvdm_fast.sample import main as sample_main
 from pvdm_fast.train import main
 
 FLOW = ["--diffusion-prediction", "flow", "--diffusion-schedule", "constant", "--autoencoder-steps", "1"]
-TIMES = ["--diffusion-time-mean", "-0.5", "--diffusion-time-std", "1.2", "--diffusion-time-shift", "2"]
+TIMES = [
+    *("--diffusion-normalize-latents", "--diffusion-time-mean", "-0.5", "--diffusion-time-std", "1.2"),
+    *("--diffusion-time-shift", "2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +30,16 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_resumed_run_of_flow_is_the_same(flow: Path, tmp_path: Path) -> None:
+    """Its latents' statistics too, though the clips that they were measured on are gone."""
     run = tmp_path / "run"
     assert main([*SMALL, *FLOW, *TIMES, "--diffusion-steps", "3", "--run", str(run)]) == 0
-    assert main(["--resume", str(run), "--diffusion-steps", "6"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pvdm_fast.models.latent_statistics.measure", None)
+        assert main(["--resume", str(run), "--diffusion-steps", "6"]) == 0
     assert losses(run, "diffusion") == losses(flow, "diffusion")
     assert same_weights(run, flow, "denoiser")
+    configs = [Denoiser.load_config(place / "denoiser") for place in (run, flow)]
+    assert configs[0]["latent_std"] == configs[1]["latent_std"]
 
 
 def test_the_times_change_what_is_learned(flow: Path, tmp_path: Path) -> None:
@@ -43,6 +51,8 @@ def test_the_times_change_what_is_learned(flow: Path, tmp_path: Path) -> None:
 def test_the_saved_denoiser_knows_its_prediction(flow: Path) -> None:
     config = Denoiser.from_pretrained(flow / "denoiser").config
     assert (config["prediction"], config["time_shift"]) == ("flow", 2.0)
+    assert np.shape(config["latent_mean"]) == np.shape(config["latent_std"]) == (3, 4)
+    assert 0 < np.min(config["latent_std"]) < 1, "those of latents in [-1, 1]"
     assert np.isfinite(json.loads((flow / "results.json").read_text())["diffusion"]["held_out_loss"])
     assert (flow / "samples.mp4").stat().st_size > 0
 
@@ -93,6 +103,8 @@ def test_an_evaluation_records_the_sampler_that_auto_chose(flow: Path, tmp_path:
         (["--diffusion-prediction", "noise", "--diffusion-time-mean", "1"], "--diffusion-time-mean goes with"),
         (["--diffusion-prediction", "flow", "--diffusion-time-shift", "0"], "must be at least 0.01, not 0"),
         (["--diffusion-prediction", "velocity"], "must be one of noise, v, flow"),
+        (["--diffusion-normalize-latents"], "--diffusion-normalize-latents goes with --diffusion-prediction flow"),
+        (["--diffusion-prediction", "flow", "--diffusion-loss-weight", "min_snr"], "but flow has none: leave it out"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -102,6 +114,14 @@ def test_what_does_not_go_together_is_refused(
     assert main([*SMALL, *options, "--run", str(run)]) == 2
     assert sentence in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_a_trained_flow_is_a_start_with_its_statistics(flow: Path, tmp_path: Path) -> None:
+    run, options = tmp_path / "run", ["--init-from", str(flow), "--stage", "diffusion", "--diffusion-steps", "1"]
+    assert main([*SMALL, *options, "--run", str(run)]) == 0
+    configs = [Denoiser.load_config(place / "denoiser") for place in (run, flow)]
+    assert configs[0]["latent_std"] == configs[1]["latent_std"]
+    assert configs[0]["time_shift"] == 1
 
 
 def test_a_denoiser_of_noise_is_no_start_for_flow(
