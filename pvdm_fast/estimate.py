@@ -122,7 +122,7 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
             encode()
     weights = _bytes(model)
     trained = sum(parameter.nbytes for parameter in parameters)
-    moments = state_bytes(config.optimizer, parameters)
+    moments = state_bytes(config.optimizer, model)
     averaged = trained if stage == "diffusion" else 0
     options = getattr(config, stage)
     return Estimate(
@@ -216,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="{auto,no,bf16}",
         help="(default: auto, what training would choose on this machine)",
     )
-    parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit}", help="(default: adamw)")
+    parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit,muon}", help="(default: adamw)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--json", action="store_true", help="print bytes and FLOPs as JSON")
     return parser

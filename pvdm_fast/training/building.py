@@ -76,6 +76,8 @@ def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
             )
     if config.fsdp and config.mixed_precision == "fp16":
         problem = "--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients"
+    if config.fsdp and config.optimizer == "muon":
+        problem = "--fsdp goes with --optimizer adamw or adamw8bit: muon's steps need whole matrices"
     if problem is not None:
         Processes(accelerator).fail(UserError(problem))
 

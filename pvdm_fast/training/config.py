@@ -260,8 +260,10 @@ class TrainConfig:
         "no; bf16 falls back to float32 where the units for it are missing",
         resumable=True,
     )
-    optimizer: Literal["adamw", "adamw8bit"] = option(
-        "adamw", "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]')"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = option(
+        "adamw",
+        "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]'); muon: orthogonal "
+        "steps for matrices (Jordan et al. 2024), AdamW for the rest",
     )
     fsdp: bool = option(
         False, "with several processes: cut weights and optimizer state among them (FSDP2)", resumable=True

@@ -82,7 +82,7 @@ class Trainer:
         self.saved = 0  # the step of the newest checkpoint
         self.feed: Feed
         stage.to(accelerator.device)
-        optimizer = make_optimizer(config.optimizer, stage.model.parameters(), options)
+        optimizer = make_optimizer(config.optimizer, stage.model, options)
         sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
         self.model = stage.model if sharded else accelerator.prepare_model(stage.model)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
