@@ -18,10 +18,16 @@ from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.jobs.reading import read_json
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
-from pvdm_fast.training.config import OPTIONS, STAGES, DiffusionOptions, TrainConfig, get, make_config
+from pvdm_fast.training.config import OPTIONS, STAGES, TrainConfig, get, make_config
 from pvdm_fast.training.initialisation import HEADS, find_autoencoder, initialise, read_source
 from pvdm_fast.training.options import flag
-from pvdm_fast.training.presets import AUTOENCODER_SIZES, DENOISER_SIZES, VIDEO_SIZES, autoencoder_sizes
+from pvdm_fast.training.presets import (
+    AUTOENCODER_SIZES,
+    DENOISER_SIZES,
+    FLOW_OPTIONS,
+    VIDEO_SIZES,
+    autoencoder_sizes,
+)
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage
@@ -175,17 +181,16 @@ def _check_attention(config: TrainConfig) -> None:
 
 def _check_objective(config: TrainConfig) -> None:
     """Raises UserError for an option that this prediction would pass over."""
-    options, usual = config.diffusion, DiffusionOptions()
+    options, usual = config.diffusion, TrainConfig()
     if options.prediction == "flow" and options.loss_weight != "none":
         raise UserError(
             f"--diffusion-loss-weight {options.loss_weight} weighs the noise levels of the predictions noise and v, "
             "but flow has none: leave it out, and choose the times with --diffusion-time-mean and --diffusion-time-std"
         )
-    for name in ("time_mean", "time_std", "time_shift", "normalize_latents"):
-        if options.prediction != "flow" and getattr(options, name) != getattr(usual, name):
-            option = flag(OPTIONS[f"diffusion.{name}"])
+    for key in FLOW_OPTIONS:
+        if options.prediction != "flow" and get(config, key) != get(usual, key):
             raise UserError(
-                f"{option} goes with --diffusion-prediction flow, not {options.prediction}: "
+                f"{flag(OPTIONS[key])} goes with --diffusion-prediction flow, not {options.prediction}: "
                 "leave it out, or train a flow"
             )
 

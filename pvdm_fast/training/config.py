@@ -18,7 +18,7 @@ from pvdm_fast.jobs.arguments import did_you_mean
 from pvdm_fast.jobs.devices import DEVICE, DeviceName
 from pvdm_fast.jobs.numbers import Number, real, whole
 from pvdm_fast.jobs.reading import UnreadableFile, read_yaml
-from pvdm_fast.training.presets import PRESETS, SIZES, preset_sizes
+from pvdm_fast.training.presets import FLOW_OPTIONS, PRESETS, SIZES, preset_sizes
 
 STAGES = ("autoencoder", "diffusion")
 
@@ -407,7 +407,10 @@ def make_config(changes: Mapping[str, Any]) -> TrainConfig:
     """
     config = TrainConfig()
     preset = OPTIONS["preset"].convert(changes.get("preset", config.preset))
-    for key, value in {**preset_sizes(preset), **flatten(PRESETS[preset], "preset"), **given(changes)}.items():
+    values = {**preset_sizes(preset), **flatten(PRESETS[preset], "preset")}
+    if given(changes).get("diffusion.prediction", "flow") != "flow":  # then the preset's choices for a flow go too
+        values = {key: value for key, value in values.items() if key not in FLOW_OPTIONS}
+    for key, value in {**values, **given(changes)}.items():
         group, _, name = key.rpartition(".")
         setattr(getattr(config, group) if group else config, name, OPTIONS[key].convert(value))
     return config

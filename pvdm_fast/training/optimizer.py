@@ -79,7 +79,7 @@ def hidden_matrices(model: nn.Module) -> Iterable[nn.Parameter]:
 def orthogonal(matrix: Tensor) -> Tensor:
     """About U V' of a matrix U S V', by five steps of Jordan's Newton-Schulz iteration.
 
-    Its singular values end between 0.7 and 1.2. In bfloat16 where the matrix products are quick in it, as its author does.
+    Its singular values end between 0.7 and 1.2. In bfloat16 where products are quick in it, as its author does.
     """
     wide = len(matrix) <= matrix.shape[1]
     x = (matrix if wide else matrix.t()) / (matrix.norm() + 1e-7)

@@ -74,6 +74,8 @@ DENOISER_SIZES = tuple(
         "prediction",
     )
 )
+# What goes with the prediction "flow" only.
+FLOW_OPTIONS = tuple(f"diffusion.{name}" for name in ("time_mean", "time_std", "time_shift", "normalize_latents"))
 VIDEO_SIZES = ("video.frames", "video.height", "video.width")
 SIZES = frozenset((*VIDEO_SIZES, *AUTOENCODER_SIZES, *DENOISER_SIZES))
 

@@ -18,7 +18,8 @@ SMALL = shlex.split("""
     --autoencoder-num-heads 1 --autoencoder-head-dim 8 --autoencoder-batch-size 2 --autoencoder-warmup 2
     --diffusion-model-channels 32 --diffusion-channel-mult 1 --diffusion-num-res-blocks 1 --diffusion-num-heads 2
     --diffusion-attention-resolutions 1 --diffusion-batch-size 2 --diffusion-warmup 2 --diffusion-sampling-steps 2
-    --save-every 100 --preview-every 100 --diffusion-cached-clips 0
+    --save-every 100 --preview-every 100 --diffusion-cached-clips 0 --mixed-precision auto --optimizer adamw
+    --autoencoder-latent-channels 4 --diffusion-prediction v
     --held-out-clips 2 --workers 0 --device cpu --threads 1
 """)
 

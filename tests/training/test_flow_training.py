@@ -118,10 +118,10 @@ def test_what_does_not_go_together_is_refused(
 
 def test_a_trained_flow_is_a_start_with_its_statistics(flow: Path, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ["--init-from", str(flow), "--stage", "diffusion", "--diffusion-steps", "1"]
-    assert main([*SMALL, *options, "--run", str(run)]) == 0
+    assert main([*SMALL, "--diffusion-prediction", "flow", *options, "--run", str(run)]) == 0
     configs = [Denoiser.load_config(place / "denoiser") for place in (run, flow)]
     assert configs[0]["latent_std"] == configs[1]["latent_std"]
-    assert configs[0]["time_shift"] == 1
+    assert configs[0]["time_shift"] == 4  # the preset's
 
 
 def test_a_denoiser_of_noise_is_no_start_for_flow(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from training.small import SMALL, losses, same_weights
 
 from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.train import main
 from pvdm_fast.training.optimizer import Muon, hidden_matrices, orthogonal, state_bytes
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -89,3 +92,17 @@ def test_bytes_of_its_state() -> None:
     trained(model, optimizer, range(1))
     held = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     assert state_bytes("muon", model) == sum(tensor.nbytes for tensor in held)
+
+
+def test_a_resumed_run_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both stages by Muon in bf16 where the CPU has it, as the default preset does."""
+    options = [*SMALL, "--optimizer", "muon", "--mixed-precision", "bf16", "--diffusion-prediction", "flow"]
+    options += ["--autoencoder-schedule", "constant", "--diffusion-schedule", "constant"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*options, "--autoencoder-steps", "4", "--diffusion-steps", "6", "--run", str(whole)]) == 0
+    assert main([*options, "--autoencoder-steps", "4", "--diffusion-steps", "2", "--run", str(parts)]) == 0
+    assert main(["--resume", str(parts), "--diffusion-steps", "6"]) == 0
+    assert losses(whole, "diffusion") == losses(parts, "diffusion")
+    assert same_weights(whole, parts, "autoencoder") and same_weights(whole, parts, "denoiser")
+    assert main(["--resume", str(parts), "--optimizer", "adamw"]) == 2
+    assert "--optimizer cannot change" in capsys.readouterr().err

@@ -10,8 +10,9 @@ from training.small import SMALL, steps
 from pvdm_fast.errors import UserError
 from pvdm_fast.sample import main as sample_main
 from pvdm_fast.train import main
-from pvdm_fast.training.config import OPTIONS, PRESETS, get, make_config, read_changes, to_yaml
+from pvdm_fast.training.config import OPTIONS, PRESETS, TrainConfig, get, make_config, read_changes, to_yaml
 from pvdm_fast.training.options import flag, make_parser, parse
+from pvdm_fast.training.presets import FLOW_OPTIONS
 from pvdm_fast.training.trainer import learning_rate
 
 
@@ -30,7 +31,7 @@ def test_help_shows_the_value_of_every_preset() -> None:
     text = " ".join(make_parser().format_help().split())
     assert "(tiny: 1, small: 1 2 3, base: 1 2 4 4)" in text and "(tiny: none, small: 4 2, base: 4 2 1)" in text
     assert "(tiny: 64, small: 192, base: 384)" in text and "default: the preset's" not in text
-    assert "(tiny: v, small: noise, base: noise)" in text and "(tiny: on, small: off, base: off)" in text
+    assert "(tiny: flow, small: noise, base: noise)" in text and "(tiny: on, small: off, base: off)" in text
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -196,3 +197,13 @@ def test_mistakes_in_sampling_are_one_sentence(
 def test_sampling_needs_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample(tmp_path, tmp_path / "out.npy") == 2
     assert "there is no trained autoencoder" in capsys.readouterr().err
+
+
+def test_another_prediction_than_the_presets_leaves_out_what_goes_with_its_flow() -> None:
+    """Otherwise you would be asked to leave out options that you didn't give."""
+    usual, preset = TrainConfig(), make_config({})
+    assert any(get(preset, key) != get(usual, key) for key in FLOW_OPTIONS)
+    chosen = make_config({"diffusion.prediction": "v"})
+    assert all(get(chosen, key) == get(usual, key) for key in FLOW_OPTIONS)
+    again = make_config({"diffusion.prediction": "v", "diffusion.time_shift": 3.0})
+    assert again.diffusion.time_shift == 3.0
