@@ -14,13 +14,18 @@ from pvdm_fast.nn.constants import constant
 if TYPE_CHECKING:
     from pvdm_fast.models.denoiser import Denoiser
 
-LEAST_STD = 1e-3  # of a channel that the autoencoder doesn't use
+# Of a channel that hardly varies: tanh holds some at 1 nearly always (standard deviation 0.04 in a tiny model), and
+# their rare other values would become dozens.
+LEAST_STD = 0.1
 
 ByPlane = list[list[float]]
 
 
 def measure(latents: Iterable[Tensor], layout: PlaneLayout) -> tuple[ByPlane, ByPlane]:
-    """Mean and standard deviation of latents (B, D, N), each [plane][channel], summed in float64."""
+    """Mean and standard deviation of latents (B, D, N), each [plane][channel], summed in float64.
+
+    A standard deviation is at least LEAST_STD.
+    """
     sums = torch.zeros(3, len(layout.planes), 1, dtype=torch.float64)
     for batch in latents:
         planes = [plane.flatten(2).double().cpu().transpose(0, 1).flatten(1) for plane in layout.split(batch, dim=2)]
