@@ -98,7 +98,7 @@ def test_peaks_are_timed_again_beside_a_case(monkeypatch: pytest.MonkeyPatch) ->
     copy = floors.Probe("bytes/s cpu 1 MiB", 10.0, lambda: run("copy", 1.0), "cpu")
     monkeypatch.setattr(floors.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(floors, "_seen", {})
-    monkeypatch.setattr(floors, "_gemm_probe", lambda dtype, device: product)
+    monkeypatch.setattr(floors, "_gemm_probe", lambda dtype, device, tf32: product)
     monkeypatch.setattr(floors, "_bandwidth_probe", lambda size, device: copy)
     assert (product.measure(0), copy.measure(0)) == (50.0, 10.0)
     needed = floors.Work(1000, 10)
