@@ -114,6 +114,7 @@ def test_a_gpu_has_all_that_automatic_choice_can_take(monkeypatch: pytest.Monkey
         assert not [job for job in agreement.jobs("cuda", True) if isinstance(job, Job) and job.precision == "tf32"]
 
 
+@pytest.mark.slow
 def test_the_fused_block_is_compared() -> None:
     """In Triton's interpreter, at sizes that no block divides."""
     if reason := choice.why_not("triton", "attention_block", torch.empty(0)):
@@ -122,6 +123,7 @@ def test_the_fused_block_is_compared() -> None:
     assert found.problem == "" and 0 < found.error <= found.allowed
 
 
+@pytest.mark.slow
 def test_a_full_size_is_compared() -> None:
     if reason := choice.unavailable("cpu"):
         pytest.skip(reason)

@@ -93,8 +93,9 @@ def tf32(allowed: bool) -> Iterator[None]:
     PyTorch has two generations of switches, and other code may read either. So both are set. Reading the older one
     raises RuntimeError where a program has set them to different things; it is then left at what is set here.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    newer: list[Any] = [matmul, cudnn.conv, cudnn.rnn]
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    newer = (matmul, cudnn.conv, cudnn.rnn)
     before: list[tuple[Any, str, Any]] = []
     for switch in (matmul, cudnn):
         with suppress(RuntimeError):

@@ -45,6 +45,7 @@ def test_a_process_runs_only_while_it_is_let(tmp_path: Path) -> None:
     assert hog.process.poll() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_processes_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     """Stopped ones too: the kernel would let them go on when their parent is gone."""
     code = (

@@ -169,6 +169,7 @@ def test_what_the_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert preparing._driver() == {}
 
 
+@pytest.mark.slow
 def test_tuning_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In DIR, each entry at once, largest shapes first; one that fails makes the part fail at its end."""
     pytest.importorskip("triton", reason="needs Triton: pip install triton")

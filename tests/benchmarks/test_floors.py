@@ -16,6 +16,9 @@ from benchmarks.eager_autoencoder import EagerAutoencoder
 from benchmarks.registry import Setting
 
 PLAIN = Variant(recompute=False)
+SIZES = pytest.mark.parametrize(
+    "size", ["tiny", *(pytest.param(size, marks=pytest.mark.slow) for size in ("small", "base"))]
+)
 
 
 def counted(run: Any, *arguments: Any) -> int:
@@ -24,7 +27,7 @@ def counted(run: Any, *arguments: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", pytest.param("base", marks=pytest.mark.slow)])
+@SIZES
 def test_denoiser(size: str) -> None:
     config = Setting(size).denoiser
     with FakeTensorMode(), torch.no_grad():
@@ -37,7 +40,7 @@ def test_denoiser(size: str) -> None:
     assert total - repeated == floors.denoiser(config)
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@SIZES
 def test_autoencoder(size: str) -> None:
     config = Setting(size).autoencoder
     with FakeTensorMode(), torch.no_grad():
