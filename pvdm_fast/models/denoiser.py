@@ -19,7 +19,7 @@ from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
 from pvdm_fast.models.ranges import check_timestep
-from pvdm_fast.models.saving import ChecksumsKept
+from pvdm_fast.models.saving import InFolders
 from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention, casting, planes
 from pvdm_fast.nn.constants import constant
 from pvdm_fast.nn.planes import NORM_GROUPS
@@ -93,7 +93,7 @@ class PlanePositions(nn.Module):
         return torch.cat([plane.flatten(0, 1) for plane in planes])
 
 
-class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
+class Denoiser(InFolders, ModelMixin, ConfigMixin):
     """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
 
     Args:
