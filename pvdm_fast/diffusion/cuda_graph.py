@@ -171,7 +171,7 @@ def choose_prediction(denoiser: Denoiser, wanted: bool | None, steps: int) -> Ca
 
     Args:
         wanted: True: by graphs; False: not; None: by graphs on a GPU, where there are steps enough to be worth it.
-        steps: how many denoising steps there will be in all.
+        steps: how many denoising steps there will be for each graph that would be captured.
 
     Raises:
         UserError: graphs are wanted, and the denoiser is on no CUDA GPU or cut among processes.

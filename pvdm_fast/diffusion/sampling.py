@@ -224,7 +224,8 @@ def stream_video(
     layout = denoiser.layout
     shape = (wanted.clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
     rounds = math.ceil(frames / layout.time)
-    predict = choose_prediction(denoiser, wanted.cuda_graph, rounds * steps)
+    graphs = 2 if wanted.condition is None and rounds > 1 else 1  # the first clip alone has no condition
+    predict = choose_prediction(denoiser, wanted.cuda_graph, rounds * steps // graphs)
     latent: Tensor | None = None
     if wanted.condition is not None:
         encoded = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float()

@@ -20,7 +20,7 @@ from pvdm_fast.models import latent_statistics
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
 from pvdm_fast.models.ranges import check_timestep
-from pvdm_fast.models.saving import ChecksumsKept
+from pvdm_fast.models.saving import InFolders
 from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention, casting, planes
 from pvdm_fast.nn.constants import constant
 from pvdm_fast.nn.planes import NORM_GROUPS
@@ -96,7 +96,7 @@ class PlanePositions(nn.Module):
         return torch.cat([plane.flatten(0, 1) for plane in planes])
 
 
-class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
+class Denoiser(InFolders, ModelMixin, ConfigMixin):
     """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
 
     Args:

@@ -120,6 +120,7 @@ class Crash(BaseException):
     """Nothing catches this, so everything in memory is lost."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [7, 18])
 def test_a_crash_anywhere_changes_no_bit(
     calls: int, whole: Path, run: Path, network: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +168,7 @@ def test_a_killed_evaluation_goes_on(whole: Path, run: Path, network: list[str],
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(
     whole: Path, run: Path, network: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

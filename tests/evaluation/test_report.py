@@ -47,6 +47,7 @@ def report(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "report.html"
 
 
+@pytest.mark.slow
 def test_a_browser_plays_every_video(report: Path, tmp_path: Path) -> None:
     loaded = page_after_loading(report, tmp_path / "profile")
     body = re.search(r"<body[^>]*>", loaded)
@@ -58,6 +59,7 @@ def test_a_browser_plays_every_video(report: Path, tmp_path: Path) -> None:
     assert lengths == pytest.approx([0.4] * 8 + [0.5] * 8), "4 and 5 frames, at the run's 10 frames a second"
 
 
+@pytest.mark.slow
 def test_a_browser_that_cannot_play_says_so(report: Path, tmp_path: Path) -> None:
     broken = tmp_path / "report.html"
     broken.write_text(report.read_text().replace("video/mp4;base64,", "video/mp4;base64,AAAA", 1))

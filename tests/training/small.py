@@ -11,7 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+
+from pvdm_fast.train import main
 
 SMALL = shlex.split("""
     --frames 4 --height 16 --width 16 --autoencoder-patch-size 8 --autoencoder-channels 16 --autoencoder-depth 1
@@ -47,6 +50,14 @@ def same_weights(first: Path, second: Path, model: str) -> bool:
     """Bit for bit."""
     a, b = weights(first, model), weights(second, model)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_refused(arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of these options ends before it has a folder, with one sentence that has `message` in it."""
+    assert main([*SMALL, *steps(1), "--run", str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    assert not run.exists()
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from training.small import SMALL, steps
+from training.small import SMALL, assert_refused
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.sample import main as sample_main
@@ -75,13 +75,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(tm
 def test_mistakes_are_one_sentence_and_write_nothing(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main([*SMALL, *steps(1), "--run", str(run), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert not run.exists()
+    assert_refused(arguments, message, tmp_path / "run", capsys)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +145,7 @@ def sample(run: Path, out: Path, *arguments: str) -> int:
     return sample_main([str(run), "--out", str(out), "--steps", "3", "--device", "cpu", *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "npy"])
 def test_the_same_seed_gives_the_same_bytes(finished: Path, tmp_path: Path, suffix: str) -> None:
     files = [tmp_path / f"{name}.{suffix}" for name in "abc"]
@@ -160,6 +155,7 @@ def test_the_same_seed_gives_the_same_bytes(finished: Path, tmp_path: Path, suff
     assert files[0].read_bytes() != files[2].read_bytes()
 
 
+@pytest.mark.slow
 def test_samples_have_the_asked_for_size(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import numpy as np
 

@@ -68,6 +68,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, number: i
     monkeypatch.setattr(STAGES[stage], "loss", loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_an_interrupted_run_continues_exactly(
     stage: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -143,6 +144,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     monkeypatch.setattr(AutoencoderStage, "loss", loss)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
