@@ -26,6 +26,7 @@ from pvdm_fast.training import checkpoint
 from pvdm_fast.training.config import StageOptions, TrainConfig, to_yaml
 from pvdm_fast.training.feed import Feed
 from pvdm_fast.training.optimizer import make_optimizer, optimizer_settings
+from pvdm_fast.training.pace import Pace
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.scores import Best, score_text
 from pvdm_fast.training.sharding import load_model, load_optimizer, whole
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from pvdm_fast.data import Batch, ClipDataset
 
+PACE_SECONDS = 10.0  # of steps, after which a line says how long the stage takes
 DATA_GAVE_OUT = 1_000_000  # what the processes agree on where no signal came: more than any signal's number
 
 
@@ -100,8 +102,8 @@ class Trainer:
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
             UserError: a checkpoint or the records couldn't be written, or the data ran out.
         """
-        self.model.train()
-        self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
+        self.begin()
+        pace = Pace()
         with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
             while not self.over:
                 started = time.perf_counter()
@@ -111,6 +113,9 @@ class Trainer:
                 self.progress.seconds += (seconds := time.perf_counter() - started)
                 record = self.record(outcome, seconds)
                 bar.advance(record, self.options.batch_size * self.options.accumulate)
+                pace.add(seconds)
+                if pace.steps >= 2 and pace.seconds - seconds < PACE_SECONDS <= pace.seconds and self.processes.main:
+                    say(pace.line(self.stage.name, self.options.steps - self.progress.step))
                 due = self.over or self.progress.step % self.config.preview_every == 0
                 if due:
                     self.score()  # first, because it is part of what is saved
@@ -129,6 +134,11 @@ class Trainer:
     def stopped_early(self) -> bool:
         """Whether as many held-out scores as --early-stop says have come since the best one."""
         return self.config.early_stop is not None and self.progress.best["waited"] >= self.config.early_stop
+
+    def begin(self) -> None:
+        """Get ready to take steps."""
+        self.model.train()
+        self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
 
     def read(self) -> list[Batch]:
         """The batches of a step. A signal is answered here, also while they don't come. If they never do, no step is

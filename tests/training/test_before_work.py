@@ -34,6 +34,7 @@ def assert_refused(arguments: list[str], message: str, run: Path, capsys: pytest
     ("arguments", "module", "message"),
     [
         (["--tensorboard"], "torch.utils.tensorboard", "pip install 'pvdm-fast[tensorboard]'"),
+        (["--wandb"], "wandb", "pip install 'pvdm-fast[wandb]'"),
         (["--optimizer", "adamw8bit"], "bitsandbytes.optim", "pip install 'pvdm-fast[8bit]'"),
     ],
 )
