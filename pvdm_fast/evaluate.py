@@ -128,11 +128,15 @@ def run_evaluation(arguments: Sequence[str] | None = None) -> None:
     from pvdm_fast.evaluation.report import score_rows
     from pvdm_fast.evaluation.session import evaluate
 
-    found = [evaluate(request) for request in requests]
-    folders = [folder for _, folder in found]
-    if found[0][0] is None:  # another process writes and prints
+    found, folders = [], []
+    for request in requests:
+        results, folder = evaluate(request)
+        folders.append(folder)
+        if results is not None:
+            found.append(results)
+    if not found:  # another process writes and prints
         return
-    rows = score_rows(found[0][0])
+    rows: Sequence[tuple[str, ...]] = score_rows(found[0])
     pages = [folder / "report.html" for folder in folders]
     if len(requests) > 1:
         place = Path(os.path.commonpath(folders)) if requests[0].out is not None else folders[0]
@@ -142,7 +146,7 @@ def run_evaluation(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         middle = (f"{cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:-1], strict=True))
         print("  ".join([f"{row[0]:<{widths[0]}}", *middle, row[-1]]))
-    for request, (results, _) in zip(requests, found, strict=True):
+    for request, results in zip(requests, found, strict=True):
         where = f"{request.run}: " if len(requests) > 1 else ""
         for line in (*results["missing"], *results["caveats"]):
             print(printable(f"- {where}{line}"))

@@ -44,7 +44,9 @@ def distances(first: Tensor, second: Tensor) -> Tensor:
     return torch.cdist(first.double(), second.double()) / first.shape[1] ** 0.5
 
 
-def search(queries: Tensor, dataset: ClipDataset, clips: int, evaluation: Evaluation, stop: StopRequest) -> Any:
+def search(
+    queries: Tensor, dataset: ClipDataset, clips: int, evaluation: Evaluation, stop: StopRequest
+) -> tuple[Tensor, Tensor, dict[str, str]]:
     """The least distance of each row of ``queries`` (n, D) among the first clips of ``dataset``, and its clip's number.
 
     Returns:
@@ -53,7 +55,8 @@ def search(queries: Tensor, dataset: ClipDataset, clips: int, evaluation: Evalua
     Raises:
         Interrupted: a signal came.
     """
-    size, unreadable = evaluation.request.batch_size, {}
+    size = evaluation.request.batch_size
+    unreadable: dict[str, str] = {}
     batches = [range(first, min(clips, first + size)) for first in range(0, clips, size)]
     least, place = torch.full((len(queries),), torch.inf).double(), torch.zeros(len(queries), dtype=torch.long)
     with make_bar("nearest training clips", clips, unit="clip") as bar:

@@ -13,7 +13,7 @@ from pvdm_fast.errors import printable
 QUIET_SECONDS = 30.0
 
 
-class LogLines(tqdm):  # type: ignore[type-arg]
+class LogLines(tqdm):
     """A bar for output that isn't a terminal: whole lines, one every half minute at most, and one at the end."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
