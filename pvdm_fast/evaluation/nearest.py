@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ DISTANCE = (
     f"root mean square difference of all pixels and colours (0 to 255), frame by frame, of frames averaged down to "
     f"{SIDE} pixels on the short side"
 )
+NEIGHBOURS = 50
+RELATIVE = f"the distance as a share of the mean distance of the {NEIGHBOURS} nearest training clips"
 
 
 def small_pixels(videos: Tensor) -> Tensor:
@@ -41,34 +44,56 @@ def small_pixels(videos: Tensor) -> Tensor:
 
 def distances(first: Tensor, second: Tensor) -> Tensor:
     """DISTANCE between every row of ``first`` (n, D) and of ``second`` (m, D): (n, m)."""
-    return torch.cdist(first.double(), second.double()) / first.shape[1] ** 0.5
+    # without products of matrices, which give a copy another distance than 0
+    apart = torch.cdist(first.double(), second.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return apart / first.shape[1] ** 0.5
 
 
-def search(
-    queries: Tensor, dataset: ClipDataset, clips: int, evaluation: Evaluation, stop: StopRequest
-) -> tuple[Tensor, Tensor, dict[str, str]]:
-    """The least distance of each row of ``queries`` (n, D) among the first clips of ``dataset``, and its clip's number.
+@dataclass(frozen=True)
+class Found:
+    """Of each query the NEIGHBOURS least distances (n, k) in ascending order, and the numbers of their clips."""
 
-    Returns:
-        Distances (n,), clip numbers (n,), and files that couldn't be read.
+    distances: Tensor
+    clips: Tensor
+    unreadable: dict[str, str]
+
+    @property
+    def relative(self) -> Tensor:
+        """The least distance as a share of the mean of the NEIGHBOURS least, (n,): 1 where all are alike, 0 of a copy.
+
+        Carlini et al. (2023, arXiv 2301.13188) find copies by such a share: a blurred sample is near to everything, and
+        only this tells it from a copy.
+        """
+        return self.distances[:, 0] / self.distances.mean(1).clamp_min(1e-9)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What results["nearest"] holds of each query."""
+        columns = zip(self.distances[:, 0].tolist(), self.relative.tolist(), self.clips[:, 0].tolist(), strict=True)
+        return [{"distance": round(d, 2), "relative": round(r, 3), "clip": clip} for d, r, clip in columns]
+
+
+def search(queries: Tensor, dataset: ClipDataset, clips: int, evaluation: Evaluation, stop: StopRequest) -> Found:
+    """The nearest of the first ``clips`` clips of ``dataset`` to each of ``queries`` (n, 3, T, H, W).
 
     Raises:
         Interrupted: a signal came.
     """
-    size = evaluation.request.batch_size
-    unreadable: dict[str, str] = {}
+    size, frames, rows = evaluation.request.batch_size, queries.shape[2], small_pixels(queries)
     batches = [range(first, min(clips, first + size)) for first in range(0, clips, size)]
-    least, place = torch.full((len(queries),), torch.inf).double(), torch.zeros(len(queries), dtype=torch.long)
+    least = torch.empty(len(rows), 0, dtype=torch.float64)
+    place = torch.empty(len(rows), 0, dtype=torch.long)
+    unreadable: dict[str, str] = {}
     with make_bar("nearest training clips", clips, unit="clip") as bar:
         for numbers, batch in zip(batches, read_batches(dataset, batches, evaluation.request.workers), strict=True):
-            found, index = distances(queries, small_pixels(batch["video"])).min(1)
-            place = torch.where(found < least, index + numbers.start, place)
-            least = torch.minimum(found, least)
+            least = torch.cat([least, distances(rows, small_pixels(batch["video"][:, :, :frames]))], dim=1)
+            place = torch.cat([place, torch.tensor(numbers).expand(len(rows), -1)], dim=1)
+            least, index = least.topk(min(NEIGHBOURS, least.shape[1]), largest=False)
+            place = place.gather(1, index)
             unreadable.update(batch["skipped"])
             if stop.number is not None:
                 raise Interrupted(stop.number)
             bar.update(len(numbers))
-    return least, place, unreadable
+    return Found(least, place, unreadable)
 
 
 def nearest_clips(evaluation: Evaluation, samples: Path, statistics: Path, stop: StopRequest) -> dict[str, Any]:
@@ -92,25 +117,26 @@ def nearest_clips(evaluation: Evaluation, samples: Path, statistics: Path, stop:
         except (OSError, UnreadableFile) as error:
             raise UserError(f"{kept} is damaged: remove the folder {folder} to look again") from error
     made = _read_samples(samples, min(request.shown, evaluation.samples))
-    held_out = evaluation.datasets[subject.frames] if request.split == "test" else None
-    compared = [held_out[number]["video"] for number in range(len(made))] if held_out is not None else []
-    training = evaluation.training
+    frames, training = made[0].shape[1], evaluation.training
     assert training is not None
-    queries = small_pixels(torch.stack([*made, *compared]))
-    least, place, unreadable = search(queries, training, request.nearest_among, evaluation, stop)
-    rows = []
+    held_out = evaluation.datasets[subject.frames] if request.split == "test" else None
+    compared = [held_out[number]["video"][:, :frames] for number in range(len(made))] if held_out is not None else []
+    found = search(torch.stack([*made, *compared]), training, request.nearest_among, evaluation, stop)
+    rows = found.rows()
     for number, sample in enumerate(made):
-        clip = training[int(place[number])]
-        show(folder, [number], torch.stack([sample, clip["video"]])[None], subject.fps, len(made))
-        rows.append({"distance": round(float(least[number]), 2), "clip": int(place[number]), "name": str(clip["name"])})
+        clip = training[rows[number]["clip"]]
+        show(folder, [number], torch.stack([sample, clip["video"][:, :frames]])[None], subject.fps, len(made))
+        rows[number]["name"] = str(clip["name"])
     result = {
         "among": request.nearest_among,
         "videos": len(training),
         "source": training.description,
+        "frames": frames,
         "distance": DISTANCE,
-        "samples": rows,
-        "held_out": [round(value, 2) for value in least[len(made) :].tolist()],
-        "unreadable_files": unreadable,
+        "relative": RELATIVE,
+        "samples": rows[: len(made)],
+        "held_out": rows[len(made) :],
+        "unreadable_files": found.unreadable,
         "folder": str(folder.relative_to(evaluation.folder)),
     }
     try:

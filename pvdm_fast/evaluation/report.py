@@ -128,16 +128,17 @@ def score_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def nearest_rows(nearest: dict[str, Any] | None) -> list[tuple[str, str, str]]:
-    """The row of the samples' distances from their nearest training clips, and one of held-out clips'."""
+    """The rows of the samples' distances from their nearest training clips, and of held-out clips'."""
     if nearest is None:
         return []
-    found = {"samples": [row["distance"] for row in nearest["samples"]], "held-out clips": nearest["held_out"]}
-    of = f"the nearest of {nearest['among']:,} training clips, in the median of"
-    return [
-        (f"{name}, distance from training clips", f"{median(values):.1f}", f"{of} {len(values)}")
-        for name, values in found.items()
-        if values
-    ]
+    rows = []
+    for name, key in (("samples", "samples"), ("held-out clips", "held_out")):
+        if found := nearest[key]:
+            of = f"{len(found)} of them, their medians; {nearest['among']:,} training clips"
+            distance, relative = (median(row[value] for row in found) for value in ("distance", "relative"))
+            rows.append((f"{name}, nearest training clip", f"{distance:.1f}", of))
+            rows.append((f"{name}, the same relative to the 50 nearest", f"{relative:.2f}", of))
+    return rows
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -157,17 +158,17 @@ def nearest_section(nearest: dict[str, Any] | None, folder: Path | None, of: str
     if nearest is None or folder is None:
         return ""
     note = (
-        f"Left the first clip of a sample, right the nearest of {nearest['among']:,} training clips (one window of "
-        f"each of {nearest['videos']:,} videos, again from the start where clips outnumber them; not mirrored). "
-        f"Distance: {nearest['distance']}."
+        f"Left the first {nearest['frames']} frames of a sample, right the nearest of {nearest['among']:,} training "
+        f"clips (one window of each of {nearest['videos']:,} videos, again from the start where clips outnumber them; "
+        f"not mirrored). Distance: {nearest['distance']}. Relative: {nearest['relative']}. A copy is near 0: below 0.5, "
+        "look closely. A blurred sample, which is near to all training clips alike, is near 1."
     )
-    if nearest["held_out"]:
-        note += (
-            f" Held-out clips, which no model has seen, are at {min(nearest['held_out']):.1f} to "
-            f"{max(nearest['held_out']):.1f} from their nearest, {median(nearest['held_out']):.1f} in the median: "
-            "a sample far below that is a copy."
-        )
-    captions = [f"sample {n}: {row['distance']:.1f}, {row['name']}" for n, row in enumerate(nearest["samples"])]
+    if relatives := [row["relative"] for row in nearest["held_out"]]:
+        note += f" Held-out clips, which no model has seen, have {min(relatives):.2f} to {max(relatives):.2f}."
+    captions = [
+        f"sample {n}: distance {row['distance']:.1f}, relative {row['relative']:.2f}, {row['name']}"
+        for n, row in enumerate(nearest["samples"])
+    ]
     return _videos(f"Nearest training clips{of}", note, folder, captions)
 
 
