@@ -160,7 +160,7 @@ def nearest_section(nearest: dict[str, Any] | None, folder: Path | None, of: str
     note = (
         f"Left the first {nearest['frames']} frames of a sample, right the nearest of {nearest['among']:,} training "
         f"clips (one window of each of {nearest['videos']:,} videos, again from the start where clips outnumber them; "
-        f"not mirrored). Distance: {nearest['distance']}. Relative: {nearest['relative']}. A copy is near 0: below 0.5, "
+        f"not mirrored). Distance: {nearest['distance']}. Relative: {nearest['relative']}. A copy is near 0: below 0.5 "
         "look closely. A blurred sample, which is near to all training clips alike, is near 1."
     )
     if relatives := [row["relative"] for row in nearest["held_out"]]:
