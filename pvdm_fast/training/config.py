@@ -272,6 +272,12 @@ class TrainConfig:
     preview_every: int = option(
         5000, "steps between sample videos and held-out scores", number=numbers.STEPS, resumable=True
     )
+    early_stop: int | None = option(
+        None,
+        "end a stage after N held-out scores without a new best, and keep the best weights; none: take all steps",
+        number=whole(1, 1_000_000),
+        resumable=True,
+    )
     held_out_clips: int = option(16, "held-out clips that are scored", number=whole(1, 1_000_000), resumable=True)
     max_skipped: int = option(
         10,
@@ -281,6 +287,9 @@ class TrainConfig:
     )
     tensorboard: bool = option(
         False, "also write TensorBoard logs (pip install 'pvdm-fast[tensorboard]')", resumable=True
+    )
+    wandb: bool = option(
+        False, "also log to Weights & Biases (pip install 'pvdm-fast[wandb]'); project: WANDB_PROJECT", resumable=True
     )
     video: VideoOptions = field(default_factory=VideoOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)

@@ -118,10 +118,12 @@ def test_eight_bits_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--frames", "2", "--height", "8", "--width", "8", "--batch-size", "1"]
+    small = ["--frames", "2", "--height", "8", "--width", "8", "--batch-size", "1", "--measure", "0"]
     assert main([*small, "--stage", "diffusion", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert Estimate(**{key: value for key, value in found.items() if key != "peak"}).peak == found["peak"]
+    more = {key: found.pop(key) for key in ("peak", "steps", "seconds_a_step")}
+    assert Estimate(**found).peak == more["peak"]
+    assert more["steps"] == 4400 and more["seconds_a_step"] is None
     assert main([*small, "--checkpointing"]) == 0
     table = capsys.readouterr().out
     assert "autoencoder, " in table and "diffusion, " in table and "saved for backward" in table

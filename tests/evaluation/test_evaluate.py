@@ -33,7 +33,9 @@ from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.models import Denoiser
 
 CPU = torch.device("cpu")
-QUICK = shlex.split("--clips 18 --samples 10 --frames 4 6 --steps 2 --batch-size 4 --save-every 4 --device cpu")
+QUICK = shlex.split(
+    "--clips 18 --samples 10 --frames 4 6 --steps 2 --batch-size 4 --save-every 4 --nearest-among 24 --device cpu"
+)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -382,13 +384,13 @@ def test_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_was_trained_on_is_the_default(run: Path, tmp_path: Path) -> None:
-    request = parse([str(run)])
+    (request,) = parse([str(run)])
     assert (request.data, request.stride, request.split) == ("synthetic:shapes", 1, "test")
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("stride: 1", "stride: 3"))
-    assert parse([str(tmp_path / "run")]).stride == 3
-    assert parse([str(tmp_path / "run"), "--stride", "2", "--data", "films"]).data == "films"
+    assert parse([str(tmp_path / "run")])[0].stride == 3
+    assert parse([str(tmp_path / "run"), "--stride", "2", "--data", "films"])[0].data == "films"
 
 
 def test_small_numbers_are_warned_of(whole: Path) -> None:

@@ -26,6 +26,7 @@ from pvdm_fast.training.report import check_later_denoiser
     ("arguments", "module", "message"),
     [
         (["--tensorboard"], "torch.utils.tensorboard", "pip install 'pvdm-fast[tensorboard]'"),
+        (["--wandb"], "wandb", "pip install 'pvdm-fast[wandb]'"),
         (["--optimizer", "adamw8bit"], "bitsandbytes.optim", "pip install 'pvdm-fast[8bit]'"),
     ],
 )

@@ -87,8 +87,9 @@ def test_a_step_waits_once(
     sent: list[int] = []
     for owner in ("pvdm_fast.training.stages", "pvdm_fast.training.adversarial"):
         monkeypatch.setattr(f"{owner}.to_device", lambda tensors, device: sent.append(len(tensors)) or list(tensors))
-    monkeypatch.setattr(Trainer, "score", lambda self: {"psnr": 0.0, "held_out_loss": 0.0})
-    monkeypatch.setattr("pvdm_fast.training.session.show", lambda trainer: trainer.score())
+    scores = {"psnr": 0.0, "held_out_loss": 0.0}
+    monkeypatch.setattr(Trainer, "score", lambda self: self.progress.scores.update(scores))
+    monkeypatch.setattr("pvdm_fast.training.session.show", lambda trainer: None)
     assert main([*SMALL, *steps(3), *options, "--run", str(tmp_path / "run")]) == 0
     assert log == [["read"]] * 3
     assert len(sent) == 3 * (2 if "--autoencoder-accumulate" in options or "--diffusion-accumulate" in options else 1)
