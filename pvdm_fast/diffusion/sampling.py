@@ -205,7 +205,6 @@ RANGES = {
 NAMES = {"steps": "the number of sampling steps"}
 
 
-@torch.no_grad()
 def stream_video(
     autoencoder: Autoencoder,
     denoiser: Denoiser,
@@ -249,7 +248,8 @@ def stream_video(
     predict = predict or choose_prediction(denoiser, wanted.cuda_graph, rounds * steps)
     latent: Tensor | None = None
     if wanted.condition is not None:
-        latent = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float().expand(shape)
+        with torch.no_grad():
+            latent = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float().expand(shape)
     labels = None if wanted.labels is None else wanted.labels.to(device)
     for index in range(rounds):
 
@@ -273,10 +273,13 @@ def stream_video(
             predict=predict,
             on_step=after_step,
         )
-        # without a name for it, which would keep it while the next clip is sampled
-        yield (
-            autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu()[:, :, : frames - index * layout.time]
-        )
+        # Nothing here keeps a clip until the next one is there, as a name for it would, or no_grad around the whole.
+        yield _decode(autoencoder, latent)[:, :, : frames - index * layout.time]
+
+
+@torch.no_grad()
+def _decode(autoencoder: Autoencoder, latent: Tensor) -> Tensor:
+    return autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu()
 
 
 def sample_video(
