@@ -34,7 +34,7 @@ def make_bar(
     )
 
 
-class _Bar(tqdm):  # type: ignore[type-arg]
+class _Bar(tqdm):
     """With the time spent and left in days, where it is days: tqdm counts hours."""
 
     @property
