@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.data import ClipDataset, video_grid, write_video
-from pvdm_fast.data.draws import stable_hash
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation.clips import read_batches
 from pvdm_fast.evaluation.features import FeatureNetwork
@@ -180,15 +179,15 @@ def measure_samples(
 
 
 def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:
-    """The samples with these numbers, (B, 3, frames, H, W) in [-1, 1]. Their noise depends only on seed and
-    numbers."""
-    from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
+    """The samples with these numbers, (B, 3, frames, H, W) in [-1, 1]. The noise of each depends only on the seed and
+    its number."""
+    from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, sample_video
 
     assert subject.denoiser is not None
     options = SamplingOptions(
         clips=len(numbers),
         frames=frames,
-        seed=stable_hash("sample", sampling["seed"], numbers.start) % 2**63,
+        seed=NoiseSource.of_clips(sampling["seed"], numbers),
         **{name: sampling[name] for name in ("steps", "scheduler", "guidance", "eta")},
     )
     return sample_video(subject.autoencoder, subject.denoiser, options)

@@ -143,7 +143,8 @@ def make_protocol(
         "samples": count_samples(request, subject, network),
         "frames": list(request.frames),
         **{name: getattr(request, name) for name in ("scheduler", "steps", "eta", "guidance", "seed", "batch_size")},
-        "noise": "drawn on the CPU, from one generator a batch, seeded by the seed and the batch's first sample",
+        "noise": "drawn on the CPU, from one generator a sample, seeded by the seed and the sample's number as in "
+        "pvdm_fast.sample",
     }
     network_facts = None
     if network is not None:
