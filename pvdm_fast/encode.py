@@ -62,6 +62,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", default=0, **number(numbers.SEED), help=f"seed of the clips {default}")
     parser.add_argument("--flip", action="store_true", help="mirror half of the training clips")
+    words = "as for training: where training clips are cut out"
+    parser.add_argument("--crop", default="random", metavar="{random,centre}", help=f"{words} {default}")
+    words = "as for training: bilinear is the release's, not antialiased"
+    parser.add_argument("--resize", default="bicubic", metavar="{bicubic,bilinear}", help=f"{words} {default}")
+    parser.add_argument(
+        "--fold", default=1, **number(numbers.FOLD), help=f"which of UCF-101's three pairs of lists {default}"
+    )
     parser.add_argument("--batch-size", default=8, **number(numbers.BATCH), help=f"clips encoded at once {default}")
     parser.add_argument("--shard-clips", default=512, **number(numbers.VIDEOS), help=f"clips per file {default}")
     parser.add_argument(
@@ -172,6 +179,9 @@ def open_split(arguments: argparse.Namespace, autoencoder: Autoencoder, split: s
         seed=arguments.seed,
         flip=arguments.flip,
         read_timeout=arguments.read_timeout,
+        crop=arguments.crop,
+        resize=arguments.resize,
+        fold=arguments.fold,
     )
     if isinstance(dataset, LatentClips):
         raise UserError(f"{arguments.data} holds latents already: name the videos that they were made from")
@@ -206,6 +216,9 @@ def make_settings(
         shard_clips=arguments.shard_clips,
         container=arguments.container,
         dtype=dtype,
+        crop=spec.crop,
+        resize=spec.resize,
+        fold=spec.fold,
     )
 
 
@@ -223,7 +236,7 @@ def temporary_name(path: Path) -> Iterator[Path]:
 
 def claim(out: Path, settings: Settings) -> None:
     """Write the settings of a new folder. Raises UserError if it holds anything made with other settings."""
-    from pvdm_fast.data.latents import SETTINGS
+    from pvdm_fast.data.latents import LATER, SETTINGS
     from pvdm_fast.jobs.files import flush
     from pvdm_fast.jobs.reading import read_json_object
 
@@ -241,7 +254,7 @@ def claim(out: Path, settings: Settings) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use the folder {out}: {getattr(error, 'strerror', None) or error}") from error
     for name, asked in asdict(settings).items():
-        have = there.get(name, "float32" if name == "dtype" else None)  # folders of before had no dtype
+        have = there.get(name, LATER.get(name))
         if have != asked:
             raise UserError(
                 f"{out} holds latents made with {name} {have}, but {asked} is asked for: name another folder"

@@ -46,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="lengths at which samples are compared (default: 16 128)",
     )
     add("--stride", type=numbers.STRIDE, metavar="N", help="step between a real clip's frames (default: the run's)")
+    add("--fold", type=numbers.FOLD, metavar="N", help="which of UCF-101's three pairs of lists (default: the run's)")
     add("--seed", type=numbers.SEED, metavar="N", help="seed of clips and samples (default: 0)")
     add("--features", type=Path, metavar="FILE", help="feature network: i3d_torchscript.pt of StyleGAN-V")
     add("--features-sha256", metavar="HASH", help="the hash that this file must have")
@@ -73,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Request:
-    """Read the command line. Data and stride default to the run's.
+    """Read the command line. Data, stride and fold default to the run's.
 
     Raises:
         UserError: an unknown option, a value out of range, or a run that doesn't say what it was trained on.
@@ -86,7 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     run = RunFolder(given["run"])
     if run.config.is_file():
         config = run.read_config()
-        given = {"data": config.data, "stride": config.video.stride, **given}
+        given = {"data": config.data, "stride": config.video.stride, "fold": config.video.fold, **given}
     if "data" not in given:
         raise UserError(f"name the clips with --data: {run.path} has no config.yaml that says what it was trained on")
     if "frames" in given:
