@@ -52,6 +52,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", default=0, **number(numbers.SEED), help=f"seed of the clips {default}")
     parser.add_argument("--flip", action="store_true", help="mirror half of the training clips")
+    words = "as for training: where training clips are cut out"
+    parser.add_argument("--crop", default="random", metavar="{random,centre}", help=f"{words} {default}")
+    words = "as for training: bilinear is the release's, not antialiased"
+    parser.add_argument("--resize", default="bicubic", metavar="{bicubic,bilinear}", help=f"{words} {default}")
+    parser.add_argument(
+        "--fold", default=1, **number(numbers.FOLD), help=f"which of UCF-101's three pairs of lists {default}"
+    )
     parser.add_argument("--batch-size", default=8, **number(numbers.BATCH), help=f"clips encoded at once {default}")
     parser.add_argument("--shard-clips", default=512, **number(numbers.VIDEOS), help=f"clips per file {default}")
     parser.add_argument(

@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,7 @@ def _step(
     """The trained model, the one that it builds on, what that one computes, and a forward pass with its loss.
 
     Diffusion: clips have a condition with the configuration's probability. So that share of the batch, rounded up, has
-    one.
+    one. Where the condition is drawn per batch, it is the larger step, in which all have one.
     """
     import torch
 
@@ -176,7 +177,10 @@ def _step(
         denoiser.enable_gradient_checkpointing()
     autoencoder.eval().requires_grad_(False)
     schedule = NoiseSchedule.create()
-    conditions = -(-int(1000 * batch * options.conditional_probability) // 1000)
+    share = options.conditional_probability
+    if options.condition_per == "batch" and share > 0:
+        share = 1.0
+    conditions = -(-int(1000 * batch * share) // 1000)
     windows = torch.empty(batch + conditions, *clips.shape[1:])
 
     @torch.no_grad()
@@ -189,7 +193,8 @@ def _step(
         timestep = torch.zeros(batch, dtype=torch.long)
         prediction = str(denoiser.config.prediction)
         noise, condition = torch.empty_like(target), torch.zeros_like(target)
-        return diffusion_loss(denoiser, schedule, target, condition, noise, timestep, prediction)
+        with torch.autocast("cpu", enabled=False) if options.float32 else nullcontext():
+            return diffusion_loss(denoiser, schedule, target, condition, noise, timestep, prediction)
 
     return denoiser, autoencoder, encode, step
 

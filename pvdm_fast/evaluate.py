@@ -48,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="lengths at which samples are compared (default: 16 128)",
     )
     add("--stride", type=numbers.STRIDE, metavar="N", help="step between a real clip's frames (default: the run's)")
+    add("--fold", type=numbers.FOLD, metavar="N", help="which of UCF-101's three pairs of lists (default: the run's)")
     add("--seed", type=numbers.SEED, metavar="N", help="seed of clips and samples (default: 0)")
     add("--features", type=Path, metavar="FILE", help="feature network: i3d_torchscript.pt of StyleGAN-V")
     add("--features-sha256", metavar="HASH", help="the hash that this file must have")
@@ -82,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str] | None = None) -> list[Request]:
-    """Read the command line: a request for each run. Data and stride default to the run's.
+    """Read the command line: a request for each run. Data, stride and fold default to the run's.
 
     Raises:
         UserError: an unknown option, a value out of range, a run that doesn't say what it was trained on, or runs whose
@@ -102,7 +103,7 @@ def parse(arguments: Sequence[str] | None = None) -> list[Request]:
         run, options = RunFolder(path), dict(given)
         if run.config.is_file():
             config = run.read_config()
-            options = {"data": config.data, "stride": config.video.stride, **given}
+            options = {"data": config.data, "stride": config.video.stride, "fold": config.video.fold, **given}
         if "data" not in options:
             raise UserError(
                 f"name the clips with --data: {run.path} has no config.yaml that says what it was trained on"
@@ -110,7 +111,7 @@ def parse(arguments: Sequence[str] | None = None) -> list[Request]:
         if len(runs) > 1 and "out" in given:
             options["out"] = given["out"] / label
         requests.append(Request(run=path, **options))
-    for option in ("data", "stride"):
+    for option in ("data", "stride", "fold"):
         found = {getattr(request, option) for request in requests}
         if len(found) > 1:
             raise UserError(

@@ -6,21 +6,21 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 import torch
 
-from pvdm_fast.data.draws import View, Window, draw_window, epoch_order, generator
+from pvdm_fast.data.draws import BELOW_THE_MIDDLE, View, Window, draw_window, epoch_order, generator
 from pvdm_fast.data.errors import DataError, UnreadableVideo
 from pvdm_fast.data.frame_folders import list_frames, read_picture
-from pvdm_fast.data.layouts import Found
+from pvdm_fast.data.layouts import FIRST_FOLD, FOLDS, Found
 from pvdm_fast.data.listing import Video
 from pvdm_fast.data.shapes import draw_scene
 from pvdm_fast.data.shards import Sample, read_video, shard_order
-from pvdm_fast.data.transforms import fit, to_float, to_pixels
+from pvdm_fast.data.transforms import Resize, fit, to_float, to_pixels
 from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, Source, counted_index, packet_index, read_frames
 from pvdm_fast.data.watch import TooSlow, reading
 from pvdm_fast.jobs.reading import READ_TIMEOUT
@@ -29,6 +29,7 @@ SYNTHETIC = "synthetic:shapes"
 SYNTHETIC_LENGTH = {"train": 4096, "test": 256}
 NAMED_FAILURES = 5
 
+Crop = Literal["random", "centre"]
 Skipped = list[tuple[str, str]]
 State = tuple[int, int, int] | None  # of a file, see _state
 
@@ -62,7 +63,12 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """The size of clips, the step between their frames, and how they are drawn."""
+    """The size of clips, the step between their frames, and how they are drawn.
+
+    ``crop``: where training clips are cut out; the release's "centre" rounds down, that of the test split up.
+    ``resize``: see `pvdm_fast.data.transforms.fit`. ``pad_short``: a video of at least half the frames gives black ones
+    and then half of them. ``fold``: of UCF-101. Rendered scenes need neither cropping, resizing nor padding.
+    """
 
     frames: int
     height: int
@@ -73,6 +79,10 @@ class ClipSpec:
     flip: bool = False
     read_timeout: float = READ_TIMEOUT
     centred: bool = False
+    crop: Crop = "random"
+    resize: Resize = "bicubic"
+    pad_short: bool = False
+    fold: int = FIRST_FOLD
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "stride"):
@@ -82,6 +92,20 @@ class ClipSpec:
             raise DataError(f'no split "{self.split}": choose "train" or "test"')
         if self.read_timeout < 0:
             raise DataError(f"read_timeout must be at least 0 seconds, got {self.read_timeout:g}")
+        for name, known in (("crop", get_args(Crop)), ("resize", get_args(Resize)), ("fold", FOLDS)):
+            if getattr(self, name) not in known:
+                raise DataError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+
+    @property
+    def shortest(self) -> int:
+        """How many frames a video must have."""
+        return self.frames // 2 if self.pad_short else self.frames
+
+    def draw_view(self, rng: np.random.Generator) -> View:
+        """Which part of its frames a clip shows, and whether it is mirrored."""
+        drawn = self.split == "train" and not self.centred
+        view = View.draw(rng, flip=self.flip) if drawn else View()
+        return replace(view, down=BELOW_THE_MIDDLE, right=BELOW_THE_MIDDLE) if self.crop == "centre" else view
 
 
 class ClipDataset(torch.utils.data.Dataset[Item], ABC):
@@ -165,6 +189,7 @@ class FolderClips(PixelClips):
                 skipped.append((video.place, str(error)))
                 continue
             name = f"{video.name}@{window.start}"
+            frames = [np.zeros_like(frames[0])] * (self.spec.frames - len(frames)) + frames  # none unless padded
             return {"video": to_pixels(frames), "name": name, "label": label, "skipped": skipped}
         raise DataError(_none_usable(self.root, self.description, skipped))
 
@@ -186,16 +211,15 @@ class FolderClips(PixelClips):
     def _clip(self, video: Video, draw: int) -> tuple[Window, list[np.ndarray], str | None]:
         spec = self.spec
         rng = generator("clip", spec.seed, draw)
-        drawn = spec.split == "train" and not spec.centred
-        view = View.draw(rng, flip=spec.flip) if drawn else View()
+        view = spec.draw_view(rng)
         place = rng.bit_generator.state
 
         def choose(total: int) -> Window:
             rng.bit_generator.state = place  # the same choice, however often the length must be found
-            return draw_window(total, spec.frames, spec.stride, rng)
+            return draw_window(total, spec.frames if total >= spec.frames else spec.shortest, spec.stride, rng)
 
         def each(frame: np.ndarray) -> np.ndarray:
-            return fit(frame, spec.height, spec.width, view)
+            return fit(frame, spec.height, spec.width, view, spec.resize)
 
         if video.is_folder:
             with _every_window():
@@ -275,9 +299,9 @@ def is_long_enough(video: Video, spec: ClipSpec) -> bool:
     try:
         with reading(video.place, spec.read_timeout):
             if video.is_folder:
-                return len(list_frames(video.path)) >= spec.frames
+                return len(list_frames(video.path)) >= spec.shortest
             source = read_video(video)[0] if isinstance(video, Sample) else video.path
-            return packet_index(source).frames >= spec.frames
+            return packet_index(source).frames >= spec.shortest
     except UnreadableVideo:
         return False
 

@@ -78,6 +78,11 @@ class View:
         return cls(float(down), float(right), flip and bool(mirror < 0.5))
 
 
+# Of two places in the middle, an odd number of pixels left over, `crop_box` takes the lower right one for 0.5. The
+# release halves and rounds down.
+BELOW_THE_MIDDLE = 0.5 - 2.0**-20
+
+
 def crop_box(source: tuple[int, int], target: tuple[int, int], down: float, right: float) -> tuple[int, int, int, int]:
     """The part of a frame that becomes the crop when it is resized to ``target``: (top, left, height, width) in pixels.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pvdm_fast.data.clips import ClipDataset, ClipSpec, Item, Skipped
 from pvdm_fast.data.draws import epoch_order
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.latent_shards import CONTAINERS, LatentShard, open_shard
+from pvdm_fast.data.layouts import FIRST_FOLD
 from pvdm_fast.data.watch import reading
 from pvdm_fast.jobs.reading import UnreadableFile, read_json, read_json_object
 
@@ -42,7 +43,7 @@ class Settings:
     ``autoencoder`` is its `fingerprint`. A clip has ``frames`` = 2T frames, and latents at ``windows`` windows of
     T; ``train_clips`` and ``test_clips`` are the draws 0, 1, ... of ``data``, ``shard_clips`` of them in a shard.
     ``container`` is the shards' suffix, "safetensors" or "tar"; ``dtype`` what the autoencoder computed in, "float32"
-    or "bf16".
+    or "bf16". ``crop``, ``resize`` and ``fold`` are those of `ClipSpec`.
     """
 
     autoencoder: str
@@ -62,6 +63,9 @@ class Settings:
     shard_clips: int
     container: str
     dtype: str = "float32"
+    crop: str = "random"
+    resize: str = "bicubic"
+    fold: int = FIRST_FOLD
     format: str = FORMAT
 
     def check(self) -> None:
@@ -87,9 +91,14 @@ class Settings:
 
     def hash(self) -> str:
         values = asdict(self)
-        if self.dtype == "float32":
-            del values["dtype"]  # shards that were written before there was another one stay good
+        for name, default in LATER.items():
+            if values[name] == default:
+                del values[name]  # shards that were written before there was another one stay good
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# What settings hold that were written before there was a choice.
+LATER = {item.name: item.default for item in fields(Settings) if item.default is not MISSING and item.name != "format"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,9 @@ class LatentClips(ClipDataset):
         self.root, self.spec = root, spec
         self.settings = settings = read_index(root)
         self._hash = settings.hash()
-        for name in ("frames", "height", "width", "stride", "flip"):
+        if spec.pad_short:
+            raise DataError(f"the latents in {root} are of whole clips: leave out --pad-short (or say --no-pad-short)")
+        for name in ("frames", "height", "width", "stride", "flip", "crop", "resize", "fold"):
             have, want = getattr(settings, name), getattr(spec, name)
             if have != want:
                 raise DataError(

@@ -2,8 +2,8 @@
 
 These are tried in order:
 
-1. The official lists of UCF-101, ``trainlist01.txt`` and ``testlist01.txt``, in the folder, one level up, or in
-   ``ucfTrainTestlist`` in either. They apply to the videos that they name.
+1. The official lists of UCF-101, ``trainlist01.txt`` and ``testlist01.txt`` (02, 03 for the other two folds), in the
+   folder, one level up, or in ``ucfTrainTestlist`` in either. They apply to the videos that they name.
 2. Folders named as splits side by side, at any depth and in any case: ``train`` and ``test``, ``val`` or the like.
 3. A hash of the names. For videos named like ``v_<Class>_g01_c01.avi``, a hash of class and group.
 """
@@ -22,6 +22,8 @@ from pvdm_fast.data.listing import NAMED, VIDEO_SUFFIXES, Listing, Video, counte
 from pvdm_fast.jobs.reading import UnreadableFile, read_text
 
 SPLITS = ("train", "test")
+FOLDS = (1, 2, 3)  # of UCF-101
+FIRST_FOLD = FOLDS[0]
 LIST_BYTES = 64 << 20
 # "val", "Training_set", "sky_test", "train_256": a split's name, and what commonly surrounds it.
 _SPLIT_NAME = re.compile(
@@ -42,17 +44,21 @@ class Found:
     left_out: str = ""
 
 
-def find_videos(root: Path, split: str, usable: Callable[[Video], bool] = lambda video: True) -> Found:
+def find_videos(
+    root: Path, split: str, usable: Callable[[Video], bool] = lambda video: True, fold: int = FIRST_FOLD
+) -> Found:
     """The videos of a split ("train" or "test"). If there are none, raises `DataError` that says what was looked for.
 
     ``usable`` tells whether a video can give clips. It is called for only a few, to make sure that a split by hash
-    holds out a usable one.
+    holds out a usable one. ``fold`` says which of UCF-101's three pairs of lists; another one than the first must be
+    there.
     """
     if split not in SPLITS:
         raise DataError(f'no split "{split}": choose "train" or "test"')
     if not root.exists():
         raise DataError(f"no such file or folder: {root}")
     if root.is_file():
+        check_fold(fold, root)
         return Found([Video(root, root.name, False)], f"one video file, {root.name}, in both splits")
     if not root.is_dir():
         raise DataError(f"{root} is a pipe or a device: name a folder of videos, or a file")
@@ -63,12 +69,20 @@ def find_videos(root: Path, split: str, usable: Callable[[Video], bool] = lambda
             f"of frames ({_suffixes(IMAGE_SUFFIXES)}), laid out freely, as UCF-101 (<Class>/v_<Class>_g01_c01.avi), or "
             f"as SkyTimelapse and Kinetics (train/ and test/ or val/){_found_instead(listing)}"
         )
-    found = (
-        _split_by_lists(root, listing.videos, split)
-        or _split_by_folders(listing.videos, split)
-        or _split_by_hash(listing.videos, split, usable)
-    )
+    found = _split_by_lists(root, listing.videos, split, fold)
+    if found is None:
+        check_fold(fold, root)
+        found = _split_by_folders(listing.videos, split) or _split_by_hash(listing.videos, split, usable)
     return replace(found, description=found.description + listing.unread_note(), left_out=listing.left_out())
+
+
+def check_fold(fold: int, source: str | Path) -> None:
+    """Raises `DataError` for another fold than the first, of data that UCF-101's lists don't split."""
+    if fold != FIRST_FOLD:
+        raise DataError(
+            f"there is no fold {fold} of {source}: folds are UCF-101's, by its lists {_list_name('train', fold)} and "
+            f"{_list_name('test', fold)} beside the videos or in ucfTrainTestlist/; put them there, or take --fold 1"
+        )
 
 
 def find_all(root: Path) -> list[Video]:
@@ -154,13 +168,17 @@ def _few(names: dict[str, None]) -> str:
     return ", ".join(list(names)[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
-def _split_by_lists(root: Path, videos: list[Video], split: str) -> Found | None:
+def _list_name(split: str, fold: int) -> str:
+    return f"{split}list{fold:02}.txt"
+
+
+def _split_by_lists(root: Path, videos: list[Video], split: str, fold: int) -> Found | None:
     """The official split of the videos that UCF-101's lists name. None without lists, or if they name no video
     here."""
-    folder = _find_lists(root)
+    folder = _find_lists(root, fold)
     if folder is None:
         return None
-    listed = {which: _read_list(folder / f"{which}list01.txt") for which in SPLITS}
+    listed = {which: _read_list(folder / _list_name(which, fold)) for which in SPLITS}
     by_stem: dict[str, list[Video]] = {}
     for video in videos:
         by_stem.setdefault(Path(video.name).stem, []).append(video)
@@ -170,13 +188,13 @@ def _split_by_lists(root: Path, videos: list[Video], split: str) -> Found | None
     chosen = [video for name in wanted for video in by_stem.get(name, [])]
     if not chosen:
         raise DataError(
-            f"none of the {len(wanted)} videos listed in {folder / f'{split}list01.txt'} are in {root}: take the lists "
-            "away to split by folders or by a hash"
+            f"none of the {len(wanted)} videos listed in {folder / _list_name(split, fold)} are in {root}: take the "
+            "lists away to split by folders or by a hash"
         )
     missing = sum(name not in by_stem for name in wanted)
     either = listed["train"].keys() | listed["test"].keys()
     others = sum(len(found) for name, found in by_stem.items() if name not in either)
-    notes = [f"{split}list01.txt"]
+    notes = [_list_name(split, fold)]
     if missing:
         notes.append(f"{missing} listed but not there")
     if others:
@@ -186,10 +204,10 @@ def _split_by_lists(root: Path, videos: list[Video], split: str) -> Found | None
     )
 
 
-def _find_lists(root: Path) -> Path | None:
+def _find_lists(root: Path, fold: int) -> Path | None:
     root = root.absolute()
     for folder in (root, root / "ucfTrainTestlist", root.parent, root.parent / "ucfTrainTestlist"):
-        if all((folder / f"{split}list01.txt").is_file() for split in SPLITS):
+        if all((folder / _list_name(split, fold)).is_file() for split in SPLITS):
             return folder
     return None
 

@@ -8,6 +8,7 @@ from pvdm_fast.data.clips import (
     SYNTHETIC,
     ClipDataset,
     ClipSpec,
+    Crop,
     FolderClips,
     ShardClips,
     SyntheticClips,
@@ -15,9 +16,10 @@ from pvdm_fast.data.clips import (
 )
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.latents import LatentClips, is_latents, read_labels
-from pvdm_fast.data.layouts import find_all, find_videos
+from pvdm_fast.data.layouts import FIRST_FOLD, check_fold, find_all, find_videos
 from pvdm_fast.data.listing import Video, list_folder
 from pvdm_fast.data.shards import find_samples, has_videos, list_shards
+from pvdm_fast.data.transforms import Resize
 from pvdm_fast.jobs.reading import READ_TIMEOUT
 
 
@@ -33,6 +35,10 @@ def open_dataset(
     flip: bool = False,
     read_timeout: float = READ_TIMEOUT,
     centred: bool = False,
+    crop: Crop = "random",
+    resize: Resize = "bicubic",
+    pad_short: bool = False,
+    fold: int = FIRST_FOLD,
 ) -> ClipDataset:
     """Clips from ``"synthetic:shapes"``, a folder (layout detected, see `pvdm_fast.data.layouts`) or one file.
 
@@ -41,14 +47,18 @@ def open_dataset(
     A folder that ``python -m pvdm_fast.encode`` wrote gives latents: `pvdm_fast.data.latents.LatentClips`.
 
     ``stride`` is the step between the frames of a clip. ``flip`` mirrors half of the training clips. The test split
-    holds other videos, cropped at the centre and never mirrored. ``centred`` does the same to training clips. A file
+    holds other videos, cropped at the centre and never mirrored. ``centred`` does the same to training clips. The last
+    four arguments are the release's ways, see `pvdm_fast.data.clips.ClipSpec`. A file
     that takes longer than ``read_timeout`` seconds (0: no limit) is skipped. `pvdm_fast.data.watch` says what that can
     interrupt. One clip is read to check the data: raises `DataError` if no video can be used.
     """
-    spec = ClipSpec(frames, height, width, stride, split, seed, flip, read_timeout, centred)
+    spec = ClipSpec(
+        frames, height, width, stride, split, seed, flip, read_timeout, centred, crop, resize, pad_short, fold
+    )
     if str(source).startswith("synthetic:"):
         if str(source) != SYNTHETIC:
             raise DataError(f'no built-in data "{source}": there is "{SYNTHETIC}"')
+        check_fold(fold, source)
         return SyntheticClips(spec)
     root = Path(source)
     if is_latents(root):
@@ -59,9 +69,10 @@ def open_dataset(
 
     shards = _shards(source)
     if shards:
+        check_fold(fold, source)
         dataset: FolderClips = ShardClips(root, find_samples(shards, split, usable), spec)
     else:
-        dataset = FolderClips(root, find_videos(root, split, usable), spec)
+        dataset = FolderClips(root, find_videos(root, split, usable, fold), spec)
     dataset.read(0)
     return dataset
 

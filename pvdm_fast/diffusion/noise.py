@@ -62,6 +62,9 @@ def joint_batch(
     conditional_probability: float,
     generator: torch.Generator,
     share: Share = Share(),  # noqa: B008
+    *,
+    per_batch: bool = False,
+    pad_short: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Targets and conditions for joint unconditional and conditional training.
 
@@ -74,6 +77,9 @@ def joint_batch(
         conditional_probability: between 0 and 1.
         generator: a CPU generator, the only source of randomness.
         share: which clips of a global batch ``video`` holds.
+        per_batch: draw once for the whole global batch, whether there is a condition and where targets begin.
+        pad_short: the first T frames of a clip may be padding, all black: -1, or 0 where ``video`` is uint8. Then the
+            target is the last T frames, and the condition zeros.
 
     Returns:
         target and condition, both (B, D, N).
@@ -85,14 +91,22 @@ def joint_batch(
     if frames % 2:
         raise ValueError(f"joint training needs clips of 2T frames, but these have {frames}")
     half = frames // 2
-    conditional, starts = _draw_targets(batch, half, conditional_probability, generator, share)
+    conditional, starts = _draw_targets(batch, half, conditional_probability, generator, share, per_batch)
     windows = [clip[:, start : start + half] for clip, start in zip(video, starts.tolist(), strict=True)]
+    shown = _shown(video[:, :, :half]) if pad_short else None
+    if shown is not None:
+        windows = [torch.where(seen, w, clip[:, half:]) for seen, w, clip in zip(shown, windows, video, strict=True)]
     preceding = [clip[:, :half] for clip, keep in zip(video, conditional.tolist(), strict=True) if keep]
     latents = encode(torch.stack(windows + preceding))
     target, nothing, of_preceding = latents[:batch], torch.zeros_like(latents[0]), iter(latents[batch:])
     # Not by a mask on the device: how many are set would have to be waited for.
     condition = torch.stack([next(of_preceding) if keep else nothing for keep in conditional.tolist()])
-    return target, condition
+    return target, condition if shown is None else torch.where(shown[:, None, None], condition, 0.0)
+
+
+def _shown(frames: Tensor) -> Tensor:
+    """Which clips (B, 3, T, H, W) aren't black in every frame: bool (B,)."""
+    return (frames != (0 if frames.dtype == torch.uint8 else -1)).flatten(1).any(1)
 
 
 def joint_latents(
@@ -101,18 +115,21 @@ def joint_latents(
     conditional_probability: float,
     generator: torch.Generator,
     share: Share = Share(),  # noqa: B008
+    *,
+    per_batch: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`joint_batch` from cached latents: the same draws, each with the nearest cached window.
 
     Args:
         latents: (B, W, D, N), each clip of 2T frames encoded at the W >= 2 windows of `window_starts`.
         frames: T.
-        conditional_probability, generator, share: as for `joint_batch`. With W = T + 1 the result is the same.
+        conditional_probability, generator, share, per_batch: as for `joint_batch`. With W = T + 1 the result is
+            the same.
 
     Returns:
         target and condition, both (B, D, N).
     """
-    conditional, starts = _draw_targets(len(latents), frames, conditional_probability, generator, share)
+    conditional, starts = _draw_targets(len(latents), frames, conditional_probability, generator, share, per_batch)
     cached = torch.tensor(window_starts(frames, latents.shape[1]))
     nearest = (starts[:, None] - cached).abs().argmin(1)
     nearest, keep = to_device([nearest, conditional.to(latents.dtype)], latents.device)
@@ -126,9 +143,12 @@ def window_starts(frames: int, windows: int) -> list[int]:
 
 
 def _draw_targets(
-    batch: int, half: int, conditional_probability: float, generator: torch.Generator, share: Share
+    batch: int, half: int, conditional_probability: float, generator: torch.Generator, share: Share, per_batch: bool
 ) -> tuple[Tensor, Tensor]:
     """Which clips have a condition, and where in the 2T frames each target begins: bool and int64 (B,)."""
-    conditional = share.of(torch.rand(share.world * batch, generator=generator)) < conditional_probability
-    starts = share.of(torch.randint(0, half + 1, (share.world * batch,), generator=generator))
+    clips = share.world * batch
+    drawn = 1 if per_batch else clips
+    conditional = torch.rand(drawn, generator=generator) < conditional_probability
+    starts = torch.randint(0, half + 1, (drawn,), generator=generator)
+    conditional, starts = share.of(conditional.expand(clips)), share.of(starts.expand(clips))
     return conditional, torch.where(conditional, half, starts)

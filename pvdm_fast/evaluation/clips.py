@@ -46,7 +46,7 @@ class BothSplits(ClipDataset):
 
 
 def open_clips(
-    source: str | Path, split: str, *, frames: int, size: tuple[int, int], stride: int, seed: int
+    source: str | Path, split: str, *, frames: int, size: tuple[int, int], stride: int, seed: int, fold: int = 1
 ) -> ClipDataset:
     """The clips of a split ("test", "train" or "all"), cropped at the centre and never mirrored.
 
@@ -59,7 +59,15 @@ def open_clips(
     def open_split(name: str) -> ClipDataset:
         height, width = size
         return open_dataset(
-            source, frames=frames, height=height, width=width, stride=stride, split=name, seed=seed, centred=True
+            source,
+            frames=frames,
+            height=height,
+            width=width,
+            stride=stride,
+            split=name,
+            seed=seed,
+            centred=True,
+            fold=fold,
         )
 
     return BothSplits(open_split("test"), open_split("train")) if split == "all" else open_split(split)

@@ -39,6 +39,7 @@ RANGES = {  # of a request's numbers, as it is made in Python
     "samples": numbers.CLIPS_OR_NONE,
     "frames": numbers.FRAMES,
     "stride": numbers.STRIDE,
+    "fold": numbers.FOLD,
     "seed": numbers.SEED,
     "steps": numbers.SAMPLING_STEPS,
     "eta": numbers.ETA,
@@ -63,6 +64,7 @@ class Request:
     samples: int | None = None
     frames: tuple[int, ...] = (16, 128)
     stride: int = 1
+    fold: int = 1
     seed: int = 0
     features: Path | None = None
     features_sha256: str | None = None

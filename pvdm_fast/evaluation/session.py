@@ -154,7 +154,13 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
     lengths = {subject.frames} | (set(request.frames) if network and subject.denoiser else set())
     datasets = {
         frames: open_clips(
-            request.data, request.split, frames=frames, size=subject.size, stride=request.stride, seed=request.seed
+            request.data,
+            request.split,
+            frames=frames,
+            size=subject.size,
+            stride=request.stride,
+            seed=request.seed,
+            fold=request.fold,
         )
         for frames in sorted(lengths)
     }

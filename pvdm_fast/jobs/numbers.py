@@ -93,6 +93,7 @@ FRAMES = whole(1, 1_000_000)  # of a sampled video
 CLIP_FRAMES = whole(1, 4096)
 SIDE = whole(1, 16_384)  # pixels
 STRIDE = whole(1, 10_000)
+FOLD = whole(1, 3)  # of UCF-101
 BATCH = whole(1, 100_000)
 STEPS = whole(1, 1_000_000_000)  # of training
 SAMPLING_STEPS = whole(1, 1000)

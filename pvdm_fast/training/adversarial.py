@@ -163,9 +163,10 @@ class SecondPhaseStage(AutoencoderStage):
         super().__init__(config, autoencoder)
         self.lpips: LPIPS | None = load_lpips(config.lpips_weights)[0] if config.lpips_weights is not None else None
         options = config.adversarial
+        self.alternate = options.alternate
         self.start = math.inf if options.start is None else options.start
         self.adversary = None if options.start is None else Adversary(options, config.seed)
-        self.active = False
+        self.active = self.trains_adversary = False
         self._for_the_adversary: tuple[Tensor, Tensor, Tensor] | None = None
         self._sums: dict[str, Tensor] = {}
 
@@ -180,6 +181,10 @@ class SecondPhaseStage(AutoencoderStage):
 
     def before_step(self, step: int) -> None:
         self.active = step >= self.start
+        together = not self.alternate
+        adversarys_turn = self.active and (step - self.start) % 2 == 1
+        self.trains_model = together or not adversarys_turn
+        self.trains_adversary = self.active and (together or adversarys_turn)
         self._sums = {}
         if self.adversary is not None:
             self.adversary.optimizer.zero_grad(set_to_none=True)
@@ -196,6 +201,8 @@ class SecondPhaseStage(AutoencoderStage):
         drawn = self.latent_noise(len(video), generator, share)
         drawn.append(share.of(torch.randint(self.clip_frames, (share.world * len(video),), generator=generator)))
         *noise, frames = to_device(drawn, video.device)
+        if not self.trains_model:
+            return self._adversarys_turn(model, video, noise[0] if noise else None, frames)
         sample = model(video, noise[0] if noise else None).sample.float()
         leaf = sample.detach().requires_grad_()
         value = self._reconstruction_loss(leaf, video, frames)
@@ -207,9 +214,17 @@ class SecondPhaseStage(AutoencoderStage):
             weight = self.adversary.options.weight * self._adaptive_weight(sample, gradient, its_gradient)
             value, gradient = value + weight * judged, gradient + weight * its_gradient
             self._add({"g_loss": terms.hinge, "feature_matching": terms.feature_matching, "adversarial_weight": weight})
-            self._for_the_adversary = (video, leaf.detach(), frames)
+            if self.trains_adversary:
+                self._for_the_adversary = (video, leaf.detach(), frames)
         loss: Tensor = _KnownGradient.apply(sample, gradient, value.detach())
         return loss
+
+    @torch.no_grad()
+    def _adversarys_turn(self, model: nn.Module, video: Tensor, noise: Tensor | None, frames: Tensor) -> Tensor:
+        """Reconstructions for the discriminators alone. The loss is that of pixels and LPIPS, without a gradient."""
+        sample = model(video, noise).sample.float()
+        self._for_the_adversary = (video, sample, frames)
+        return self._reconstruction_loss(sample, video, frames).requires_grad_()  # a leaf: its backward pass is empty
 
     def _reconstruction_loss(self, sample: Tensor, video: Tensor, frames: Tensor) -> Tensor:
         loss = self.pixel_loss(sample, video)
@@ -253,16 +268,16 @@ class SecondPhaseStage(AutoencoderStage):
         found = dict(
             zip(self._sums, torch.stack(list(self._sums.values())).float() / self.options.accumulate, strict=True)
         )
-        if self.adversary is not None and self.active:
+        if self.adversary is not None and self.trains_adversary:
             found["d_gradient_norm"] = self.adversary.clip()
         return found
 
     def after_step(self, measured: Mapping[str, float]) -> None:
-        if self.adversary is not None and self.active:
+        if self.adversary is not None and self.trains_adversary:
             self.adversary.step(measured["d_gradient_norm"])
 
     def after_skip(self) -> None:
-        if self.adversary is not None and self.active:
+        if self.adversary is not None and self.trains_adversary:
             self.adversary.abandon()
 
     def _add(self, values: dict[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ STAGES = ("autoencoder", "diffusion")
 
 WIDTH = whole(1, 65_536)  # of a network's layers
 SHARE = real(0, 1)
+NORM = real(0, 1e30)
 BETA = real(0, 1 - 1e-9)  # AdamW takes no 1
 
 
@@ -52,6 +53,17 @@ class VideoOptions:
     width: int | None = option(None, "width of a clip in pixels", number=numbers.SIDE)
     stride: int = option(1, "take every n-th frame of a video", number=numbers.STRIDE, resumable=True)
     flip: bool = option(False, "mirror half of the training clips left to right", resumable=True)
+    crop: Literal["random", "centre"] = option("random", "where training clips are cut out", resumable=True)
+    resize: Literal["bicubic", "bilinear"] = option(
+        "bicubic", "bicubic: antialiased; bilinear: not antialiased, the release's", resumable=True
+    )
+    pad_short: bool = option(
+        False,
+        "diffusion: a video of T to 2T - 1 frames gives T black ones and T of its own, trained without a condition, as "
+        "in the release; else it is left out",
+        resumable=True,
+    )
+    fold: int = option(1, "which of UCF-101's three pairs of lists splits the videos", number=numbers.FOLD)
     fps: float = option(8.0, "frames a second of the videos written", number=numbers.FPS, resumable=True)
     workers: int = option(
         2, "processes that read clips ahead; 0 reads in the main process", number=numbers.WORKERS, resumable=True
@@ -62,6 +74,10 @@ class VideoOptions:
         number=numbers.SECONDS,
         resumable=True,
     )
+
+    def drawing(self) -> dict[str, Any]:
+        """How clips are read, whatever the stage: arguments of `pvdm_fast.data.open_dataset`."""
+        return {name: getattr(self, name) for name in ("stride", "flip", "crop", "resize", "fold", "read_timeout")}
 
 
 @dataclass
@@ -85,7 +101,7 @@ class StageOptions:
     beta2: float = option(0.999, "AdamW: decay of the squared gradients' mean", number=BETA, resumable=True)
     weight_decay: float = option(0.01, "AdamW: weight decay", number=real(0, 100), resumable=True)
     clip_norm: float = option(
-        1.0, "largest norm of the gradients; larger ones are scaled down", number=real(1e-8, 1e30), resumable=True
+        1.0, "largest norm of the gradients; larger ones are scaled down; 0: no limit", number=NORM, resumable=True
     )
     checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time", resumable=True
@@ -129,6 +145,11 @@ class AdversarialOptions:
     adaptive: bool = option(
         True,
         "scale that weight so that its gradient at the last decoder layer is as large as the other losses'",
+        resumable=True,
+    )
+    alternate: bool = option(
+        False,
+        "take turns, as the release: a step trains the autoencoder, the next the discriminators, on clips of its own",
         resumable=True,
     )
     norm: Literal["batch", "spectral", "none"] = option(
@@ -201,6 +222,17 @@ class DiffusionOptions(StageOptions):
         number=whole(0, 1_000_000_000),
         resumable=True,
     )
+    condition_per: Literal["clip", "batch"] = option(
+        "clip",
+        "what is drawn with that probability; batch: all clips of a forward pass have a condition, or none has, and "
+        "their windows begin at one frame, as in the release",
+        resumable=True,
+    )
+    float32: bool = option(
+        False,
+        "compute the denoiser in float32 whatever --mixed-precision says; only encoding follows it, as in the release",
+        resumable=True,
+    )
     class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")
     class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE, resumable=True)
     ema_decay: float = option(
@@ -208,6 +240,12 @@ class DiffusionOptions(StageOptions):
         "decay of the averaged weights that are saved for sampling; after n steps it is (1 + n) / (10 + n), if that is "
         "less",
         number=SHARE,
+        resumable=True,
+    )
+    ema_every: int = option(
+        1,
+        "steps between updates of the averaged weights; the decay is that of an update",
+        number=numbers.STEPS,
         resumable=True,
     )
     sampling_steps: int = option(
@@ -219,7 +257,9 @@ class DiffusionOptions(StageOptions):
 class TrainConfig:
     """A whole training run."""
 
-    preset: Literal["tiny", "small", "base"] = option("tiny", "sizes of the models and matching hyper-parameters")
+    preset: Literal["tiny", "small", "base", "release"] = option(
+        "tiny", "sizes of the models and matching hyper-parameters; release: all as the authors' release trains"
+    )
     stage: Literal["autoencoder", "diffusion", "all"] = option("all", "what to train", resumable=True)
     data: str = option(
         "synthetic:shapes",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from pvdm_fast.data import ClipDataset, ClipLoader, open_dataset
 from pvdm_fast.data.latent_shards import save_shard
 from pvdm_fast.data.latents import (
     INDEX,
+    LATER,
     SETTINGS,
     SPLITS,
     LatentClips,
@@ -52,7 +53,8 @@ class Encoding:
         clips: training clips of 2T frames, the first draws of ``data``. None: an epoch, one of each video.
         test_clips: held-out clips, at most an epoch.
         windows: how many windows of T frames of each clip's 2T, spread evenly, 2 to T + 1.
-        stride, seed, flip, read_timeout, workers: as for training. batch_size: clips encoded at once.
+        stride, seed, flip, read_timeout, workers, crop, resize, fold: as for training.
+        batch_size: clips encoded at once.
         shard_clips: clips per file. container: "safetensors" or "tar".
     """
 
@@ -69,6 +71,9 @@ class Encoding:
     container: str = "safetensors"
     workers: int = 2
     read_timeout: float = READ_TIMEOUT
+    crop: Literal["random", "centre"] = "random"
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    fold: int = 1
 
 
 def encode(wanted: Encoding, autoencoder: Autoencoder, precision: str, rank: int = 0, world: int = 1) -> None:
@@ -114,6 +119,9 @@ def open_split(wanted: Encoding, autoencoder: Autoencoder, split: str) -> ClipDa
         seed=wanted.seed,
         flip=wanted.flip,
         read_timeout=wanted.read_timeout,
+        crop=wanted.crop,
+        resize=wanted.resize,
+        fold=wanted.fold,
     )
     if isinstance(dataset, LatentClips):
         raise UserError(f"{wanted.data} holds latents already: name the videos that they were made from")
@@ -146,6 +154,9 @@ def make_settings(
         shard_clips=wanted.shard_clips,
         container=wanted.container,
         dtype=dtype,
+        crop=spec.crop,
+        resize=spec.resize,
+        fold=spec.fold,
     )
 
 
@@ -175,7 +186,7 @@ def claim(out: Path, settings: Settings) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use the folder {out}: {getattr(error, 'strerror', None) or error}") from error
     for name, asked in asdict(settings).items():
-        have = there.get(name, "float32" if name == "dtype" else None)  # folders of before had no dtype
+        have = there.get(name, LATER.get(name))
         if have != asked:
             raise UserError(
                 f"{out} holds latents made with {name} {have}, but {asked} is asked for: name another folder"
@@ -277,6 +288,9 @@ def encode_for_run(config: TrainConfig, folder: Path, autoencoder: Autoencoder, 
         flip=video.flip,
         workers=video.workers,
         read_timeout=video.read_timeout,
+        crop=video.crop,
+        resize=video.resize,
+        fold=video.fold,
     )
     facts = f"{wanted} {precision} {fingerprint(autoencoder)}"
     wanted = replace(wanted, out=folder / hashlib.sha256(facts.encode()).hexdigest()[:12])

@@ -6,6 +6,7 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -46,7 +47,8 @@ def _default_text(option: Option, presets: dict[str, TrainConfig]) -> str:
         return "default: none"
     if len(set(map(str, values.values()))) == 1:
         return f"default: {_word(next(iter(values.values())))}"
-    return ", ".join(f"{name}: {_word(value)}" for name, value in values.items())
+    alike = groupby(values, lambda name: _word(values[name]))
+    return "; ".join(f"{', '.join(names)}: {word}" for word, names in alike)
 
 
 def _word(value: Any) -> str:

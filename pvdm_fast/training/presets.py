@@ -47,7 +47,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         "autoencoder": {"steps": 200_000, "beta1": 0.5, "beta2": 0.9, "warmup": 1000},
         "diffusion": {"steps": 850_000, "batch_size": 64, "warmup": 1000},
     },
+    # Each value with its source: docs/reproducing_the_paper.md. A test compares a step of either stage.
+    "release": {
+        "mixed_precision": "fp16",
+        "video": {"workers": 8, "crop": "centre", "resize": "bilinear", "pad_short": True},
+        "autoencoder": {
+            "steps": 333_333,
+            "accumulate": 3,
+            "beta1": 0.5,
+            "beta2": 0.9,
+            "warmup": 0,
+            "clip_norm": 0.0,
+        },
+        "adversarial": {"adaptive": False, "alternate": True},
+        "diffusion": {
+            "steps": 850_000,
+            "batch_size": 64,
+            "warmup": 0,
+            "clip_norm": 0.0,
+            "conditional_probability": 0.3,
+            "condition_per": "batch",
+            "float32": True,
+            "ema_every": 25,
+        },
+    },
 }
+SIZES_OF = {"release": "base"}  # presets whose models have another one's sizes
 
 AUTOENCODER_SIZES = tuple(
     f"autoencoder.{name}"
@@ -96,4 +121,5 @@ def denoiser_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def preset_sizes(name: str) -> dict[str, Any]:
     """The options that name the sizes of both models of a preset."""
+    name = SIZES_OF.get(name, name)
     return autoencoder_sizes(AUTOENCODER[name]) | denoiser_sizes(DENOISER[name])

@@ -72,11 +72,10 @@ def make_plan(
             frames=clip_frames,
             height=height,
             width=width,
-            stride=config.video.stride,
             split=split,
             seed=config.seed,
-            flip=config.video.flip,
-            read_timeout=config.video.read_timeout,
+            pad_short=config.video.pad_short and "diffusion" in stages,
+            **config.video.drawing(),
         )
         for split in ("train", "test")
     )
@@ -86,7 +85,7 @@ def make_plan(
     lines = [
         ("training", f"{work} (preset {config.preset})"),
         ("machine", _machine(accelerator)),
-        ("precision", str(choose_precision(config.mixed_precision, accelerator.device))),
+        ("precision", _precision(config, stages, accelerator.device)),
         ("backends", _backends(accelerator.device)),
         ("models", models),
         ("clips", f"{frames} frames of {height}x{width}; latents {channels} x {layout.num_tokens} tokens"),
@@ -141,6 +140,12 @@ def _start(source: Source, models: dict[str, Any]) -> str:
             notes = differences(model, start)
             parts.append(f"{name} from {source.place}{source.assumed}{f' ({notes})' if notes else ''}")
     return "; ".join(parts)
+
+
+def _precision(config: TrainConfig, stages: tuple[str, ...], device: torch.device) -> str:
+    precision = choose_precision(config.mixed_precision, device)
+    apart = "diffusion" in stages and config.diffusion.float32 and precision.dtype != torch.float32
+    return f"{precision}; the denoiser in float32" if apart else str(precision)
 
 
 def _count(model: torch.nn.Module) -> str:

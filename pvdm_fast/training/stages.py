@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pvdm_fast.backends.precision import DTYPES
 from pvdm_fast.data.transforms import to_float
 from pvdm_fast.diffusion.flow import logit_normal_times
 from pvdm_fast.diffusion.noise import diffusion_loss, joint_batch, joint_latents
@@ -39,7 +40,12 @@ STATISTICS = ("latent_mean", "latent_std")
 
 
 class Stage(ABC):
-    """What the training loop needs to know of a stage."""
+    """What the training loop needs to know of a stage.
+
+    ``trains_model``: whether the step that is being taken changes the model. ``in_float32``: whether the stage computes
+    in float32 whatever the run's precision, but for what it casts itself. ``pad_short``: whether half of a clip may be
+    padding.
+    """
 
     name: str
     model: nn.Module
@@ -48,6 +54,9 @@ class Stage(ABC):
     height: int
     width: int
     data: str | None = None  # what it reads in place of --data
+    trains_model = True
+    in_float32 = False
+    pad_short = False
 
     @abstractmethod
     def loss(
@@ -175,13 +184,23 @@ class DiffusionStage(Stage):
         self.conditional_probability = config.diffusion.conditional_probability
         self.class_dropout = config.diffusion.class_dropout
         # of a sharded model each process averages its part
-        self.ema = EMAModel(local(denoiser.parameters()), decay=config.diffusion.ema_decay, foreach=True)
+        # -1: the k-th update has the decay min(decay, (1 + k) / (10 + k)), as the release's
+        parameters, decay = local(denoiser.parameters()), config.diffusion.ema_decay
+        self.ema = EMAModel(parameters, decay=decay, update_after_step=-1, foreach=True)
+        self.pad_short, self.in_float32 = config.video.pad_short, config.diffusion.float32
+        self.encoding: Callable[[], AbstractContextManager[object]] = nullcontext  # the autocast around it, if any
+        self.step = 0  # the one that is being taken
         self.schedule = NoiseSchedule.create()
 
     def to(self, device: torch.device) -> None:
         self.autoencoder.to(device)
         self.ema.to(device)
         self.schedule = NoiseSchedule.create(device)
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        if self.in_float32 and accelerator.mixed_precision != "no":
+            dtype = DTYPES[str(accelerator.mixed_precision)]
+            self.encoding = partial(torch.autocast, accelerator.device.type, dtype)
 
     def loss(
         self,
@@ -193,12 +212,21 @@ class DiffusionStage(Stage):
     ) -> Tensor:
         """Also of cached latents (B, windows, D, N)."""
         probability = self.conditional_probability
+        per_batch = self.options.condition_per == "batch" and self.model.training  # scores are of both kinds
         if video.dim() == 4:
-            latents = normalized(video, self.model)
-            target, condition = joint_latents(latents, self.clip_frames // 2, probability, generator, share)
+            latents, frames = normalized(video, self.model), self.clip_frames // 2
+            target, condition = joint_latents(latents, frames, probability, generator, share, per_batch=per_batch)
         else:
             with torch.no_grad():
-                target, condition = joint_batch(video, self._encode, probability, generator, share)
+                target, condition = joint_batch(
+                    video,
+                    self._encode,
+                    probability,
+                    generator,
+                    share,
+                    per_batch=per_batch,
+                    pad_short=self.pad_short,
+                )
         clips = share.world * len(target)
         drawn = [share.of(torch.randn((clips, *target.shape[1:]), generator=generator))]
         drawn.append(share.of(self._timesteps(clips, generator)))
@@ -236,7 +264,8 @@ class DiffusionStage(Stage):
         return normalized(self._latent(video), self.model)
 
     def _latent(self, video: Tensor) -> Tensor:
-        return self.autoencoder.encode(to_float(video)).latent.float()
+        with self.encoding():
+            return self.autoencoder.encode(to_float(video)).latent.float()
 
     def before_training(self, clips: Iterable[Tensor], processes: Processes) -> None:
         """The statistics of the latents, if the denoiser shall have them and doesn't have them yet."""
@@ -256,8 +285,13 @@ class DiffusionStage(Stage):
             clips += len(video)
         return {"held_out_loss": losses / clips}
 
+    def before_step(self, step: int) -> None:
+        self.step = step
+
     def after_step(self, measured: Mapping[str, float]) -> None:
-        self.ema.step(local(self.model.parameters()))
+        every = self.options.ema_every
+        if self.step % every == 0 and self.step >= every - 1:  # after steps 26, 51, ... for 25, as in the release
+            self.ema.step(local(self.model.parameters()))
 
     def state(self) -> dict[str, Any]:
         state = self.ema.state_dict()

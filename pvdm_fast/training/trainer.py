@@ -86,6 +86,8 @@ class Trainer:
         self.progress = Progress()
         self.saved = 0  # the step of the newest checkpoint
         self.feed: Feed
+        if stage.in_float32:  # no autocast around the model or inside it, and no loss scale
+            accelerator.native_amp, accelerator.scaler = False, None
         stage.to(accelerator.device)
         optimizer = make_optimizer(config.optimizer, stage.model, options)
         sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
@@ -181,8 +183,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.stage.before_step(number)
         losses = [self.accumulate(batch, index, len(batches)) for index, batch in enumerate(batches)]
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = self.clip()
         measured = self.stage.measured()
         together = torch.stack([*losses, norm, *measured.values()])
         reading = self.processes.means(together.float())
@@ -195,13 +196,23 @@ class Trainer:
             return self.skip(batches, f"a loss of {total}")
         if not math.isfinite(found_norm) and self.accelerator.scaler is None:
             return self.skip(batches, f"a gradient norm of {found_norm}")
-        self.optimizer.step()
+        recorded = dict(values)
+        if self.stage.trains_model:
+            self.optimizer.step()
+            recorded = {"gradient_norm": found_norm, **values}
         self.stage.after_step(values)
         self.progress.skipped_in_a_row = 0
         self.count(batches)
-        recorded = {"gradient_norm": found_norm, **values}
         finite = {name: value if math.isfinite(value) else None for name, value in recorded.items()}
         return {"loss": total, "learning_rate": rate, **finite}
+
+    def clip(self) -> Tensor:
+        """Scale down gradients that are longer than the options allow. Their norm before that, a scalar."""
+        if not self.stage.trains_model:  # there are none, nor can a loss scale be taken off them
+            return torch.zeros((), device=self.accelerator.device)
+        longest = self.options.clip_norm or math.inf
+        norm: Tensor = self.accelerator.clip_grad_norm_(self.model.parameters(), longest)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def accumulate(self, batch: Batch, index: int, count: int) -> Tensor:
         """Add the gradients of one of ``count`` batches of a step; its share of the step's loss."""
@@ -256,11 +267,10 @@ class Trainer:
             frames=model.clip_frames,
             height=model.height,
             width=model.width,
-            stride=video.stride,
             split=split,
             seed=self.config.seed,
-            flip=video.flip,
-            read_timeout=video.read_timeout,
+            pad_short=model.pad_short,
+            **video.drawing(),
         )
 
     def batches(self) -> Iterator[Batch]:

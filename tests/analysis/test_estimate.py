@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,13 +38,14 @@ def real_step(config: TrainConfig, name: str) -> tuple[Any, Any, int, int]:
     stage: Any = AutoencoderStage(config, autoencoder)
     if name == "diffusion":
         stage = DiffusionStage(config, autoencoder, make_denoiser(config, autoencoder))
+        stage.prepare(SimpleNamespace(mixed_precision=config.mixed_precision, device=torch.device("cpu")))
     if stage.options.checkpointing:
         stage.model.enable_gradient_checkpointing()
     parameters = list(stage.model.parameters())
     optimizer = make_optimizer(config.optimizer, stage.model, stage.options)
     video = torch.rand(stage.options.batch_size, 3, stage.clip_frames, stage.height, stage.width)
     generator = torch.Generator().manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16" and not stage.in_float32):
         saved = saved_bytes(lambda: [stage.loss(stage.model, video, generator)], parameters)
         with LiveMemory() as live:
             gradients = torch.autograd.grad(stage.loss(stage.model, video, generator), parameters)
@@ -65,6 +67,26 @@ def test_the_estimate_is_what_a_step_takes(stage: str, precision: str, checkpoin
     state = {"model": trained.model.state_dict(), "optimizer": optimizer.state_dict(), "stage": trained.state()}
     path = checkpoint.save(tmp_path, stage, 1, state)
     assert found.checkpoint == pytest.approx((path / checkpoint.STATE).stat().st_size, rel=NEAR)
+
+
+def test_the_release_s_denoiser_computes_in_float32() -> None:
+    changes = {
+        "mixed_precision": "bf16",
+        "diffusion__condition_per": "batch",
+        "diffusion__conditional_probability": 1.0,
+    }
+    release = config(**changes, diffusion__float32=True)
+    found = estimate(release, "diffusion")
+    _, _, saved, alive = real_step(release, "diffusion")
+    assert found.saved == pytest.approx(saved, rel=NEAR)
+    assert found.at_work == pytest.approx(alive, rel=NEAR)
+    assert estimate(config(**changes), "diffusion").at_work > 1.2 * found.at_work, "16-bit copies of the weights"
+
+
+def test_a_condition_drawn_per_batch_is_estimated_with_it() -> None:
+    sizes = {"diffusion__conditional_probability": 0.3, "diffusion__batch_size": 4}
+    clip, batch = (estimate(config(**sizes, diffusion__condition_per=per), "diffusion") for per in ("clip", "batch"))
+    assert batch.frozen_flops / clip.frozen_flops == pytest.approx(8 / 6)
 
 
 def test_auto_is_what_training_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,50 @@ def test_resizing_keeps_shapes_and_smooths(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "checkers", **size)[0]["video"].abs().max() < 0.1
 
 
+def picture_folder(folder: Path, film: np.ndarray) -> Path:
+    folder.mkdir()
+    for number, picture in enumerate(film):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("height", "width"), [(15, 20), (21, 16)])
+def test_the_release_s_crop_and_resizing(tmp_path: Path, height: int, width: int) -> None:
+    """The square in the middle, its odd pixel below or right, in float32 and not antialiased; then 8 bits."""
+    film = films.frames(2, height, width)
+    source = picture_folder(tmp_path / "film", film)
+    dataset = open_dataset(source, frames=2, height=6, width=6, crop="centre", resize="bilinear")
+    side, video = min(height, width), torch.from_numpy(film).permute(0, 3, 1, 2).float()
+    top, left = (height - side) // 2, (width - side) // 2
+    square = video[:, :, top : top + side, left : left + side]
+    expected = torch.nn.functional.interpolate(square, size=6, mode="bilinear", align_corners=False)
+    for draw in range(4):
+        found = as_pixels(dataset[draw]["video"])
+        assert np.abs(found - expected.permute(0, 2, 3, 1).numpy()).max() <= 0.501
+    antialiased = as_pixels(open_dataset(source, frames=2, height=6, width=6, crop="centre")[0]["video"])
+    assert (antialiased != found).any()
+    with pytest.raises(DataError, match="crop must be one of random, centre, got 'left'"):
+        open_dataset(source, frames=2, height=6, width=6, crop="left")  # type: ignore[arg-type]
+
+
+def test_short_videos_are_padded_with_black(tmp_path: Path) -> None:
+    film = films.frames(7, 24, 32)
+    source = picture_folder(tmp_path / "film", film)
+    dataset = open_dataset(source, **{**SIZE, "frames": 8}, pad_short=True)
+    starts = set()
+    for draw in range(20):
+        item = dataset[draw]
+        starts.add(start := int(item["name"].split("@")[1]))
+        assert (item["video"][:, :4] == -1).all()
+        assert (as_pixels(item["video"])[4:] == film[start : start + 4]).all()
+    assert starts == {0, 1, 2, 3}
+    whole = open_dataset(source, **{**SIZE, "frames": 6}, pad_short=True)[0]
+    assert (as_pixels(whole["video"]) == film[int(whole["name"][-1]) :][:6]).all(), "long enough"
+    for frames, pad_short, needed in ((8, False, 8), (16, True, 8)):
+        with pytest.raises(DataError, match=f"too short: 7 frames, a clip needs {needed}"):
+            open_dataset(source, **{**SIZE, "frames": frames}, pad_short=pad_short)
+
+
 def test_a_short_video_lowers_the_stride_first(tmp_path: Path) -> None:
     path = films.encode(tmp_path / "ten.mkv", films.frames(10, 24, 32))
     whole = films.decode_all(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pvdm_fast.data import find_classes
+from pvdm_fast.data import find_classes, open_dataset
 from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.layouts import find_videos
 
@@ -48,6 +48,31 @@ def test_ucf101_with_its_split_files(tmp_path: Path, place: str) -> None:
     found = find_videos(root, "train")
     assert "UCF-101" in found.description
     assert "24 videos of 32" in found.description
+
+
+def test_ucf101_has_three_folds(tmp_path: Path) -> None:
+    touch(tmp_path, *UCF)
+    for fold in (1, 2, 3):
+        held_out = UCF[4 * fold : 4 * fold + 4]
+        listed = {"test": held_out, "train": [name for name in UCF if name not in held_out]}
+        for split, found in listed.items():
+            (tmp_path / f"{split}list{fold:02}.txt").write_text("\n".join(found))
+    for fold in (1, 2, 3):
+        found = find_videos(tmp_path, "test", fold=fold)
+        assert [video.name for video in found.videos] == UCF[4 * fold : 4 * fold + 4]
+        assert f"testlist{fold:02}.txt" in found.description
+        assert len(find_videos(tmp_path, "train", fold=fold).videos) == len(UCF) - 4
+
+
+def test_a_fold_that_the_data_lacks_is_refused(tmp_path: Path) -> None:
+    """Nothing else may be taken for it: a fold's test videos are others' training videos."""
+    touch(tmp_path, *UCF, "ucfTrainTestlist/notes.txt")
+    write_lists(tmp_path / "ucfTrainTestlist")
+    for source in (tmp_path, tmp_path / UCF[0], "synthetic:shapes"):
+        with pytest.raises(DataError, match=r"no fold 2 of .*trainlist02.txt and testlist02.txt.*or take --fold 1"):
+            open_dataset(source, frames=1, height=8, width=8, fold=2)
+    with pytest.raises(DataError, match="fold must be one of 1, 2, 3, got 4"):
+        open_dataset(tmp_path, frames=1, height=8, width=8, fold=4)
 
 
 def test_ucf101_given_the_folder_above(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -260,6 +261,25 @@ def test_other_clips_than_the_latents_are_refused(encoded: Path) -> None:
         open_dataset(encoded, **CLIP, stride=2, flip=True)
     with pytest.raises(DataError, match="frames 8, but frames 4"):
         open_dataset(encoded, **{**CLIP, "frames": 4}, flip=True)
+
+
+def test_the_release_s_clips_are_encoded_and_told_from_others(
+    encoded: Path, video_folder: Path, autoencoder: Path, tmp_path: Path
+) -> None:
+    ways = {"crop": "centre", "resize": "bilinear"}
+    assert run(video_folder, tmp_path / "out", autoencoder, *shlex.split("--crop centre --resize bilinear")) == 0
+    latents = open_dataset(tmp_path / "out", **CLIP, **ways)
+    video = open_dataset(video_folder, **CLIP, **ways)[3]["video"]
+    with torch.no_grad():
+        assert_close(
+            latents[3]["video"][1], Autoencoder.from_pretrained(autoencoder).encode(video[None, :, 4:]).latent[0], 1e-5
+        )
+    with pytest.raises(DataError, match="with crop centre, but crop random is asked for"):
+        open_dataset(tmp_path / "out", **CLIP)
+    with pytest.raises(DataError, match="of whole clips: leave out --pad-short"):
+        open_dataset(encoded, **CLIP, flip=True, pad_short=True)
+    with pytest.raises(DataError, match="with fold 1, but fold 2"):
+        open_dataset(encoded, **CLIP, flip=True, fold=2)
 
 
 def test_latents_are_not_encoded_again(

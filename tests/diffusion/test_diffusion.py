@@ -125,6 +125,33 @@ def test_joint_batches_at_the_ends_of_the_range(probability: float) -> None:
     assert bool(condition.any()) is bool(probability)
 
 
+def test_the_release_draws_once_for_a_batch() -> None:
+    video, half, seen = numbered_clips(3, 8), 4, set()
+    first = 100.0 * torch.arange(1, 4) + 1
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        target, condition = joint_batch(video, frame_numbers, 0.5, generator, per_batch=True)
+        starts = (target[:, 0, 0] - first).tolist()
+        conditional = condition[:, 0].any(1).tolist()
+        assert len(set(starts)) == len(set(conditional)) == 1
+        seen.add((conditional[0], starts[0]))
+    assert seen == {(True, half), *((False, start) for start in range(half + 1))}
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_clip_after_padding_has_no_condition(probability: float, dtype: torch.dtype) -> None:
+    """Its target is the second half. A clip that is black in some frames only isn't padded."""
+    black = 0 if dtype == torch.uint8 else -1
+    video = numbered_clips(2, 8).to(dtype).clone()
+    video[0, :, :4] = video[1, :, :3] = black
+    drawn = (frame_numbers, probability, torch.Generator().manual_seed(0))
+    target, condition = joint_batch(video, *drawn, pad_short=True)
+    assert target[0, 0].tolist() == [105, 106, 107, 108]
+    assert not condition[0].any()
+    assert condition[1, 0].tolist() == ([black] * 3 + [204] if probability else [0] * 4)
+
+
 def test_joint_batches_need_an_even_number_of_frames() -> None:
     with pytest.raises(ValueError, match="2T frames"):
         joint_batch(torch.zeros(1, 3, 5, 2, 2), frame_numbers, 0.5, torch.Generator())

@@ -39,8 +39,16 @@ def one_step(folder: Path) -> None:
     found = dict(zip(measured, means, strict=True))
     stage.after_step(found)
     values = {name: torch.tensor(value) for name, value in found.items()}
+    kept = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+    stage.alternate = True
+    stage.before_step(1)
+    stage.model.zero_grad()
+    stage.loss(model, share.of(video), step_generator(1), share).backward()
+    stage.after_backward()
+    assert all(parameter.grad is None for parameter in stage.model.parameters()), "the discriminators' turn"
+    turn = {f"turn.{name}": parameter.grad for name, parameter in stage.adversary.nets.named_parameters()}
     if share.rank == 0:
-        torch.save({**gradients, **judged, **values}, folder / f"{share.world}.pt")
+        torch.save({**kept, **judged, **turn, **values}, folder / f"{share.world}.pt")
 
 
 @pytest.mark.slow

@@ -94,13 +94,14 @@ def test_latents_in_bf16_are_others(
     assert "holds latents made with dtype float32, but bf16 is asked for" in capsys.readouterr().err
 
 
-def test_folders_of_before_there_was_a_dtype_are_used(latents: Path, trained: Path, tmp_path: Path) -> None:
-    """Their settings don't name one, and their shards carry the hash of the settings without it."""
+def test_folders_of_before_there_was_a_choice_are_used(latents: Path, trained: Path, tmp_path: Path) -> None:
+    """Their settings name no dtype, crop, resizing or fold, and their shards carry the hash of the settings without."""
     old = tmp_path / "old"
     shutil.copytree(latents, old)
     for name in ("settings.json", "index.json"):
         found = json.loads((old / name).read_text())
-        del (found["settings"] if name == "index.json" else found)["dtype"]
+        for later in ("dtype", "crop", "resize", "fold"):
+            del (found["settings"] if name == "index.json" else found)[later]
         (old / name).write_text(json.dumps(found))
     values = json.loads((old / "settings.json").read_text())
     expected = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -29,9 +29,10 @@ def test_every_hyper_parameter_has_an_option_with_help(monkeypatch: pytest.Monke
 
 def test_help_shows_the_value_of_every_preset() -> None:
     text = " ".join(make_parser().format_help().split())
-    assert "(tiny: 1, small: 1 2 3, base: 1 2 4 4)" in text and "(tiny: none, small: 4 2, base: 4 2 1)" in text
-    assert "(tiny: 64, small: 192, base: 384)" in text and "default: the preset's" not in text
-    assert "(tiny: flow, small: noise, base: noise)" in text and "(tiny: on, small: off, base: off)" in text
+    assert "(tiny: 1; small: 1 2 3; base, release: 1 2 4 4)" in text
+    assert "(tiny: none; small: 4 2; base, release: 4 2 1)" in text
+    assert "(tiny: 64; small: 192; base, release: 384)" in text and "default: the preset's" not in text
+    assert "(tiny: flow; small, base, release: noise)" in text and "(tiny: on; small, base, release: off)" in text
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -62,7 +63,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(tm
         (["--diffusion-channel-mult"], "--diffusion-channel-mult must be a list of whole numbers"),
         (["--diffusion-learning-rate", "nan"], "must be a finite number, not 'nan'"),
         (["--mixed-precision", "fp8"], "--mixed-precision must be one of auto, no, bf16, fp16, not 'fp8'"),
-        (["--preset", "huge"], "--preset must be one of tiny, small, base"),
+        (["--preset", "huge"], "--preset must be one of tiny, small, base, release, not 'huge'"),
         (["--data", "/no/such/folder"], "/no/such/folder"),
         (["--height", "30"], "height 30 is not divisible by the patch size 8"),
         (["--frames", "3", "--diffusion-channel-mult", "1", "2"], "3"),
@@ -123,6 +124,8 @@ def test_a_run_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capt
 def test_what_was_learned_cannot_be_changed_on_resuming(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", str(finished), "--autoencoder-channels", "32"]) == 2
     assert "--autoencoder-channels cannot change when a run is resumed" in capsys.readouterr().err
+    assert main(["--resume", str(finished), "--fold", "2"]) == 2
+    assert "--fold cannot change when a run is resumed" in capsys.readouterr().err
     assert main(["--resume", str(finished)]) == 0, "a finished run only reports its results"
     assert main(["--resume", str(finished / "autoencoder")]) == 2
     assert "holds no run" in capsys.readouterr().err
