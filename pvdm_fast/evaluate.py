@@ -21,10 +21,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = Parser(
         prog="python -m pvdm_fast.evaluate",
-        description="Measures PSNR and SSIM of reconstructions and, with a feature network, the Fréchet video distance "
-        "of reconstructions and samples. Writes evaluation.json and report.html. The same command continues an "
-        "evaluation that was interrupted. Several processes share the work: torchrun --nproc-per-node 8 -m "
-        "pvdm_fast.evaluate ...",
+        description="Measures PSNR and SSIM of reconstructions, and Fréchet and kernel distances of reconstructions "
+        "and samples in features of our own, with intervals; with a network that you name also FVD. Writes "
+        "evaluation.json and report.html. The same command continues an evaluation that was interrupted. Several "
+        "processes share the work: torchrun --nproc-per-node 8 -m pvdm_fast.evaluate ...",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--samples",
         type=numbers.whole(0, 10_000_000),
         metavar="N",
-        help="number of samples, 0 for none (default: as many as clips)",
+        help="number of samples, 0 for none (default: as many as clips with --features, otherwise at most 256)",
     )
     add(
         "--frames",
@@ -106,7 +106,7 @@ def run_evaluation(arguments: Sequence[str] | None = None) -> None:
         return
     rows = score_rows(results)
     width = max(len(name) for name, _, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value:>18}  {of}" for name, value, of in rows))
+    print("\n".join(f"{name:<{width}}  {value:>24}  {of}" for name, value, of in rows))
     for line in (*results["missing"], *results["caveats"]):
         print(printable(f"- {line}"))
     print(printable(f"written: {folder / 'evaluation.json'} and {folder / 'report.html'}"))
