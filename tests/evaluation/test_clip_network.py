@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tolerances import FLOAT32_PIXELS
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation import distances
 from pvdm_fast.evaluation.clip_network import WEIGHTS, WIDTH, ClipFeatures, cut, prepare
+from pvdm_fast.evaluation.distances import Distance
 
 CPU = torch.device("cpu")
 CLIPS = 128
@@ -30,10 +32,13 @@ def real(features: ClipFeatures) -> torch.Tensor:
 @pytest.mark.parametrize("name", planted.DAMAGE)
 @pytest.mark.parametrize("distance", [distances.frechet, distances.kernel])
 def test_more_damage_is_farther(
-    distance: object, name: str, features: ClipFeatures, real: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    distance: Callable[..., Distance],
+    name: str,
+    features: ClipFeatures,
+    real: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From clips that are intact to the greatest strength, and already the least is outside the interval of none."""
-    assert callable(distance)
+    """From intact clips to the greatest strength, which lies beyond the interval of the intact ones."""
     monkeypatch.setattr(distances, "REPLICATES", 20)
     damage, strengths = planted.DAMAGE[name]
     drawn = planted.scenes(CLIPS, seed=2)

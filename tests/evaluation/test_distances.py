@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from pvdm_fast.evaluation import distances
-from pvdm_fast.evaluation.distances import LEVEL, frechet, kernel
+from pvdm_fast.evaluation.distances import LEVEL, Distance, frechet, kernel
 from pvdm_fast.evaluation.moments import Gaussian, frechet_distance
 
 WIDTH, TRIALS = 4, 80
@@ -68,13 +70,13 @@ def test_a_resample_is_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert one.shape == (whole, 7) and (one.sum(1) == 7).all() and (two.sum(1) == 9).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("distance", "truth"), [(frechet, true_frechet()), (kernel, true_kernel())], ids=["frechet", "kernel"]
 )
-def test_intervals_hold_as_often_as_they_say(distance: object, truth: float) -> None:
+def test_intervals_hold_as_often_as_they_say(distance: Callable[[Tensor, Tensor], Distance], truth: float) -> None:
     """80 trials: a share of 95 % has a standard error of 2.4 points. The values have no bias, the intervals the width
     that their spread asks for."""
-    assert callable(distance)
     found = [distance(drawn(160, 2 * t, other=False), drawn(240, 2 * t + 1, other=True)) for t in range(TRIALS)]
     held = np.mean([one.low <= truth <= one.high for one in found])
     assert held > LEVEL - 3 * (LEVEL * (1 - LEVEL) / TRIALS) ** 0.5
@@ -84,9 +86,10 @@ def test_intervals_hold_as_often_as_they_say(distance: object, truth: float) -> 
 
 
 @pytest.mark.parametrize("distance", [frechet, kernel])
-def test_equal_distributions_are_not_told_apart(distance: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_distributions_are_not_told_apart(
+    distance: Callable[[Tensor, Tensor], Distance], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At a distance of zero the bootstrap is cautious: it may say so more often than it claims, and never less."""
-    assert callable(distance)
     monkeypatch.setattr(distances, "REPLICATES", 100)
     found = [distance(drawn(160, 2 * t, other=False), drawn(160, 2 * t + 1, other=False)) for t in range(30)]
     assert np.mean([one.low <= 0 <= one.high for one in found]) > LEVEL - 3 * (LEVEL * (1 - LEVEL) / 30) ** 0.5
