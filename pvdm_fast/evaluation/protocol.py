@@ -20,7 +20,7 @@ from pvdm_fast.evaluation import clip_network, features
 from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.distances import FEWEST, LEVEL, REPLICATES
 from pvdm_fast.evaluation.features import Networks
-from pvdm_fast.evaluation.passes import MAX_PSNR
+from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.jobs import numbers
 from pvdm_fast.jobs.devices import DEVICE
@@ -38,7 +38,6 @@ METRICS = {
     f"{LEVEL:.0%} basic bootstrap intervals from {REPLICATES} resamples of the clips of both sides; none of fewer than "
     f"{FEWEST} clips",
 }
-SHOWN = 8  # clips and samples, by default
 DEFAULT_SAMPLES = 256
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "av")
 RANGES = {  # of a request's numbers, as it is made in Python
