@@ -59,7 +59,7 @@ FORWARD = ConfigTable(
                 ("sm80", 64, 64, 108, 3),
                 ("sm90", 128, 64, 132, 3),
                 ("sm100", 128, 32, 148, 2),
-            )  # fmt: skip
+            )
             for dtype in ("bfloat16", "float16")
         },
     },
