@@ -287,13 +287,14 @@ def _write_folder(options: argparse.Namespace, sampler: _Sampler, batches: list[
         try:
             with sampler.bar([batch for batch, rows in zip(batches, wanted, strict=True) if rows]) as bar:
                 for batch, rows in zip(batches, wanted, strict=True):
+                    bar.set_postfix_str(f"{done} of {options.clips} videos", refresh=False)
                     if rows:
-                        bar.set_postfix_str(f"{done} of {options.clips} videos", refresh=False)
                         with folder.open(options.seed, [batch[row] for row in rows]) as writers:
                             for pixels in sampler.stream(bar, batch):
                                 for row, write in zip(rows, writers, strict=True):
                                     write(pixels[row])
                         done += len(rows)
+                bar.set_postfix_str(f"{done} of {options.clips} videos")
         except KeyboardInterrupt:
             print(f"{done} of {options.clips} videos are written; the same command goes on from here", file=sys.stderr)
             raise
