@@ -22,9 +22,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m pvdm_fast.evaluate",
         description="Measures PSNR and SSIM of reconstructions and, with a feature network, the Fréchet video distance "
-        "of reconstructions and samples. Writes evaluation.json and report.html. The same command continues an "
-        "evaluation that was interrupted. Several processes share the work: torchrun --nproc-per-node 8 -m "
-        "pvdm_fast.evaluate ...",
+        "of reconstructions and samples. Of rendered scenes it also says whether objects keep their names and paths. "
+        "Writes evaluation.json and report.html. The same command continues an evaluation that was interrupted. "
+        "Several processes share the work: torchrun --nproc-per-node 8 -m pvdm_fast.evaluate ...",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -36,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--samples",
         type=numbers.whole(0, 10_000_000),
         metavar="N",
-        help="number of samples, 0 for none (default: as many as clips)",
+        help="number of samples, 0 for none (default: as many as clips with --features; without, at most 256 of "
+        "rendered scenes and 8 of other videos)",
     )
     add(
         "--frames",

@@ -18,6 +18,8 @@ from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation.clips import read_batches
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.processes import wait
+from pvdm_fast.evaluation.scene_judge import SceneJudge, see
+from pvdm_fast.evaluation.scenes import clip_features, clip_scores, first_frames, kinds_right
 from pvdm_fast.evaluation.ssim import WINDOW, ssim
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.evaluation.tally import Measured, Tally, read_tallies, remaining, total
@@ -111,9 +113,10 @@ def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, 
 
 
 def measure_reconstructions(
-    subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, workers: int
+    subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, judge: SceneJudge | None, workers: int
 ) -> Measure:
-    """Measures PSNR, SSIM (if frames are large enough), and the features of originals and reconstructions."""
+    """Measures PSNR, SSIM (if frames are large enough), and the features of originals and reconstructions. With a judge
+    also which objects keep their names, and the originals' features for it."""
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for numbers, batch in zip(batches, read_batches(dataset, batches, workers), strict=True):
@@ -125,6 +128,9 @@ def measure_reconstructions(
                 values["ssim"] = ssim(result, original)[:, None]
             if network is not None:
                 values["original"], values["reconstruction"] = network(original), network(result)
+            if judge is not None:
+                seen = see(judge, original)
+                values["kinds_right"], values["scenes"] = kinds_right(seen, see(judge, result)), clip_features(seen)
             _show(folder, numbers, torch.stack([original, result], dim=1), subject.fps)
             yield Measured(values, dict(batch["skipped"]))
 
@@ -142,18 +148,31 @@ def measure_real_clips(dataset: ClipDataset, network: FeatureNetwork, workers: i
 
 
 def measure_samples(
-    subject: Subject, network: FeatureNetwork | None, lengths: Sequence[int], sampling: dict[str, Any]
+    subject: Subject,
+    network: FeatureNetwork | None,
+    judge: SceneJudge | None,
+    lengths: Sequence[int],
+    stride: int,
+    sampling: dict[str, Any],
 ) -> Measure:
-    """Samples videos of the greatest length. For every length, measures the features of their first frames.
+    """Samples videos of the greatest length. For every length, measures the features of their first frames. With a
+    judge, names the objects of the first two clips, which may be of ``stride``.
 
-    A sample's first frames don't depend on its length, because each clip is conditioned only on the one before.
+    A sample's first frames don't depend on its length, because each clip is conditioned only on the one before. So
+    samples that are neither compared nor shown end after two clips.
     """
+    clip = subject.frames
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for numbers in batches:
-            videos = sample_batch(subject, numbers, max(lengths), sampling)
+            wanted = [*lengths] if network is not None or numbers.start < SHOWN else []
+            videos = sample_batch(subject, numbers, max([*wanted, 2 * clip] if judge else wanted), sampling)
             _show(folder, numbers, videos[:, None], subject.fps)
             values = {} if network is None else {f"{n} frames": network(videos[:, :, :n]) for n in lengths}
+            if judge is not None:
+                seen = see(judge, videos[:, :, : 2 * clip])
+                values |= {name: score[:, None] for name, score in clip_scores(seen, clip, stride).items()}
+                values["scenes"] = clip_features(first_frames(seen, clip))
             yield Measured(values)
 
     return measure

@@ -15,13 +15,17 @@ import pvdm_fast
 from pvdm_fast.analysis.machine import cpu_facts, installed_version
 from pvdm_fast.backends import choice
 from pvdm_fast.data import ClipDataset
+from pvdm_fast.data.clips import SYNTHETIC
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation import features
 from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
+from pvdm_fast.evaluation.scene_judge import WEIGHTS
+from pvdm_fast.evaluation.scenes import CLEAR, FASTEST, PLACE_ERROR, SLOWEST, SURE
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.jobs import numbers
+from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.jobs.devices import DEVICE
 from pvdm_fast.jobs.processes import Processes
 
@@ -32,7 +36,18 @@ METRICS = {
     "values not rounded to 8 bits; averaged over frames, colours and clips",
     "frechet_distance": "|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features in float64; covariances divide by the "
     "number of clips, as in StyleGAN-V and cd-fvd; called FVD only for the I3D network of StyleGAN-V",
+    "kinds_right": "share of the original's objects, in all frames, that the scene judge gives the same name in the "
+    f"reconstruction; only clearly visible ones count, of which it sees {CLEAR:.0%} or more",
+    "named": f"share of samples whose one or two objects are each of one known kind, with a confidence of {SURE}, in "
+    "all frames of the first clip in which they are clearly visible, and never vanish or appear in plain sight; "
+    "second_named: in the first two clips",
+    "path": "share of samples whose objects never vanish or appear in plain sight, make no step longer than "
+    f"{FASTEST} x stride + {PLACE_ERROR} and no four in a row shorter than {SLOWEST / 2} x stride on average, in short "
+    "sides of the frame, in the first clip; second_path: in the first two clips",
+    "scene_frechet_distance": "the same distance of the scene judge's features of first clips: mean over frames, and "
+    "root mean square of the change from frame to frame",
 }
+JUDGED = 256  # samples by default where only the scene judge looks at them
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "av")
 RANGES = {  # of a request's numbers, as it is made in Python
     "clips": numbers.VIDEOS,
@@ -105,6 +120,7 @@ class Protocol:
     model: dict[str, Any]
     sampling: dict[str, Any]
     features: dict[str, Any] | None
+    judge: dict[str, Any] | None
     environment: dict[str, Any]
 
     def identity(self, *parts: str, **more: Any) -> dict[str, Any]:
@@ -149,15 +165,23 @@ def make_protocol(
             "network": "I3D of StyleGAN-V" if network.is_i3d else "not the I3D of StyleGAN-V",
             "input": features.INPUT,
         }
-    return Protocol(data, subject.facts(), sampling, network_facts, environment(processes))
+    judge = {"file": WEIGHTS.name, "sha256": sha256(WEIGHTS)} if shows_scenes(request) else None
+    return Protocol(data, subject.facts(), sampling, network_facts, judge, environment(processes))
 
 
 def count_samples(request: Request, subject: Subject, network: FeatureNetwork | None) -> int:
-    """How many samples are made. Without features, only those that are shown."""
+    """How many samples are made. Without features, only those that are judged or shown."""
     if subject.denoiser is None:
         return 0
     wanted = request.clips if request.samples is None else request.samples
-    return wanted if network else min(wanted, SHOWN)
+    if network is None and not shows_scenes(request):
+        return min(wanted, SHOWN)
+    return min(wanted, JUDGED) if network is None and request.samples is None else wanted
+
+
+def shows_scenes(request: Request) -> bool:
+    """Whether the clips are rendered scenes, so that the scene judge knows what it sees."""
+    return request.data == SYNTHETIC
 
 
 def environment(processes: Processes) -> dict[str, Any]:

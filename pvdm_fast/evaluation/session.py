@@ -13,6 +13,7 @@ from typing import Any
 
 from pvdm_fast.backends.precision import announce, choose_precision
 from pvdm_fast.data import ClipDataset
+from pvdm_fast.data.clips import SYNTHETIC
 from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation import features
@@ -28,8 +29,10 @@ from pvdm_fast.evaluation.passes import (
     run_pass,
 )
 from pvdm_fast.evaluation.processes import these_processes
-from pvdm_fast.evaluation.protocol import Protocol, Request, make_protocol
+from pvdm_fast.evaluation.protocol import Protocol, Request, make_protocol, shows_scenes
 from pvdm_fast.evaluation.report import write_report
+from pvdm_fast.evaluation.scene_judge import SceneJudge, load_judge
+from pvdm_fast.evaluation.scenes import CLIP_FEATURES
 from pvdm_fast.evaluation.ssim import WINDOW
 from pvdm_fast.evaluation.subject import Subject, load_subject
 from pvdm_fast.jobs import threads
@@ -49,6 +52,7 @@ class Evaluation:
     processes: Processes
     subject: Subject
     network: FeatureNetwork | None
+    judge: SceneJudge | None
     datasets: dict[int, ClipDataset]
     protocol: Protocol
     folder: Path
@@ -61,15 +65,16 @@ class Evaluation:
     def passes(self) -> dict[str, Pass]:
         """The passes by name: "reconstruction", "real-16" for each other length with features, "samples"."""
         request, network, length = self.request, self.network, self.subject.frames
-        measure = measure_reconstructions(self.subject, self.datasets[length], network, request.workers)
-        made = {"reconstruction": self._data_pass("reconstruction", measure, "model", frames=length)}
+        measure = measure_reconstructions(self.subject, self.datasets[length], network, self.judge, request.workers)
+        made = {"reconstruction": self._data_pass("reconstruction", measure, "model", "judge", frames=length)}
         for frames in request.frames if network and self.samples else ():
             if frames != length:
                 measure = measure_real_clips(self.datasets[frames], network, request.workers)  # type: ignore[arg-type]
                 made[f"real-{frames}"] = self._data_pass(f"real-{frames}", measure, frames=frames)
         if self.samples:
-            identity = self.protocol.identity("model", "sampling", "features")
-            measure = measure_samples(self.subject, network, request.frames, self.protocol.sampling)
+            identity = self.protocol.identity("model", "sampling", "features", "judge", stride=request.stride)
+            sampling = self.protocol.sampling
+            measure = measure_samples(self.subject, network, self.judge, request.frames, request.stride, sampling)
             made["samples"] = Pass("samples", self.samples, request.batch_size, identity, measure)
         return made
 
@@ -139,6 +144,7 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
     network = None
     if request.features is not None and request.features_sha256 is not None:
         network = FeatureNetwork(request.features, request.features_sha256, processes.device)
+    judge = load_judge(processes.device) if shows_scenes(request) else None
     lengths = {subject.frames} | (set(request.frames) if network and subject.denoiser else set())
     datasets = {
         frames: open_clips(
@@ -149,7 +155,7 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
     protocol = make_protocol(request, subject, datasets[subject.frames], network, processes)
     folder = request.out or request.run / "evaluation"
     records = subject.run.read_metrics()
-    return Evaluation(request, processes, subject, network, datasets, protocol, folder, records)
+    return Evaluation(request, processes, subject, network, judge, datasets, protocol, folder, records)
 
 
 def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -165,6 +171,7 @@ def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, A
     return {
         "reconstruction": scores,
         "generation": _generation(evaluation, outcomes),
+        "scenes": _scenes(evaluation, outcomes),
         "missing": _missing(evaluation),
         "caveats": _caveats(evaluation, outcomes),
         "unreadable_files": unreadable,
@@ -182,6 +189,21 @@ def _generation(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[st
             real = outcomes["reconstruction" if frames == evaluation.subject.frames else f"real-{frames}"]
             pair = (real.sums["original"], outcomes["samples"].sums[f"{frames} frames"])
             scores[str(frames)] |= _distance(evaluation, *(Gaussian.of(sums) for sums in pair))
+    return scores
+
+
+def _scenes(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any] | None:
+    """What the scene judge says of reconstructions and samples. None for other clips than rendered scenes."""
+    if evaluation.judge is None:
+        return None
+    real = outcomes["reconstruction"].sums
+    right, objects = real["kinds_right"][0, 1:].tolist()
+    scores: dict[str, Any] = {"objects": int(objects), "kinds_right": right / objects if objects else None}
+    if "samples" in outcomes:
+        made = outcomes["samples"].sums
+        scores["samples"] = evaluation.samples
+        scores |= {name: _score(made[name]) for name in ("named", "path", "second_named", "second_path")}
+        scores["frechet_distance"] = frechet_distance(Gaussian.of(real["scenes"]), Gaussian.of(made["scenes"]))
     return scores
 
 
@@ -212,6 +234,11 @@ def _missing(evaluation: Evaluation) -> list[str]:
             f"R-FVD and FVD: {evaluation.network.path.name} is not the I3D network of StyleGAN-V, so its Fréchet "
             f"distances compare with nothing that is published; {features.HOW_TO_GET}"
         )
+    if evaluation.judge is None:
+        missing.append(
+            f"named objects and their paths: the scene judge knows the rendered scenes of {SYNTHETIC} only, and these "
+            f"clips are of {evaluation.request.data}"
+        )
     if min(evaluation.subject.size) < WINDOW:
         missing.append(f"SSIM: its window needs frames of {WINDOW} x {WINDOW} at least")
     if evaluation.subject.denoiser is None:
@@ -236,6 +263,11 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
         width = len(outcomes["reconstruction"].sums["original"]) - 1
         if fewest <= width:
             caveats.append(f"{fewest} clips cannot give covariances of {width} features full rank")
+    if evaluation.judge is not None and 0 < evaluation.samples <= CLIP_FEATURES:
+        caveats.append(
+            f"{evaluation.samples} samples cannot give covariances of the scene judge's {CLIP_FEATURES} features full "
+            "rank"
+        )
     denoiser = evaluation.subject.denoiser
     if evaluation.samples and denoiser is not None and denoiser.config["num_classes"] is not None:
         caveats.append("the denoiser was trained with classes, and the samples are of none")
