@@ -197,7 +197,8 @@ def stage_result(trainer: Trainer) -> dict[str, Any]:
         waited, planned = progress.best["waited"], trainer.options.steps
         result |= {"planned_steps": planned, "scores_waited": waited}
         if trainer.processes.main:
-            end = f"{trainer.stage.name} ends at step {progress.step}: {waited} held-out scores without a new best"
+            scores = "one held-out score" if waited == 1 else f"{waited} held-out scores"
+            end = f"{trainer.stage.name} ends at step {progress.step}: {scores} without a new best"
             say(f"{end}; the best weights are those of step {progress.best['step']}")
     return {**result, "unreadable_files": progress.unreadable}
 

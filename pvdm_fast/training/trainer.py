@@ -117,7 +117,7 @@ class Trainer:
                 record = self.record(outcome, seconds)
                 bar.advance(record, self.options.batch_size * self.options.accumulate)
                 pace.add(seconds)
-                if pace.steps >= 2 and pace.seconds - seconds < PACE_SECONDS <= pace.seconds and self.processes.main:
+                if pace.seconds - seconds < PACE_SECONDS <= pace.seconds and self.processes.main:
                     say(pace.line(self.stage.name, self.options.steps - self.progress.step))
                 due = self.over or self.progress.step % self.config.preview_every == 0
                 if due:

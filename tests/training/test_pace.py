@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+from training import small
 
-from pvdm_fast import estimate
+from pvdm_fast import estimate, train
 from pvdm_fast.training import pace, trainer
 from pvdm_fast.training.config import make_config
 from pvdm_fast.training.pace import Pace, about, measure
@@ -66,6 +68,17 @@ def test_the_command_says_how_long(capsys: pytest.CaptureFixture[str]) -> None:
     assert estimate.main([*SMALL, "--measure", "0.1"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"\nautoencoder: (about|less than) .* for 4000 steps here \(.* s a step, measured over ", printed)
+
+
+def test_training_says_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the first steps after the warm-up are slow."""
+    monkeypatch.setattr(trainer, "PACE_SECONDS", 1e-6)
+    options = [*small.SMALL, *small.steps(4), "--stage", "autoencoder"]
+    assert train.main([*options, "--run", str(tmp_path / "run")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if " s a step" in line]
+    assert len(said) == 1 and "for 2 steps here" in said[0] and "measured over one step" in said[0]
 
 
 def test_what_does_not_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
