@@ -9,11 +9,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 # Code for x.0 also runs on x.1 to x.9 (8.0 on 8.6 and 8.9). GPUs newer than all of these compile the PTX on first use.
@@ -241,6 +243,42 @@ def cuda_extension(output: Path, python_flags: str, toolkit: Toolkit, architectu
     for path in sorted((source / "cuda").glob("*.cu")):
         ext.objects[f"cuda_{path.stem}"] = (path, "nvcc", architectures)
     return ext
+
+
+def python_flags(pybind11: str | Path) -> str:
+    """The options that make Python's and pybind11's headers known; `pybind11`: the folder of the latter.
+
+    Raises:
+        Unbuildable: one of them isn't there.
+    """
+    python = sysconfig.get_paths()["include"]
+    if not (Path(pybind11) / "pybind11" / "pybind11.h").exists():
+        raise Unbuildable("there are no headers of pybind11: pip install pybind11")
+    if not (Path(python) / "Python.h").exists():
+        raise Unbuildable("there is no Python.h: install Python's headers (python3-dev)")
+    return " ".join(f"-isystem {shlex.quote(str(folder))}" for folder in (pybind11, python))
+
+
+def plan_cuda(output: Path, flags: str, architectures: str) -> tuple[Extension, Toolkit, dict[str, Any]]:
+    """pvdm_fast._cuda for architectures as in TORCH_CUDA_ARCH_LIST: what ninja builds, with which toolkit, and the
+    facts to keep of it. `flags` are those of `python_flags`.
+
+    Raises:
+        Unbuildable: there is no compiler or toolkit, or a target that the toolkit doesn't know.
+    """
+    toolkit = find_toolkit()
+    targets, ptx = parse_arch_list(architectures)
+    check_targets(toolkit.nvcc, targets)
+    extension = cuda_extension(output, flags, toolkit, arch_flags(targets, ptx))
+    version = ".".join(map(str, toolkit.version))
+    return (
+        extension,
+        toolkit,
+        {
+            "compiler": f"nvcc {version}",
+            "targets": [f"sm_{target}" for target in targets] + [f"ptx_{target}" for target in ptx],
+        },
+    )
 
 
 def _escape(path: Path) -> str:

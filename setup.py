@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ import build_tools
 def python_flags() -> str:
     import pybind11
 
-    folders = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-    return " ".join(f"-isystem {shlex.quote(folder)}" for folder in folders)
+    return build_tools.python_flags(pybind11.get_include())
 
 
 def build_cpu(output: Path, folder: Path) -> dict[str, Any]:
@@ -39,14 +37,10 @@ def build_cpu(output: Path, folder: Path) -> dict[str, Any]:
 def build_cuda(output: Path, folder: Path) -> dict[str, Any]:
     if os.environ.get("PVDM_FAST_BUILD_CUDA", "1") == "0":
         raise build_tools.Unbuildable("PVDM_FAST_BUILD_CUDA=0 was set: unset it and install again")
-    toolkit = build_tools.find_toolkit()
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(build_tools.CUDA_TARGETS)
-    targets, ptx = build_tools.parse_arch_list(asked)
-    build_tools.check_targets(toolkit.nvcc, targets)
-    extension = build_tools.cuda_extension(output, python_flags(), toolkit, build_tools.arch_flags(targets, ptx))
+    extension, toolkit, facts = build_tools.plan_cuda(output, python_flags(), asked)
     build_tools.run_ninja(extension, folder, toolkit.nvcc)
-    version = ".".join(map(str, toolkit.version))
-    return {"compiler": f"nvcc {version}", "targets": [f"sm_{t}" for t in targets] + [f"ptx_{t}" for t in ptx]}
+    return facts
 
 
 class BuildNative(build_ext):

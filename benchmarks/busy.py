@@ -39,7 +39,7 @@ CORES = len(os.sched_getaffinity(0))
 SETTINGS = {"all threads": ["--threads", str(CORES)], "one thread": ["--threads", "1"], "ours": []}
 ENDLESS = ["--save-every", "1000000000", "--preview-every", "1000000000"]
 READY = 3  # steps after which a run has made what later steps keep
-PATIENCE = 300.0  # seconds for a run to get ready
+PATIENCE = 300.0  # seconds to wait for a run's steps
 
 
 class Stoppable:
@@ -89,19 +89,33 @@ class Job(Stoppable):
         command = [sys.executable, "-m", "pvdm_fast.train", "--run", str(self.run), *ENDLESS, *arguments]
         super().__init__(command, self.log)
 
-    def seconds(self) -> list[float]:
-        """Of every step so far."""
-        metrics = self.run / "metrics.jsonl"
-        whole = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []
-        return [json.loads(line)["seconds"] for line in whole]
+        self._seconds: list[float] = []
+        self._read = 0  # bytes of the records
 
-    def wait_until_ready(self) -> None:
+    def seconds(self) -> list[float]:
+        """Of every step so far; only lines that came since the last time are read, and whole ones."""
+        metrics = self.run / "metrics.jsonl"
+        if metrics.exists():
+            with metrics.open("rb") as file:
+                file.seek(self._read)
+                lines = file.read().split(b"\n")[:-1]
+            self._read += sum(len(line) + 1 for line in lines)
+            self._seconds += [json.loads(line)["seconds"] for line in lines]
+        return self._seconds
+
+    def wait_for(self, steps: int) -> list[float]:
+        """The seconds of every step, as soon as there are so many.
+
+        Raises:
+            UserError: training ended before, or took longer than `PATIENCE`.
+        """
         deadline = time.monotonic() + PATIENCE
-        while len(self.seconds()) < READY:
+        while len(taken := self.seconds()) < steps:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise UserError(f"training did not get going:\n{self.log.read_text()[-2000:]}")
+                log = self.log.read_text()[-2000:]
+                raise UserError(f"training came to {len(taken)} steps and not to {steps}:\n{log}")
             time.sleep(0.1)
-        self.stop()
+        return taken
 
     def pace(self, settle: float, seconds: float) -> float:
         """Steps a second, after some seconds to settle; the step in which the run was let go doesn't count."""
@@ -109,13 +123,13 @@ class Job(Stoppable):
             time.sleep(settle)
             before = len(self.seconds()) + 1
             time.sleep(seconds)
-            while len(taken := self.seconds()[before:]) < READY:
-                time.sleep(0.1)
+            taken = self.wait_for(before + READY)[before:]
         return len(taken) / sum(taken)
 
 
 def measure(job: Job, hogs: Sequence[Stoppable], options: argparse.Namespace) -> dict[str, float]:
-    """Pace of the job, its CPU time a second, and cores that neither it nor the busy processes used."""
+    """Pace of the job, its CPU time a second, and "others": cores that programs used which are neither the job nor the
+    busy processes."""
     with ExitStack() as running:
         for hog in hogs:
             running.enter_context(hog.running())
@@ -139,7 +153,8 @@ def run(stage: str, options: argparse.Namespace, folder: Path) -> list[rows.Row]
     with ExitStack() as ending:
         jobs = {name: ending.enter_context(Job(folder, name, [*arguments, *more])) for name, more in SETTINGS.items()}
         for job in jobs.values():
-            job.wait_until_ready()
+            job.wait_for(READY)
+            job.stop()
         hogs = [
             Stoppable([sys.executable, "-c", "while True: pass"], folder / "hog") for _ in range(max(levels(options)))
         ]

@@ -21,7 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pvdm_fast.backends.float32 import tf32_allowed
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.ops.costs import attention, attention_block, conv, linear
 
@@ -168,7 +169,11 @@ def work(direction: str, forward_flops: float, read: int, parameters: int, writt
 
 def floor(needed: Work, dtype: torch.dtype, device: str) -> Floor:
     """The floor of `needed` on this machine."""
-    peak, speed = gemm_peak(dtype, device), bandwidth(_bucket(needed.bytes), device)
+    return floor_at(needed, gemm_peak(dtype, device), bandwidth(_bucket(needed.bytes), device))
+
+
+def floor_at(needed: Work, peak: float, speed: float) -> Floor:
+    """The floor of `needed` at a peak in FLOP/s and a speed in bytes/s."""
     arithmetic, memory = needed.flops / peak, needed.bytes / speed
     return Floor(max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory", peak, speed)
 
@@ -240,14 +245,19 @@ def _fastest(probes: Iterable[Probe], seconds: float = 0.25) -> Probe:
 
 
 def gemm_peak(dtype: torch.dtype, device: str) -> float:
-    """The best FLOP/s of square GEMMs in `dtype`."""
-    probe = _gemm_probe(dtype, device)
+    """The best FLOP/s of square GEMMs in `dtype`; in float32 on a GPU, as PyTorch's switches allow them."""
+    probe = _gemm_probe(dtype, device, _tf32(dtype, device))
     return _highest(probe.key, probe.rate)
 
 
-@cache
-def _gemm_probe(dtype: torch.dtype, device: str) -> Probe:
-    key = f"FLOP/s {device} {str(dtype).removeprefix('torch.')}"
+def _tf32(dtype: torch.dtype, device: str) -> bool:
+    """Whether a product or a convolution may be rounded to tf32, whose peak is another one."""
+    return device == "cuda" and dtype == torch.float32 and (tf32_allowed("product") or tf32_allowed("convolution"))
+
+
+@lru_cache(maxsize=2)  # a report alternates between two dtypes; a probe keeps its tensors, up to 1 GB on a GPU
+def _gemm_probe(dtype: torch.dtype, device: str, tf32: bool) -> Probe:
+    key = f"FLOP/s {device} {'tf32' if tf32 else str(dtype).removeprefix('torch.')}"
     sizes = (512, 1024, 2048) if device == "cpu" else (4096, 8192)
     return _fastest(Probe(key, linear(n, n, n), run, device) for n in sizes for run in _products(n, dtype, device))
 
@@ -271,7 +281,7 @@ def bandwidth(working_set: int, device: str) -> float:
     return _highest(probe.key, probe.rate)
 
 
-@cache
+@lru_cache(maxsize=1)  # a probe keeps its tensors, 1.7 times its working set
 def _bandwidth_probe(working_set: int, device: str) -> Probe:
     count = working_set // 4 // 3
     a, b, out = (torch.ones(count, device=device) for _ in range(3))
@@ -296,7 +306,7 @@ def beside(needed: Work, dtype: torch.dtype, device: str) -> Callable[[], None]:
 
     It takes a tenth of the time at most: sooner after a long timing a call does nothing.
     """
-    probes = (_gemm_probe(dtype, device), _bandwidth_probe(_bucket(needed.bytes), device))
+    probes = (_gemm_probe(dtype, device, _tf32(dtype, device)), _bandwidth_probe(_bucket(needed.bytes), device))
     due = 0.0
 
     def again() -> None:

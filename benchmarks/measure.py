@@ -232,6 +232,21 @@ def rounds_for(round_seconds: float, budget: float, least: int = 3, most: int = 
     return max(least, min(most, int(budget / max(round_seconds, 1e-9))))
 
 
+def warm_up(
+    runners: Mapping[str, Runner], direction: str, device: str, budget: float, rounds: int | None = None
+) -> int:
+    """Run each once: the first call in a direction may compile, so it says nothing about a round.
+
+    Returns:
+        How many alternating rounds are to follow: `rounds`, otherwise what one more shows to fit in `budget` seconds.
+    """
+    for runner in runners.values():
+        seconds(runner, direction, device)
+    if rounds is not None:
+        return rounds
+    return rounds_for(sum(seconds(runner, direction, device) for runner in runners.values()), budget)
+
+
 def alternate(
     runners: Mapping[str, Runner],
     direction: str,
@@ -246,10 +261,7 @@ def alternate(
     Each round starts with another runner, so that none always finds the caches of the same predecessor. `beside` is
     called after each round.
     """
-    for runner in runners.values():  # the first call in a direction may compile, so it says nothing about a round
-        seconds(runner, direction, device)
-    if rounds is None:
-        rounds = rounds_for(sum(seconds(runner, direction, device) for runner in runners.values()), budget)
+    rounds = warm_up(runners, direction, device, budget, rounds)
     names = list(runners)
     found: dict[str, list[float]] = {name: [] for name in names}
     others = Others()

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.report import write_between
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents
-from pvdm_fast.diffusion.schedulers import make_scheduler
+from pvdm_fast.diffusion.schedulers import scheduler_of
 from pvdm_fast.jobs.command import run_command
 from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.sample import load_models
@@ -69,7 +69,12 @@ def measure(
         shape = (clips, int(denoiser.config["latent_channels"]), denoiser.layout.num_tokens)
         before = time.process_time()
         latents = sample_latents(
-            denoiser, make_scheduler(sampler.scheduler), shape, steps=steps, noise=NoiseSource(0), eta=sampler.eta
+            denoiser,
+            scheduler_of(denoiser, sampler.scheduler),
+            shape,
+            steps=steps,
+            noise=NoiseSource(0),
+            eta=sampler.eta,
         )
         seconds = time.process_time() - before
         with torch.no_grad():

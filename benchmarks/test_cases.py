@@ -16,7 +16,7 @@ import torch
 from benchmarks import floors, rows
 from benchmarks.cases import all_cases
 from benchmarks.machine import Others
-from benchmarks.measure import Timings, rounds_for, seconds
+from benchmarks.measure import Timings, seconds, warm_up
 from benchmarks.registry import Setting
 from benchmarks.session import DTYPES, DoesNotFit, Ready, devices, get_ready
 
@@ -72,9 +72,9 @@ def test_case(
             torch.cuda.synchronize()
 
     benchmark.group = f"{found.case.kind}s, ours alone"
-    warm = sum(seconds(runner, direction, device) for runner in runners.values())
+    rounds = warm_up(runners, direction, device, BUDGET)
     others = Others()
-    benchmark.pedantic(run, setup=rivals_then_ours, rounds=rounds_for(warm, BUDGET))
+    benchmark.pedantic(run, setup=rivals_then_ours, rounds=rounds)
     if benchmark.stats is None:  # --benchmark-disable: checked, not timed
         return
     if device != "cuda":

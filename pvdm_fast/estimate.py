@@ -1,7 +1,7 @@
-"""``python -m pvdm_fast.estimate``: the memory and arithmetic of a training step, before anything is run.
+"""``python -m pvdm_fast.estimate``: the memory and arithmetic of a training step, and how long training takes here.
 
-The step's own code runs on shapes alone. Nothing is allocated or computed, so a laptop can estimate what fits no
-machine.
+For memory and arithmetic the step's own code runs on shapes alone. Nothing is allocated or computed, so a laptop can
+estimate what fits no machine. For the time some steps are measured (`pvdm_fast.training.pace`), if they fit.
 
 - saved for backward: the distinct tensors that autograd keeps. Weights don't count, but their 16-bit copies do.
 - at work: gradients and tensors of the passes, at the moment when most are alive.
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pvdm_fast.training.config import TrainConfig
+    from pvdm_fast.training.pace import Pace
 
 GIB = 2**30
 
@@ -123,7 +124,7 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
             encode()
     weights = _bytes(model)
     trained = sum(parameter.nbytes for parameter in parameters)
-    moments = state_bytes(config.optimizer, parameters)
+    moments = state_bytes(config.optimizer, model)
     averaged = trained if stage == "diffusion" else 0
     options = getattr(config, stage)
     return Estimate(
@@ -205,7 +206,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = Parser(
         prog="python -m pvdm_fast.estimate",
-        description="Predicts the memory, the FLOPs and the checkpoint size of training, without running it.",
+        description="Predicts the memory, the FLOPs and the checkpoint size of training. Then it measures some steps "
+        "and says how long training takes on this machine.",
     )
     parser.add_argument("--preset", default="tiny", metavar="{" + ",".join(PRESETS) + "}", help="sizes (default: tiny)")
     parser.add_argument("--stage", default="all", metavar="{autoencoder,diffusion,all}", help="(default: all)")
@@ -221,9 +223,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="{auto,no,bf16}",
         help="(default: auto, what training would choose on this machine)",
     )
-    parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit}", help="(default: adamw)")
+    parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit,muon}", help="(default: adamw)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--json", action="store_true", help="print bytes and FLOPs as JSON")
+    parser.add_argument(
+        "--measure",
+        type=numbers.SECONDS,
+        default=20.0,
+        metavar="SECONDS",
+        help="for how long to measure steps of each stage, one at least; 0 measures none (default: 20)",
+    )
+    parser.add_argument("--json", action="store_true", help="print bytes, FLOPs and seconds as JSON")
     return parser
 
 
@@ -245,18 +254,47 @@ def configure(options: argparse.Namespace) -> TrainConfig:
     return make_config(changes)
 
 
+def measured(config: TrainConfig, found: Estimate, seconds: float) -> Pace | str | None:
+    """The pace of a stage here; why it isn't measured; or None where that isn't asked for."""
+    from pvdm_fast.jobs.devices import claim_device
+    from pvdm_fast.training.pace import free_bytes, measure
+
+    if seconds == 0:
+        return None
+    free = free_bytes(claim_device(config.device))
+    if found.peak > free:
+        there = f"a step needs {found.peak / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free here"
+        return f"{found.stage}: the time is not measured, because {there}"
+    print(f"measuring steps of the {found.stage} stage ...", file=sys.stderr, flush=True)
+    return measure(config, found.stage, seconds)
+
+
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Parse, estimate, print."""
+    """Parse, estimate, measure, print."""
+    from pvdm_fast.jobs.environment import only_the_launcher
     from pvdm_fast.training.config import STAGES
 
     options = make_parser().parse_args(arguments)
     config = configure(options)
-    with plain_torch():
-        found = [estimate(config, stage) for stage in (STAGES if config.stage == "all" else (config.stage,))]
+    rows: list[dict[str, Any]] = []
+    with plain_torch(), only_the_launcher():
+        for number, stage in enumerate(STAGES if config.stage == "all" else (config.stage,)):
+            found = estimate(config, stage)
+            steps = getattr(config, stage).steps
+            if not options.json:
+                print(("\n" if number else "") + found.table(), flush=True)
+            pace = measured(config, found, options.measure)
+            if pace is not None and not options.json:
+                print(pace if isinstance(pace, str) else pace.line(stage, steps), flush=True)
+            seconds = None if pace is None or isinstance(pace, str) else pace.a_step
+            rows.append({**asdict(found), "peak": found.peak, "steps": steps, "seconds_a_step": seconds})
     if options.json:
-        print(json.dumps([{**asdict(item), "peak": item.peak} for item in found], indent=2))
-    else:
-        print("\n\n".join(item.table() for item in found))
+        print(json.dumps(rows, indent=2))
+    elif len(rows) > 1 and all(row["seconds_a_step"] for row in rows):
+        from pvdm_fast.training.pace import about
+
+        total = sum(row["steps"] * row["seconds_a_step"] for row in rows)
+        print(f"\nboth stages: {about(total)} on this machine, without scores, previews and checkpoints")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -47,7 +47,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="denoising steps (default: %(default)s)",
     )
     parser.add_argument(
-        "--scheduler", default="ddim", metavar="{ddim,ddpm,dpm++,unipc}", help="sampler (default: %(default)s)"
+        "--scheduler",
+        default="auto",
+        metavar="NAME",
+        help="sampler: ddim, ddpm, dpm++ or unipc; for a model trained with --diffusion-prediction flow unipc, dpm++, "
+        "euler or heun (default: auto, which is ddim, or unipc for such a model)",
     )
     parser.add_argument(
         "--guidance",
@@ -191,7 +195,7 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from pvdm_fast.data.continuation import last_clip
     from pvdm_fast.diffusion.pipeline import class_numbers
-    from pvdm_fast.diffusion.sampling import SamplingOptions, stream_video
+    from pvdm_fast.diffusion.sampling import SamplingOptions, fitting_scheduler, stream_video
     from pvdm_fast.jobs.progress import make_bar
 
     autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
@@ -211,6 +215,7 @@ def _sample(options: argparse.Namespace) -> None:
         labels=labels,
         cuda_graph=options.cuda_graph,
     )
+    fitting_scheduler(denoiser, wanted)  # before a file is begun
     with make_bar("sampling", options.steps) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -226,10 +231,10 @@ def _check(options: argparse.Namespace) -> None:
     """Raises UserError for what argparse can't check."""
     if options.out.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot write {options.out}: its name must end in {', '.join(SUFFIXES)}")
-    from pvdm_fast.diffusion.schedulers import make_scheduler
+    from pvdm_fast.diffusion.schedulers import check_name
     from pvdm_fast.jobs import numbers
 
-    make_scheduler(options.scheduler)
+    check_name(options.scheduler)
     numbers.check_eta(options.scheduler, options.eta)
     if options.out.exists() and not options.overwrite:
         raise UserError(

@@ -12,13 +12,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pvdm_fast.jobs import devices
 from pvdm_fast.jobs.arguments import Parser
 from pvdm_fast.jobs.command import run_command
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m pvdm_fast.selftest", description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where PyTorch finds a GPU")
+    parser.add_argument("--device", default="auto", type=devices.DEVICE, metavar=devices.METAVAR, help=devices.HELP)
     parser.add_argument(
         "--full", action=argparse.BooleanOptionalAction,
         help="the sizes of full networks too, whole networks against golden values, CUDA graphs, and tensors on the "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ if find_spec("triton"):
 
     interpreter.install()
 
+from pvdm_fast.backends import choice  # noqa: E402
 from pvdm_fast.ops import operation  # noqa: E402
 
 # Interpreted kernels follow PyTorch's switches too. By default convolutions may take tf32, which would hide faults.
@@ -94,17 +96,27 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def interpreted_in_16_bits(item: pytest.Item) -> bool:
-    """Whether a test interprets a Triton kernel in 16 bits again.
+def interpreted_again(items: list[pytest.Item]) -> Iterator[tuple[pytest.Item, str]]:
+    """Tests that interpret Triton kernels once more, and the mark that lets them wait.
 
-    float32 runs all of its code, and the operations' own tests run all kernels in bfloat16.
+    A case takes 0.5 s, a hundred times a CPU kernel's. The inner loop has every third size of the kernels' own tests,
+    in float32, which runs all of their code. The others are slow, as are bfloat16 and an operation's tests on every
+    backend. float16 runs bfloat16's code, so of its sizes every third is slow and the rest exhaustive.
     """
-    given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-    if "backends/triton/" in item.nodeid:
-        return any(value is torch.float16 or value is torch.bfloat16 for value in given)
-    return any(value is torch.float16 for value in given) and any(
-        isinstance(value, str) and value == "triton" for value in given
-    )
+    seen: Counter[tuple[str, object]] = Counter()
+    for item in items:
+        given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
+        if item.path.parent.name == "triton" and item.path.stem.removeprefix("test_") in choice.SERVED["triton"]:
+            dtypes = [value for value in given if isinstance(value, torch.dtype)]
+            dtype = dtypes[0] if len(dtypes) == 1 else torch.float32  # several: mixed in small calls
+            third = seen[item.nodeid.partition("[")[0], dtype] % 3 == 0
+            seen[item.nodeid.partition("[")[0], dtype] += 1
+            if dtype == torch.float16 and not third:
+                yield item, "exhaustive"
+            if dtype != torch.float32 or not third:
+                yield item, "slow"
+        elif item.path.parent.name == "ops" and any(isinstance(value, str) and value == "triton" for value in given):
+            yield item, "slow"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -116,9 +128,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need much memory or minutes run only if you ask for them. The longest files come first."""
     items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONGEST))
-    for item in items:
-        if interpreted_in_16_bits(item):
-            item.add_marker(pytest.mark.slow)
+    for item, mark in interpreted_again(items):
+        item.add_marker(mark)
     reasons = {"huge": "needs 15 GB of memory", "exhaustive": "takes minutes"}
     for name, reason in reasons.items():
         if name in config.getoption("markexpr"):

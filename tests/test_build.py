@@ -92,6 +92,7 @@ def test_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
     build_tools.check_targets(str(fake_nvcc(tmp_path / "silent", "exit 1") / "bin" / "nvcc"), ["130"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "architectures", "message"),
     [
@@ -153,6 +154,7 @@ def run_setup(folder: Path, *arguments: str, **variables: str) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_nothing_can_be_built(tmp_path: Path) -> None:
     """With neither compiler installation continues. One line each says what was left out and why, and the facts
     are stored."""
@@ -166,6 +168,7 @@ def test_nothing_can_be_built(tmp_path: Path) -> None:
     assert not facts["_cuda"]["built"]
 
 
+@pytest.mark.slow
 def test_compiler_that_fails(tmp_path: Path) -> None:
     compiler = tmp_path / "failing"
     compiler.write_text("#!/bin/sh\necho 'error: out of luck' >&2\nexit 1\n")
@@ -175,6 +178,7 @@ def test_compiler_that_fails(tmp_path: Path) -> None:
     assert "error: out of luck" in output
 
 
+@pytest.mark.slow
 def test_sdist(tmp_path: Path) -> None:
     """The sdist has everything that a build needs, and nothing that was built."""
     run_setup(copy_of_sources(tmp_path / "sources"), "-q", "sdist", "--dist-dir", str(tmp_path))

@@ -21,6 +21,7 @@ print(*sorted(name for name in set(sys.modules) - before if "." not in name))
 """
 
 
+@pytest.mark.slow
 def test_import_is_quick() -> None:
     for _ in range(3):  # the first try may compile bytecode
         result = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
@@ -31,6 +32,7 @@ def test_import_is_quick() -> None:
     pytest.fail(f"import pvdm_fast took {time} s of CPU time after torch was imported")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports", ["import pvdm_fast, torch", "import torch, pvdm_fast", "import pvdm_fast.ops, torch"]
 )

@@ -16,6 +16,7 @@ from pvdm_fast.analysis.agreement import Job, Result
 from pvdm_fast.analysis.goldens import Agreement
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import FUSED, FUSED_ON_CPU, KERNEL_DTYPES, OPERATIONS, SERVED
+from pvdm_fast.backends.float32 import tf32_allowed
 from pvdm_fast.backends.reference import geglu
 from pvdm_fast.diffusion import cuda_graph, guidance
 
@@ -83,7 +84,7 @@ def test_nothing_to_compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: run with CUDA_VISIBLE_DEVICES=")
 def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main(["--device", "cuda"]) == 2
-    assert "run with --device cpu" in capsys.readouterr().err
+    assert "PyTorch finds no GPU here" in capsys.readouterr().err
 
 
 def test_a_gpu_has_all_that_automatic_choice_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +114,7 @@ def test_a_gpu_has_all_that_automatic_choice_can_take(monkeypatch: pytest.Monkey
         assert not [job for job in agreement.jobs("cuda", True) if isinstance(job, Job) and job.precision == "tf32"]
 
 
+@pytest.mark.slow
 def test_the_fused_block_is_compared() -> None:
     """In Triton's interpreter, at sizes that no block divides."""
     if reason := choice.why_not("triton", "attention_block", torch.empty(0)):
@@ -121,6 +123,7 @@ def test_the_fused_block_is_compared() -> None:
     assert found.problem == "" and 0 < found.error <= found.allowed
 
 
+@pytest.mark.slow
 def test_a_full_size_is_compared() -> None:
     if reason := choice.unavailable("cpu"):
         pytest.skip(reason)
@@ -146,7 +149,9 @@ def test_tf32_is_on_for_its_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     real = agreement.run
 
     def run(*arguments: Any) -> Any:
-        seen.append(torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32)
+        older = torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+        assert tf32_allowed("product") == tf32_allowed("convolution") == older
+        seen.append(older)
         return real(*arguments)
 
     monkeypatch.setattr(agreement, "run", run)
@@ -157,6 +162,19 @@ def test_tf32_is_on_for_its_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert agreement.compare(Job(op, "reference", precision), "cpu").problem == ""
         assert seen == [False, inside, inside]  # the expected values, then twice what is tested
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("of_all", ["none", "tf32"])
+def test_tf32_where_a_program_used_the_newer_switches(float32_switches: Any, allowed: bool, of_all: str) -> None:
+    """To set products and convolutions differently; then the older ones can't be read."""
+    conv = torch.backends.cudnn.conv
+    torch.backends.fp32_precision = of_all
+    float32_switches.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+    with agreement.tf32(allowed):
+        assert tf32_allowed("product") == tf32_allowed("convolution") == allowed
+        assert float32_switches.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
+    assert (float32_switches.fp32_precision, conv.fp32_precision) == ("tf32", "ieee")
 
 
 @pytest.mark.parametrize(("error", "problem"), [(1e-6, ""), (1e-3, "too far"), (math.nan, "too far")])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -29,10 +28,9 @@ MOST_AT_ONCE = 8  # processes: each takes about 1 GB of the card's memory, more 
 
 def self_test(context: Context) -> None:
     """Every operation on every backend and in every precision, also at full sizes on a card."""
-    full = context.device == "cuda" and not context.dry
-    found = list(agreement.jobs(context.device, full))
-    wanted = [job for job in found if isinstance(job, Job) and not (context.dry and job.precision == "float16")]
-    context.keep(not_run=[line for line in found if isinstance(line, str)], planned=len(wanted))
+    full = _full(context)
+    wanted, not_run = _planned(context)
+    context.keep(not_run=not_run, planned=len(wanted))
     if not wanted:
         raise LeftOut(
             f"no backend but the reference runs on {context.device}: install Triton, or build the extensions."
@@ -44,6 +42,18 @@ def self_test(context: Context) -> None:
         for result in agreement.refusals(context.device):
             _note(context, result)
     _judge(context)
+
+
+def _full(context: Context) -> bool:
+    """Whether full sizes are compared too."""
+    return context.device == "cuda" and not context.dry
+
+
+def _planned(context: Context) -> tuple[list[Job], list[str]]:
+    """What is compared, and a line for whatever isn't; a dry walk leaves out float16."""
+    found = list(agreement.jobs(context.device, _full(context)))
+    wanted = [job for job in found if isinstance(job, Job) and not (context.dry and job.precision == "float16")]
+    return wanted, [line for line in found if isinstance(line, str)]
 
 
 def _in_turn(context: Context, wanted: list[Job]) -> Iterator[Result]:
@@ -72,7 +82,7 @@ def _in_process(context: Context, group: str) -> tuple[list[Result], list[str]]:
     if context.left() < 5:
         return [], [group]
     name = f"self-test-{group.replace('/', '-')}"
-    command = child_command(context, "self-test-of", context.left(), "--only", group, "--as", name)
+    command = context.command("self-test-of", context.left(), "--only", group, "--as", name)
     outcome = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -93,9 +103,7 @@ def _number(value: float | None) -> float:
 
 def self_test_of(context: Context, only: str) -> None:
     """One operation of one backend, in every precision and size."""
-    full = not context.dry
-    wanted = [job for job in agreement.jobs(context.device, full) if isinstance(job, Job)]
-    of_these = [job for job in wanted if f"{job.backend}/{job.op}" == only]
+    of_these = [job for job in _planned(context)[0] if f"{job.backend}/{job.op}" == only]
     for job in context.while_time(of_these):
         _note(context, agreement.compare(job, context.device))
         context.synchronize()  # after a fault nothing more can be learned here
@@ -158,7 +166,7 @@ def sanitize(context: Context) -> None:
 
 
 def _sanitized(context: Context, program: str, tool: str, backend: str, seconds: float) -> dict[str, Any]:
-    inner = child_command(context, "every-kernel-once", seconds, "--only", backend, "--as", f"{tool}-{backend}")
+    inner = context.command("every-kernel-once", seconds, "--only", backend, "--as", f"{tool}-{backend}")
     options = ["--tool", tool, "--error-exitcode", str(FOUND_BY_SANITIZER), "--target-processes", "all"]
     # PyTorch's cache of memory would hide accesses beyond a tensor's end.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -193,12 +201,3 @@ def every_kernel_once(context: Context, only: str) -> None:
                 agreement.run(case, inputs, dtype)
         context.synchronize()
         context.keep(cases=[*context.found.get("cases", []), case.op])
-
-
-def child_command(context: Context, part: str, seconds: float, *more: str) -> list[str]:
-    """The command of a part in a process of its own."""
-    dry = ["--dry"] if context.dry else []
-    return [
-        sys.executable, "-m", "benchmarks.first_contact.child", part, "--device", context.device, *dry,
-        "--out", str(context.out), "--seconds", f"{max(seconds, 1):.1f}", *more,
-    ]  # fmt: skip

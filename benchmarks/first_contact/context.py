@@ -112,6 +112,14 @@ class Context:
         if waiting:
             self.keep(no_time_for=[*self.found.get("no_time_for", []), *map(name, waiting)])
 
+    def command(self, part: str, seconds: float, *more: str) -> list[str]:
+        """The command of a part in a process of its own."""
+        dry = ["--dry"] if self.dry else []
+        return [
+            sys.executable, "-m", "benchmarks.first_contact.child", part, "--device", self.device, *dry,
+            "--out", str(self.out), "--seconds", f"{max(seconds, 1):.1f}", *more,
+        ]  # fmt: skip
+
     def synchronize(self) -> None:
         """Wait for the GPU.
 

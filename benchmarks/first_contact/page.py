@@ -9,6 +9,7 @@ from benchmarks import machine
 from benchmarks.first_contact import plot
 from benchmarks.first_contact.context import read_json, write_json
 from benchmarks.first_contact.walk import LEFT, Outcome, Walk, as_rows
+from benchmarks.floors import Work, floor_at
 from pvdm_fast.jobs.files import whole_file
 
 PAGE, NUMBERS, PLOT = "report.md", "report.json", "ratios.svg"
@@ -162,8 +163,8 @@ def _share(row: Found, peaks: Found) -> str:
     speeds = [r["bytes_per_second"] for r in peaks.get("memory", [])]
     if not products or not speeds:
         return ""
-    floor = max(row["flops"] / products[0], row["bytes"] / max(speeds))
-    return f"{100 * floor / row['median']['ours']:.0f} %"
+    floor = floor_at(Work(row["flops"], row["bytes"]), products[0], max(speeds))
+    return f"{100 * floor.seconds / row['median']['ours']:.0f} %"
 
 
 def _sampler(part: Found, _: Mapping[str, Found]) -> list[str]:

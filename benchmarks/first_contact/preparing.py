@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -75,7 +74,11 @@ def build(context: Context) -> None:
         raise LeftOut("the CUDA kernels are for NVIDIA's cards: Triton serves here, install it.")
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
     try:
-        extension, toolkit, targets = planned(os.environ.get("TORCH_CUDA_ARCH_LIST") or capability)
+        extension, toolkit, planned = build_tools.plan_cuda(
+            ROOT / "pvdm_fast" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}",
+            build_tools.python_flags(pybind11_headers()),
+            os.environ.get("TORCH_CUDA_ARCH_LIST") or capability,
+        )
     except build_tools.Unbuildable as reason:
         raise LeftOut(f"{reason}.") from None
     try:
@@ -83,41 +86,15 @@ def build(context: Context) -> None:
     except build_tools.Unbuildable as reason:
         raise Wrong(f"{reason}.") from None
     facts = {"abi": build_tools.abi(), **read_json(BUILD_FACTS)}
-    facts["_cuda"] = {"built": True, "compiler": f"nvcc {'.'.join(map(str, toolkit.version))}", "targets": targets}
+    facts["_cuda"] = {"built": True, **planned}
     write_json(BUILD_FACTS, facts)
     context.keep(**facts["_cuda"])
 
 
-def planned(architectures: str) -> tuple[build_tools.Extension, build_tools.Toolkit, list[str]]:
-    """What ninja is to build for TORCH_CUDA_ARCH_LIST's architectures, with which toolkit, for which targets.
-
-    Raises:
-        Unbuildable: no compiler, no headers, or a target that the toolkit doesn't know.
-    """
-    toolkit = build_tools.find_toolkit()
-    targets, ptx = build_tools.parse_arch_list(architectures)
-    build_tools.check_targets(toolkit.nvcc, targets)
-    output = ROOT / "pvdm_fast" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    flags = build_tools.arch_flags(targets, ptx)
-    extension = build_tools.cuda_extension(output, python_flags(), toolkit, flags)
-    return extension, toolkit, [f"sm_{target}" for target in targets] + [f"ptx_{target}" for target in ptx]
-
-
-def python_flags() -> str:
-    """Where the headers of Python and pybind11 are: pybind11's own, or those that PyTorch brings.
-
-    Raises:
-        Unbuildable: they are nowhere.
-    """
+def pybind11_headers() -> Path:
+    """The folder of pybind11's headers: its own, or those that PyTorch brings."""
     if importable("pybind11"):
         import pybind11
 
-        header = pybind11.get_include()
-    else:
-        header = str(Path(torch.__file__).parent / "include")
-    folders = [header, sysconfig.get_paths()["include"]]
-    if not (Path(header) / "pybind11" / "pybind11.h").exists():
-        raise build_tools.Unbuildable("there are no headers of pybind11: pip install pybind11")
-    if not (Path(folders[1]) / "Python.h").exists():
-        raise build_tools.Unbuildable("there is no Python.h: install Python's headers (python3-dev)")
-    return " ".join(f"-isystem {shlex.quote(folder)}" for folder in folders)
+        return Path(pybind11.get_include())
+    return Path(torch.__file__).parent / "include"

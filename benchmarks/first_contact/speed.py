@@ -36,10 +36,9 @@ NEEDS_DIFFUSERS = ("sampler step",)  # its scheduler
 
 def peaks(context: Context) -> None:
     """The best rates of products in every precision, and of memory."""
-    for precision in ("bfloat16", "float32", "tf32", "float16"):  # a peak never falls: tf32 after float32
+    for precision in ("bfloat16", "float32", "tf32", "float16"):
         if (precision == "tf32" and context.device == "cpu") or (precision == "float16" and context.dry):
             continue
-        floors._gemm_probe.cache_clear()
         with tf32(precision == "tf32"):
             rate = floors.gemm_peak(PRECISIONS[precision], context.device)
         context.add("products", {"precision": precision, "flops_per_second": rate})

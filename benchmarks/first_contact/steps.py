@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from benchmarks import eager, eager_autoencoder
 from benchmarks.first_contact.context import Context, LeftOut, Wrong
 from benchmarks.registry import Setting, random_state
-from pvdm_fast.analysis.agreement import THRICE, told
-from pvdm_fast.analysis.comparison import relative_error
-from pvdm_fast.diffusion.cuda_graph import GraphedPrediction
+from pvdm_fast.analysis.agreement import THRICE, replayed, told
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.diffusion.noise import diffusion_loss
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 
 GUIDANCE = 1.0
-TIMES = (911, 500, 7)
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
 SAME_LOSS = 0.02  # relative: a loss of bf16 networks, summed over some thousand values each rounded to 4e-3
 
@@ -35,9 +32,9 @@ def sampler_step(context: Context) -> None:
     latent = setting.draw(1, setting.denoiser["latent_channels"], setting.layout.num_tokens)
     condition = setting.draw(*latent.shape, seed=1).tanh().bfloat16()
 
-    def step(predict: Callable[..., Tensor], moment: int = 500) -> Tensor:
+    def step(predict: Callable[..., Tensor]) -> Tensor:
         with torch.no_grad():
-            return predict(model, latent, moment, condition, GUIDANCE)
+            return predict(model, latent, 500, condition, GUIDANCE)
 
     ways: dict[str, Callable[[], object]] = {"launched": lambda: step(predict_noise)}
     ways["launched"]()  # compiles
@@ -45,17 +42,16 @@ def sampler_step(context: Context) -> None:
         context.keep(median=_medians(ways, context, context.left() / 2))
         raise LeftOut("a CUDA graph needs a card; the pass itself was measured here.")
     before = torch.cuda.memory_allocated()
-    replayed = GraphedPrediction()
-    errors = [relative_error(step(replayed, moment), step(predict_noise, moment)) for moment in TIMES]
-    ways["graph"] = lambda: step(replayed)
+    errors, graphed = replayed(model, latent, condition, GUIDANCE)
+    ways["graph"] = lambda: step(graphed)
     context.keep(
         shape=list(latent.shape), errors=errors, allowed=THRICE["bfloat16"],
         graph_memory=torch.cuda.memory_allocated() - before, median=_medians(ways, context, context.left() / 2),
     )  # fmt: skip
-    if getattr(replayed, "refused", False):  # it went on without a graph
+    if graphed.refused:  # it went on without a graph
         raise Wrong("no graph could be made: the output of this part says why.")
     if not all(error <= THRICE["bfloat16"] for error in errors):
-        raise Wrong(f"the graph computes something else: relative errors {errors} at the times {TIMES}.")
+        raise Wrong(f"the graph computes something else: relative errors {errors} at three times.")
 
 
 def _filled(model: Any, setting: Setting) -> Any:

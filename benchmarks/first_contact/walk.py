@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.first_contact.child import LEFT_OUT
-from benchmarks.first_contact.context import ROOT, read_json
+from benchmarks.first_contact.context import ROOT, Context, read_json
 from benchmarks.first_contact.parts import GRACE, PARTS, Part
 
 LAST_LINES = 12  # of a part that failed, for the page
@@ -61,10 +60,11 @@ class Walk:
         """One part; killed, with all that it started, if it goes on for longer than its grace."""
         (self.out / f"{part.name}.json").unlink(missing_ok=True)
         log = self.out / f"{part.name}.log"
+        command = Context(part.name, self.device, self.dry, self.out, seconds).command(part.name, seconds)
         started = time.monotonic()
         with log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
-                self._command(part, seconds), cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
             try:
@@ -86,13 +86,6 @@ class Walk:
             return Outcome(part.name, part.title, CUT, seconds, lines[-LAST_LINES:])
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return Outcome(part.name, part.title, FAILED, seconds, [*lines[-LAST_LINES:], f"({how})"])
-
-    def _command(self, part: Part, seconds: float) -> list[str]:
-        dry = ["--dry"] if self.dry else []
-        return [
-            sys.executable, "-m", "benchmarks.first_contact.child", part.name, "--device", self.device, *dry,
-            "--out", str(self.out), "--seconds", f"{seconds:.1f}",
-        ]  # fmt: skip
 
 
 def _environment() -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ from pvdm_fast.analysis.machine import collect, describe_machine
 from pvdm_fast.backends import choice, extensions
 from pvdm_fast.backends.choice import FUSED, FUSED_ON_CPU, OPERATIONS, use_backend
 from pvdm_fast.errors import BackendError, UserError
+from pvdm_fast.jobs.devices import claim_device
+
+if TYPE_CHECKING:
+    from pvdm_fast.diffusion.cuda_graph import GraphedPrediction
+    from pvdm_fast.models import Denoiser
 
 # How numbers are stored, and for float32 whether products may be rounded to tf32.
 PRECISIONS = {
@@ -82,14 +88,27 @@ HEADER = f"{'operation':<27}{'backend':<9}{'dtype':<10}{'error':<9}{'allowed':<9
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Float32 products and convolutions may, or may not, be rounded to tf32; as before afterwards."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    """Float32 products and convolutions may, or may not, be rounded to tf32; as before afterwards.
+
+    PyTorch has two generations of switches, and other code may read either. So both are set. Reading the older one
+    raises RuntimeError where a program has set them to different things; it is then left at what is set here.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    newer = (matmul, cudnn.conv, cudnn.rnn)
+    before: list[tuple[Any, str, Any]] = []
+    for switch in (matmul, cudnn):
+        with suppress(RuntimeError):
+            before.append((switch, "allow_tf32", switch.allow_tf32))
+    before += [(switch, "fp32_precision", switch.fp32_precision) for switch in newer]
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    for switch in newer:  # "none" would follow the switch of all products
+        switch.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for switch, name, value in before:
+            setattr(switch, name, value)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -197,22 +216,32 @@ def network(name: str, precision: str, device: str) -> Iterator[Result]:
     yield from graphed
 
 
+def replayed(
+    model: Denoiser, latent: Tensor, condition: Tensor, guidance: float
+) -> tuple[list[float], GraphedPrediction]:
+    """The guided pass as a CUDA graph: its errors at three times against the pass without one, and the graph."""
+    from pvdm_fast.diffusion.cuda_graph import GraphedPrediction
+    from pvdm_fast.diffusion.guidance import predict_noise
+
+    predict, errors = GraphedPrediction(), []
+    for time in (911, 500, 7):
+        with torch.no_grad():
+            expected = predict_noise(model, latent, time, condition, guidance)
+            errors.append(error(predict(model, latent, time, condition, guidance), expected))
+    return errors, predict
+
+
 def graph(precision: str, device: str) -> Result:
     """The denoiser's guided pass replayed as a CUDA graph at three times, against the pass without a graph."""
     from pvdm_fast.analysis import goldens
-    from pvdm_fast.diffusion.cuda_graph import GraphedPrediction
-    from pvdm_fast.diffusion.guidance import predict_noise
 
     dtype = PRECISIONS[precision]
     model = goldens.denoiser().eval().to(device, dtype)
     case = goldens.load_case("unet_small")
     latent = case.input("x").to(device)
     condition = case.draw("input.cond", tuple(latent.shape)).tanh().to(device, dtype)
-    predict, worst = GraphedPrediction(), 0.0
-    for time in (911, 500, 7):
-        with torch.no_grad():
-            expected = predict_noise(model, latent, time, condition, 1.5)
-        worst = max(worst, error(predict(model, latent, time, condition, 1.5), expected))
+    errors, predict = replayed(model, latent, condition, 1.5)
+    worst = max(errors)
     # The same kernels; the products of libraries may take another algorithm inside a graph.
     allowed = goldens.NETWORK if dtype == torch.float32 else THRICE[precision]
     problem = "" if worst <= allowed else "the graph computes something else"
@@ -291,15 +320,13 @@ def check(device: str, full: bool) -> tuple[int, int]:
     return ran, failed
 
 
-def run_check(device: str | None, full: bool | None) -> None:
-    """The command. `device` and `full` are None where they were not asked for.
+def run_check(name: str, full: bool | None) -> None:
+    """The command, on the device of a name. `full` is None where it was not asked for.
 
     Raises:
         UserError: there is no such device, nothing could be compared, or (Failed) something is wrong.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("No GPU is available to PyTorch: run with --device cpu, or on a machine with one.")
+    device = claim_device(name).type
     print(*describe_machine(collect()), "", sep="\n")
     ran, failed = check(device, device == "cuda" if full is None else full)
     if not ran:

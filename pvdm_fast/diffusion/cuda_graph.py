@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import predict_noise, times_of
 from pvdm_fast.errors import UserError
 from pvdm_fast.ops.derivatives import autocast_dtype
 
@@ -42,7 +42,7 @@ class _Captured:
     labels: Tensor | None
     predicted: Tensor
 
-    def __call__(self, latent: Tensor, timestep: int, condition: Tensor | None, labels: Tensor | None) -> Tensor:
+    def __call__(self, latent: Tensor, timestep: float, condition: Tensor | None, labels: Tensor | None) -> Tensor:
         """The prediction for these arguments, in memory of its own."""
         self.latent.copy_(latent)
         self.times.fill_(timestep)
@@ -79,7 +79,7 @@ class GraphedPrediction:
         self,
         denoiser: Denoiser,
         latent: Tensor,
-        timestep: int,
+        timestep: float,
         condition: Tensor | None = None,
         guidance: float = 0.0,
         labels: Tensor | None = None,
@@ -92,7 +92,7 @@ class GraphedPrediction:
         if self.refused:
             return predict_noise(denoiser, latent, timestep, condition, guidance, labels)
         kinds = (None if condition is None else condition.dtype, labels is None, autocast_dtype("cuda"))
-        key = (denoiser, tuple(latent.shape), latent.dtype, *kinds, guidance)
+        key = (denoiser, tuple(latent.shape), latent.dtype, type(timestep), *kinds, guidance)
         with torch.no_grad():
             if key in self._captured:
                 return self._captured[key](latent, timestep, condition, labels)
@@ -117,14 +117,14 @@ class GraphedPrediction:
 def _capture(
     denoiser: Denoiser,
     latent: Tensor,
-    timestep: int,
+    timestep: float,
     condition: Tensor | None,
     guidance: float,
     labels: Tensor | None,
 ) -> _Captured:
     """A graph that has been replayed once; raises GraphDiffers where that gave something else than the pass itself."""
     static = latent.clone()
-    times = torch.full((len(latent),), timestep, dtype=torch.long, device=latent.device)
+    times = times_of(timestep, len(latent), latent.device)
     kept = None if condition is None else condition.clone()
     classes = None if labels is None else labels.clone()
     aside = torch.cuda.Stream()
@@ -171,7 +171,7 @@ def choose_prediction(denoiser: Denoiser, wanted: bool | None, steps: int) -> Ca
 
     Args:
         wanted: True: by graphs; False: not; None: by graphs on a GPU, where there are steps enough to be worth it.
-        steps: how many denoising steps there will be in all.
+        steps: how many denoising steps there will be for each graph that would be captured.
 
     Raises:
         UserError: graphs are wanted, and the denoiser is on no CUDA GPU or cut among processes.

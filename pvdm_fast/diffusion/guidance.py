@@ -14,19 +14,18 @@ if TYPE_CHECKING:
 def predict_noise(
     denoiser: Denoiser,
     latent: Tensor,
-    timestep: int | Tensor,
+    timestep: float | Tensor,
     condition: Tensor | None = None,
     guidance: float = 0.0,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Predicted noise (B, D, N), in the denoiser's dtype.
+    """Predicted noise (B, D, N), in the denoiser's dtype; the velocity, if that is what the denoiser predicts.
 
-    With guidance w it is (1 + w) eps(condition, labels) - w eps(zeros, no label), in one batched pass.
+    With guidance w it is (1 + w) eps(condition, labels) - w eps(zeros, no label), in one batched pass. Velocities are
+    guided in the same way: at one time and latent they are the noise times a factor plus a constant.
     """
     batch, latent = latent.shape[0], latent.to(next(denoiser.parameters()).dtype)
-    times = timestep
-    if not isinstance(times, Tensor):
-        times = torch.full((batch,), times, dtype=torch.long, device=latent.device)
+    times = timestep if isinstance(timestep, Tensor) else times_of(timestep, batch, latent.device)
     if guidance == 0 or (condition is None and labels is None):
         return denoiser(latent, times, condition=condition, **_labelled(labels)).sample
     if condition is not None:
@@ -36,6 +35,13 @@ def predict_noise(
     predicted = denoiser(latent.repeat(2, 1, 1), times.repeat(2), condition=condition, **_labelled(labels)).sample
     conditional, unconditional = predicted.chunk(2)
     return (1 + guidance) * conditional - guidance * unconditional
+
+
+def times_of(timestep: float, batch: int, device: torch.device) -> Tensor:
+    """One time for a whole batch (B,): int64, or float32 if it is no int, as the times of a flow."""
+    return torch.full(
+        (batch,), timestep, dtype=torch.long if isinstance(timestep, int) else torch.float32, device=device
+    )
 
 
 def _labelled(labels: Tensor | None) -> dict[str, Tensor]:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pvdm_fast.diffusion.flow import interpolate
 from pvdm_fast.jobs.share import Share
 from pvdm_fast.jobs.transfer import to_device
-from pvdm_fast.models.noise_schedule import NoiseSchedule
+from pvdm_fast.models.noise_schedule import TRAIN_STEPS, NoiseSchedule
+
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023
 
 
 def diffusion_loss(
@@ -21,24 +24,36 @@ def diffusion_loss(
     noise: Tensor,
     timestep: Tensor,
     prediction: str = "noise",
+    loss_weight: str = "none",
 ) -> Tensor:
-    """Mean squared error of the predicted noise, or of v, a float32 scalar.
+    """Mean squared error of the predicted noise, of v or of the velocity, a float32 scalar.
 
     Args:
         denoiser: called as ``denoiser(noisy, timestep, condition=condition).sample``.
         target: clean latents (B, D, N).
         condition: latents of the preceding clips (B, D, N), or zeros if there is none.
         noise: standard normal (B, D, N).
-        timestep: (B,) int64 in [0, 1000).
-        prediction: "noise", or "v". With "v" it is the error of v = sqrt(a) noise - sqrt(1 - a) latent, where v follows
-            from the predicted noise. That is the noise's error divided by sqrt(a).
+        timestep: (B,) int64 in [0, 1000); for "flow" 1000 t with t in [0, 1].
+        prediction: "noise", "v" or "flow". With "v" it is the error of v = sqrt(a) noise - sqrt(1 - a) latent, where v
+            follows from the predicted noise. That is the noise's error divided by sqrt(a). With "flow" it is the error
+            of the velocity noise - latent (`pvdm_fast.diffusion.flow`), which needs no schedule.
+        loss_weight: "none", or "min_snr" for "noise" and "v": the error of the clean latent times min(snr, 5), where
+            snr = a / (1 - a) (Hang et al. 2023). It is the same for both.
     """
+    if prediction == "flow":
+        noisy = interpolate(target, noise, timestep / TRAIN_STEPS)
+        velocity: Tensor = denoiser(noisy, timestep, condition=condition).sample  # type: ignore[attr-defined]
+        return F.mse_loss(velocity.float(), noise.float() - target.float())
     noisy = schedule.q_sample(target, noise, timestep)
     predicted: Tensor = denoiser(noisy, timestep, condition=condition).sample  # type: ignore[attr-defined]
-    if prediction == "noise":
+    if prediction == "noise" and loss_weight == "none":
         return F.mse_loss(predicted.float(), noise.float())
     error = (predicted.float() - noise.float()).square().flatten(1).mean(1)
-    return (error / schedule.alphas_cumprod[timestep]).mean()
+    level = schedule.alphas_cumprod[timestep]
+    if loss_weight == "min_snr":
+        snr = level / (1 - level)  # the clean latent's error is the noise's over snr
+        return (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean()
+    return (error / level).mean()
 
 
 def joint_batch(

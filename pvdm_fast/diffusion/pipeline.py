@@ -16,8 +16,8 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from pvdm_fast.data.continuation import fit_clip, last_clip
-from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, check_pair, sample_video
-from pvdm_fast.diffusion.schedulers import make_scheduler
+from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, check_pair, passes, sample_video
+from pvdm_fast.diffusion.schedulers import scheduler_of
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import is_saved, load_model
@@ -41,8 +41,8 @@ class PVDMPipeline(DiffusionPipeline):
 
     Args:
         autoencoder, denoiser: two models that were trained together.
-        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`. Other diffusers schedulers work if they don't
-            need scaled latents, but they don't clamp the clean latents.
+        scheduler: from `pvdm_fast.diffusion.schedulers.scheduler_of`. Other diffusers schedulers work if they take what
+            the denoiser predicts and don't need scaled latents, but they don't clamp the clean latents.
 
     Raises:
         UserError: the models don't belong together.
@@ -59,11 +59,11 @@ class PVDMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PVDMPipeline":
-        """The pipeline of a run's folder, with DDIM, or one that was saved with ``save_pretrained``. No hub is asked.
+        """The pipeline of a run's folder, with the scheduler "auto", or one that was saved with ``save_pretrained``.
 
-        ``options`` are diffusers'. For a run's folder they are ``torch_dtype`` (or ``dtype``) and the parts, for
-        example ``scheduler=``. Options about downloading change nothing there. Raises UserError if there is no such
-        folder, if a run lacks a model, or for an option that a run's folder doesn't take.
+        No hub is asked. ``options`` are diffusers'. For a run's folder they are ``torch_dtype`` (or ``dtype``) and the
+        parts, for example ``scheduler=``. Options about downloading change nothing there. Raises UserError if there is
+        no such folder, if a run lacks a model, or for an option that a run's folder doesn't take.
         """
         folder = Path(pretrained_model_name_or_path)
         check_folder(pretrained_model_name_or_path)
@@ -73,8 +73,8 @@ class PVDMPipeline(DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         parts = {name: options.pop(name, None) for name in (*MODELS, "scheduler")}
         dtypes = _dtypes(options)
-        scheduler = parts["scheduler"] or make_scheduler("ddim")
         models = [parts[name] or load_part(folder, name, dtypes[name]) for name in MODELS]
+        scheduler = scheduler_of(models[1], parts["scheduler"] or "auto")
         return cls(autoencoder=models[0], denoiser=models[1], scheduler=scheduler)
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class PVDMPipeline(DiffusionPipeline):
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
-        def on_step(step: int, timestep: int, latents: Tensor) -> Tensor:
+        def on_step(step: int, timestep: float, latents: Tensor) -> Tensor:
             bar.update()
             if callback_on_step_end is None:
                 return latents
@@ -147,7 +147,7 @@ class PVDMPipeline(DiffusionPipeline):
             labels=None if class_labels is None else class_numbers(self.denoiser, class_labels, batch_size),
         )
         rounds = math.ceil(options.frames / self.denoiser.layout.time)
-        with self.progress_bar(total=options.steps * rounds) as bar:
+        with self.progress_bar(total=passes(self.scheduler, options.steps) * rounds) as bar:
             video = sample_video(self.autoencoder, self.denoiser, options, on_step=on_step)
         self.maybe_free_model_hooks()
         result = self.video_processor.postprocess_video(video, output_type)

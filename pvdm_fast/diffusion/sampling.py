@@ -17,12 +17,13 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.jobs import numbers, threads
 from pvdm_fast.jobs.environment import plain_defaults
 from pvdm_fast.jobs.transfer import to_device
+from pvdm_fast.models.latent_statistics import normalized, restored
 
 if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
 
 Progress = Callable[[int, int], None]
-OnStep = Callable[[int, int, Tensor], Tensor]
+OnStep = Callable[[int, float, Tensor], Tensor]
 
 
 class NoiseSource:
@@ -73,21 +74,23 @@ def sample_latents(
     """Denoise latents from pure noise.
 
     Args:
-        denoiser: predicts noise. Put it into eval mode first.
-        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`, or another diffusers scheduler that takes the
-            noise.
+        denoiser: predicts noise, or velocities. Put it into eval mode first.
+        scheduler: from `pvdm_fast.diffusion.schedulers.make_scheduler`, or another diffusers scheduler that takes what
+            the denoiser predicts.
         shape: (B, D, N) of the latents.
-        steps: number of denoising steps, 1 to 1000.
+        steps: number of the scheduler's steps, 1 to 1000.
         noise: the source of the starting noise and of each step's noise.
         condition: latents (B, D, N) of the clips before, or None.
         labels: classes (B,) int64, or None.
         guidance: weight w of `pvdm_fast.diffusion.guidance`. It changes nothing without a condition or labels.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
-        predict: what predicts the noise, with the arguments of `pvdm_fast.diffusion.guidance.predict_noise`.
-        on_step: called as ``on_step(index of the step, timestep, latent)``. Returns the latent to continue with.
+        predict: what runs the denoiser, with the arguments of `pvdm_fast.diffusion.guidance.predict_noise`.
+        on_step: called after each pass of the denoiser, which is each step but for Heun's, as ``on_step(index,
+            timestep, latent)``. Returns the latent to continue with.
 
     Returns:
-        (B, D, N) float32 on the denoiser's device.
+        (B, D, N) float32 on the denoiser's device, as the denoiser sees latents: `stream_video` restores and clamps
+        a flow's.
     """
     from pvdm_fast.nn import copies
 
@@ -109,7 +112,7 @@ def sample_latents(
 
 
 def _scheduler_step(
-    scheduler: Any, predicted: Tensor, timestep: int, latent: Tensor, noise: NoiseSource, eta: float
+    scheduler: Any, predicted: Tensor, timestep: float, latent: Tensor, noise: NoiseSource, eta: float
 ) -> Tensor:
     """One step of any scheduler, with all its randomness from ``noise``."""
     from pvdm_fast.diffusion.schedulers import ReleaseDDIMScheduler
@@ -118,8 +121,8 @@ def _scheduler_step(
         draws = eta > 0 and scheduler.next_time(timestep) >= 0
         extra = noise.on(latent.device, latent.shape) if draws else None
         return scheduler.step(predicted, timestep, latent, eta=eta, variance_noise=extra).prev_sample
-    if scheduler.config.prediction_type == "sample":
-        level = scheduler.alphas_cumprod[timestep].item()
+    if scheduler.config.get("prediction_type") == "sample":
+        level = scheduler.alphas_cumprod[int(timestep)].item()
         predicted = ((latent - (1 - level) ** 0.5 * predicted) / level**0.5).clamp(-1, 1)
     taken = inspect.signature(scheduler.step).parameters
     options = {"eta": eta, "generator": noise.generator}
@@ -135,7 +138,8 @@ class SamplingOptions:
         clips: number of videos B.
         frames: their length. The last clip is cut to fit.
         steps: number of denoising steps per clip, 1 to 1000.
-        scheduler: "ddim", "ddpm", "dpm++" or "unipc", or a scheduler.
+        scheduler: a name of `pvdm_fast.diffusion.schedulers.make_scheduler`, or a scheduler. "auto" is "ddim", or for a
+            denoiser that predicts the velocity "unipc".
         guidance: weight w of `pvdm_fast.diffusion.guidance`. 0 turns it off.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
         seed: the same seed gives the same videos on the same machine. Or a source of noise.
@@ -153,7 +157,7 @@ class SamplingOptions:
     clips: int
     frames: int
     steps: int = numbers.DEFAULT_STEPS
-    scheduler: str | Any = "ddim"
+    scheduler: str | Any = "auto"
     guidance: float = 0.0
     eta: float = numbers.DEFAULT_ETA
     seed: int | NoiseSource = 0
@@ -162,16 +166,14 @@ class SamplingOptions:
     cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
-        from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES
+        from pvdm_fast.diffusion.schedulers import check_name
 
         for name, number in RANGES.items():
             object.__setattr__(self, name, number.checked(NAMES.get(name, name), getattr(self, name)))
         if not isinstance(self.seed, NoiseSource):
             numbers.SEED.checked("the seed", self.seed)
-        if isinstance(self.scheduler, str) and self.scheduler not in SCHEDULER_NAMES:
-            raise UserError(
-                f"there is no scheduler called {self.scheduler!r}: choose one of {', '.join(SCHEDULER_NAMES)}"
-            )
+        if isinstance(self.scheduler, str):
+            check_name(self.scheduler)
         numbers.check_eta(self.scheduler, self.eta)
 
 
@@ -203,32 +205,35 @@ def stream_video(
         autoencoder, denoiser: a matching pair in eval mode, on one device.
         options: what to sample, and how.
         fields: those of `SamplingOptions`, in place of ``options``.
-        progress: called as ``progress(steps done, total steps)``.
-        on_step: called as ``on_step(steps done before, timestep, latent)``. Returns the latent to continue with.
+        progress: called as ``progress(passes of the denoiser done, total passes)``. Heun's steps are two passes each.
+        on_step: called as ``on_step(passes done before, timestep, latent)``. Returns the latent to continue with.
 
     Yields:
         (B, 3, t, H, W) float32 in [-1, 1] on the CPU. Each has T frames, the last one the rest.
 
     Raises:
-        UserError: the two models don't belong together, a number is out of range, or a CUDA graph has no GPU.
+        UserError: the two models or the denoiser and the scheduler don't belong together, a number is out of range, or
+            a CUDA graph has no GPU.
     """
     wanted = SamplingOptions(**fields) if options is None else replace(options, **fields)
-    steps, frames = wanted.steps, wanted.frames
-    device = next(denoiser.parameters()).device
-    sampler = _checked_scheduler(wanted.scheduler)
+    frames, device = wanted.frames, next(denoiser.parameters()).device
+    sampler = fitting_scheduler(denoiser, wanted)
+    steps = passes(sampler, wanted.steps)
     _check_request(autoencoder, denoiser, wanted)
     noise = wanted.seed if isinstance(wanted.seed, NoiseSource) else NoiseSource(int(wanted.seed))
     layout = denoiser.layout
     shape = (wanted.clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
     rounds = math.ceil(frames / layout.time)
-    predict = choose_prediction(denoiser, wanted.cuda_graph, rounds * steps)
+    graphs = 2 if wanted.condition is None and rounds > 1 else 1  # the first clip alone has no condition
+    predict = choose_prediction(denoiser, wanted.cuda_graph, rounds * steps // graphs)
     latent: Tensor | None = None
     if wanted.condition is not None:
-        latent = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float().expand(shape)
+        encoded = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float()
+        latent = normalized(encoded, denoiser).expand(shape)
     labels = None if wanted.labels is None else wanted.labels.to(device)
     for index in range(rounds):
 
-        def after_step(step: int, timestep: int, latent: Tensor, before: int = index * steps) -> Tensor:
+        def after_step(step: int, timestep: float, latent: Tensor, before: int = index * steps) -> Tensor:
             if on_step is not None:
                 latent = on_step(before + step, timestep, latent)
             if progress is not None:
@@ -239,7 +244,7 @@ def stream_video(
             denoiser,
             sampler,
             shape,
-            steps=steps,
+            steps=wanted.steps,
             noise=noise,
             condition=latent,
             labels=labels,
@@ -248,7 +253,11 @@ def stream_video(
             predict=predict,
             on_step=after_step,
         )
-        video = autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu()
+        decodable = restored(latent, denoiser)
+        if denoiser.config.get("prediction") == "flow":  # the other samplers clamp in each step
+            decodable = decodable.clamp(-1, 1)  # as the autoencoder's are
+            latent = normalized(decodable, denoiser)
+        video = autoencoder.decode(decodable.to(autoencoder.dtype)).sample.float().cpu()
         yield video[:, :, : frames - index * layout.time]
 
 
@@ -260,17 +269,19 @@ def sample_video(
     return torch.cat(list(stream_video(autoencoder, denoiser, options, **more)), dim=2)
 
 
-def _checked_scheduler(scheduler: str | Any) -> Any:
-    from pvdm_fast.diffusion.schedulers import make_scheduler
+def fitting_scheduler(denoiser: Denoiser, options: SamplingOptions) -> Any:
+    """The scheduler of these options for this denoiser. Raises UserError if they don't go together."""
+    from pvdm_fast.diffusion.schedulers import scheduler_name, scheduler_of
 
-    if isinstance(scheduler, str):
-        return make_scheduler(scheduler)
-    if scheduler.init_noise_sigma != 1:
-        raise UserError(
-            f"{type(scheduler).__name__} scales its noise by {float(scheduler.init_noise_sigma):.3g}, which this model "
-            "wasn't trained for: take one of pvdm_fast.diffusion.schedulers.make_scheduler"
-        )
-    return scheduler
+    if isinstance(options.scheduler, str):
+        numbers.check_eta(scheduler_name(options.scheduler, denoiser.config.get("prediction", "noise")), options.eta)
+    return scheduler_of(denoiser, options.scheduler)
+
+
+def passes(scheduler: Any, steps: int) -> int:
+    """How often the denoiser runs in this many steps: a scheduler of second order runs it twice in all but the last."""
+    order: int = scheduler.order
+    return order * steps - (order - 1)
 
 
 def _check_request(autoencoder: Autoencoder, denoiser: Denoiser, options: SamplingOptions) -> None:

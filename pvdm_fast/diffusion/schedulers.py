@@ -1,16 +1,18 @@
-"""The samplers: diffusers' schedulers, set up for PVDM's noise schedule and its latents, which lie in [-1, 1]."""
+"""The samplers: diffusers' schedulers, set up for PVDM's noise schedule or for rectified flow."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
@@ -18,11 +20,21 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from pvdm_fast.diffusion.flow import shifted
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.numbers import ETA, SAMPLING_STEPS
 from pvdm_fast.models.noise_schedule import BETA_END, BETA_START, TRAIN_STEPS, NoiseSchedule
 
-SCHEDULER_NAMES = ("ddim", "ddpm", "dpm++", "unipc")
+if TYPE_CHECKING:
+    from pvdm_fast.models import Denoiser
+
+# By what the denoiser predicts; the first is what "auto" means.
+OF_NOISE = ("ddim", "ddpm", "dpm++", "unipc")
+OF_FLOW = ("unipc", "dpm++", "euler", "heun")
+SCHEDULER_NAMES = tuple(dict.fromkeys(OF_NOISE + OF_FLOW))
+
+# Of diffusers' solvers for a flow: the logarithm of 1 - level must be finite.
+FIRST_LEVEL = 1 - 1e-4
 
 _BETAS: dict[str, Any] = {
     "num_train_timesteps": TRAIN_STEPS,
@@ -161,20 +173,131 @@ class ReleaseUniPCScheduler(_ReleaseSolverLevels, UniPCMultistepScheduler):
         self._take_levels()
 
 
-def make_scheduler(name: str) -> SchedulerMixin:
-    """The scheduler called ``name``: "ddim", "ddpm", "dpm++" or "unipc".
+class _FlowLevels:
+    """The times of a flow scheduler: even from 1 to 0, then shifted, in each version of diffusers.
+
+    diffusers ends its Euler and Heun with a step of a thousandth, and rounds its solvers' times to whole thousandths.
+    """
+
+    _start = 1.0  # the level that the arithmetic takes for pure noise
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Fix the times to visit, 1000 t in float32. Raises UserError if there are more than 1000 steps."""
+        steps = SAMPLING_STEPS.checked("the number of sampling steps", num_inference_steps)
+        super().set_timesteps(steps, device=device)  # type: ignore[misc]
+        config: Any = self.config  # type: ignore[attr-defined]
+        even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        levels = shifted(even, config.get("flow_shift", config.get("shift")))[:-1]
+        order: int = self.order  # type: ignore[attr-defined]
+        levels = levels.repeat_interleave(order)[order - 1 :].float()  # Heun's visits each time but the first twice
+        self.timesteps = (TRAIN_STEPS * levels).to(device)
+        self.sigmas = torch.cat([levels.clamp(max=self._start), torch.zeros(1)])  # on the CPU: no step waits for a GPU
+        self.set_begin_index(0)  # type: ignore[attr-defined]
+
+
+class FlowEulerScheduler(_FlowLevels, FlowMatchEulerDiscreteScheduler):
+    """Euler's method along the path: one pass of the denoiser a step."""
+
+
+class FlowHeunScheduler(_FlowLevels, FlowMatchHeunDiscreteScheduler):
+    """Heun's method, of second order: two passes a step, one in the last."""
+
+
+class FlowDPMSolverScheduler(_FlowLevels, DPMSolverMultistepScheduler):
+    """DPM-Solver++ (2M) on the path's levels."""
+
+    _start = FIRST_LEVEL
+
+
+class FlowUniPCScheduler(_FlowLevels, UniPCMultistepScheduler):
+    """UniPC (order 2) on the path's levels."""
+
+    _start = FIRST_LEVEL
+
+
+def make_scheduler(name: str = "auto", prediction: str = "noise", time_shift: float = 1.0) -> SchedulerMixin:
+    """A scheduler for denoisers of one prediction.
 
     ddim and ddpm take the predicted noise. dpm++ and unipc take the clean latent. The sampling loop clamps it first,
     because diffusers' solvers can't clamp to a fixed range. Their steps are even in the logarithm of the noise level,
-    which brings 10 steps 4 dB nearer to the exact trajectory (docs/results/samplers.md). Raises UserError for another
-    name.
+    which brings 10 steps 4 dB nearer to the exact trajectory (docs/results/samplers.md).
+
+    Those of a flow take the velocity, and their steps are even in time.
+
+    Args:
+        name: "ddim", "ddpm", "dpm++" or "unipc"; for a flow "unipc", "dpm++", "euler" or "heun"; or "auto".
+        prediction: the denoiser's: "noise", "v" or "flow".
+        time_shift: the denoiser's, for a flow.
+
+    Raises:
+        UserError: there is no scheduler of that name, or it doesn't go with this prediction.
     """
+    name = scheduler_name(name, prediction)
+    if prediction == "flow":
+        return _flow_scheduler(name, time_shift)
     if name == "ddim":
         return ReleaseDDIMScheduler(**_BETAS)
     if name == "ddpm":
         return ReleaseDDPMScheduler(**_BETAS, variance_type="fixed_small", clip_sample=True)
     if name == "dpm++":
         return ReleaseDPMSolverScheduler(**_BETAS, prediction_type="sample", use_lu_lambdas=True)
-    if name == "unipc":
-        return ReleaseUniPCScheduler(**_BETAS, prediction_type="sample", use_exponential_sigmas=True)
-    raise UserError(f"there is no scheduler called {name!r}: choose one of {', '.join(SCHEDULER_NAMES)}")
+    return ReleaseUniPCScheduler(**_BETAS, prediction_type="sample", use_exponential_sigmas=True)
+
+
+def _flow_scheduler(name: str, shift: float) -> SchedulerMixin:
+    if name == "euler":
+        return FlowEulerScheduler(shift=shift)
+    if name == "heun":
+        return FlowHeunScheduler(shift=shift)
+    solver: Any = FlowDPMSolverScheduler if name == "dpm++" else FlowUniPCScheduler
+    return solver(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for what no scheduler is called."""
+    if name not in ("auto", *SCHEDULER_NAMES):
+        raise UserError(f"there is no scheduler called {name!r}: choose auto or one of {', '.join(SCHEDULER_NAMES)}")
+
+
+def scheduler_name(name: str, prediction: str) -> str:
+    """The name that "auto" stands for, any other as it is. Raises UserError if it doesn't go with the prediction."""
+    check_name(name)
+    fitting = OF_FLOW if prediction == "flow" else OF_NOISE
+    if name == "auto":
+        return fitting[0]
+    if name not in fitting:
+        raise UserError(
+            f"the scheduler {name} doesn't go with this denoiser, which predicts {prediction}: choose one of "
+            f"{', '.join(fitting)}"
+        )
+    return name
+
+
+def scheduler_of(denoiser: Denoiser, scheduler: str | Any) -> Any:
+    """A scheduler by name for this denoiser, or the given one.
+
+    Raises:
+        UserError: it takes what this denoiser doesn't predict, or noise of another scale.
+    """
+    config: Any = denoiser.config
+    prediction, shift = config.get("prediction", "noise"), config.get("time_shift", 1.0)
+    if isinstance(scheduler, str):
+        return make_scheduler(scheduler, prediction, shift)
+    kind = type(scheduler).__name__
+    if _takes_velocity(scheduler) != (prediction == "flow"):
+        raise UserError(
+            f"{kind} doesn't go with this denoiser, which predicts {prediction}: choose one of "
+            f"{', '.join(OF_FLOW if prediction == 'flow' else OF_NOISE)} of pvdm_fast.diffusion.schedulers.scheduler_of"
+        )
+    scale = float(getattr(scheduler, "init_noise_sigma", 1))  # those of a flow don't have it
+    if scale != 1:
+        raise UserError(
+            f"{kind} scales its noise by {scale:.3g}, which this model wasn't trained for: take one of "
+            "pvdm_fast.diffusion.schedulers.make_scheduler"
+        )
+    return scheduler
+
+
+def _takes_velocity(scheduler: Any) -> bool:
+    of_flow = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
+    return of_flow or scheduler.config.get("prediction_type") == "flow_prediction"

@@ -30,6 +30,7 @@ from pvdm_fast.losses.psnr import psnr
 SHOWN = 8
 SHOWN_SIDE = 160
 MAX_PSNR = 100.0
+SAMPLE_FILES = ("clip-N.mp4", "clip-N.npy")
 
 Measure = Callable[[Sequence[range], Path], Iterator[Measured]]
 
@@ -40,7 +41,7 @@ class Pass:
 
     ``identity`` is everything that decides the values. Statistics of another identity lie in another folder.
     ``measure`` takes batches of clip numbers and the pass's folder (for videos), and yields what it measured on each
-    batch.
+    batch. ``files``: what it leaves of each of the first ``shown`` clips, with N for the number.
     """
 
     name: str
@@ -48,6 +49,16 @@ class Pass:
     batch_size: int
     identity: dict[str, Any]
     measure: Measure
+    shown: int = 0
+    files: tuple[str, ...] = ("clip-N.mp4",)
+
+    def unseen(self, folder: Path) -> list[range]:
+        """Batches with a clip that is to be shown, and of which a file is missing."""
+
+        def missing(number: int) -> bool:
+            return any(not (folder / name.replace("N", str(number))).exists() for name in self.files)
+
+        return [batch for batch in self.batches if any(missing(number) for number in batch if number < self.shown)]
 
     @property
     def batches(self) -> list[range]:
@@ -101,6 +112,11 @@ def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, 
     if unsaved:
         own.save()
     wait(processes)
+    # an earlier evaluation showed fewer, or its videos were removed
+    for _ in work.measure(work.unseen(folder)[share.rank :: share.world], folder):
+        if stop.number is not None:
+            raise Interrupted(stop.number)
+    wait(processes)
     tallies = read_tallies(folder, len(batches))
     if missing := remaining(list(tallies.values()), len(batches)):
         raise UserError(
@@ -111,7 +127,7 @@ def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, 
 
 
 def measure_reconstructions(
-    subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, workers: int
+    subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, workers: int, shown: int
 ) -> Measure:
     """Measures PSNR, SSIM (if frames are large enough), and the features of originals and reconstructions."""
 
@@ -125,7 +141,7 @@ def measure_reconstructions(
                 values["ssim"] = ssim(result, original)[:, None]
             if network is not None:
                 values["original"], values["reconstruction"] = network(original), network(result)
-            _show(folder, numbers, torch.stack([original, result], dim=1), subject.fps)
+            show(folder, numbers, torch.stack([original, result], dim=1), subject.fps, shown)
             yield Measured(values, dict(batch["skipped"]))
 
     return measure
@@ -142,17 +158,21 @@ def measure_real_clips(dataset: ClipDataset, network: FeatureNetwork, workers: i
 
 
 def measure_samples(
-    subject: Subject, network: FeatureNetwork | None, lengths: Sequence[int], sampling: dict[str, Any]
+    subject: Subject, network: FeatureNetwork | None, lengths: Sequence[int], sampling: dict[str, Any], shown: int
 ) -> Measure:
     """Samples videos of the greatest length. For every length, measures the features of their first frames.
 
-    A sample's first frames don't depend on its length, because each clip is conditioned only on the one before.
+    A sample's first frames don't depend on its length, because each clip is conditioned only on the one before. Those
+    that are shown leave their first clip's frames as clip-N.npy too.
     """
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for numbers in batches:
             videos = sample_batch(subject, numbers, max(lengths), sampling)
-            _show(folder, numbers, videos[:, None], subject.fps)
+            show(folder, numbers, videos[:, None], subject.fps, shown)
+            for number, video in zip(numbers, videos[:, :, : subject.frames], strict=True):
+                if number < shown:
+                    write_video(folder / f"clip-{number}.npy", video_grid(video[None], columns=1))
             values = {} if network is None else {f"{n} frames": network(videos[:, :, :n]) for n in lengths}
             yield Measured(values)
 
@@ -174,11 +194,11 @@ def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[s
     return sample_video(subject.autoencoder, subject.denoiser, options)
 
 
-def _show(folder: Path, numbers: Sequence[int], videos: Tensor, fps: float) -> None:
-    """Write the first clips as mp4, with the videos (n, 3, T, H, W) of each clip side by side. Small ones are
+def show(folder: Path, numbers: Sequence[int], videos: Tensor, fps: float, shown: int) -> None:
+    """Write the first ``shown`` clips as mp4, with the videos (n, 3, T, H, W) of each clip side by side. Small ones are
     enlarged by whole factors."""
     for number, row in zip(numbers, videos, strict=True):
-        if number >= SHOWN:
+        if number >= shown:
             return
         factor = max(1, SHOWN_SIDE // min(row.shape[-2:]))
         enlarged = row.repeat_interleave(factor, -1).repeat_interleave(factor, -2)

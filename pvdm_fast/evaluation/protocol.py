@@ -36,7 +36,7 @@ METRICS = {
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "av")
 RANGES = {  # of a request's numbers, as it is made in Python
     "clips": numbers.VIDEOS,
-    "samples": numbers.whole(0, 10_000_000),
+    "samples": numbers.CLIPS_OR_NONE,
     "frames": numbers.FRAMES,
     "stride": numbers.STRIDE,
     "fold": numbers.FOLD,
@@ -48,6 +48,8 @@ RANGES = {  # of a request's numbers, as it is made in Python
     "workers": numbers.WORKERS,
     "threads": numbers.THREADS,
     "save_every": numbers.VIDEOS,
+    "shown": numbers.SHOWN,
+    "nearest_among": numbers.CLIPS_OR_NONE,
 }
 
 
@@ -66,7 +68,7 @@ class Request:
     seed: int = 0
     features: Path | None = None
     features_sha256: str | None = None
-    scheduler: str = "ddim"
+    scheduler: str = "auto"
     steps: int = numbers.DEFAULT_STEPS
     eta: float = numbers.DEFAULT_ETA
     guidance: float = 0.0
@@ -77,6 +79,8 @@ class Request:
     dtype: str = "auto"
     out: Path | None = None
     save_every: int = 64
+    shown: int = SHOWN
+    nearest_among: int = 2048
 
     def __post_init__(self) -> None:
         for name, number in RANGES.items():
@@ -159,7 +163,7 @@ def count_samples(request: Request, subject: Subject, network: FeatureNetwork | 
     if subject.denoiser is None:
         return 0
     wanted = request.clips if request.samples is None else request.samples
-    return wanted if network else min(wanted, SHOWN)
+    return wanted if network else min(wanted, request.shown)
 
 
 def environment(processes: Processes) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pvdm_fast.errors import printable
@@ -71,7 +72,7 @@ def write_report(path: Path, document: dict[str, Any], videos: dict[str, Path], 
     Args:
         path: the HTML file.
         document: what evaluation.json holds.
-        videos: folders with clip-N.mp4, under "reconstruction" and "samples".
+        videos: folders with clip-N.mp4, under "reconstruction", "samples" and "nearest".
         records: of metrics.jsonl.
     """
     results, protocol = document["results"], document["protocol"]
@@ -79,20 +80,26 @@ def write_report(path: Path, document: dict[str, Any], videos: dict[str, Path], 
     parts = [
         f"<h1>Evaluation of {escape(name)}</h1>",
         BUTTONS if videos else "",
-        _section("Scores", _table(score_rows(results), ("", "score", "of"))),
-        _section("Missing", _list(results["missing"])) if results["missing"] else "",
-        _section("Beware", _list(results["caveats"])) if results["caveats"] else "",
+        section("Scores", table(score_rows(results), ("", "score", "of"))),
+        section("Missing", bullets(results["missing"])) if results["missing"] else "",
+        section("Beware", bullets(results["caveats"])) if results["caveats"] else "",
         _videos("Reconstructions", "left the clip, right its reconstruction", videos.get("reconstruction")),
         _videos("Samples", _sampling(protocol), videos.get("samples")),
-        _section("Training", _figures((title, svg) for title, svg in curves(records))) if records else "",
-        _section("Protocol", f'<div id="protocol">{_table(list(flat(protocol)), ("", ""))}</div>'),
-        _section("Files that could not be read", _list(_unreadable(results["unreadable_files"])))
+        nearest_section(results.get("nearest"), videos.get("nearest")),
+        section("Training", figures((title, svg) for title, svg in curves(records))) if records else "",
+        section("Protocol", f'<div id="protocol">{table(list(flat(protocol)), ("", ""))}</div>'),
+        section("Files that could not be read", bullets(_unreadable(results["unreadable_files"])))
         if results["unreadable_files"]
         else "",
     ]
+    write_page(path, f"Evaluation of {name}", parts)
+
+
+def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
+    """Write an HTML file with the sections ``parts``, leaving out empty ones."""
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>Evaluation of {escape(name)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
@@ -117,6 +124,20 @@ def score_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
             label = "FVD" if scores["fvd"] is not None else "samples, Fréchet distance of other features"
             of = f"{scores['samples']:,} samples and {scores['real_clips']:,} clips of {frames} frames"
             rows.append((f"{label}, {frames} frames", f"{scores['frechet_distance']:.2f}", of))
+    return rows + nearest_rows(results.get("nearest"))
+
+
+def nearest_rows(nearest: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """The rows of the samples' distances from their nearest training clips, and of held-out clips'."""
+    if nearest is None:
+        return []
+    rows = []
+    for name, key in (("samples", "samples"), ("held-out clips", "held_out")):
+        if found := nearest[key]:
+            of = f"{len(found)} of them, their medians; {nearest['among']:,} training clips"
+            distance, relative = (median(row[value] for row in found) for value in ("distance", "relative"))
+            rows.append((f"{name}, nearest training clip", f"{distance:.1f}", of))
+            rows.append((f"{name}, the same relative to the 50 nearest", f"{relative:.2f}", of))
     return rows
 
 
@@ -132,21 +153,40 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield label, "none" if value is None else str(value)
 
 
+def nearest_section(nearest: dict[str, Any] | None, folder: Path | None, of: str = "") -> str:
+    """Samples beside their nearest training clips, and what the distances are to be compared with."""
+    if nearest is None or folder is None:
+        return ""
+    note = (
+        f"Left the first {nearest['frames']} frames of a sample, right the nearest of {nearest['among']:,} training "
+        f"clips (one window of each of {nearest['videos']:,} videos, again from the start where clips outnumber them; "
+        f"not mirrored). Distance: {nearest['distance']}. Relative: {nearest['relative']}. A copy is near 0: below 0.5 "
+        "look closely. A blurred sample, which is near to all training clips alike, is near 1."
+    )
+    if relatives := [row["relative"] for row in nearest["held_out"]]:
+        note += f" Held-out clips, which no model has seen, have {min(relatives):.2f} to {max(relatives):.2f}."
+    captions = [
+        f"sample {n}: distance {row['distance']:.1f}, relative {row['relative']:.2f}, {row['name']}"
+        for n, row in enumerate(nearest["samples"])
+    ]
+    return _videos(f"Nearest training clips{of}", note, folder, captions)
+
+
 def _sampling(protocol: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in protocol["sampling"].items())
 
 
-def _section(title: str, content: str) -> str:
+def section(title: str, content: str) -> str:
     return f"<h2>{escape(title)}</h2>\n{content}"
 
 
-def _table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...]) -> str:
+def table(rows: Iterable[tuple[str, ...]], header: tuple[str, ...]) -> str:
     head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in header)}</tr>" if any(header) else ""
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>\n{head}{body}\n</table>"
 
 
-def _list(items: Iterable[str]) -> str:
+def bullets(items: Iterable[str]) -> str:
     return "<ul>\n" + "\n".join(f"<li>{escape(item)}</li>" for item in items) + "\n</ul>"
 
 
@@ -156,18 +196,25 @@ def _unreadable(files: dict[str, str]) -> list[str]:
     return [*lines, f"and {more} more, all in evaluation.json"] if more > 0 else lines
 
 
-def _figures(figures: Iterable[tuple[str, str]]) -> str:
-    made = (f"<figure>{content}<figcaption>{escape(title)}</figcaption></figure>" for title, content in figures)
+def figures(items: Iterable[tuple[str, str]]) -> str:
+    made = (f"<figure>{content}<figcaption>{escape(title)}</figcaption></figure>" for title, content in items)
     return '<div class="row">\n' + "\n".join(made) + "\n</div>"
 
 
-def _videos(title: str, note: str, folder: Path | None) -> str:
+def _videos(title: str, note: str, folder: Path | None, captions: Sequence[str] = ()) -> str:
     """The section of a folder's videos, embedded as data. Empty if there are none."""
+    shown = video_figures(folder, captions)
+    return section(title, f"<p>{escape(note)}</p>\n{shown}") if shown else ""
+
+
+def video_figures(folder: Path | None, captions: Sequence[str] = ()) -> str:
+    """A row of a folder's clip-N.mp4 in the order of their numbers, with ``captions`` or their names. Empty if there
+    are none."""
     paths = [] if folder is None else sorted(folder.glob("clip-*.mp4"), key=lambda path: int(path.stem.split("-")[1]))
     if not paths:
         return ""
-    figures = ((path.stem.replace("-", " "), _player(path)) for path in paths)
-    return _section(title, f"<p>{escape(note)}</p>\n{_figures(figures)}")
+    names = captions or [path.stem.replace("-", " ") for path in paths]
+    return figures((name, _player(path)) for name, path in zip(names, paths, strict=True))
 
 
 def _player(path: Path) -> str:

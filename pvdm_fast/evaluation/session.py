@@ -7,19 +7,21 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pvdm_fast.backends.precision import announce, choose_precision
-from pvdm_fast.data import ClipDataset
+from pvdm_fast.data import ClipDataset, DataError
 from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation import features
 from pvdm_fast.evaluation.clips import open_clips
 from pvdm_fast.evaluation.features import FeatureNetwork
 from pvdm_fast.evaluation.moments import Gaussian, frechet_distance
+from pvdm_fast.evaluation.nearest import nearest_clips
 from pvdm_fast.evaluation.passes import (
+    SAMPLE_FILES,
     Outcome,
     Pass,
     measure_real_clips,
@@ -50,6 +52,7 @@ class Evaluation:
     subject: Subject
     network: FeatureNetwork | None
     datasets: dict[int, ClipDataset]
+    training: ClipDataset | None  # among which samples' nearest clips are looked for, if they can be
     protocol: Protocol
     folder: Path
     records: list[dict[str, Any]]  # training's records at the start of the evaluation: the run may still be training
@@ -61,21 +64,24 @@ class Evaluation:
     def passes(self) -> dict[str, Pass]:
         """The passes by name: "reconstruction", "real-16" for each other length with features, "samples"."""
         request, network, length = self.request, self.network, self.subject.frames
-        measure = measure_reconstructions(self.subject, self.datasets[length], network, request.workers)
-        made = {"reconstruction": self._data_pass("reconstruction", measure, "model", frames=length)}
+        measure = measure_reconstructions(self.subject, self.datasets[length], network, request.workers, request.shown)
+        made = {
+            "reconstruction": self._data_pass("reconstruction", measure, "model", frames=length, shown=request.shown)
+        }
         for frames in request.frames if network and self.samples else ():
             if frames != length:
                 measure = measure_real_clips(self.datasets[frames], network, request.workers)  # type: ignore[arg-type]
                 made[f"real-{frames}"] = self._data_pass(f"real-{frames}", measure, frames=frames)
         if self.samples:
             identity = self.protocol.identity("model", "sampling", "features")
-            measure = measure_samples(self.subject, network, request.frames, self.protocol.sampling)
-            made["samples"] = Pass("samples", self.samples, request.batch_size, identity, measure)
+            measure = measure_samples(self.subject, network, request.frames, self.protocol.sampling, request.shown)
+            work = Pass("samples", self.samples, request.batch_size, identity, measure, request.shown, SAMPLE_FILES)
+            made["samples"] = work
         return made
 
-    def _data_pass(self, name: str, measure: Any, *parts: str, frames: int) -> Pass:
+    def _data_pass(self, name: str, measure: Any, *parts: str, frames: int, shown: int = 0) -> Pass:
         identity = self.protocol.identity("data", "features", *parts, frames=frames)
-        return Pass(name, self.request.clips, self.request.batch_size, identity, measure)
+        return Pass(name, self.request.clips, self.request.batch_size, identity, measure, shown)
 
 
 def evaluate(request: Request) -> tuple[dict[str, Any] | None, Path]:
@@ -101,12 +107,17 @@ def _evaluate(request: Request) -> tuple[dict[str, Any] | None, Path]:
         try:
             for name, work in evaluation.passes().items():
                 outcomes[name] = run_pass(work, statistics, processes, stop, request.save_every)
+            nearest = None
+            if processes.main and "samples" in outcomes and evaluation.training is not None:
+                nearest = nearest_clips(evaluation, outcomes["samples"].folder, statistics, stop)
         except Interrupted:
             print("stopped and saved; the same command goes on from here", flush=True)
             raise
         if not processes.main:
             return None, evaluation.folder
         result = results(evaluation, outcomes)
+        result["nearest"] = nearest
+        result["unreadable_files"] |= nearest["unreadable_files"] if nearest is not None else {}
         result["seconds_since_last_start"] = round(time.perf_counter() - started, 1)
         write(evaluation, result, outcomes)
         return result, evaluation.folder
@@ -132,10 +143,11 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
         announce(request.dtype, choose_precision(request.dtype, processes.device), "--dtype")
     subject = load_subject(request.run, processes.device, request.dtype)
     if subject.denoiser is not None:
-        from pvdm_fast.diffusion.schedulers import make_scheduler
+        from pvdm_fast.diffusion.schedulers import scheduler_name
 
         check_pair(subject.autoencoder, subject.denoiser)
-        make_scheduler(request.scheduler)
+        prediction = str(subject.denoiser.config["prediction"])
+        request = replace(request, scheduler=scheduler_name(request.scheduler, prediction))
     network = None
     if request.features is not None and request.features_sha256 is not None:
         network = FeatureNetwork(request.features, request.features_sha256, processes.device)
@@ -155,7 +167,18 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
     protocol = make_protocol(request, subject, datasets[subject.frames], network, processes)
     folder = request.out or request.run / "evaluation"
     records = subject.run.read_metrics()
-    return Evaluation(request, processes, subject, network, datasets, protocol, folder, records)
+    training = training_clips(request, subject) if request.nearest_among else None
+    return Evaluation(request, processes, subject, network, datasets, training, protocol, folder, records)
+
+
+def training_clips(request: Request, subject: Subject) -> ClipDataset | None:
+    """The training split as it is evaluated. None where the data has none of this length."""
+    try:
+        return open_clips(
+            request.data, "train", frames=subject.frames, size=subject.size, stride=request.stride, seed=request.seed
+        )
+    except DataError:
+        return None
 
 
 def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -220,6 +243,9 @@ def _missing(evaluation: Evaluation) -> list[str]:
         )
     if min(evaluation.subject.size) < WINDOW:
         missing.append(f"SSIM: its window needs frames of {WINDOW} x {WINDOW} at least")
+    if evaluation.samples and evaluation.training is None:
+        why = "not asked for" if evaluation.request.nearest_among == 0 else "the data has no training clips"
+        missing.append(f"nearest training clips of samples: {why}")
     if evaluation.subject.denoiser is None:
         missing.append("samples: the run has no denoiser yet; train it with python -m pvdm_fast.train --resume RUN")
     return missing
@@ -252,15 +278,22 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
 
 def write(evaluation: Evaluation, result: dict[str, Any], outcomes: dict[str, Outcome]) -> None:
     """Write evaluation.json and report.html, each complete or not at all."""
-    document = {"results": result, "protocol": evaluation.protocol.as_dict(), "run": str(evaluation.request.run)}
     folder = evaluation.folder
+    names = ("reconstruction", "samples")
+    videos = {name: outcomes[name].folder.relative_to(folder) for name in names if name in outcomes}
+    if result["nearest"] is not None:
+        videos["nearest"] = Path(result["nearest"]["folder"])
+    document = {
+        "results": result,
+        "protocol": evaluation.protocol.as_dict(),
+        "run": str(evaluation.request.run),
+        "videos": {name: str(path) for name, path in videos.items()},
+    }
     try:
         with whole_file(folder / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        videos: dict[str, Path] = {
-            name: outcomes[name].folder for name in ("reconstruction", "samples") if name in outcomes
-        }
         with whole_file(folder / "report.html") as temporary:
-            write_report(temporary, document, videos, evaluation.records)
+            shown = {name: folder / path for name, path in videos.items()}
+            write_report(temporary, document, shown, evaluation.records)
     except OSError as error:
         raise UserError(f"cannot write the results to {folder}: {error.strerror or error}") from error

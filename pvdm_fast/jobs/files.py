@@ -118,6 +118,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file's contents. ``path`` is the old file or the whole new one."""
+    with whole_file(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def clean_up(folder: Path) -> None:
     """Clean up a folder after a process was killed while writing to it. No other process may be writing there.
 

@@ -101,6 +101,8 @@ DEFAULT_ETA = 1.0  # the release's
 WORKERS = whole(0, 256)
 THREADS = whole(1, 1024)
 HEADS = whole(1, 1024)
+CLIPS_OR_NONE = whole(0, 10_000_000)
+SHOWN = whole(1, 1000)
 SECONDS = real(0, 1e6)
 FPS = real(0.1, 1000)
 ETA = real(0, 1)
@@ -108,6 +110,6 @@ GUIDANCE = real(0, 1000)
 
 
 def check_eta(scheduler: object, eta: float) -> None:
-    """Raise UserError for an `eta` that a sampler, given by name, would pass over."""
-    if isinstance(scheduler, str) and scheduler != "ddim" and eta != DEFAULT_ETA:
+    """Raise UserError for an `eta` that a sampler, given by name, would pass over. "auto" may be ddim."""
+    if isinstance(scheduler, str) and scheduler not in ("auto", "ddim") and eta != DEFAULT_ETA:
         raise UserError(f"eta is DDIM's share of new noise, and {scheduler} has none: leave it out, or take ddim")

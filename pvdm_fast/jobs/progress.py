@@ -4,34 +4,65 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from pvdm_fast.errors import printable
+
 QUIET_SECONDS = 30.0
+
+
+class LogLines(tqdm):
+    """A bar for output that isn't a terminal: whole lines, one every half minute at most, and one at the end."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        print(self, file=self.fp, flush=True)
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        """Lines that were printed stay."""
+
+    def refresh(self, nolock: bool = False, lock_args: tuple[Any, ...] | None = None) -> Any:
+        """A line when its time has come, not after each of `say`, which alone passes ``nolock``."""
+        return None if nolock else super().refresh(lock_args=lock_args)
+
+    def close(self) -> None:
+        ends, self.sp = self.leave and not self.disable, None  # tqdm's own last line has carriage returns
+        super().close()
+        if ends:
+            self.display()
 
 
 def make_bar(
     label: str, total: int, *, done: int = 0, unit: str = "step", keep: bool = True, shown: bool = True
 ) -> tqdm[Any]:
-    """A bar on stderr. If that isn't a terminal, it is printed only every half minute.
+    """A bar on stderr. If that isn't a terminal, it is a line every half minute.
 
     The time left is by the pace of the last ten lines or so.
     """
     terminal = sys.stderr.isatty()
-    return tqdm(
+    bar = "|{bar}| " if terminal else ""
+    return (tqdm if terminal else LogLines)(
         total=total,
         disable=not shown,
         initial=done,
         desc=label,
         unit=unit,
         leave=keep,
-        dynamic_ncols=True,
+        dynamic_ncols=terminal,
+        delay=0 if terminal else QUIET_SECONDS,
         mininterval=0.3 if terminal else QUIET_SECONDS,
         miniters=1,  # else tqdm waits for as many steps as came in that time before: a job that slows down goes silent
         smoothing=0.1 if terminal else 0.3,  # of the pace between two lines
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
+        bar_format="{desc} {percentage:3.0f}% " + bar + "{n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
     )
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line above the bars, by default on stdout."""
+    with tqdm.external_write_mode(file=file or sys.stdout):
+        print(printable(line), file=file or sys.stdout, flush=True)
 
 
 class StepBar:
@@ -54,7 +85,7 @@ class StepBar:
         loss = record["loss"]
         if loss is None:
             names = ", ".join(record["clips"])
-            self.bar.write(f"step {record['step']} left out: {record['skipped']}; clips: {names}", file=sys.stderr)
+            say(f"step {record['step']} left out: {record['skipped']}; clips: {names}", sys.stderr)
         else:
             self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         seconds = record["seconds"] / clips

@@ -17,7 +17,7 @@ from pvdm_fast import ops
 from pvdm_fast.layout import PLANE_NAMES, TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, preset
 from pvdm_fast.models.ranges import check_pixels
-from pvdm_fast.models.saving import ChecksumsKept
+from pvdm_fast.models.saving import InFolders
 from pvdm_fast.nn import AxialTransformer, PlaneProjection, casting
 from pvdm_fast.nn.linear import Linear, linear
 from pvdm_fast.nn.plain import POINTWISE_2D, weights_of
@@ -37,7 +37,7 @@ class AutoencoderOutput(BaseOutput):
     sample: Tensor
 
 
-class Autoencoder(ChecksumsKept, ModelMixin, ConfigMixin):
+class Autoencoder(InFolders, ModelMixin, ConfigMixin):
     """PVDM's autoencoder (the release's `ViTAutoencoder`, its parameter names included; `base` is its full size).
 
     Args:

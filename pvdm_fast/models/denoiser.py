@@ -16,19 +16,22 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
+from pvdm_fast.models import latent_statistics
 from pvdm_fast.models.noise_schedule import NoiseSchedule
 from pvdm_fast.models.presets import DENOISER, preset
 from pvdm_fast.models.ranges import check_timestep
-from pvdm_fast.models.saving import ChecksumsKept
+from pvdm_fast.models.saving import InFolders
 from pvdm_fast.nn import PlaneAttention, PlaneConv, PlaneNorm, ResidualBlock, TriplaneAttention, casting, planes
 from pvdm_fast.nn.constants import constant
 from pvdm_fast.nn.planes import NORM_GROUPS
 from pvdm_fast.nn.residual import embedded, scale_shifts
 
+PREDICTIONS = ("noise", "v", "flow")
+
 
 @dataclass
 class DenoiserOutput(BaseOutput):
-    """sample: (B, D, N), the predicted noise."""
+    """sample: (B, D, N), the predicted noise, or the velocity of a denoiser with prediction "flow"."""
 
     sample: Tensor
 
@@ -93,7 +96,7 @@ class PlanePositions(nn.Module):
         return torch.cat([plane.flatten(0, 1) for plane in planes])
 
 
-class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
+class Denoiser(InFolders, ModelMixin, ConfigMixin):
     """PVDM's U-Net (the release's `UNetModel`, its parameter names included; `base` is its full size).
 
     Args:
@@ -106,14 +109,19 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         positions: learned positions of the tokens, which the release doesn't have.
         prediction: the network's own output: "noise" (as in the release), or "v" = sqrt(a) noise - sqrt(1 - a) latent
             (Salimans and Ho 2022), where a is the noise level's alphas_cumprod. `forward` returns the noise in both
-            cases. From v it is exact where there is only noise.
+            cases. From v it is exact where there is only noise. Or "flow": the velocity noise - latent on the straight
+            path (1 - t) latent + t noise (`pvdm_fast.diffusion.flow`), which `forward` returns as it is.
+        latent_mean, latent_std: [plane][channel], with which training and sampling normalise the autoencoder's latents
+            (`pvdm_fast.models.latent_statistics`), for prediction "flow". None: they are taken as they are.
+        time_shift: for prediction "flow", how far training and sampling move their times towards the noise
+            (`pvdm_fast.diffusion.flow.shifted`). 1 moves nothing.
         num_classes: number of classes, for class-conditional training. None: without classes. The class's embedding is
             added to that of the time. It has one more entry, for no class.
         class_names: their names, in the order of their numbers.
 
     Raises:
-        ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; not
-            as many names as classes.
+        ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; a
+            time shift that isn't positive; a time shift or statistics without flow; not as many names as classes.
     """
 
     _supports_gradient_checkpointing = True
@@ -134,12 +142,21 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
         prediction: str = "noise",
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
+        time_shift: float = 1.0,
+        latent_mean: Sequence[Sequence[float]] | None = None,
+        latent_std: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"There are {len(class_names)} class names for {num_classes} classes.")
-        if prediction not in ("noise", "v"):
-            raise ValueError(f'The prediction must be "noise" or "v", not {prediction!r}.')
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"The prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
+        if time_shift <= 0 or (time_shift != 1 and prediction != "flow"):
+            raise ValueError(f"time_shift {time_shift} must be above 0, and goes with prediction flow only.")
+        if latent_mean is not None or latent_std is not None:
+            if prediction != "flow" or latent_mean is None or latent_std is None:
+                raise ValueError("latent_mean and latent_std go together, and with prediction flow only.")
+            latent_statistics.check(latent_mean, latent_std, planes=3, channels=latent_channels)
         _check_widths(model_channels, channel_mult, num_res_blocks, num_heads)
         _check_attention(attention_resolutions)
         self.layout = TriplaneLayout(time, height, width)
@@ -238,16 +255,16 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
     def forward(
         self,
         latent: Tensor,
-        timestep: Tensor | int,
+        timestep: Tensor | float,
         condition: Tensor | None = None,
         class_labels: Tensor | None = None,
     ) -> DenoiserOutput:
-        """Predict the noise in a latent.
+        """Predict the noise in a latent, or its velocity.
 
         Args:
             latent: (B, D, N) packed noisy planes. Differentiable.
-            timestep: (B,), or one number for all, in [0, 1000). For prediction "v" they must be whole numbers. Values
-                are checked unless that means waiting for a GPU.
+            timestep: (B,), or one number for all, in [0, 1000). For prediction "v" they must be whole numbers. For
+                "flow" it is 1000 t, 1000 included. Values are checked unless that means waiting for a GPU.
             condition: (B, D, N), the latent of the clip before. None: unconditional (zeros). Differentiable.
             class_labels: (B,) int64, from 0 to num_classes, where the last means no class. None: no class for any.
 
@@ -266,7 +283,7 @@ class Denoiser(ChecksumsKept, ModelMixin, ConfigMixin):
                 )
         if condition is None:
             condition = self.zeros.expand(len(latent), -1, -1)
-        check_timestep(timestep)
+        check_timestep(timestep, with_end=self.config.prediction == "flow")
         labels = self._class_labels(class_labels, latent)
         timestep = torch.as_tensor(timestep, device=latent.device).expand(len(latent))
         tokens = torch.cat((latent, condition.to(latent.dtype)), dim=1).transpose(1, 2)

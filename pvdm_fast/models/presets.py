@@ -7,7 +7,7 @@ from typing import Any
 AUTOENCODER: dict[str, dict[str, Any]] = {
     "tiny": dict(
         frames=8, height=32, width=32, patch_size=4, channels=64, depth=1, num_heads=4, head_dim=16,
-        latent_channels=4, projection_depth=1, projection_hidden=128,
+        latent_channels=12, projection_depth=1, projection_hidden=128,
     ),
     "small": dict(
         frames=16, height=64, width=64, patch_size=4, channels=192, depth=4, num_heads=6, head_dim=32,
@@ -21,8 +21,8 @@ AUTOENCODER: dict[str, dict[str, Any]] = {
 
 DENOISER: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        time=8, height=8, width=8, model_channels=64, channel_mult=[1], num_res_blocks=1,
-        attention_resolutions=[], num_heads=4, positions=True, prediction="v",
+        time=8, height=8, width=8, latent_channels=12, model_channels=64, channel_mult=[1], num_res_blocks=1,
+        attention_resolutions=[], num_heads=4, positions=True, prediction="flow",
     ),
     "small": dict(
         time=16, height=16, width=16, model_channels=128, channel_mult=[1, 2, 3], num_res_blocks=2,

@@ -22,11 +22,12 @@ def _any(condition: Tensor) -> bool:
         return False
 
 
-def check_timestep(timestep: Tensor | int) -> None:
-    """Raises ValueError for times that are not in [0, 1000)."""
+def check_timestep(timestep: Tensor | float, with_end: bool = False) -> None:
+    """Raises ValueError for times that are not in [0, 1000), or in [0, 1000] ``with_end``."""
     values = torch.as_tensor(timestep)
-    if _seen(values) and _any(~((values >= 0) & (values < TRAIN_STEPS))):
-        raise ValueError(f"timestep must be from 0 to {TRAIN_STEPS - 1}, but is {str(values.tolist())[:60]}.")
+    if _seen(values) and _any(~((values >= 0) & ((values <= TRAIN_STEPS) if with_end else (values < TRAIN_STEPS)))):
+        last = TRAIN_STEPS if with_end else TRAIN_STEPS - 1
+        raise ValueError(f"timestep must be from 0 to {last}, but is {str(values.tolist())[:60]}.")
 
 
 def check_pixels(video: Tensor) -> None:

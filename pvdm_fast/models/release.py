@@ -397,12 +397,13 @@ def to_release(model: Autoencoder | Denoiser) -> dict[str, Tensor]:
     A model that came from `load_release_*` gives back the names and dtypes it was loaded with, bit for bit.
 
     Raises:
-        CheckpointError: the denoiser has learned positions, prediction v or classes, which the release doesn't have.
+        CheckpointError: the denoiser has learned positions, prediction v or flow, or classes, which the release doesn't
+            have.
     """
     config = model.config
     if config.get("positions") or config.get("prediction", "noise") != "noise" or config.get("num_classes"):
         raise CheckpointError(
-            "The release has no denoiser with learned positions, the prediction v or classes: train one with "
+            "The release has no denoiser with learned positions, the prediction v or flow, or classes: train one with "
             'positions=False, prediction="noise" and num_classes=None.'
         )
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -11,9 +11,9 @@ from pvdm_fast.jobs.checksums import NAME, write_checksums
 from pvdm_fast.jobs.files import share_as_usual
 
 
-class ChecksumsKept:
-    """Put before diffusers' ``ModelMixin``: what is saved can be read by whom the umask allows, with the right
-    checksums where there were some."""
+class InFolders:
+    """Put before diffusers' ``ModelMixin``: models are loaded from folders alone, and what is saved can be read by whom
+    the umask allows, with the right checksums where there were some."""
 
     def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> Any:
         """Like diffusers' own."""

@@ -18,9 +18,16 @@ from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.jobs.reading import read_json
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
-from pvdm_fast.training.config import STAGES, TrainConfig, get, make_config
+from pvdm_fast.training.config import OPTIONS, STAGES, TrainConfig, get, make_config
 from pvdm_fast.training.initialisation import HEADS, find_autoencoder, initialise, read_source
-from pvdm_fast.training.presets import AUTOENCODER_SIZES, DENOISER_SIZES, VIDEO_SIZES, autoencoder_sizes
+from pvdm_fast.training.options import flag
+from pvdm_fast.training.presets import (
+    AUTOENCODER_SIZES,
+    DENOISER_SIZES,
+    FLOW_OPTIONS,
+    VIDEO_SIZES,
+    autoencoder_sizes,
+)
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import shard
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, Stage
@@ -75,6 +82,8 @@ def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
             )
     if config.fsdp and config.mixed_precision == "fp16":
         problem = "--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients"
+    if config.fsdp and config.optimizer == "muon":
+        problem = "--fsdp goes with --optimizer adamw or adamw8bit: muon's steps need whole matrices"
     if problem is not None:
         Processes(accelerator).fail(UserError(problem))
 
@@ -143,6 +152,7 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
     from pvdm_fast.models import Denoiser
 
     _check_attention(config)
+    _check_objective(config)
     layout = autoencoder.layout
     with _as_user_error():
         return Denoiser(
@@ -152,6 +162,7 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
             latent_channels=autoencoder.config["latent_channels"],
             num_classes=None if names is None else len(names),
             class_names=names,
+            time_shift=config.diffusion.time_shift,
             **_arguments(config, DENOISER_SIZES),
         )
 
@@ -166,6 +177,22 @@ def _check_attention(config: TrainConfig) -> None:
             f"--diffusion-attention-resolutions {' '.join(map(str, asked))} must be among the levels' downsampling "
             f"factors, which are {' '.join(map(str, factors))}: one for each number of --diffusion-channel-mult"
         )
+
+
+def _check_objective(config: TrainConfig) -> None:
+    """Raises UserError for an option that this prediction would pass over."""
+    options, usual = config.diffusion, TrainConfig()
+    if options.prediction == "flow" and options.loss_weight != "none":
+        raise UserError(
+            f"--diffusion-loss-weight {options.loss_weight} weighs the noise levels of the predictions noise and v, "
+            "but flow has none: leave it out, and choose the times with --diffusion-time-mean and --diffusion-time-std"
+        )
+    for key in FLOW_OPTIONS:
+        if options.prediction != "flow" and get(config, key) != get(usual, key):
+            raise UserError(
+                f"{flag(OPTIONS[key])} goes with --diffusion-prediction flow, not {options.prediction}: "
+                "leave it out, or train a flow"
+            )
 
 
 def class_names(config: TrainConfig, run: RunFolder, writes: bool) -> list[str]:

@@ -18,7 +18,7 @@ from pvdm_fast.jobs.arguments import did_you_mean
 from pvdm_fast.jobs.devices import DEVICE, DeviceName
 from pvdm_fast.jobs.numbers import Number, real, whole
 from pvdm_fast.jobs.reading import UnreadableFile, read_yaml
-from pvdm_fast.training.presets import PRESETS, SIZES, preset_sizes
+from pvdm_fast.training.presets import FLOW_OPTIONS, PRESETS, SIZES, preset_sizes
 
 STAGES = ("autoencoder", "diffusion")
 
@@ -184,8 +184,33 @@ class DiffusionOptions(StageOptions):
     )
     num_heads: int | None = option(None, "attention heads", number=numbers.HEADS)
     positions: bool | None = option(None, "learned positions of the latent's tokens, which the release doesn't have")
-    prediction: Literal["noise", "v"] | None = option(
-        None, "what the network puts out: the noise, as the release's; or v (Salimans and Ho 2022)"
+    prediction: Literal["noise", "v", "flow"] | None = option(
+        None,
+        "what the network puts out: the noise, as the release's; v (Salimans and Ho 2022); or flow, the velocity of "
+        "rectified flow (Liu et al. 2023)",
+    )
+    time_mean: float = option(
+        0.0,
+        "flow: training times are sigmoid(normal) with this mean; above 0 more of them are near the noise",
+        number=real(-10, 10),
+        resumable=True,
+    )
+    time_std: float = option(
+        1.0, "flow: standard deviation of that normal distribution", number=real(0, 100), resumable=True
+    )
+    time_shift: float = option(
+        1.0,
+        "flow: factor s that moves times t to s t / (1 + (s - 1) t), in training and in sampling; larger clips want "
+        "more than 1",
+        number=real(0.01, 100),
+    )
+    normalize_latents: bool = option(
+        False, "flow: give the denoiser latents of mean 0 and variance 1, measured by plane and channel on 32 clips"
+    )
+    loss_weight: Literal["none", "min_snr"] = option(
+        "none",
+        "of a noise level: none, or min_snr (Hang et al. 2023), which lets clean levels count less; not for flow",
+        resumable=True,
     )
     conditional_probability: float = option(
         0.2, "share of the clips trained with the clip before as condition", number=SHARE, resumable=True
@@ -201,10 +226,21 @@ class DiffusionOptions(StageOptions):
         "compute the denoiser in float32 whatever --mixed-precision says; only encoding follows it, as in the release",
         resumable=True,
     )
+    cached_clips: int = option(
+        0,
+        "videos' clips of 2T frames to encode once, before the stage, which then repeats these until its end; "
+        "0: encode new ones in each step",
+        number=whole(0, 1_000_000_000),
+        resumable=True,
+    )
     class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")
     class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE, resumable=True)
     ema_decay: float = option(
-        0.9999, "decay of the averaged weights that are saved for sampling", number=SHARE, resumable=True
+        0.9999,
+        "decay of the averaged weights that are saved for sampling; in the n-th update it is (1 + n) / (10 + n), if "
+        "that is less",
+        number=SHARE,
+        resumable=True,
     )
     ema_every: int = option(
         1,
@@ -213,7 +249,7 @@ class DiffusionOptions(StageOptions):
         resumable=True,
     )
     sampling_steps: int = option(
-        numbers.DEFAULT_STEPS, "DDIM steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True
+        numbers.DEFAULT_STEPS, "denoising steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True
     )
 
 
@@ -264,8 +300,10 @@ class TrainConfig:
         "no; bf16 falls back to float32 where the units for it are missing",
         resumable=True,
     )
-    optimizer: Literal["adamw", "adamw8bit"] = option(
-        "adamw", "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]')"
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = option(
+        "adamw",
+        "adamw8bit: its moments in 8 bits, a quarter of their memory (pip install 'pvdm-fast[8bit]'); muon: orthogonal "
+        "steps for matrices (Jordan et al. 2024), AdamW for the rest",
     )
     fsdp: bool = option(
         False, "with several processes: cut weights and optimizer state among them (FSDP2)", resumable=True
@@ -273,6 +311,12 @@ class TrainConfig:
     save_every: int = option(1000, "steps between checkpoints", number=numbers.STEPS, resumable=True)
     preview_every: int = option(
         5000, "steps between sample videos and held-out scores", number=numbers.STEPS, resumable=True
+    )
+    early_stop: int | None = option(
+        None,
+        "end a stage after N held-out scores without a new best, and keep the best weights; none: take all steps",
+        number=whole(1, 1_000_000),
+        resumable=True,
     )
     held_out_clips: int = option(16, "held-out clips that are scored", number=whole(1, 1_000_000), resumable=True)
     max_skipped: int = option(
@@ -283,6 +327,9 @@ class TrainConfig:
     )
     tensorboard: bool = option(
         False, "also write TensorBoard logs (pip install 'pvdm-fast[tensorboard]')", resumable=True
+    )
+    wandb: bool = option(
+        False, "also log to Weights & Biases (pip install 'pvdm-fast[wandb]'); project: WANDB_PROJECT", resumable=True
     )
     video: VideoOptions = field(default_factory=VideoOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
@@ -409,7 +456,10 @@ def make_config(changes: Mapping[str, Any]) -> TrainConfig:
     """
     config = TrainConfig()
     preset = OPTIONS["preset"].convert(changes.get("preset", config.preset))
-    for key, value in {**preset_sizes(preset), **flatten(PRESETS[preset], "preset"), **given(changes)}.items():
+    values = {**preset_sizes(preset), **flatten(PRESETS[preset], "preset")}
+    if given(changes).get("diffusion.prediction", "flow") != "flow":  # then the preset's choices for a flow go too
+        values = {key: value for key, value in values.items() if key not in FLOW_OPTIONS}
+    for key, value in {**values, **given(changes)}.items():
         group, _, name = key.rpartition(".")
         setattr(getattr(config, group) if group else config, name, OPTIONS[key].convert(value))
     return config

@@ -192,7 +192,7 @@ def initialise(model: Autoencoder | Denoiser, trained: Autoencoder | Denoiser) -
 
     Positions of another length are interpolated linearly between the same ends; the autoencoder's last one, the
     appended token's, stays. A class is known by its name; a new one begins as no class. Without classes, what no class
-    added to the embedding of the time stays in its bias.
+    added to the embedding of the time stays in its bias. The statistics of the latents are the trained ones.
     """
     state = dict(trained.state_dict())
     own = model.state_dict()
@@ -213,6 +213,8 @@ def initialise(model: Autoencoder | Denoiser, trained: Autoencoder | Denoiser) -
         state["time_embed.2.bias"] = state["time_embed.2.bias"] + embedding[-1]
     state = {name: own[name] if name in buffers else tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=True)
+    if trained.config.get("latent_mean") is not None:  # what its weights were trained on
+        model.register_to_config(**{name: trained.config[name] for name in ("latent_mean", "latent_std")})
 
 
 def interpolated(positions: Tensor, length: int) -> Tensor:

@@ -1,13 +1,14 @@
-"""The optimizer of a stage: AdamW with its moments in float32, or in 8 bits by bitsandbytes."""
+"""The optimizer of a stage: AdamW with its moments in float32, or in 8 bits by bitsandbytes; or Muon."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pvdm_fast.backends.precision import cpu_multiplies_bfloat16
 from pvdm_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 LEAST_8BIT = 4096  # elements: bitsandbytes keeps the moments of smaller parameters in float32
 BLOCK = 256  # elements that share a scale in float32
+LEAST_SIDE = 32  # of a matrix that Muon turns: layers at the ends of a network and tables of vectors are left to AdamW
+MOMENTUM = 0.95
 
 
 def optimizer_settings(options: StageOptions) -> dict[str, Any]:
@@ -22,19 +25,87 @@ def optimizer_settings(options: StageOptions) -> dict[str, Any]:
     return dict(lr=options.learning_rate, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay)
 
 
-def make_optimizer(name: str, parameters: Iterable[nn.Parameter], options: StageOptions) -> torch.optim.Optimizer:
-    """AdamW with a stage's learning rate, betas and weight decay.
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the hidden layers' matrices, AdamW for all other parameters.
+
+    Each step of a matrix is the nearest orthogonal matrix to its averaged gradient, so that all its directions are
+    learned at the same pace. A convolution's weight (out, in, rows, columns) counts as a matrix (out, in rows columns),
+    which `torch.optim.Muon` doesn't take. Steps are as large as AdamW's (Liu et al. 2025, "Muon is scalable"), so that
+    learning rate and weight decay mean the same for both.
+    """
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        matrices = list(hidden_matrices(model))
+        chosen = {id(parameter) for parameter in matrices}
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+        groups = [{"params": matrices, "turned": True}, {"params": rest, "turned": False}]
+        super().__init__([group for group in groups if group["params"]], foreach=True, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        matrices = [(p, group) for group in self.param_groups if group["turned"] for p in group["params"]]
+        gradients = [(p, p.grad, group) for p, group in matrices if p.grad is not None]
+        for parameter, _, _ in gradients:
+            parameter.grad = None  # AdamW passes over these
+        loss = super().step(closure)
+        for parameter, gradient, group in gradients:
+            parameter.grad = gradient
+            self._turn(parameter, gradient, group)
+        return loss
+
+    def _turn(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+            state["momentum"] = torch.zeros_like(gradient)
+        state["step"] += 1
+        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        update = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))
+        size = 0.2 * max(update.shape) ** 0.5  # the root mean square of AdamW's steps
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+
+
+def hidden_matrices(model: nn.Module) -> Iterable[nn.Parameter]:
+    """The weights that Muon turns: of linear layers and convolutions with at least LEAST_SIDE inputs and outputs."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() < 2 or isinstance(module, nn.Embedding):
+            continue
+        if min(weight.flatten(1).shape) >= LEAST_SIDE:
+            yield weight
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About U V' of a matrix U S V', by five steps of Jordan's Newton-Schulz iteration.
+
+    Its singular values end between 0.7 and 1.2. In bfloat16 where products are quick in it, as its author does.
+    """
+    wide = len(matrix) <= matrix.shape[1]
+    x = (matrix if wide else matrix.t()) / (matrix.norm() + 1e-7)
+    x = x.bfloat16() if matrix.device.type == "cuda" or cpu_multiplies_bfloat16() else x
+    for _ in range(5):
+        square = x @ x.t()
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x if wide else x.t()).to(matrix.dtype)
+
+
+def make_optimizer(name: str, model: nn.Module, options: StageOptions) -> torch.optim.Optimizer:
+    """The optimizer of a model's parameters with a stage's learning rate, betas and weight decay.
 
     Args:
-        name: "adamw" (fused), or "adamw8bit" with moments in blocks of 8 bits (Dettmers et al. 2022), on CPUs and GPUs.
+        name: "adamw" (fused), "muon" (`Muon`), or "adamw8bit": AdamW with moments in blocks of 8 bits (Dettmers et al.
+            2022), on CPUs and GPUs.
 
     Raises:
         UserError: bitsandbytes, which "adamw8bit" needs, isn't installed.
     """
     settings = optimizer_settings(options)
     if name == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    optimizer: torch.optim.Optimizer = adamw8bit()(parameters, min_8bit_size=LEAST_8BIT, **settings)
+        return torch.optim.AdamW(model.parameters(), fused=True, **settings)
+    if name == "muon":
+        return Muon(model, **settings)
+    optimizer: torch.optim.Optimizer = adamw8bit()(model.parameters(), min_8bit_size=LEAST_8BIT, **settings)
     return optimizer
 
 
@@ -50,13 +121,14 @@ def adamw8bit() -> Any:
     return AdamW8bit
 
 
-def state_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of both moments of all parameters, which are float32."""
+def state_bytes(name: str, model: nn.Module) -> int:
+    """Bytes of the moments of all parameters, which are float32."""
+    one = {id(parameter) for parameter in hidden_matrices(model)} if name == "muon" else set()
     total = 0
-    for parameter in parameters:
+    for parameter in model.parameters():
         count = parameter.numel()
         if name == "adamw8bit" and count >= LEAST_8BIT:
             total += 2 * (count + 4 * -(-count // BLOCK))
         else:
-            total += 2 * 4 * count
+            total += 4 * count * (1 if id(parameter) in one else 2)
     return total

@@ -10,6 +10,8 @@ from pvdm_fast.models.presets import AUTOENCODER, DENOISER
 # What differs from the defaults in `config.py`, but for the sizes of the models.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
+        "mixed_precision": "bf16",
+        "optimizer": "muon",
         "save_every": 500,
         "preview_every": 1000,
         "video": {"workers": 0},
@@ -17,20 +19,23 @@ PRESETS: dict[str, dict[str, Any]] = {
             "steps": 4000,
             "batch_size": 4,
             "loss": "l2",
-            "latent_noise": 0.2,
+            "latent_noise": 0.1,
             "learning_rate": 5e-3,
             "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
         },
         "diffusion": {
-            "steps": 4400,
-            "batch_size": 8,
+            "steps": 3400,
+            "batch_size": 16,
+            "normalize_latents": True,
+            "time_shift": 4.0,
+            "cached_clips": 4096,
             "learning_rate": 3e-3,
             "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
-            "conditional_probability": 0.3,
+            "conditional_probability": 0.4,
         },
     },
     "small": {
@@ -94,6 +99,8 @@ DENOISER_SIZES = tuple(
         "prediction",
     )
 )
+# What goes with the prediction "flow" only.
+FLOW_OPTIONS = tuple(f"diffusion.{name}" for name in ("time_mean", "time_std", "time_shift", "normalize_latents"))
 VIDEO_SIZES = ("video.frames", "video.height", "video.width")
 SIZES = frozenset((*VIDEO_SIZES, *AUTOENCODER_SIZES, *DENOISER_SIZES))
 

@@ -18,6 +18,7 @@ from pvdm_fast.training.config import STAGES
 
 SHOWN_CLIPS = 8
 SHOWN_FRAMES = 8
+HELD_OUT = {"psnr": "held-out PSNR (dB)", "held_out_loss": "held-out loss"}
 ADVERSARIAL_VALUES = ("d_loss", "g_loss", "feature_matching", "adversarial_weight")
 
 
@@ -61,8 +62,9 @@ def _strip(video: Tensor) -> np.ndarray:
 def write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """A PNG with the loss of each stage over its steps, raw and smoothed. Records are read once.
 
-    If discriminators took part, whose terms can be negative, the autoencoder's curve is the pixel loss, and the
-    discriminators have their own picture.
+    Held-out scores are drawn with it: a loss by the same axis, PSNR by an axis of its own. If discriminators took part,
+    whose terms can be negative, the autoencoder's curve is the pixel loss, and the discriminators have their own
+    picture.
     """
     with _own_style():
         _write_loss_curves(path, records)
@@ -74,7 +76,7 @@ def _write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
     found: dict[tuple[str, str], tuple[array[float], array[float]]] = {}
     for item in records:
         shown = {**item, "loss": item.get("reconstruction", item.get("loss"))}
-        for name in ("loss", *ADVERSARIAL_VALUES):
+        for name in ("loss", *HELD_OUT, *ADVERSARIAL_VALUES):
             steps, values = found.setdefault((item["stage"], name), (array("d"), array("d")))
             if shown.get(name) is not None:
                 steps.append(item["step"])
@@ -87,6 +89,9 @@ def _write_loss_curves(path: Path, records: Iterable[dict[str, Any]]) -> None:
     for axes, stage in zip(every_axes, stages, strict=False):
         _draw(axes, *found[stage, "loss"], "loss", "tab:blue")
         axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+        for name, label in HELD_OUT.items():
+            if len(found[stage, name][0]):
+                _draw_held_out(axes, *found[stage, name], label, own_axis=name == "psnr")
     if adversarial:
         for number, key in enumerate(adversarial):
             _draw(every_axes[-1], *found[key], key[1], f"C{number}")
@@ -105,6 +110,17 @@ def _draw(axes: Any, steps: Sequence[float], values: Sequence[float], name: str,
         axes.plot(
             steps[width - 1 :], np.convolve(values, np.ones(width) / width, mode="valid"), color=colour, label=name
         )
+
+
+def _draw_held_out(axes: Any, steps: Sequence[float], values: Sequence[float], label: str, own_axis: bool) -> None:
+    """A held-out score over the steps, with a coloured axis of its own or with a legend."""
+    held_out = axes.twinx() if own_axis else axes
+    held_out.plot(steps, values, color="tab:orange", marker="o", markersize=3.5, linewidth=1.2, label=label)
+    if own_axis:
+        held_out.set_ylabel(label, color="tab:orange")
+        held_out.tick_params(axis="y", labelcolor="tab:orange")
+    else:
+        axes.legend(fontsize=8)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,9 @@ from pvdm_fast.training.initialisation import Source, differences
 from pvdm_fast.training.optimizer import adamw8bit
 from pvdm_fast.training.presets import DENOISER_SIZES
 from pvdm_fast.training.run_folder import RunFolder
+from pvdm_fast.training.scores import score_text
 from pvdm_fast.training.stages import video_size
+from pvdm_fast.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,6 +63,10 @@ def make_plan(
     clip_frames = frames
     trained: dict[str, Any] = {"autoencoder": autoencoder}
     if "diffusion" in stages:
+        if config.diffusion.cached_clips and config.video.pad_short:
+            raise UserError(
+                "--pad-short pads clips that are encoded in each step: take --diffusion-cached-clips 0, or leave it out"
+            )
         clip_frames = 2 * frames
         trained["diffusion"] = denoiser = empty_denoiser(config, autoencoder)
         models += f", denoiser {_count(denoiser)}"
@@ -95,6 +100,11 @@ def make_plan(
     if data.left_out:
         lines.append(("left out", data.left_out))
     if "autoencoder" in stages:
+        if config.early_stop is not None and config.adversarial.start is not None:
+            raise UserError(
+                "--early-stop goes by PSNR, which falls when the discriminators come in, as it should: leave out "
+                "--early-stop, or --adversarial-start"
+            )
         lines += check_second_phase(config, height, width, accelerator)
     if "diffusion" not in stages:
         lines += check_later_denoiser(config, autoencoder)
@@ -105,8 +115,7 @@ def check_packages(config: TrainConfig) -> None:
     """Raises UserError for a package that an option needs and that isn't installed."""
     if config.optimizer == "adamw8bit":
         adamw8bit()
-    if config.tensorboard:
-        _summary_writer()
+    check_trackers(config)
 
 
 def check_later_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> list[tuple[str, str]]:
@@ -181,7 +190,9 @@ def summary(run: RunFolder) -> str:
     results = run.results()
     lines = ["", f"{'stage':<12} {'steps':>8} {'time':>9}   held-out score"]
     for stage, result in results.items():
-        score = f"PSNR {result['psnr']:.2f} dB" if "psnr" in result else f"loss {result['held_out_loss']:.4f}"
+        score = score_text(result)
+        if result.get("best_step", result["steps"]) != result["steps"]:
+            score += f", of step {result['best_step']}"
         lines.append(f"{stage:<12} {result['steps']:>8} {_duration(result['seconds']):>9}   {score}")
     written = sorted(item.name for item in run.path.iterdir() if not item.name.startswith("."))
     lines += ["", f"written to {run.path}: {', '.join(written)}"]
@@ -207,23 +218,3 @@ def _unreadable(results: dict[str, Any]) -> list[str]:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def tensorboard_listener(path: Path) -> Callable[[dict[str, Any]], None]:
-    """Passes each record on to TensorBoard logs in ``path``/tensorboard. Raises UserError if it isn't installed."""
-    writer = _summary_writer()(path / "tensorboard")
-
-    def listen(record: dict[str, Any]) -> None:
-        for key, value in record.items():
-            if isinstance(value, float):
-                writer.add_scalar(f"{record['stage']}/{key}", value, record["step"])
-
-    return listen
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs TensorBoard: pip install 'pvdm-fast[tensorboard]'") from error
-    return SummaryWriter

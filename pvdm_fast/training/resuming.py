@@ -139,15 +139,30 @@ def reopen(run: RunFolder, resumed: Resumption) -> None:
 
 
 def _goes_on(run: RunFolder, stage: str, config: TrainConfig, results: Mapping[str, Any]) -> bool:
-    """Whether a finished stage now has more steps than it took; raises UserError where it cannot take them."""
-    taken, wanted = results[stage]["steps"], getattr(config, stage).steps
+    """Whether a finished stage now has more steps to take; raises UserError where it cannot take them.
+
+    One that --early-stop ended goes on if that is now larger, or none.
+    """
+    result, wanted = results[stage], getattr(config, stage).steps
+    taken, waited = result["steps"], result.get("scores_waited")
     if wanted < taken:
         raise UserError(f"--{stage}-steps {wanted} is less than the {taken} steps that the finished stage has taken")
-    if wanted == taken:
+    more_steps = wanted > result.get("planned_steps", taken)
+    if wanted == taken or not (more_steps or (waited is not None and wanted > taken)):
         return False
-    again = f"start a new run with --init-from {run.path}"
     kept = [place.stage_name for place in checkpoint.found(run.checkpoints)]
-    if stage == "autoencoder" and ("diffusion" in results or "diffusion" in kept):
+    followed = stage == "autoencoder" and ("diffusion" in results or "diffusion" in kept)
+    if waited is not None and config.early_stop is not None and config.early_stop <= waited:
+        if more_steps:
+            raise UserError(
+                f"--{stage}-steps {wanted} would do nothing: the stage ended after {taken} steps, with {waited} "
+                f"held-out scores without a new best; say --early-stop none, or more than {waited}"
+            )
+        return False
+    if not more_steps and followed:
+        return False  # the new --early-stop is for the denoiser
+    again = f"start a new run with --init-from {run.path}"
+    if followed:
         raise UserError(
             f"--autoencoder-steps {wanted}: the autoencoder stage is finished, and the denoiser was trained on its "
             f"latents, so that it cannot go on; {again}"

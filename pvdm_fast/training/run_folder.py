@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.files import clean_up, locked, whole_file
 from pvdm_fast.jobs.reading import UnreadableFile, read_json_lines, read_json_object
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
 
+if TYPE_CHECKING:
+    from pvdm_fast.training.tracking import Tracker
+
 
 class RunFolder:
     """Paths inside a run's folder. Only this class reads and writes ``metrics.jsonl`` and ``results.json``.
 
-    ``listeners`` are called with every record that is added to metrics.jsonl.
+    ``trackers`` get every record that is added to metrics.jsonl.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.previews = path / "previews"
         self.autoencoder = path / "autoencoder"
         self.denoiser = path / "denoiser"
+        self.latents = path / "latents"
         self.metrics = path / "metrics.jsonl"
         self.changes = path / "changes.jsonl"
         self.results_file = path / "results.json"
         self.lock = path / "trainer.lock"
-        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        self.trackers: list[Tracker] = []
 
     @staticmethod
     def create(path: Path | None) -> RunFolder:
@@ -96,8 +102,8 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.metrics}: {error.strerror}") from error
-        for listener in self.listeners:
-            listener(record)
+        for tracker in self.trackers:
+            tracker.record(record)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of metrics.jsonl, one in memory at a time. Damaged or incomplete lines are left out.
@@ -169,6 +175,7 @@ def _is_result(result: Any) -> bool:
         return False
     files = result.get("unreadable_files")
     numbers = all(_is_number(result.get(name)) for name in ("steps", "seconds"))
+    numbers &= all(_is_number(result.get(name, 0)) for name in ("best_step", "planned_steps", "scores_waited"))
     return numbers and isinstance(files, dict) and all(isinstance(reason, str) for reason in files.values())
 
 

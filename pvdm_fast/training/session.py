@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from pvdm_fast.backends.precision import choose_precision
+from pvdm_fast.data.latents import is_latents
 from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.jobs import threads
@@ -20,18 +22,21 @@ from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.checksums import write_checksums
 from pvdm_fast.jobs.command import out_of_memory
 from pvdm_fast.jobs.environment import only_the_launcher, plain_torch
-from pvdm_fast.jobs.files import whole_folder
+from pvdm_fast.jobs.files import copy_whole, whole_folder
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes, lost_another
+from pvdm_fast.jobs.progress import say
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
 from pvdm_fast.training.config import StageOptions, TrainConfig, with_absolute_places
+from pvdm_fast.training.encoding import encode_for_run
 from pvdm_fast.training.initialisation import initial_config
 from pvdm_fast.training.options import Request
 from pvdm_fast.training.resuming import Resumption, reopen, resumed_folder, resumption
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.sharding import unsharded
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage, video_size
+from pvdm_fast.training.tracking import make_trackers
 from pvdm_fast.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -88,8 +93,7 @@ def _run_training(request: Request) -> RunFolder:
         run = RunFolder(processes.on_main(lambda: claim_folder(request, resumed, config, found, ending)))
         if processes.main:
             print(plan.text(run.path), flush=True)
-            if config.tensorboard:
-                run.listeners.append(report.tensorboard_listener(run.path))
+            run.trackers += map(ending.enter_context, make_trackers(config, run.path))
         try:
             train_stages(plan.stages, config, run, accelerator, ending.enter_context(StopRequest(processes)))
         except RuntimeError as error:
@@ -139,36 +143,74 @@ def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acc
     """Train one stage from its newest checkpoint, or from the start, and write its model and results."""
     newest = stop.processes.on_main(lambda: place_to_continue(name, run))
     stage = make_stage(name, config, run, accelerator, begins=newest is None)
+    if isinstance(stage, DiffusionStage) and config.diffusion.cached_clips and not is_latents(Path(config.data)):
+        stage.data = cached_latents(stage, config, run, accelerator, stop)
     trainer = Trainer(stage, config, run, accelerator, stop)
     if newest is not None:
         trainer.restore(checkpoint.load(newest))
+        if config.early_stop is not None:
+            trainer.find_best()
     try:
         trainer.fit(lambda: show(trainer))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         raise StageTooLarge(name, config, run, accelerator) from error
-    scores = show(trainer)
+    if not trainer.progress.scores:  # it went on from a checkpoint with all its steps, now that fewer are asked for
+        trainer.score()
+    result = stage_result(trainer)
+    if config.early_stop is not None:
+        trainer.take_best()
+        result |= {"best_step": trainer.progress.step} | _rounded(trainer.progress.scores)
+    show(trainer)
     with stage.evaluation_weights():
         model: Any = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         model = unsharded(model, trainer.processes.main)
-        trainer.processes.on_main(lambda: write_results(trainer, model, scores))
+        trainer.processes.on_main(lambda: write_results(trainer, model, result))
+    if stage.data is not None:  # 18 KB a clip for `tiny`, and made again where they are wanted again
+        trainer.processes.on_main(lambda: shutil.rmtree(run.latents, ignore_errors=True))
     accelerator.free_memory()
 
 
-def write_results(trainer: Trainer, model: Any, scores: dict[str, float]) -> None:
+def cached_latents(
+    stage: DiffusionStage, config: TrainConfig, run: RunFolder, accelerator: Accelerator, stop: StopRequest
+) -> str:
+    """The folder with the latents of --diffusion-cached-clips. All processes make their shares of it."""
+    stage.to(accelerator.device)
+    precision = "float32" if accelerator.mixed_precision == "no" else "bf16"
+    folder = run.latents
+    try:
+        with stop.waiting():  # what is written is whole at any moment
+            folder = encode_for_run(config, run.latents, stage.autoencoder, precision, stop.processes.share)
+    except Interrupted:
+        pass  # what all agree on counts
+    stop.check()
+    return str(folder)
+
+
+def stage_result(trainer: Trainer) -> dict[str, Any]:
+    """What results.json says of a stage that ends here. ``planned_steps`` and ``scores_waited``: only of one that
+    --early-stop ended."""
+    progress = trainer.progress
+    result = {"steps": progress.step, "seconds": round(progress.seconds, 1), **_rounded(progress.scores)}
+    if trainer.stopped_early:
+        waited, planned = progress.best["waited"], trainer.options.steps
+        result |= {"planned_steps": planned, "scores_waited": waited}
+        if trainer.processes.main:
+            end = f"{trainer.stage.name} ends at step {progress.step}: {waited} held-out scores without a new best"
+            say(f"{end}; the best weights are those of step {progress.best['step']}")
+    return {**result, "unreadable_files": progress.unreadable}
+
+
+def _rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in scores.items()}
+
+
+def write_results(trainer: Trainer, model: Any, result: dict[str, Any]) -> None:
     """Save a finished stage's model, then mark the stage as finished."""
     name, run = trainer.stage.name, trainer.run
     save_model(model, run.path / ("autoencoder" if name == "autoencoder" else "denoiser"))
-    run.record_result(
-        name,
-        {
-            "steps": trainer.progress.step,
-            "seconds": round(trainer.progress.seconds, 1),
-            **{key: round(value, 4) for key, value in scores.items()},
-            "unreadable_files": trainer.progress.unreadable,
-        },
-    )
+    run.record_result(name, result)
 
 
 def place_to_continue(stage: str, run: RunFolder) -> checkpoint.Checkpoint | None:
@@ -195,13 +237,12 @@ def save_model(model: Any, path: Path) -> None:
         raise UserError(f"cannot write the model folder {path}: {reason}") from error
 
 
-def show(trainer: Trainer) -> dict[str, float]:
-    """Score held-out clips and write videos, picture and curves, with the weights that will be saved.
+def show(trainer: Trainer) -> None:
+    """Write videos, picture and curves, with the weights that will be saved.
 
     Every process computes the same, and the main one writes.
     """
     run, stage, config = trainer.run, trainer.stage, trainer.config
-    scores = trainer.score()
     autoencoder: Any = stage.model if isinstance(stage, AutoencoderStage) else stage.autoencoder  # type: ignore[attr-defined]
     with torch.no_grad(), stage.evaluation_weights(), trainer.accelerator.autocast():
         frames = video_size(autoencoder)[0]
@@ -226,15 +267,20 @@ def show(trainer: Trainer) -> dict[str, float]:
             rows += [(f"sample, {2 * frames} frames", video) for video in samples[:4]]
 
     def write() -> None:
+        name = f"{stage.name}-step-{trainer.progress.step}"
+        video, picture = run.previews / f"{name}.mp4", run.previews / f"{name}.png"
+        run.previews.mkdir(exist_ok=True)
         if isinstance(stage, DiffusionStage):
-            previews.write_samples(run.path / "samples.mp4", samples, config.video.fps)
+            previews.write_samples(video, samples, config.video.fps)
         else:
-            previews.write_reconstructions(
-                run.path / "reconstructions.mp4", originals, reconstructions, config.video.fps
-            )
-        previews.write_picture(run.path / "grid.png", rows)
+            previews.write_reconstructions(video, originals, reconstructions, config.video.fps)
+        previews.write_picture(picture, rows)
+        newest = run.path / ("samples.mp4" if isinstance(stage, DiffusionStage) else "reconstructions.mp4")
+        copy_whole(video, newest)
+        copy_whole(picture, run.path / "grid.png")
         previews.write_loss_curves(run.path / "loss.png", run.records())
+        for tracker in run.trackers:
+            tracker.show(stage.name, trainer.progress.step, video, picture)
 
     trainer.processes.on_main(write)
     gc.collect()  # a figure is a reference cycle: 2 MB per preview stayed until the garbage collector ran
-    return scores

@@ -14,12 +14,16 @@ from torch.nn import functional as F
 
 from pvdm_fast.backends.precision import DTYPES
 from pvdm_fast.data.transforms import to_float
+from pvdm_fast.diffusion.flow import logit_normal_times
 from pvdm_fast.diffusion.noise import diffusion_loss, joint_batch, joint_latents
 from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.share import Share
 from pvdm_fast.jobs.transfer import to_device
 from pvdm_fast.losses.psnr import psnr
+from pvdm_fast.models import latent_statistics
+from pvdm_fast.models.latent_statistics import normalized
 from pvdm_fast.models.noise_schedule import TRAIN_STEPS, NoiseSchedule
 from pvdm_fast.training.config import AutoencoderOptions, DiffusionOptions, StageOptions, TrainConfig
 from pvdm_fast.training.sharding import cut_like, local, of_parts
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 L1_WEIGHT, L2_WEIGHT = 4.0, 16.0
 Classes = Sequence[str | None] | None
 WHOLE = Share()
+STATISTICS = ("latent_mean", "latent_std")
 
 
 class Stage(ABC):
@@ -51,6 +56,7 @@ class Stage(ABC):
     trains_model = True
     in_float32 = False
     pad_short = False
+    data: str | None = None  # what it reads in place of --data
 
     @abstractmethod
     def loss(
@@ -77,6 +83,9 @@ class Stage(ABC):
 
     def prepare(self, accelerator: Accelerator) -> None:  # noqa: B027
         """Prepare what is trained besides the model."""
+
+    def before_training(self, clips: Iterable[Tensor], processes: Processes) -> None:  # noqa: B027
+        """Measure what the stage needs of the data, on batches of training clips. Called before the first step."""
 
     def before_step(self, step: int) -> None:  # noqa: B027
         """Called before the losses of step number ``step``, counted from 0."""
@@ -159,7 +168,7 @@ class AutoencoderStage(Stage):
 
 
 class DiffusionStage(Stage):
-    """Noise prediction on latents, unconditional and conditional together, with averaged weights."""
+    """Prediction of noise or velocity on latents, unconditional and conditional together, with averaged weights."""
 
     name = "diffusion"
 
@@ -205,8 +214,8 @@ class DiffusionStage(Stage):
         probability = self.conditional_probability
         per_batch = self.options.condition_per == "batch" and self.model.training  # scores are of both kinds
         if video.dim() == 4:
-            frames = self.clip_frames // 2
-            target, condition = joint_latents(video, frames, probability, generator, share, per_batch=per_batch)
+            latents, frames = normalized(video, self.model), self.clip_frames // 2
+            target, condition = joint_latents(latents, frames, probability, generator, share, per_batch=per_batch)
         else:
             with torch.no_grad():
                 target, condition = joint_batch(
@@ -220,13 +229,22 @@ class DiffusionStage(Stage):
                 )
         clips = share.world * len(target)
         drawn = [share.of(torch.randn((clips, *target.shape[1:]), generator=generator))]
-        drawn.append(share.of(torch.randint(TRAIN_STEPS, (clips,), generator=generator)))
+        drawn.append(share.of(self._timesteps(clips, generator)))
         labels = self._labels(classes, len(target), generator, share)
         drawn += [] if labels is None else [labels]
         noise, timestep, *classed = to_device(drawn, target.device)
         prediction = str(self.model.config["prediction"])
         denoise = partial(model, class_labels=classed[0]) if classed else model
-        return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction)
+        weight = self.options.loss_weight
+        return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction, weight)
+
+    def _timesteps(self, clips: int, generator: torch.Generator) -> Tensor:
+        """Random times (clips,): int64 in [0, 1000), or for a flow 1000 t in float32."""
+        if self.model.config["prediction"] != "flow":
+            return torch.randint(TRAIN_STEPS, (clips,), generator=generator)
+        options, normal = self.options, torch.randn(clips, generator=generator)
+        shift = float(self.model.config["time_shift"])
+        return TRAIN_STEPS * logit_normal_times(normal, options.time_mean, options.time_std, shift)
 
     def _labels(self, classes: Classes, clips: int, generator: torch.Generator, share: Share = WHOLE) -> Tensor | None:
         """Class numbers (B,), with a share of them dropped in training. None for a denoiser without classes."""
@@ -243,8 +261,20 @@ class DiffusionStage(Stage):
         return labels.masked_fill(dropped, none) if self.model.training else labels
 
     def _encode(self, video: Tensor) -> Tensor:
+        return normalized(self._latent(video), self.model)
+
+    def _latent(self, video: Tensor) -> Tensor:
         with self.encoding():
             return self.autoencoder.encode(to_float(video)).latent.float()
+
+    def before_training(self, clips: Iterable[Tensor], processes: Processes) -> None:
+        """The statistics of the latents, if the denoiser shall have them and doesn't have them yet."""
+        if not self.options.normalize_latents or self.model.config["latent_mean"] is not None:
+            return
+        half = self.clip_frames // 2
+        latents = (clip[:, 0] if clip.dim() == 4 else self._latent(clip[:, :, :half]) for clip in clips)
+        mean, std = processes.on_main(lambda: latent_statistics.measure(latents, self.model.layout))
+        self.model.register_to_config(latent_mean=mean, latent_std=std)
 
     def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
         """``held_out_loss``: with the same noise every time, averaged over clips."""
@@ -266,9 +296,12 @@ class DiffusionStage(Stage):
     def state(self) -> dict[str, Any]:
         state = self.ema.state_dict()
         averages = zip(state["shadow_params"], self.model.parameters(), strict=True)
-        return {"ema": {**state, "shadow_params": [of_parts(average, like) for average, like in averages]}}
+        kept = {"ema": {**state, "shadow_params": [of_parts(average, like) for average, like in averages]}}
+        statistics = {name: self.model.config[name] for name in STATISTICS}
+        return kept if statistics["latent_mean"] is None else {**kept, "latents": statistics}
 
     def restore(self, state: dict[str, Any]) -> None:
+        self.model.register_to_config(**state.get("latents", {}))
         averages = zip(state["ema"]["shadow_params"], self.model.parameters(), strict=True)
         parts = local(cut_like(average, like) for average, like in averages)
         self.ema.load_state_dict({**state["ema"], "shadow_params": parts, "decay": self.options.ema_decay})

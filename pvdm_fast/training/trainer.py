@@ -21,12 +21,14 @@ from pvdm_fast.errors import Interrupted, NonFiniteLossError, UserError
 from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
-from pvdm_fast.jobs.progress import StepBar
+from pvdm_fast.jobs.progress import StepBar, say
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.config import StageOptions, TrainConfig, to_yaml
 from pvdm_fast.training.feed import Feed
 from pvdm_fast.training.optimizer import make_optimizer, optimizer_settings
+from pvdm_fast.training.pace import Pace
 from pvdm_fast.training.run_folder import RunFolder
+from pvdm_fast.training.scores import Best, score_text
 from pvdm_fast.training.sharding import load_model, load_optimizer, whole
 from pvdm_fast.training.stages import Stage
 
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
 
     from pvdm_fast.data import Batch, ClipDataset
 
+PACE_SECONDS = 10.0  # of steps, after which a line says how long the stage takes
 DATA_GAVE_OUT = 1_000_000  # what the processes agree on where no signal came: more than any signal's number
+MEASURED_CLIPS = 32  # of which a stage learns what it needs of the data
 
 
 def learning_rate(options: StageOptions, step: int) -> float:
@@ -56,13 +60,15 @@ def step_generator(*parts: int | str) -> torch.Generator:
 
 @dataclass
 class Progress:
-    """Where a stage is: what a checkpoint holds besides tensors."""
+    """Where a stage is: what a checkpoint holds besides tensors. ``scores`` are this very step's, or empty."""
 
     step: int = 0
     draw: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     unreadable: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=lambda: vars(Best()))
 
 
 class Trainer:
@@ -83,24 +89,26 @@ class Trainer:
         if stage.in_float32:  # no autocast around the model or inside it, and no loss scale
             accelerator.native_amp, accelerator.scaler = False, None
         stage.to(accelerator.device)
-        optimizer = make_optimizer(config.optimizer, stage.model.parameters(), options)
+        optimizer = make_optimizer(config.optimizer, stage.model, options)
         sharded = any(isinstance(parameter, DTensor) for parameter in stage.model.parameters())
         self.model = stage.model if sharded else accelerator.prepare_model(stage.model)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         stage.prepare(accelerator)
 
     def fit(self, preview: Callable[[], object]) -> None:
-        """Take the remaining steps. ``preview`` is called between steps, every ``preview_every`` steps.
+        """Take the remaining steps, fewer with --early-stop. The last step is scored and saved.
+
+        ``preview`` is called between steps, every ``preview_every`` steps, after the scores of that step.
 
         Raises:
             Interrupted: a signal came, and everything is saved.
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
             UserError: a checkpoint or the records couldn't be written, or the data ran out.
         """
-        self.model.train()
-        self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
+        self.begin()
+        pace = Pace()
         with StepBar(self.stage.name, self.options.steps, self.progress.step, shown=self.processes.main) as bar:
-            while self.progress.step < self.options.steps:
+            while not self.over:
                 started = time.perf_counter()
                 batches = self.read()
                 with threads.unit("training step"):
@@ -108,13 +116,34 @@ class Trainer:
                 self.progress.seconds += (seconds := time.perf_counter() - started)
                 record = self.record(outcome, seconds)
                 bar.advance(record, self.options.batch_size * self.options.accumulate)
-                finished = self.progress.step == self.options.steps
-                preview_due = self.progress.step % self.config.preview_every == 0 and not finished
-                if finished or preview_due or self.progress.step % self.config.save_every == 0:
+                pace.add(seconds)
+                if pace.steps >= 2 and pace.seconds - seconds < PACE_SECONDS <= pace.seconds and self.processes.main:
+                    say(pace.line(self.stage.name, self.options.steps - self.progress.step))
+                due = self.over or self.progress.step % self.config.preview_every == 0
+                if due:
+                    self.score()  # first, because it is part of what is saved
+                if due or self.progress.step % self.config.save_every == 0:
                     self.save()
-                if preview_due:
+                if due and not self.over:
                     self.stop.check()
                     preview()
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are taken, or --early-stop ends the stage."""
+        return self.progress.step >= self.options.steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether as many held-out scores as --early-stop says have come since the best one."""
+        return self.config.early_stop is not None and self.progress.best["waited"] >= self.config.early_stop
+
+    def begin(self) -> None:
+        """Get ready to take steps."""
+        with torch.no_grad(), self.accelerator.autocast():
+            self.stage.before_training(self.clips("train", MEASURED_CLIPS), self.processes)
+        self.model.train()
+        self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
 
     def read(self) -> list[Batch]:
         """The batches of a step. A signal is answered here, also while they don't come. If they never do, no step is
@@ -219,6 +248,7 @@ class Trainer:
     def count(self, batches: list[Batch]) -> None:
         """A step is done or skipped: continue with the next draws."""
         self.progress.step += 1
+        self.progress.scores = {}
         for batch in batches:
             self.progress.draw += len(batch["names"]) * self.processes.share.world
             self.progress.unreadable.update(batch["skipped"])
@@ -233,7 +263,7 @@ class Trainer:
         """The clips of a split, of the size this stage's model takes."""
         video, model = self.config.video, self.stage
         return open_dataset(
-            self.config.data,
+            model.data or self.config.data,
             frames=model.clip_frames,
             height=model.height,
             width=model.width,
@@ -264,23 +294,64 @@ class Trainer:
 
     def held_out(self) -> Iterator[torch.Tensor]:
         """Batches of held-out clips (B, 3, T, H, W) on the model's device, the same ones in every process."""
-        dataset = self.dataset("test")
-        count = min(self.config.held_out_clips, len(dataset))
+        return self.clips("test", self.config.held_out_clips)
+
+    def clips(self, split: str, most: int) -> Iterator[torch.Tensor]:
+        """Batches of the first clips of a split, at ``most`` so many."""
+        dataset = self.dataset(split)
+        count = min(most, len(dataset))
         for first in range(0, count, self.options.batch_size):
             clips = [dataset[draw]["video"] for draw in range(first, min(count, first + self.options.batch_size))]
             yield torch.stack(clips).to(self.accelerator.device)
 
     @torch.no_grad()
-    def score(self) -> dict[str, float]:
-        """Held-out scores with the weights that will be saved, also written to the records.
+    def score(self) -> None:
+        """Held-out scores with the weights that will be saved, written to the records and said in a line.
 
-        Every process computes them. The others would only wait, and a sharded model needs all processes.
+        Every process computes them. The others would only wait, and a sharded model needs all processes. The main
+        one's count: all must agree on the best.
         """
         with self.stage.evaluation_weights(), self.accelerator.autocast():
             scores = self.stage.score(self.held_out())
+        self.progress.scores = scores = self.processes.on_main(lambda: scores)
+        step, best = self.progress.step, Best(**self.progress.best)
+        first, before = not best.scores, Best(**self.progress.best)
+        is_best = best.add(scores, step)
+        self.progress.best = vars(best)
         if self.processes.main:
-            self.run.append_metrics({"stage": self.stage.name, "step": self.progress.step, **scores})
-        return scores
+            self.run.append_metrics({"stage": self.stage.name, "step": step, **scores})
+            note = "" if first else ", the best so far"
+            if not is_best:
+                note = f" (best: {score_text(before.scores)} at step {before.step})"
+            say(f"{self.stage.name} step {step}: held-out {score_text(scores)}{note}")
+        if is_best and self.config.early_stop is not None:
+            self.save(self.run.best)
+
+    def find_best(self) -> checkpoint.Checkpoint | None:
+        """The best scores' checkpoint. Where there is none, as before --early-stop was given, the best is forgotten."""
+        best = Best(**self.progress.best)
+        places = self.processes.on_main(lambda: checkpoint.found(self.run.best))
+        for place in places:
+            if (place.stage_name, place.step) == (self.stage.name, best.step):
+                return place
+        if best.scores and self.processes.main:
+            say(f"there is no checkpoint of the best scores in {self.run.best}: --early-stop counts from here")
+        self.progress.best = vars(Best())
+        return None
+
+    def take_best(self) -> None:
+        """Go back to the weights of the best scores, and to that step.
+
+        Raises:
+            UserError: their checkpoint is damaged.
+        """
+        place = self.find_best()
+        if place is None or place.step == self.progress.step:
+            return
+        if problem := self.processes.on_main(lambda: checkpoint.damage(place)):
+            error = f"{place.path} holds the best weights, but {problem}: put a good copy there, or take the last"
+            self.processes.fail(UserError(f"{error} weights with --resume {self.run.path} --early-stop none"))
+        self.restore(checkpoint.load(place))
 
     def state(self) -> dict[str, Any]:
         """Everything needed to continue exactly. It is the same for any number of processes, and the main one saves

@@ -42,7 +42,7 @@ def real_step(config: TrainConfig, name: str) -> tuple[Any, Any, int, int]:
     if stage.options.checkpointing:
         stage.model.enable_gradient_checkpointing()
     parameters = list(stage.model.parameters())
-    optimizer = make_optimizer(config.optimizer, parameters, stage.options)
+    optimizer = make_optimizer(config.optimizer, stage.model, stage.options)
     video = torch.rand(stage.options.batch_size, 3, stage.clip_frames, stage.height, stage.width)
     generator = torch.Generator().manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16" and not stage.in_float32):
@@ -126,7 +126,7 @@ def test_eight_bits(tmp_path: Path) -> None:
     assert found.optimizer == pytest.approx((path / checkpoint.STATE).stat().st_size, rel=NEAR)
     newest, _ = checkpoint.newest_good(tmp_path)
     assert newest is not None
-    again = make_optimizer("adamw8bit", stage.model.parameters(), stage.options)
+    again = make_optimizer("adamw8bit", stage.model, stage.options)
     again.load_state_dict(checkpoint.load(newest)["optimizer"])
 
 
@@ -136,14 +136,16 @@ def test_eight_bits_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match=r"needs bitsandbytes.*pip install 'pvdm-fast\[8bit\]'"):
-        make_optimizer("adamw8bit", [torch.nn.Parameter(torch.zeros(2))], config().autoencoder)
+        make_optimizer("adamw8bit", torch.nn.Linear(1, 2), config().autoencoder)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--frames", "2", "--height", "8", "--width", "8", "--batch-size", "1"]
+    small = ["--frames", "2", "--height", "8", "--width", "8", "--batch-size", "1", "--measure", "0"]
     assert main([*small, "--stage", "diffusion", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert Estimate(**{key: value for key, value in found.items() if key != "peak"}).peak == found["peak"]
+    more = {key: found.pop(key) for key in ("peak", "steps", "seconds_a_step")}
+    assert Estimate(**found).peak == more["peak"]
+    assert more["steps"] == 4400 and more["seconds_a_step"] is None
     assert main([*small, "--checkpointing"]) == 0
     table = capsys.readouterr().out
     assert "autoencoder, " in table and "diffusion, " in table and "saved for backward" in table

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import busy, machine, rows
-from benchmarks.busy import Stoppable
+from benchmarks import busy, rows
+from benchmarks.busy import Job, Stoppable
+from pvdm_fast.errors import UserError
 
 
 def state(process: int) -> str:
@@ -44,6 +45,7 @@ def test_a_process_runs_only_while_it_is_let(tmp_path: Path) -> None:
     assert hog.process.poll() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_processes_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     """Stopped ones too: the kernel would let them go on when their parent is gone."""
     code = (
@@ -65,6 +67,22 @@ def test_processes_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     finally:
         if state(hog) not in ("", "Z"):
             os.kill(hog, signal.SIGKILL)
+
+
+def test_steps_are_read_once_and_a_run_that_ended_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Job(tmp_path, "run", []) as job:
+        assert job.seconds() == []
+        job.run.mkdir()
+        records = job.run / "metrics.jsonl"
+        records.write_text('{"seconds": 1.0}\n{"seconds": 2.0}\n{"sec')
+        assert job.wait_for(2) == [1.0, 2.0]
+        with records.open("a") as file:
+            file.write('onds": 3.0}\n')
+        assert job.seconds() == [1.0, 2.0, 3.0]
+        job.log.write_text("out of disk")
+        with pytest.raises(UserError, match=r"(?s)3 steps and not to 7:.*out of disk"):
+            job.pace(settle=0, seconds=0)
 
 
 def row(busy_processes: int, setting: str, pace: float, **more: Any) -> rows.Row:
@@ -101,4 +119,3 @@ def test_a_short_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(line[1], line[2]) for line in lines] == [(str(n), name) for n in (0, 1) for name in busy.SETTINGS]
     assert all(float(line[3]) > 0 for line in lines)
-    assert machine.busy_time() > 0

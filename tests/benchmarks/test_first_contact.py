@@ -44,7 +44,7 @@ def walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Walk, list[
     """A walk whose parts end in every way there is."""
     monkeypatch.setattr(walk, "GRACE", 0.2)
     monkeypatch.setattr(walk, "ROOT", tmp_path)
-    monkeypatch.setattr(Walk, "_command", lambda self, part, seconds: [sys.executable, "-c", SCRIPTS[part.name]])
+    monkeypatch.setattr(Context, "command", lambda self, part, seconds: [sys.executable, "-c", SCRIPTS[part]])
     weights = {"hang": 0.001}
     parts = [Part(name, f"Part {name}", weights.get(name, 1), "a:b") for name in SCRIPTS]
     the_walk = Walk(tmp_path, "cpu", True, 200, parts)

@@ -64,9 +64,6 @@ def test_only_this_card_is_built_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
         preparing.build(one)
 
 
-CHILD = "benchmarks.first_contact.checking.child_command"
-
-
 def test_each_operation_has_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that crashes is one wrong result; the others count."""
     jobs = [
@@ -93,7 +90,7 @@ def test_each_operation_has_a_process_of_its_own(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(agreement, "jobs", lambda device, full: iter([*jobs, "all triton not run: no."]))
     monkeypatch.setattr(agreement, "refusals", lambda device: iter([]))
-    monkeypatch.setattr(CHILD, command)
+    monkeypatch.setattr(Context, "command", command)
     one = context(tmp_path, "self-test", "cuda")
     with pytest.raises(Wrong, match="2 of 3 are wrong"):
         checking.self_test(one)
@@ -119,7 +116,7 @@ def test_what_the_sanitizer_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(choice, "unavailable", lambda backend: None if backend == "cuda" else "not here.")
     script = "import os; print('caching off:', os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'])"
-    monkeypatch.setattr(CHILD, lambda *arguments: [sys.executable, "-c", script])
+    monkeypatch.setattr(Context, "command", lambda *arguments: [sys.executable, "-c", script])
     with pytest.raises(Wrong, match=r"racecheck of cuda: .*1 errors"):
         checking.sanitize(context(tmp_path, "sanitizer", "cuda"))
     runs = read_json(tmp_path / "sanitizer.json")["runs"]
@@ -155,7 +152,10 @@ def test_one_operation_in_a_process(tmp_path: Path) -> None:
         pytest.skip(reason)
     one = context(tmp_path)
     checking.self_test_of(one, "cpu/geglu")
-    assert [row["precision"] for row in one.found["results"]] == ["float32", "bfloat16", "float16"]
+    assert [row["precision"] for row in one.found["results"]] == [
+        "float32",
+        "bfloat16",
+    ]  # a dry walk leaves out float16
     assert not any(row["problem"] for row in one.found["results"])
 
 
@@ -169,6 +169,7 @@ def test_what_the_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert preparing._driver() == {}
 
 
+@pytest.mark.slow
 def test_tuning_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In DIR, each entry at once, largest shapes first; one that fails makes the part fail at its end."""
     pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -208,8 +209,6 @@ def test_tf32_is_compared_with_float32(tmp_path: Path, monkeypatch: pytest.Monke
     (row,) = speed.measure(Measurement(case, "tf32"), one, 0.01)
     assert set(row["errors"]) == {"ours", "eager"} and row["errors"]["ours"]["result"] < 2e-5
     assert row["median"]["ours"] > 0 and row["precision"] == "tf32" and row["ratio"]["eager"] > 0
-    monkeypatch.setattr(speed, "relative_error", lambda found, exact: 0.5)
-    monkeypatch.setattr(speed, "TF32_ROUNDING", 1e-3)
     errors = iter([0.5, 1e-4])
     monkeypatch.setattr(speed, "relative_error", lambda found, exact: next(errors))
     with pytest.raises(speed.Disagreement, match=r"in tf32: ours differs by 5\.00e-01"):

@@ -16,6 +16,9 @@ from benchmarks.eager_autoencoder import EagerAutoencoder
 from benchmarks.registry import Setting
 
 PLAIN = Variant(recompute=False)
+SIZES = pytest.mark.parametrize(
+    "size", ["tiny", *(pytest.param(size, marks=pytest.mark.slow) for size in ("small", "base"))]
+)
 
 
 def counted(run: Any, *arguments: Any) -> int:
@@ -24,7 +27,7 @@ def counted(run: Any, *arguments: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", pytest.param("base", marks=pytest.mark.slow)])
+@SIZES
 def test_denoiser(size: str) -> None:
     config = Setting(size).denoiser
     with FakeTensorMode(), torch.no_grad():
@@ -37,7 +40,7 @@ def test_denoiser(size: str) -> None:
     assert total - repeated == floors.denoiser(config)
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@SIZES
 def test_autoencoder(size: str) -> None:
     config = Setting(size).autoencoder
     with FakeTensorMode(), torch.no_grad():
@@ -98,7 +101,7 @@ def test_peaks_are_timed_again_beside_a_case(monkeypatch: pytest.MonkeyPatch) ->
     copy = floors.Probe("bytes/s cpu 1 MiB", 10.0, lambda: run("copy", 1.0), "cpu")
     monkeypatch.setattr(floors.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(floors, "_seen", {})
-    monkeypatch.setattr(floors, "_gemm_probe", lambda dtype, device: product)
+    monkeypatch.setattr(floors, "_gemm_probe", lambda dtype, device, tf32: product)
     monkeypatch.setattr(floors, "_bandwidth_probe", lambda size, device: copy)
     assert (product.measure(0), copy.measure(0)) == (50.0, 10.0)
     needed = floors.Work(1000, 10)

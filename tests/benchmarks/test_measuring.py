@@ -34,7 +34,7 @@ def slow(*values: object) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("setting", [TINY, BFLOAT], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("setting", [TINY, slow(BFLOAT)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", QUICK)
 def test_agreement(name: str, setting: Setting) -> None:
     case = all_cases()[name]
@@ -42,6 +42,7 @@ def test_agreement(name: str, setting: Setting) -> None:
     assert {"result", "input"} <= set(errors["ours"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, case in all_cases().items() if case.kind == "network"])
 def test_networks_agree(name: str) -> None:
     case = all_cases()[name]

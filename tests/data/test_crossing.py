@@ -102,6 +102,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_workers_die_with_their_parent() -> None:
     tests = Path(__file__).resolve().parents[1]
     process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=tests)

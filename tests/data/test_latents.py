@@ -19,11 +19,12 @@ from comparison import assert_close
 from safetensors import safe_open
 
 from pvdm_fast import encode
-from pvdm_fast.data import DataError, collate, latent_shards, open_dataset
+from pvdm_fast.data import DataError, collate, open_dataset
 from pvdm_fast.data.latents import fingerprint
 from pvdm_fast.diffusion.noise import joint_batch, joint_latents, window_starts
 from pvdm_fast.jobs.share import Share
 from pvdm_fast.models import Autoencoder
+from pvdm_fast.training import encoding
 
 SIZES = dict(frames=4, height=16, width=16, patch_size=8, channels=16, depth=1, num_heads=1, head_dim=8)
 CLIP = {"frames": 8, "height": 16, "width": 16}
@@ -228,7 +229,7 @@ def test_a_full_disk_leaves_no_half_shard(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(latent_shards, "save_shard", full)
+    monkeypatch.setattr(encoding, "save_shard", full)
     assert run(video_folder, tmp_path / "out", autoencoder) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]

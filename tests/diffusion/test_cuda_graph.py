@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from streams import replace_streams
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from pvdm_fast.analysis.recorder import Recorder
+from pvdm_fast.diffusion import sampling
 from pvdm_fast.diffusion.cuda_graph import WARM_UP_PASSES, GraphedPrediction, choose_prediction, difference
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_video
@@ -52,31 +54,14 @@ def tensors(values: Any) -> list[Tensor]:
     return [t for t in tree_iter(values) if isinstance(t, Tensor)]
 
 
-class Stream:
-    """A stream that records what it waits for."""
-
-    log: list[str]
-
-    def __init__(self, name: str = "aside") -> None:
-        self.name = name
-
-    def wait_stream(self, other: Stream) -> None:
-        Stream.log.append(f"{self.name} waits for {other.name}")
-
-
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces torch.cuda's graphs and streams, and gives a log of what is done on which stream."""
 
     @contextmanager
-    def on(stream: Stream) -> Iterator[None]:
-        Stream.log.append(f"on {stream.name}")
-        yield
-
-    @contextmanager
     def capture(tape: Tape, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local"  # the default ends other threads' allocations with an error
-        Stream.log.append("capture")
+        log.append("capture")
         with tape:
             yield
 
@@ -84,13 +69,10 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def device(_: torch.device) -> Iterator[None]:
         yield
 
-    Tape.made, Stream.log = [], []
-    current = Stream("current")
-    for name, stand_in in dict(
-        CUDAGraph=Tape, graph=capture, Stream=Stream, stream=on, current_stream=lambda: current, device=device
-    ).items():
+    Tape.made, log = [], replace_streams(monkeypatch)
+    for name, stand_in in dict(CUDAGraph=Tape, graph=capture, device=device).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    return Stream.log
+    return log
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +104,27 @@ def test_replays_give_the_same_latents(taped: list[str], denoiser: Denoiser, sch
     assert len(Tape.made[0].steps) > 50
 
 
+def test_the_times_of_a_flow_reach_the_captured_pass(taped: list[str]) -> None:
+    """They are fractions, which whole numbers would cut."""
+    flow = Denoiser.from_preset("tiny", time=2, height=4, width=4, prediction="flow")
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    noise = torch.randn(2, 4, flow.layout.num_tokens)
+    predict = GraphedPrediction()
+    for time in (1000.0, 333.25, 0.5):
+        expected = predict_noise(flow.eval(), noise, time)
+        assert torch.equal(predict(flow, noise, time), expected)
+        assert not torch.equal(predict_noise(flow, noise, int(time)), expected) or time == 1000
+    assert [tape.replays for tape in Tape.made] == [3]
+
+
 def test_captured_once_a_shape_after_warming_up_aside(taped: list[str], denoiser: Denoiser) -> None:
     predict, latent = GraphedPrediction(), torch.randn(2, 4, denoiser.layout.num_tokens)
     passes = []
     handle = denoiser.register_forward_hook(lambda *_: passes.append(taped[-1]))
     results = [predict(denoiser, latent, timestep) for timestep in (900, 10)]
     handle.remove()
-    assert taped == ["aside waits for current", "on aside", "current waits for aside", "capture"]
+    assert taped == ["aside waits for current", "on aside", "off aside", "current waits for aside", "capture"]
     assert passes == ["on aside"] * WARM_UP_PASSES + ["capture"]
     assert not torch.equal(*results)
     predict(denoiser, latent[:1], 900)
@@ -225,6 +221,21 @@ def test_graphs_are_taken_on_a_gpu(wanted: bool | None, device: str, steps: int,
     predict = choose_prediction(there, wanted, steps)  # type: ignore[arg-type]
     assert isinstance(predict, GraphedPrediction) == graphed
     assert predict is predict_noise if not graphed else predict.required == bool(wanted)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("frames", "conditioned", "steps"), [(2, False, 3), (2, True, 3), (6, False, 4), (6, True, 9)])
+def test_the_first_clip_has_a_graph_of_its_own(
+    denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, frames: int, conditioned: bool, steps: int
+) -> None:
+    """Without a condition: whether graphs are worth it depends on the steps of each."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        sampling, "choose_prediction", lambda model, wanted, steps: asked.append(steps) or predict_noise
+    )
+    autoencoder = Autoencoder.from_preset("tiny", frames=2, height=16, width=16).eval()
+    condition = torch.zeros(1, 3, 2, 16, 16) if conditioned else None
+    next(sampling.stream_video(autoencoder, denoiser, clips=1, frames=frames, steps=3, condition=condition))
+    assert asked == [steps]
 
 
 def test_a_sharded_denoiser_is_sampled_without(monkeypatch: pytest.MonkeyPatch) -> None:

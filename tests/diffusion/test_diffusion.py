@@ -77,6 +77,21 @@ def test_v_is_the_same_prediction_and_weighs_its_error() -> None:
     assert diffusion_loss(model, *arguments).item() == pytest.approx(0.01 * level.mean().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("prediction", ["noise", "v"])
+def test_min_snr_weighs_the_error_of_the_clean_latent(prediction: str) -> None:
+    """By min(snr, 5), whatever the network puts out. At time 990 the snr is below 5, at 3 far above."""
+    schedule, shape = NoiseSchedule.create(), (2, 4, 12)
+    timestep = torch.tensor([3, 990])
+    level = schedule.alphas_cumprod[timestep].view(-1, 1, 1)
+    snr = level / (1 - level)
+    assert snr[0] > 5 > snr[1]
+    latent, noise, off = torch.rand(shape) * 2 - 1, torch.randn(shape), 0.1
+    wrong = (schedule.q_sample(latent, noise, timestep) - level.sqrt() * (latent + off)) / (1 - level).sqrt()
+    arguments = (schedule, latent, torch.zeros(shape), noise, timestep, prediction)
+    loss = diffusion_loss(lambda *args, **kwargs: SimpleNamespace(sample=wrong), *arguments, "min_snr")
+    assert loss.item() == pytest.approx(off**2 * snr.clamp(max=5).mean().item(), rel=1e-3)
+
+
 def frame_numbers(video: Tensor) -> Tensor:
     """A stand-in encoder with latents (b, 1, T) that are the numbers of the frames."""
     return video[:, :1, :, 0, 0]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.utils import export_to_video
+from filling import randomised
 
 from pvdm_fast import PVDMPipeline
 from pvdm_fast.data import write_video
 from pvdm_fast.data.continuation import last_clip
 from pvdm_fast.diffusion.sampling import sample_video
-from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES, make_scheduler
+from pvdm_fast.diffusion.schedulers import OF_NOISE, make_scheduler
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
 
@@ -32,21 +33,13 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def filled(model: Any) -> Any:
-    """Fills every layer with numbers, including those that start as zeros."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as training leaves it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
-    filled(Autoencoder(**AUTOENCODER)).save_pretrained(folder / "autoencoder")
-    filled(Denoiser(**DENOISER)).save_pretrained(folder / "denoiser")
+    randomised(Autoencoder(**AUTOENCODER)).save_pretrained(folder / "autoencoder")
+    randomised(Denoiser(**DENOISER)).save_pretrained(folder / "denoiser")
     return folder
 
 
@@ -58,8 +51,8 @@ def pipeline(run: Path) -> PVDMPipeline:
 @pytest.fixture(scope="module")
 def classy() -> PVDMPipeline:
     torch.manual_seed(0)
-    denoiser = filled(Denoiser(**DENOISER, num_classes=3, class_names=["Archery", "Biking", "YoYo"]))
-    return quiet(PVDMPipeline(filled(Autoencoder(**AUTOENCODER)), denoiser, make_scheduler("ddim")))
+    denoiser = randomised(Denoiser(**DENOISER, num_classes=3, class_names=["Archery", "Biking", "YoYo"])).eval()
+    return quiet(PVDMPipeline(randomised(Autoencoder(**AUTOENCODER)).eval(), denoiser, make_scheduler("ddim")))
 
 
 def quiet(pipeline: PVDMPipeline) -> PVDMPipeline:
@@ -81,7 +74,7 @@ def test_it_is_sample_video(pipeline: PVDMPipeline) -> None:
     assert np.array_equal(np.asarray(as_pictures[1][5]), (as_numpy[1, 5] * 255).round().astype(np.uint8))
 
 
-@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+@pytest.mark.parametrize("name", OF_NOISE)
 def test_saved_and_loaded_it_samples_the_same(name: str, pipeline: PVDMPipeline, tmp_path: Path) -> None:
     pipeline.scheduler = make_scheduler(name)
     pipeline.save_pretrained(tmp_path / "saved")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, sample_latents, sample_video
-from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES, make_scheduler, release_times
+from pvdm_fast.diffusion.schedulers import OF_NOISE, make_scheduler, release_times
 from pvdm_fast.errors import UserError
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models.noise_schedule import NoiseSchedule
@@ -90,7 +90,7 @@ def test_ddpm_is_diffusers_own_where_the_steps_divide_1000() -> None:
         assert_close(*steps, 2e-5)  # diffusers multiplies the levels in float32
 
 
-@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+@pytest.mark.parametrize("name", OF_NOISE)
 def test_every_sampler_has_the_exact_noise_levels(name: str, tmp_path: Path) -> None:
     """They are the release's, rounded once: before and after saving, and in what is derived from them."""
     schedule, golden = NoiseSchedule.create(), load_case("diffusion_small").tensors["alphas_cumprod"]
@@ -130,7 +130,7 @@ class OracleDenoiser(nn.Module):
         return SimpleNamespace(sample=(latent - level.sqrt() * clean) / (1 - level).sqrt())
 
 
-@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+@pytest.mark.parametrize("name", OF_NOISE)
 @pytest.mark.parametrize("steps", [1, 7, 50])
 def test_every_sampler_arrives_at_what_the_denoiser_knows(name: str, steps: int) -> None:
     clean = torch.rand(2, 4, 12) * 1.8 - 0.9
@@ -153,7 +153,7 @@ def test_every_sampler_arrives_at_what_the_denoiser_knows(name: str, steps: int)
 
 
 def test_the_clean_prediction_is_clamped() -> None:
-    for name in SCHEDULER_NAMES:
+    for name in OF_NOISE:
         sample = sample_latents(
             OracleDenoiser(torch.full((1, 4, 12), 3.0)),  # type: ignore[arg-type]
             make_scheduler(name),
@@ -176,8 +176,8 @@ def test_guidance_is_one_pass_over_both_and_follows_the_formula() -> None:
 
 
 def test_an_unknown_scheduler_is_named_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'euler'.*ddim, ddpm, dpm"):
-        make_scheduler("euler")
+    with pytest.raises(UserError, match=r"'foo'.*ddim, ddpm, dpm"):
+        make_scheduler("foo")
 
 
 class ChainDenoiser(OracleDenoiser):
@@ -235,7 +235,7 @@ NAN, INFINITE = float("nan"), float("inf")
         ("eta", (-0.1, 1.5, NAN, INFINITE, None), "eta must be (at least 0|at most 1|a finite number), not"),
         ("guidance", (NAN, INFINITE, -INFINITE, None), "guidance must be a finite number"),
         ("seed", (2**64, -1, 0.5, None), "seed must be (at least 0|at most 9223372036854775807|a whole number), not"),
-        ("scheduler", ("euler",), "no scheduler called 'euler'"),
+        ("scheduler", ("foo",), "no scheduler called 'foo'"),
     ],
 )
 def test_options_out_of_range_are_refused(field: str, values: tuple[Any, ...], message: str) -> None:

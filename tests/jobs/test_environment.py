@@ -106,6 +106,7 @@ STRAY = {
 }
 
 
+@pytest.mark.slow
 def test_stray_variables_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = [*SMALL, *steps(2), "--stage", "autoencoder"]
     assert main([*arguments, "--run", str(tmp_path / "plain")]) == 0
@@ -131,6 +132,7 @@ def test_other_ways_to_train_are_refused(
     assert f"ACCELERATE_USE_{name} is set, but accelerate's {name} is not supported" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_caller_s_defaults_of_pytorch_change_nothing(tmp_path: Path) -> None:
     arguments = [*SMALL, *steps(2)]
     assert main([*arguments, "--run", str(tmp_path / "plain")]) == 0

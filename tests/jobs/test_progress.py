@@ -50,3 +50,29 @@ def test_the_time_left_follows_a_machine_that_becomes_busy(terminal: bool, monke
     left = (bar.total - bar.n) / bar.format_dict["rate"]
     bar.close()
     assert left == pytest.approx((10_000 - 660) * 1.0, rel=0.2)
+
+
+def test_a_log_gets_whole_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of ten minutes of steps: a line every half minute, one at the end, and what is said; never a carriage return."""
+    now = [0.0]
+    with StepBar("autoencoder", 600, 0) as bar:
+        bar.bar._time = lambda: now[0]
+        bar.bar.start_t = bar.bar.last_print_t = 0.0
+        for step in range(600):
+            now[0] += 1.0
+            bar.advance(record(1.0), 8)
+            if step == 299:
+                progress.say("autoencoder step 300: held-out PSNR 20.00 dB")
+    printed = capsys.readouterr()
+    assert "\r" not in printed.err + printed.out and printed.out == "autoencoder step 300: held-out PSNR 20.00 dB\n"
+    lines = printed.err.splitlines()
+    assert len(lines) == 600 / progress.QUIET_SECONDS + 1
+    assert lines[0] == "autoencoder   5% 30/600 [00:30, 09:30 left, loss 1.0000, 8.0 clips/s]"
+    assert lines[-1].startswith("autoencoder 100% 600/600 [10:00, 00:00 left")
+
+
+def test_a_short_job_leaves_one_line_or_none(capsys: pytest.CaptureFixture[str]) -> None:
+    for keep in (True, False):
+        with progress.make_bar("clips", 3, keep=keep) as bar:
+            bar.update(3)
+    assert capsys.readouterr().err.count("\n") == 1

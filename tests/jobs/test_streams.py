@@ -19,6 +19,7 @@ INFO = [sys.executable, "-m", "pvdm_fast.info"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error() -> None:
     """As with `| head -1`."""
     process = subprocess.Popen(INFO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
@@ -28,11 +29,13 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert process.wait() == 0
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_error() -> None:
     line = f"exec {shlex.join(INFO)} >&- 2>&-"
     assert subprocess.run(["sh", "-c", line], env=ENVIRONMENT, check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_of_logs_doesn_t_end_a_run(tmp_path: Path) -> None:
     """Both streams go to a full disk. Everything is still trained and saved."""
@@ -49,6 +52,7 @@ def test_a_full_disk_of_logs_doesn_t_end_a_run(tmp_path: Path) -> None:
     assert {"results.json", "autoencoder", "denoiser", "samples.mp4"} <= {item.name for item in run.iterdir()}
 
 
+@pytest.mark.slow
 def test_letters_that_ascii_lacks_are_escaped(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "pvdm_fast.train", "--config", "/no/fîlm\udce9.yaml"],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
+from filling import randomised
 from torch import Tensor, nn
 
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -31,10 +32,7 @@ def make(network: str) -> Any:
             time=2, height=4, width=4, model_channels=32, channel_mult=[1, 2], num_res_blocks=1,
             attention_resolutions=[1], num_heads=2,
         )  # fmt: skip
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return model
+    return randomised(model)
 
 
 def inputs(model: Any, batch: int = 2) -> tuple[Tensor, ...]:

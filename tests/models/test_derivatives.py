@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close, relative_error
-from models.test_models import AE, randomised
+from filling import randomised
+from models.test_models import AE
 from tolerances import FLOAT32_ERROR
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -77,6 +78,7 @@ def slope(run: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]) 
     return list(torch.autograd.grad((weights * y.square()).sum(), [x, *parameters], create_graph=True))
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradient_penalty(name: str, checkpointed: bool) -> None:
@@ -105,6 +107,7 @@ def test_gradient_penalty(name: str, checkpointed: bool) -> None:
         assert error <= 2 * FLOAT32_ERROR * max(float(exact.norm()), 1e-2 * largest), f"{what}: {error:.1e}"
 
 
+@pytest.mark.slow
 @both
 def test_hessian_vector_product(name: str) -> None:
     """For all parameters and the input together. In float64 against a difference quotient of gradients."""

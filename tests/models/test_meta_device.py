@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from comparison import assert_close
-from torch import Tensor, nn
+from filling import randomised
+from torch import Tensor
 
 from pvdm_fast import use_backend
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -29,10 +30,7 @@ def make(network: str) -> Any:
         time=2, height=2, width=2, model_channels=32, channel_mult=[1], num_res_blocks=1, attention_resolutions=[],
         num_heads=1, prediction="v", positions=True, num_classes=2,
     )  # fmt: skip
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+    return randomised(model).eval()
 
 
 @torch.no_grad()

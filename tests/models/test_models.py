@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
+from filling import randomised
 from tolerances import GOLDEN_NETWORK
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,16 +22,6 @@ UNET: dict[str, Any] = dict(
     time=2, height=6, width=4, model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2],
     num_heads=2,
 )  # fmt: skip
-
-
-def randomised(model: nn.Module) -> Any:
-    """Fills the zero-initialised layers too, so that everything takes part."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 @pytest.mark.parametrize(("name", "autoencoder", "denoiser"), [("base", 62.1, 528.3)])

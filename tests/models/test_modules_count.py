@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
+from filling import randomised
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_map_only
@@ -35,10 +36,7 @@ def built(name: str) -> nn.Module:
             time=2, height=4, width=4, model_channels=32, channel_mult=[1, 2], num_res_blocks=1,
             attention_resolutions=[1], num_heads=2, positions=True, prediction="v", num_classes=2,
         )  # fmt: skip
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+    return randomised(model).eval()
 
 
 def make(name: str) -> Any:
@@ -109,6 +107,7 @@ def differ(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
     )  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_forward_hook(
     network: str, name: str, outputs: dict[str, Tensor], gradient_of: dict[str, list[Tensor | None]]
@@ -122,6 +121,7 @@ def test_a_forward_hook(
         assert torch.equal(run(model), outputs[network]), "without the hook it computes as before"
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_forward_pre_hook(network: str, name: str, outputs: dict[str, Tensor]) -> None:
     """Each hook gets tensors, and the module sees what the hook makes of them. (A norm doesn't see a factor, but
@@ -143,6 +143,7 @@ def test_a_forward_pre_hook(network: str, name: str, outputs: dict[str, Tensor])
     assert takes_numbers is not torch.equal(after, outputs[network])
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_backward_hook(network: str, name: str, gradient_of: dict[str, list[Tensor | None]]) -> None:
     """Every module's full backward hook gets the gradients, and its answer is used."""
@@ -204,6 +205,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in list(model.named_modules()) if isinstance(m, LAYERS) or type(m) is nn.Identity)
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_a_wrapper_in_place_of_each_layer(network: str) -> None:
     """The inner layer is called as PyTorch calls it (with images for convolutions), and gives the same values."""
@@ -251,6 +253,7 @@ def flat(gradients: list[Tensor | None]) -> Tensor:
     return torch.cat([g.flatten() for g in gradients if g is not None])
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_parametrized_and_normed_weights(network: str, outputs: dict[str, Tensor]) -> None:
     """Parametrizations, weight norm, the old weight norm, and pruning, each on every layer with such a weight."""

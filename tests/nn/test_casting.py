@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
-from models.test_models import AE, UNET, randomised
+from filling import randomised
+from models.test_models import AE, UNET
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize

@@ -33,13 +33,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    operation.forget()
-    yield
-    operation.forget()
-
-
 @contextmanager
 def no_dispatcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever goes through PyTorch's dispatcher fails."""

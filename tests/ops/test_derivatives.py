@@ -26,8 +26,16 @@ from pvdm_fast.ops import derivatives
 
 everywhere = pytest.mark.parametrize("name", SMALL)
 BACKENDS = [name for name in choice.BACKENDS if name != "cuda"]
+FIRST = {case.op: name for name, case in reversed(SMALL.items())}
+# Beyond the first gradient all backends go through the reference. Triton's is interpreted, so it has one case of each.
 on_backends = pytest.mark.parametrize(
-    ("name", "backend"), [(n, b) for n, case in SMALL.items() for b in BACKENDS if case.op in SERVED[b]]
+    ("name", "backend"),
+    [
+        (name, backend)
+        for name, case in SMALL.items()
+        for backend in BACKENDS
+        if case.op in SERVED[backend] and (backend != "triton" or name == FIRST[case.op])
+    ],
 )
 
 

@@ -11,14 +11,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+
+from pvdm_fast.train import main
 
 SMALL = shlex.split("""
     --frames 4 --height 16 --width 16 --autoencoder-patch-size 8 --autoencoder-channels 16 --autoencoder-depth 1
     --autoencoder-num-heads 1 --autoencoder-head-dim 8 --autoencoder-batch-size 2 --autoencoder-warmup 2
     --diffusion-model-channels 32 --diffusion-channel-mult 1 --diffusion-num-res-blocks 1 --diffusion-num-heads 2
     --diffusion-attention-resolutions 1 --diffusion-batch-size 2 --diffusion-warmup 2 --diffusion-sampling-steps 2
-    --held-out-clips 2 --workers 0 --save-every 100 --preview-every 100 --device cpu --threads 1
+    --save-every 100 --preview-every 100 --diffusion-cached-clips 0 --mixed-precision auto --optimizer adamw
+    --autoencoder-latent-channels 4 --diffusion-prediction v
+    --held-out-clips 2 --workers 0 --device cpu --threads 1
 """)
 
 
@@ -45,6 +50,14 @@ def same_weights(first: Path, second: Path, model: str) -> bool:
     """Bit for bit."""
     a, b = weights(first, model), weights(second, model)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_refused(arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of these options ends before it has a folder, with one sentence that has `message` in it."""
+    assert main([*SMALL, *steps(1), "--run", str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    assert not run.exists()
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:

@@ -145,6 +145,7 @@ def test_until_it_starts_nothing_is_different(finished: Path, uninterrupted: Pat
     assert (uninterrupted / "loss.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 5])
 def test_resuming_is_going_on(stop: int, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before or after the start, discriminators and their optimizer continue exactly."""
@@ -171,6 +172,7 @@ def test_resuming_is_going_on(stop: int, uninterrupted: Path, tmp_path: Path, mo
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_on_on_resuming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     original = trainer.Trainer.train_step

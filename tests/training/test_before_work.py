@@ -9,31 +9,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training.small import SMALL, steps
+from training.small import assert_refused
 
 from pvdm_fast.backends import choice
 from pvdm_fast.data import write_video
 from pvdm_fast.data.shapes import draw_scene
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Denoiser
-from pvdm_fast.train import main
 from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import empty_autoencoder, empty_denoiser
 from pvdm_fast.training.config import make_config
 from pvdm_fast.training.report import check_later_denoiser
 
 
-def assert_refused(arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, *steps(1), "--run", str(run), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
-    assert not run.exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "module", "message"),
     [
         (["--tensorboard"], "torch.utils.tensorboard", "pip install 'pvdm-fast[tensorboard]'"),
+        (["--wandb"], "wandb", "pip install 'pvdm-fast[wandb]'"),
         (["--optimizer", "adamw8bit"], "bitsandbytes.optim", "pip install 'pvdm-fast[8bit]'"),
     ],
 )
@@ -64,6 +57,11 @@ def test_the_denoiser_s_options_are_checked_before_the_autoencoder_trains(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused(["--stage", "autoencoder", *arguments], message, tmp_path / "run", capsys)
+
+
+def test_cached_clips_are_not_padded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--pad-short", "--diffusion-cached-clips", "8"]
+    assert_refused(arguments, "take --diffusion-cached-clips 0, or leave it out", tmp_path / "run", capsys)
 
 
 def test_a_preset_s_denoiser_that_will_not_fit_is_said() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.small import SMALL, losses, steps
+from training.small import SMALL, losses, same_weights, steps
 
 from pvdm_fast import encode
 from pvdm_fast.backends import precision
@@ -115,3 +115,27 @@ def test_the_autoencoder_cannot_be_trained_on_latents(
 ) -> None:
     assert main([*SMALL, *steps(2), "--run", str(tmp_path / "a"), "--data", str(latents)]) == 2
     assert "serve --stage diffusion only" in capsys.readouterr().err
+
+
+def test_a_run_can_encode_its_clips_once(trained: Path, tmp_path: Path) -> None:
+    """--diffusion-cached-clips trains as on a folder of latents of the same clips. Stopped, it goes on exactly. In the
+    end the latents are removed."""
+    encoded = tmp_path / "encoded"
+    options = ["--clips", "8", "--test-clips", "2", "--workers", "0", "--device", "cpu"]
+    assert encode.main(["synthetic:shapes", str(encoded), "--autoencoder", str(trained), *options]) == 0
+    alike = [*SMALL, "--diffusion-schedule", "constant", "--stage", "diffusion", "--autoencoder-from", str(trained)]
+    assert main([*alike, *steps(STEPS), "--data", str(encoded), "--run", str(tmp_path / "a")]) == 0
+    once = [*alike, "--diffusion-cached-clips", "8"]
+    assert main([*once, *steps(STEPS), "--run", str(tmp_path / "b")]) == 0
+    assert losses(tmp_path / "a", "diffusion") == losses(tmp_path / "b", "diffusion")
+    assert same_weights(tmp_path / "a", tmp_path / "b", "denoiser")
+    assert not (tmp_path / "b" / "latents").exists()
+    assert main([*once, *steps(STEPS - 2), "--run", str(tmp_path / "c")]) == 0
+    assert main(["--resume", str(tmp_path / "c"), "--stage", "diffusion", "--diffusion-steps", str(STEPS)]) == 0
+    assert same_weights(tmp_path / "b", tmp_path / "c", "denoiser")
+
+
+def test_clips_that_are_latents_already_are_not_encoded_again(trained: Path, latents: Path, tmp_path: Path) -> None:
+    where = ["--run", str(tmp_path / "a"), "--autoencoder-from", str(trained), "--data", str(latents)]
+    assert main([*SMALL, "--diffusion-cached-clips", "8", *steps(1), "--stage", "diffusion", *where]) == 0
+    assert not (tmp_path / "a" / "latents").exists()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
+from filling import randomised
 from tolerances import FLOAT32_ERROR
 from torch import Tensor
 
@@ -102,13 +103,7 @@ def test_without_classes_nothing_is_drawn_or_passed() -> None:
 
 
 def test_the_embedding_of_none_is_the_default() -> None:
-    model = Denoiser(**SIZES, num_classes=2)
-    torch.nn.init.normal_(model.out["2"].weight, std=0.1)
-    # second convolutions start with zeros; they are filled so that the embedding matters
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.1)
+    model = randomised(Denoiser(**SIZES, num_classes=2))
     latent, times = torch.randn(2, 4, 12), torch.tensor([10, 500])
     assert torch.equal(model(latent, times).sample, model(latent, times, class_labels=torch.tensor([2, 2])).sample)
     mixed = model(latent, times, class_labels=torch.tensor([0, 2])).sample

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_close
+from filling import randomised
 from tolerances import FLOAT32_ERROR
 from training.small import SMALL, losses, steps, weights
 
@@ -33,18 +34,9 @@ def train(run: Path, *arguments: str) -> int:
     return main([*QUICK, "--run", str(run), *arguments])
 
 
-def filled(model: torch.nn.Module) -> Any:
-    """With random numbers where a new model has zeros."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model.eval()
-
-
 def test_the_same_sizes_are_copied_bit_for_bit() -> None:
     for kind, sizes in ((Autoencoder, VIDEO), (Denoiser, {**SIZES, "positions": True, "num_classes": 3})):
-        trained, model = filled(kind(**sizes)), kind(**sizes)
+        trained, model = randomised(kind(**sizes)).eval(), kind(**sizes)
         initialise(model, trained)
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
     assert differences(Autoencoder(**VIDEO), Autoencoder(**VIDEO)) == ""
@@ -60,7 +52,7 @@ def test_positions_of_another_length_lie_between_the_same_ends() -> None:
 
 
 def test_another_length_and_resolution() -> None:
-    trained, model = filled(Autoencoder(**VIDEO)), Autoencoder(**{**VIDEO, "frames": 7, "height": 32})
+    trained, model = randomised(Autoencoder(**VIDEO)).eval(), Autoencoder(**{**VIDEO, "frames": 7, "height": 32})
     initialise(model, trained)
     old, new = trained.state_dict(), model.state_dict()
     for plane, lengths in {"xy": (4, 7), "yt": (2, 4), "xt": (3, 3)}.items():
@@ -78,7 +70,7 @@ def test_another_length_and_resolution() -> None:
 def test_a_denoiser_of_another_layout() -> None:
     for positions in (False, True):
         sizes = {**SIZES, "positions": positions}
-        trained, model = filled(Denoiser(**sizes)), Denoiser(**{**sizes, "time": 5, "width": 4})
+        trained, model = randomised(Denoiser(**sizes)).eval(), Denoiser(**{**sizes, "time": 5, "width": 4})
         initialise(model, trained)
         assert model(torch.rand(1, 4, model.layout.num_tokens), 3).sample.isfinite().all()
         assert ("interpolated" in differences(model, trained)) == positions
@@ -87,7 +79,7 @@ def test_a_denoiser_of_another_layout() -> None:
 
 
 def test_classes_are_known_by_name() -> None:
-    trained = filled(Denoiser(**SIZES, num_classes=2, class_names=["run", "walk"]))
+    trained = randomised(Denoiser(**SIZES, num_classes=2, class_names=["run", "walk"])).eval()
     model = Denoiser(**SIZES, num_classes=3, class_names=["crawl", "walk", "run"])
     initialise(model, trained)
     old, new = trained.class_embed.weight, model.class_embed.weight
@@ -97,7 +89,7 @@ def test_classes_are_known_by_name() -> None:
 
 def test_leaving_classes_out_is_no_class_and_new_ones_change_nothing() -> None:
     latent, time = torch.rand(2, 4, 16), torch.tensor([10, 500])
-    with_classes, without = filled(Denoiser(**SIZES, num_classes=2)), Denoiser(**SIZES).eval()
+    with_classes, without = randomised(Denoiser(**SIZES, num_classes=2)).eval(), Denoiser(**SIZES).eval()
     initialise(without, with_classes)
     assert_close(without(latent, time).sample, with_classes(latent, time).sample, FLOAT32_ERROR)
     again = Denoiser(**SIZES, num_classes=4).eval()
@@ -107,6 +99,7 @@ def test_leaving_classes_out_is_no_class_and_new_ones_change_nothing() -> None:
     assert differences(without, with_classes) == "its classes left out"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both stages, with a learning rate of 0: the new run's models are the old one's, and its sizes are said."""
     run = tmp_path / "run"
@@ -122,6 +115,7 @@ def test_a_run_goes_on_from_another(finished: Path, tmp_path: Path, capsys: pyte
     assert config.diffusion.prediction == "v" and config.diffusion.positions is True
 
 
+@pytest.mark.slow
 def test_another_size_is_interpolated_and_said(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +127,7 @@ def test_another_size_is_interpolated_and_said(
     assert Denoiser.from_pretrained(run / "denoiser").layout.height == 3
 
 
+@pytest.mark.slow
 def test_the_denoiser_alone_is_tuned_on_the_run_s_autoencoder(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +141,7 @@ def test_the_denoiser_alone_is_tuned_on_the_run_s_autoencoder(
     assert RunFolder(run).read_config().autoencoder_from == str(finished)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_not_initialised_again(finished: Path, tmp_path: Path) -> None:
     """What it started from may be gone by then."""
     source, run = copytree(finished, tmp_path / "source"), tmp_path / "run"
@@ -156,6 +152,7 @@ def test_a_resumed_run_is_not_initialised_again(finished: Path, tmp_path: Path) 
     assert [step for step, *_ in losses(run, "autoencoder")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_model_folder_and_a_release_checkpoint(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +209,7 @@ def test_what_does_not_fit_is_one_sentence_before_any_work(
     assert not (tmp_path / "run").exists() and (finished / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_tiny_has_are_options(tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--diffusion-prediction", "noise", "--no-diffusion-positions", "--autoencoder-loss", "l1"]

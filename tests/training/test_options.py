@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from training.small import SMALL, steps
+from training.small import SMALL, assert_refused
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.sample import main as sample_main
 from pvdm_fast.train import main
-from pvdm_fast.training.config import OPTIONS, PRESETS, get, make_config, read_changes, to_yaml
+from pvdm_fast.training.config import OPTIONS, PRESETS, TrainConfig, get, make_config, read_changes, to_yaml
 from pvdm_fast.training.options import flag, make_parser, parse
+from pvdm_fast.training.presets import FLOW_OPTIONS
 from pvdm_fast.training.trainer import learning_rate
 
 
@@ -31,7 +32,7 @@ def test_help_shows_the_value_of_every_preset() -> None:
     assert "(tiny: 1; small: 1 2 3; base, release: 1 2 4 4)" in text
     assert "(tiny: none; small: 4 2; base, release: 4 2 1)" in text
     assert "(tiny: 64; small: 192; base, release: 384)" in text and "default: the preset's" not in text
-    assert "(tiny: v; small, base, release: noise)" in text and "(tiny: on; small, base, release: off)" in text
+    assert "(tiny: flow; small, base, release: noise)" in text and "(tiny: on; small, base, release: off)" in text
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -75,13 +76,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_preset(tm
 def test_mistakes_are_one_sentence_and_write_nothing(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main([*SMALL, *steps(1), "--run", str(run), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert not run.exists()
+    assert_refused(arguments, message, tmp_path / "run", capsys)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +148,7 @@ def sample(run: Path, out: Path, *arguments: str) -> int:
     return sample_main([str(run), "--out", str(out), "--steps", "3", "--device", "cpu", *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "npy"])
 def test_the_same_seed_gives_the_same_bytes(finished: Path, tmp_path: Path, suffix: str) -> None:
     files = [tmp_path / f"{name}.{suffix}" for name in "abc"]
@@ -162,6 +158,7 @@ def test_the_same_seed_gives_the_same_bytes(finished: Path, tmp_path: Path, suff
     assert files[0].read_bytes() != files[2].read_bytes()
 
 
+@pytest.mark.slow
 def test_samples_have_the_asked_for_size(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import numpy as np
 
@@ -177,7 +174,8 @@ def test_samples_have_the_asked_for_size(finished: Path, tmp_path: Path, capsys:
     ("arguments", "message"),
     [
         (["--out", "film.avi"], "its name must end in .mp4, .gif, .npy"),
-        (["--scheduler", "euler"], "there is no scheduler called 'euler'"),
+        (["--scheduler", "foo"], "there is no scheduler called 'foo'"),
+        (["--scheduler", "euler"], "the scheduler euler doesn't go with this denoiser, which predicts v: choose"),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--clips", "0"], "at least 1"),
         (["--frame", "3"], "no option --frame; did you mean '--frames'?"),
@@ -198,3 +196,13 @@ def test_mistakes_in_sampling_are_one_sentence(
 def test_sampling_needs_a_trained_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample(tmp_path, tmp_path / "out.npy") == 2
     assert "there is no trained autoencoder" in capsys.readouterr().err
+
+
+def test_another_prediction_than_the_presets_leaves_out_what_goes_with_its_flow() -> None:
+    """Otherwise you would be asked to leave out options that you didn't give."""
+    usual, preset = TrainConfig(), make_config({})
+    assert any(get(preset, key) != get(usual, key) for key in FLOW_OPTIONS)
+    chosen = make_config({"diffusion.prediction": "v"})
+    assert all(get(chosen, key) == get(usual, key) for key in FLOW_OPTIONS)
+    again = make_config({"diffusion.prediction": "v", "diffusion.time_shift": 3.0})
+    assert again.diffusion.time_shift == 3.0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training.small import SMALL, steps
+from training.small import SMALL, assert_refused, steps
 
 from pvdm_fast.data import write_video
 from pvdm_fast.data.shapes import draw_scene
@@ -31,6 +31,7 @@ def films(folder: Path, count: int) -> None:
         write_video(folder / f"{number}.mp4", draw_scene(np.random.default_rng(number), 1.5).render(12, 16, 16))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_another_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,6 +46,7 @@ def test_a_run_resumes_from_another_working_folder(
     assert "of 4 in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_names_its_data_by_a_relative_path_is_asked_for_it(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +74,7 @@ def test_which_options_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert make_config(with_absolute_places({})).data == "synthetic:shapes"
 
 
+@pytest.mark.slow
 def test_names_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FFmpeg would take them for a protocol."""
     monkeypatch.chdir(tmp_path)
@@ -90,6 +93,7 @@ def test_a_run_folder_that_is_not_utf8_is_refused(tmp_path: Path, capsys: pytest
     assert not run.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("autoencoder", Autoencoder), ("denoiser", Denoiser)])
 def test_a_model_saved_over_the_run_s_own(
     name: str, kind: type, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -127,6 +131,7 @@ def test_diffusers_options_of_loading_a_run(finished: Path, tmp_path: Path) -> N
             PVDMPipeline.from_pretrained(finished, torch_dtype=dtype)
 
 
+@pytest.mark.slow
 def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert main([*SMALL, *steps(1), "--mixed-precision", "fp16", "--stage", "autoencoder", "--run", str(run)]) == 0
@@ -150,11 +155,7 @@ def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path: Path, capsys: pytest.Cap
 def test_both_models_are_checked_before_the_first_trains(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main([*SMALL, *steps(1), "--run", str(run), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not run.exists()
+    assert_refused(arguments, message, tmp_path / "run", capsys)
 
 
 def test_a_report_names_files_that_are_not_utf8(finished: Path, tmp_path: Path) -> None:

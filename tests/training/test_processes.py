@@ -130,6 +130,7 @@ def going(run: Path, processes: list) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_process_stops_all_after_saving(tmp_path: Path) -> None:
     run = tmp_path / "run"
     processes = start_job([*SMALL, *steps(100_000), "--run", str(run)], tmp_path / "log")
@@ -142,6 +143,7 @@ def test_a_signal_to_any_process_stops_all_after_saving(tmp_path: Path) -> None:
     assert newest.step == losses(run, "autoencoder")[-1][0]
 
 
+@pytest.mark.slow
 def test_a_second_trainer_is_refused_and_a_lost_process_ends_the_job(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +180,7 @@ def poison_second_process() -> None:
         AutoencoderStage.loss = loss  # type: ignore[method-assign,assignment]
 
 
+@pytest.mark.slow
 def test_all_leave_a_step_out_where_one_loss_is_not_finite(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [*SMALL, *steps(4), "--stage", "autoencoder", "--run", str(run)]

@@ -45,6 +45,7 @@ def test_config_yaml_holds_every_size_that_was_used(finished: Path) -> None:
     assert config.diffusion.positions is True, "of the preset"
 
 
+@pytest.mark.slow
 def test_editing_a_size_gives_that_size(finished: Path, tmp_path: Path) -> None:
     values = yaml.safe_load((finished / "config.yaml").read_text())
     values["autoencoder"]["projection_hidden"] = 24
@@ -55,6 +56,7 @@ def test_editing_a_size_gives_that_size(finished: Path, tmp_path: Path) -> None:
     assert Autoencoder.from_pretrained(tmp_path / "run" / "autoencoder").config.projection_hidden == 24
 
 
+@pytest.mark.slow
 def test_a_finished_stage_goes_on_as_if_it_had_not_ended(
     first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +84,7 @@ def test_a_finished_denoiser_goes_on(run: Path, finished: Path) -> None:
     assert same_weights(run, finished, "autoencoder")
 
 
+@pytest.mark.slow
 def test_what_changes_is_in_use_and_recorded_with_its_step(run: Path) -> None:
     """Rate, schedule, AdamW's decays and the average's: none of them comes back with the checkpoint's state."""
     options = "--diffusion-learning-rate 0.25 --diffusion-schedule constant --diffusion-beta1 0.5"
@@ -102,6 +105,7 @@ def test_what_changes_is_in_use_and_recorded_with_its_step(run: Path) -> None:
     assert RunFolder(run).read_config().diffusion.ema_decay == 0.75
 
 
+@pytest.mark.slow
 def test_an_edited_config_is_obeyed_or_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = run / "config.yaml"
     text = config.read_text()
@@ -117,6 +121,7 @@ def test_an_edited_config_is_obeyed_or_refused(run: Path, capsys: pytest.Capture
     assert len(losses(run, "diffusion")) == 9
 
 
+@pytest.mark.slow
 def test_discriminators_are_free_until_there_are_any(
     first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +159,7 @@ def test_no_option_is_taken_and_ignored(
     assert after == before
 
 
+@pytest.mark.slow
 def test_values_that_are_the_same_change_nothing(run: Path, finished: Path) -> None:
     assert main(["--resume", str(run), "--autoencoder-steps", "8", "--seed", "0"]) == 0
     assert same_weights(run, finished, "denoiser") and not (run / "changes.jsonl").exists()
@@ -173,6 +179,7 @@ def test_fewer_steps_than_were_taken(run: Path, capsys: pytest.CaptureFixture[st
     assert "--diffusion-steps 3 is less than the 8 steps that the run has taken" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_keeps_its_sizes(run: Path, finished: Path) -> None:
     """Its config.yaml leaves sizes open that are not the preset's, and its checkpoints hold no options."""
     config = run / "config.yaml"
@@ -189,6 +196,7 @@ def test_a_run_of_an_earlier_version_keeps_its_sizes(run: Path, finished: Path) 
     assert all(get(used, key) == get(RunFolder(finished).read_config(), key) for key in SIZES)
 
 
+@pytest.mark.slow
 def test_a_second_stage_in_the_same_folder_starts_from_the_same_weights(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     rates = ["--autoencoder-learning-rate", "0", "--diffusion-learning-rate", "0"]

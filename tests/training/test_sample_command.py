@@ -25,6 +25,7 @@ def run_sample(run: Path, out: Path, *arguments: str) -> int:
     return main([str(run), "--out", str(out), "--steps", "2", "--clips", "2", "--device", "cpu", *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["mp4", "npy"])
 def test_memory_does_not_grow_with_the_length(
     suffix: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -100,6 +101,7 @@ def test_a_full_disk_is_one_sentence(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_given_video_is_continued(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     films = []
     for number in range(2):

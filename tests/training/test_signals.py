@@ -78,6 +78,7 @@ def test_a_signal_that_a_launcher_passes_on_is_the_same_one(monkeypatch: pytest.
     assert checkpoint_names(tmp_path / "run") == ["autoencoder-step-0000003"]
 
 
+@pytest.mark.slow
 def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -146,6 +147,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_while_it_starts_is_one_line(command: str, tmp_path: Path) -> None:
     process = subprocess.Popen(

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from streams import replace_streams
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from training.small import SMALL, steps
 
+from pvdm_fast.analysis.recorder import Recorder, name_of
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs import transfer
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.models import ranges
 from pvdm_fast.train import main
-from pvdm_fast.training import feed
 from pvdm_fast.training.feed import Feed
 from pvdm_fast.training.trainer import Trainer
 
@@ -27,20 +26,19 @@ from pvdm_fast.training.trainer import Trainer
 WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
 
 
-class Waits(TorchDispatchMode):
+class Waits(Recorder):
     """Notes the operations whose result the host would have to wait for. Masks as indices are such, too."""
 
     def __init__(self, log: list[str]) -> None:
         super().__init__()
         self.log = log
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        name = str(function).removeprefix("aten.").partition(".")[0]
-        indices = args[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
+    def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        name = name_of(function)
+        indices = arguments[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
         masked = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
         if name in WAITING or masked:
             self.log.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -89,8 +87,9 @@ def test_a_step_waits_once(
     sent: list[int] = []
     for owner in ("pvdm_fast.training.stages", "pvdm_fast.training.adversarial"):
         monkeypatch.setattr(f"{owner}.to_device", lambda tensors, device: sent.append(len(tensors)) or list(tensors))
-    monkeypatch.setattr(Trainer, "score", lambda self: {"psnr": 0.0, "held_out_loss": 0.0})
-    monkeypatch.setattr("pvdm_fast.training.session.show", lambda trainer: trainer.score())
+    scores = {"psnr": 0.0, "held_out_loss": 0.0}
+    monkeypatch.setattr(Trainer, "score", lambda self: self.progress.scores.update(scores))
+    monkeypatch.setattr("pvdm_fast.training.session.show", lambda trainer: None)
     assert main([*SMALL, *steps(3), *options, "--run", str(tmp_path / "run")]) == 0
     assert log == [["read"]] * 3
     assert len(sent) == 3 * (2 if "--autoencoder-accumulate" in options or "--diffusion-accumulate" in options else 1)
@@ -140,36 +139,13 @@ def test_draws_cross_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noise.device.type == steps.device.type == "meta"
 
 
-class Stream:
-    """A stream that notes what happens on it."""
-
-    log: list[str]
-
-    def __init__(self, device: object = None, name: str = "aside") -> None:
-        self.name = name
-
-    def wait_stream(self, other: Stream) -> None:
-        Stream.log.append(f"{self.name} waits for {other.name}")
-
-
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """torch.cuda's streams replaced, and tensors that are copied there noted; gives the log."""
-
-    @contextmanager
-    def on(stream: Stream) -> Iterator[None]:
-        Stream.log.append(f"on {stream.name}")
-        yield
-        Stream.log.append(f"off {stream.name}")
-
-    Stream.log = []
-    current = Stream(name="current")
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: Stream.log.append(f"kept for {stream.name}"))
-    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking: Stream.log.append(f"copied {self}") or self)
-    return Stream.log
+    log = replace_streams(monkeypatch)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: log.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking: log.append(f"copied {self}") or self)
+    return log
 
 
 class Alone:
@@ -204,7 +180,8 @@ def test_the_next_clips_come_on_a_stream_of_their_own(streams: list[str]) -> Non
 
 
 def test_on_a_cpu_nothing_is_read_ahead() -> None:
-    source = Feed(clips([1.0]), 1, torch.device("cpu"), StopRequest(Alone()))  # type: ignore[arg-type]
+    left = [1.0]
+    source = Feed(clips(left), 1, torch.device("cpu"), StopRequest(Alone()))  # type: ignore[arg-type]
     source.read_ahead()
-    assert source.take()[0]["video"] == 1.0
-    assert feed.Feed is Feed
+    left[0] = 3.0  # what is read from here on
+    assert source.take()[0]["video"] == 3.0

@@ -31,6 +31,10 @@ def train(run: Path, *arguments: str) -> int:
 def test_a_run_leaves_everything(finished: Path) -> None:
     for name in ("config.yaml", "reconstructions.mp4", "samples.mp4", "grid.png", "metrics.jsonl", "loss.png"):
         assert (finished / name).stat().st_size > 0, name
+    previews = sorted(item.name for item in (finished / "previews").iterdir())
+    assert previews == [f"{stage}-step-8.{suffix}" for stage in STAGES for suffix in ("mp4", "png")]
+    newest = (finished / "previews" / "diffusion-step-8.mp4").read_bytes()
+    assert (finished / "samples.mp4").read_bytes() == newest
     assert not list(finished.rglob(".*")), "temporary files are left"
     autoencoder = Autoencoder.from_pretrained(finished / "autoencoder")
     denoiser = Denoiser.from_pretrained(finished / "denoiser")
@@ -68,6 +72,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, stage: str, step: int, number: i
     monkeypatch.setattr(STAGES[stage], "loss", loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_an_interrupted_run_continues_exactly(
     stage: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -143,6 +148,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     monkeypatch.setattr(AutoencoderStage, "loss", loss)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,11 +261,3 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert "Traceback" not in error
     assert checkpoint_names(run) == ["autoencoder-step-0000003"]
     assert checkpoint.newest_good(run / "checkpoints")[0] is not None
-
-
-@pytest.mark.slow
-def test_tensorboard(tmp_path: Path) -> None:
-    """The records' scalars also go to TensorBoard's event files."""
-    pytest.importorskip("tensorboard", reason="TensorBoard is an extra: pip install -e '.[tensorboard]'")
-    assert main([*SMALL, *steps(1), "--tensorboard", "--run", str(tmp_path / "run")]) == 0
-    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

@@ -214,6 +214,7 @@ print(extensions.extension("_cpu").isa())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("amx" not in SETS, reason="needs a CPU with AMX")
 @pytest.mark.parametrize("first", [True, False])
 def test_tiles_in_a_forked_worker(first: bool, tmp_path: Path) -> None:

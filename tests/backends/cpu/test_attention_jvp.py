@@ -79,6 +79,7 @@ def test_public_functions_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_tokens_alone() -> None:
     """With 8192 tokens, scores would be 256 MiB, twice. Queries, keys, values and results are 4 MiB."""
     code = """

@@ -263,6 +263,7 @@ def test_isa_from_the_environment() -> None:
     assert said == "amx" if "amx" in ISAS else "asks for amx, which this CPU or its system does not have" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc: run on Linux")
 def test_one_openmp_run_time() -> None:
     """The extension shares PyTorch's OpenMP, so that there is one pool of threads."""
