@@ -80,10 +80,10 @@ def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
                 f"--{stage}-batch-size {size} cannot be shared evenly among {processes} processes: it is the batch of "
                 f"all together, so choose a multiple of {processes}, or another number of processes"
             )
-    if config.fsdp and config.mixed_precision == "fp16":
-        problem = "--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients"
     if config.fsdp and config.optimizer == "muon":
         problem = "--fsdp goes with --optimizer adamw or adamw8bit: muon's steps need whole matrices"
+    if config.fsdp and config.mixed_precision == "fp16":
+        problem = "--fsdp goes with --mixed-precision bf16 or no: the loss scaling of fp16 needs whole gradients"
     if problem is not None:
         Processes(accelerator).fail(UserError(problem))
 

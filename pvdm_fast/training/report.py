@@ -63,6 +63,10 @@ def make_plan(
     clip_frames = frames
     trained: dict[str, Any] = {"autoencoder": autoencoder}
     if "diffusion" in stages:
+        if config.diffusion.cached_clips and config.video.pad_short:
+            raise UserError(
+                "--pad-short pads clips that are encoded in each step: take --diffusion-cached-clips 0, or leave it out"
+            )
         clip_frames = 2 * frames
         trained["diffusion"] = denoiser = empty_denoiser(config, autoencoder)
         models += f", denoiser {_count(denoiser)}"

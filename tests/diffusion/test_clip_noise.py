@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pvdm_fast.diffusion.sampling import CLIP_STEP, NoiseSource, sample_video
-from pvdm_fast.diffusion.schedulers import SCHEDULER_NAMES
+from pvdm_fast.diffusion.schedulers import OF_NOISE
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
 
@@ -45,7 +45,7 @@ def test_no_two_clips_of_near_seeds_share_their_noise() -> None:
     assert CLIP_STEP % 2 == 1
 
 
-@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+@pytest.mark.parametrize("name", OF_NOISE)
 def test_a_clip_is_the_same_in_every_batch(name: str, models: tuple[Autoencoder, Denoiser]) -> None:
     """With new noise in every step where the sampler draws it, and in the second clip of a long video."""
     options: dict[str, Any] = dict(frames=6, steps=3, scheduler=name)

@@ -77,7 +77,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(scope="module")
 def denoiser() -> Denoiser:
-    model = Denoiser.from_preset("tiny", time=2, height=4, width=4)
+    model = Denoiser.from_preset("tiny", time=2, height=4, width=4, latent_channels=4, prediction="v")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
@@ -106,7 +106,7 @@ def test_replays_give_the_same_latents(taped: list[str], denoiser: Denoiser, sch
 
 def test_the_times_of_a_flow_reach_the_captured_pass(taped: list[str]) -> None:
     """They are fractions, which whole numbers would cut."""
-    flow = Denoiser.from_preset("tiny", time=2, height=4, width=4, prediction="flow")
+    flow = Denoiser.from_preset("tiny", time=2, height=4, width=4, latent_channels=4)
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     noise = torch.randn(2, 4, flow.layout.num_tokens)
@@ -232,7 +232,7 @@ def test_the_first_clip_has_a_graph_of_its_own(
     monkeypatch.setattr(
         sampling, "choose_prediction", lambda model, wanted, steps: asked.append(steps) or predict_noise
     )
-    autoencoder = Autoencoder.from_preset("tiny", frames=2, height=16, width=16).eval()
+    autoencoder = Autoencoder.from_preset("tiny", frames=2, height=16, width=16, latent_channels=4).eval()
     condition = torch.zeros(1, 3, 2, 16, 16) if conditioned else None
     next(sampling.stream_video(autoencoder, denoiser, clips=1, frames=frames, steps=3, condition=condition))
     assert asked == [steps]
@@ -247,7 +247,7 @@ def test_a_sharded_denoiser_is_sampled_without(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_cpu_is_refused(denoiser: Denoiser) -> None:
-    autoencoder = Autoencoder.from_preset("tiny", frames=2, height=16, width=16)
+    autoencoder = Autoencoder.from_preset("tiny", frames=2, height=16, width=16, latent_channels=4)
     with pytest.raises(UserError, match="CUDA graphs need a CUDA GPU, but the denoiser is on cpu: sample without"):
         sample_video(autoencoder, denoiser, clips=1, frames=2, steps=1, cuda_graph=True)
 
@@ -255,7 +255,9 @@ def test_cpu_is_refused(denoiser: Denoiser) -> None:
 def test_cpu_is_refused_on_the_command_line(
     denoiser: Denoiser, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Autoencoder.from_preset("tiny", frames=2, height=16, width=16).save_pretrained(tmp_path / "autoencoder")
+    Autoencoder.from_preset("tiny", frames=2, height=16, width=16, latent_channels=4).save_pretrained(
+        tmp_path / "autoencoder"
+    )
     denoiser.save_pretrained(tmp_path / "denoiser")
     arguments = [str(tmp_path), "--device", "cpu", "--cuda-graph", "--out", str(tmp_path / "samples.npy")]
     assert main(arguments) != 0

@@ -25,8 +25,10 @@ def models() -> tuple[Autoencoder, Denoiser]:
     torch.manual_seed(0)
     size = dict(frames=2, height=8, width=8, patch_size=4, channels=8, num_heads=1, head_dim=8)
     return (
-        Autoencoder.from_preset("tiny", **size).eval(),
-        Denoiser.from_preset("tiny", time=2, height=2, width=2, model_channels=32).eval(),
+        Autoencoder.from_preset("tiny", latent_channels=4, **size).eval(),
+        Denoiser.from_preset(
+            "tiny", time=2, height=2, width=2, latent_channels=4, model_channels=32, prediction="v"
+        ).eval(),
     )
 
 
@@ -92,7 +94,9 @@ def test_conditions_of_8_bits_are_refused(models: tuple[Autoencoder, Denoiser]) 
 @pytest.mark.parametrize("time", [-1, 1000, 10**9, NAN, torch.tensor([-1]), torch.tensor([3, 1000])], ids=str)
 @pytest.mark.parametrize("prediction", ["noise", "v"])
 def test_times_out_of_range(time: Any, prediction: str) -> None:
-    denoiser = Denoiser.from_preset("tiny", time=2, height=2, width=2, model_channels=32, prediction=prediction)
+    denoiser = Denoiser.from_preset(
+        "tiny", time=2, height=2, width=2, latent_channels=4, model_channels=32, prediction=prediction
+    )
     latent = torch.zeros(2, 4, denoiser.layout.num_tokens)
     assert denoiser(latent, 999).sample.isfinite().all() and denoiser(latent, torch.tensor([0, 999])).sample is not None
     with pytest.raises(ValueError, match="timestep must be from 0 to 999"):

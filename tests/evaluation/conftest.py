@@ -26,8 +26,9 @@ def _fresh_accelerate() -> Iterator[None]:
 def make_run(path: Path) -> Path:
     torch.manual_seed(3)
     autoencoder = Autoencoder.from_preset(
-        "tiny", frames=4, height=16, width=24, patch_size=8, channels=16, num_heads=1, head_dim=8
-    )
+        "tiny", frames=4, height=16, width=24, patch_size=8, channels=16, num_heads=1, head_dim=8,
+        latent_channels=4,
+    )  # fmt: skip
     layout = autoencoder.layout
     denoiser = Denoiser.from_preset(
         "tiny",
@@ -37,6 +38,7 @@ def make_run(path: Path) -> Path:
         latent_channels=autoencoder.config["latent_channels"],
         model_channels=32,
         num_heads=2,
+        prediction="v",
     )
     autoencoder.save_pretrained(path / "autoencoder")
     denoiser.save_pretrained(path / "denoiser")

@@ -457,7 +457,7 @@ def test_what_was_trained_on_is_the_default(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("stride: 1", "stride: 3").replace("fold: 1", "fold: 2"))
-    request = parse([str(tmp_path / "run")])[0]
+    (request,) = parse([str(tmp_path / "run")])
     assert (request.stride, request.fold) == (3, 2), "the first fold's test videos trained this run"
     assert parse([str(tmp_path / "run"), "--stride", "2", "--data", "films"])[0].data == "films"
 

@@ -86,7 +86,9 @@ def test_gradients_are_those_of_the_written_out_loss(adaptive: bool, lpips_file:
     model.zero_grad()
 
     generator = step_generator(0)
-    noise = stage.options.latent_noise * torch.randn(2, 4, model.layout.num_tokens, generator=generator)
+    noise = stage.options.latent_noise * torch.randn(
+        2, model.config.latent_channels, model.layout.num_tokens, generator=generator
+    )
     frames = torch.randint(4, (2,), generator=generator)
     sample = model(video, noise).sample
     others = 16 * (sample - video).square().mean()

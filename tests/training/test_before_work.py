@@ -59,6 +59,11 @@ def test_the_denoiser_s_options_are_checked_before_the_autoencoder_trains(
     assert_refused(["--stage", "autoencoder", *arguments], message, tmp_path / "run", capsys)
 
 
+def test_cached_clips_are_not_padded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--pad-short", "--diffusion-cached-clips", "8"]
+    assert_refused(arguments, "take --diffusion-cached-clips 0, or leave it out", tmp_path / "run", capsys)
+
+
 def test_a_preset_s_denoiser_that_will_not_fit_is_said() -> None:
     """Nobody asked for these sizes, and a later run may choose others."""
     config = make_config({"preset": "small", "stage": "autoencoder", "video.frames": 2})

@@ -185,7 +185,10 @@ def test_a_model_folder_and_a_release_checkpoint(
         (["--init-from", "{run}", "--height", "20"], "height 20 is not divisible by the patch size 8"),
         (["--init-from", "{run}/denoiser", "--stage", "autoencoder"], "holds a denoiser only, which --stage autoenc"),
         (["--init-from", "{run}/autoencoder", "--stage", "diffusion"], "name it with --autoencoder-from"),
-        (["--init-from", "{run}/denoiser", "--stage", "diffusion"], "needs a trained autoencoder"),
+        (
+            ["--init-from", "{run}/denoiser", "--stage", "diffusion", "--autoencoder-latent-channels", "4"],
+            "needs a trained autoencoder",
+        ),
         (
             ["--init-from", "{run}/denoiser", "--autoencoder-latent-channels", "3"],
             "made for latents of 4 channels, but the autoencoder's have 3",
