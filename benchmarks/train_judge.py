@@ -102,7 +102,7 @@ def draw_frames(rng: np.random.Generator, batch: int, height: int, width: int) -
             seen[at] = cover[chosen]
             area[at] = outline.area()[chosen]
             truth["present"][at] = np.where(mixed[chosen], np.nan, 1)
-            truth["kinds"][(*at, np.where(drawn == "whole", kind, UNKNOWN)[chosen])] = 1
+            truth["kinds"][at[0], at[1], np.where(drawn == "whole", kind, UNKNOWN)[chosen]] = 1
             truth["place"][at] = place[chosen]
     truth["visible"] = visible = seen.sum((2, 3)) / area
     truth["present"][(truth["present"] == 1) & (visible < 0.08)] = np.nan
@@ -280,7 +280,9 @@ def train(steps: int, batch: int, seed: int) -> SceneJudge:
     """A trained judge in eval mode."""
     torch.manual_seed(seed)
     judge = SceneJudge().train()
-    torch.nn.init.constant_(judge.paint[-1].bias, -3.0)  # at first nothing is painted, so nothing is looked at
+    last = judge.paint[-1]
+    assert isinstance(last, torch.nn.Conv2d) and last.bias is not None
+    torch.nn.init.constant_(last.bias, -3.0)  # at first nothing is painted, so nothing is looked at
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
     with make_bar("scene judge", steps, unit="step") as bar:

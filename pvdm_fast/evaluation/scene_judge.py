@@ -165,9 +165,11 @@ def see(judge: SceneJudge, clips: Tensor) -> Seen:
     device = next(judge.parameters()).device
     flat = clips.transpose(1, 2).flatten(0, 1)
     parts = [_all_colours(judge(prepare(piece.to(device)))) for piece in flat.split(FRAMES_AT_ONCE)]
-    whole = (torch.cat(group).cpu().unflatten(0, (len(clips), -1)) for group in zip(*parts, strict=True))
+    whole = [torch.cat(group).cpu().unflatten(0, (len(clips), -1)) for group in zip(*parts, strict=True)]
+    present, kinds, place, visible, features = whole
     height, width = clips.shape[-2:]
-    return Seen(*whole, extent=(height / min(height, width), width / min(height, width)))
+    extent = (height / min(height, width), width / min(height, width))
+    return Seen(present, kinds, place, visible, features, extent)
 
 
 def _all_colours(told: Told) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ frame. Times are frames, lengths are short sides of the frame.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -132,8 +132,14 @@ def clip_features(seen: Seen) -> Tensor:
 
 def first_frames(seen: Seen, frames: int) -> Seen:
     """What is seen in the first frames of each clip."""
-    values = {field.name: getattr(seen, field.name) for field in fields(seen)}
-    return Seen(**{name: value[:, :frames] if isinstance(value, Tensor) else value for name, value in values.items()})
+    return Seen(
+        seen.present[:, :frames],
+        seen.kinds[:, :frames],
+        seen.place[:, :frames],
+        seen.visible[:, :frames],
+        seen.features[:, :frames],
+        seen.extent,
+    )
 
 
 def clip_scores(seen: Seen, length: int, stride: int = 1) -> dict[str, Tensor]:

@@ -166,5 +166,5 @@ def test_cost_of_a_run() -> None:
     seconds = flops / (cost.UTILISATION * cost.PEAKS["A100"])
     assert latents.gpu_hours["A100"] == pytest.approx(videos.steps * seconds / 3600)
     assert latents.bytes_a_second["A100"] == pytest.approx(2 * cost.LATENT_BYTES / seconds)
-    encoding = 2 * 1.3 * found.frozen_flops / 2
+    encoding = 2 * 1.4 * found.frozen_flops / 2
     assert videos.gpu_hours["A100"] / latents.gpu_hours["A100"] == pytest.approx((flops + encoding) / flops)

@@ -140,7 +140,7 @@ def test_resolution_not_divisible_by_the_patch() -> None:
 def test_layout_not_divisible_by_the_levels() -> None:
     with pytest.raises(ValueError, match="7 is not divisible by 2"):
         Denoiser(**{**UNET, "width": 7})
-    with pytest.raises(ValueError, match='must be "noise" or "v", not \'x0\''):
+    with pytest.raises(ValueError, match="must be one of noise, v, flow, not 'x0'"):
         Denoiser(**UNET, prediction="x0")
 
 
