@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "preview_every": 1000,
         "video": {"workers": 0},
         "autoencoder": {
-            "steps": 4000,
+            "steps": 2500,
             "batch_size": 4,
             "loss": "l2",
             "latent_noise": 0.1,
@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup": 50,
         },
         "diffusion": {
-            "steps": 3400,
+            "steps": 4000,
             "batch_size": 16,
             "normalize_latents": True,
             "time_shift": 4.0,
