@@ -65,3 +65,17 @@ def normal(x):
     tail = tail * t - 0.142248368
     tail = (tail * t + 0.127414796) * t * density
     return tl.where(x < 0, tail, 1.0 - tail), 0.3989422804014327 * density
+
+
+@triton.jit
+def tanh(x):
+    """The hyperbolic tangent, within 3e-7 of its value in float32. Near 0, where 1 - exp(-2 |x|) cancels, its series up
+    to x^9."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - decay) / (1.0 + decay)
+    square = x * x
+    near = square * 0.021869488536155203 - 0.05396825396825397
+    near = near * square + 0.13333333333333333
+    near = near * square - 0.3333333333333333
+    near = near * square * x + x
+    return tl.where(square < 0.09, near, tl.where(x < 0, -far, far))

@@ -43,7 +43,7 @@ BACKWARD = ConfigTable(
 
 
 @dataclass(frozen=True)
-class _Gather:
+class Gather:
     """Element l of the sequence at site p is lattice token p // inner * outer_step + p % inner + l * step."""
 
     length: int
@@ -52,12 +52,12 @@ class _Gather:
     step: int
 
 
-def _gather(plane: str, time: int, height: int, width: int) -> _Gather:
+def gather_of(plane: str, time: int, height: int, width: int) -> Gather:
     if plane == "xy":
-        return _Gather(time, height * width, 0, height * width)
+        return Gather(time, height * width, 0, height * width)
     if plane == "yt":
-        return _Gather(height, width, height * width, width)
-    return _Gather(width, 1, width, 1)
+        return Gather(height, width, height * width, width)
+    return Gather(width, 1, width, 1)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def forward(x: Tensor, token: Tensor, positions: Tensor, plane: str, time: int, 
     """x: (B, T H W, C), token: (C), positions: (L + 1, C) -> (B, sites, L + 1, C)."""
     x, token, positions = rows_dense(x), rows_dense(token), rows_dense(positions)
     batch, tokens, channels = x.shape
-    gather = _gather(plane, time, height, width)
+    gather = gather_of(plane, time, height, width)
     sites = tokens // gather.length
     rows = sites * (gather.length + 1)
     out = torch.empty(batch, sites, gather.length + 1, channels, dtype=x.dtype, device=x.device)
@@ -142,7 +142,7 @@ def backward(
     """Gradients of x, token and positions from grad: (B, sites, L + 1, C)."""
     grad = rows_dense(grad)
     batch, sites, rows, channels = grad.shape
-    gather = _gather(plane, time, height, width)
+    gather = gather_of(plane, time, height, width)
     dx = torch.empty(batch, time * height * width, channels, dtype=grad.dtype, device=grad.device)
     dtoken, dpositions = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (token, positions))
     config = BACKWARD(grad.device, "any", grad.dtype)

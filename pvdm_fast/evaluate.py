@@ -22,10 +22,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = Parser(
         prog="python -m pvdm_fast.evaluate",
-        description="Measures PSNR and SSIM of reconstructions and, with a feature network, the Fréchet video distance "
-        "of reconstructions and samples. Writes evaluation.json and report.html. The same command continues an "
-        "evaluation that was interrupted. Several processes share the work: torchrun --nproc-per-node 8 -m "
-        "pvdm_fast.evaluate ...",
+        description="Measures PSNR and SSIM of reconstructions, and Fréchet and kernel distances of reconstructions "
+        "and samples in features of our own, with intervals; with a network that you name also FVD. Writes "
+        "evaluation.json and report.html. The same command continues an evaluation that was interrupted. Several "
+        "processes share the work: torchrun --nproc-per-node 8 -m pvdm_fast.evaluate ...",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--samples",
         type=numbers.CLIPS_OR_NONE,
         metavar="N",
-        help="number of samples, 0 for none (default: as many as clips)",
+        help="number of samples, 0 for none (default: as many as clips with --features, otherwise at most 256)",
     )
     add(
         "--frames",

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs import numbers
 from pvdm_fast.jobs.allocator import keep_freed_memory
 from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
+    from tqdm import tqdm
 
+    from pvdm_fast.diffusion.sampling import SamplingOptions
     from pvdm_fast.models import Autoencoder, Denoiser
 
-    Append = Callable[[Tensor], None]
-
-SUFFIXES = (".mp4", ".gif", ".npy")
+SUFFIXES = ("mp4", "gif", "npy")  # of one file with all videos
+FRAME_RATES = ("mp4", "gif")  # what holds one
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from pvdm_fast.jobs import devices, numbers
+    from pvdm_fast.jobs import devices
     from pvdm_fast.jobs.arguments import THREADS_HELP, Parser
 
     parser = Parser(
@@ -35,6 +40,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="the folder that training left, with autoencoder/ and denoiser/")
     parser.add_argument(
         "--clips", type=numbers.VIDEOS, default=4, metavar="N", help="number of videos (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clips-from",
+        type=numbers.FIRST_VIDEO,
+        default=0,
+        metavar="I",
+        help="number of the first of them: a video depends on the seed and its number alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=numbers.BATCH,
+        default=8,
+        metavar="N",
+        help="videos that are sampled at a time; memory grows with them, not with --clips (default: %(default)s)",
     )
     parser.add_argument(
         "--frames", type=numbers.FRAMES, metavar="N", help="frames of a video (default: the model's length)"
@@ -70,23 +89,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stride",
         type=numbers.STRIDE,
-        default=1,
         metavar="N",
-        help="of --condition take every N-th frame (default: %(default)s)",
+        help="of --condition take every N-th frame (default: 1)",
     )
     parser.add_argument("--class", dest="label", metavar="NAME|NUMBER", help="of a model trained with classes")
     parser.add_argument(
         "--eta",
         type=numbers.ETA,
-        default=numbers.DEFAULT_ETA,
         metavar="X",
-        help="ddim: share of new noise (default: %(default)s)",
+        help=f"ddim: share of new noise (default: {numbers.DEFAULT_ETA})",
     )
     parser.add_argument(
         "--seed", type=numbers.SEED, default=0, metavar="N", help="seed of all noise (default: %(default)s)"
     )
     parser.add_argument(
-        "--fps", type=numbers.FPS, default=8.0, metavar="X", help="frames a second (default: %(default)s)"
+        "--fps", type=numbers.FPS, metavar="X", help="mp4, gif: frames a second (default: the run's --fps)"
+    )
+    parser.add_argument(
+        "--crf",
+        type=numbers.CRF,
+        metavar="N",
+        help="mp4: x264's quality, 0 is lossless, 51 the smallest file (default: 18)",
     )
     parser.add_argument("--device", default="auto", type=devices.DEVICE, metavar=devices.METAVAR, help=devices.HELP)
     parser.add_argument("--threads", type=numbers.THREADS, metavar="N", help=THREADS_HELP)
@@ -105,13 +128,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
-        default=Path("samples.mp4"),
-        metavar="FILE",
-        help="mp4 or gif: the videos side by side; npy: uint8 (clips, frames, height, width, 3); written as it is "
-        "sampled (default: %(default)s)",
+        default="samples.mp4",
+        metavar="FILE|DIR/",
+        help="mp4 or gif: the videos side by side; npy: uint8 (clips, frames, height, width, 3); a folder: a file for "
+        "each video, and those that are there already aren't made again (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="write over --out where it exists")
+    parser.add_argument(
+        "--format",
+        metavar="{mp4,gif,npy,png}",
+        help="of the files in a folder; png: a folder of pictures for each video (default: mp4)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write over files that exist")
     return parser
 
 
@@ -129,58 +156,6 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     return autoencoder, denoiser
 
 
-def write(path: Path, pieces: Iterable[Tensor], clips: int, frames: int, fps: float) -> None:
-    """Write ``clips`` videos of ``frames`` frames as they come, in pieces (B, 3, t, H, W) in [-1, 1]. None is kept.
-
-    The suffix chooses the format. Raises UserError if the file can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _open_array(path, frames) if path.suffix.lower() == ".npy" else _open_grid(path, clips, fps) as append:
-            for piece in pieces:
-                append(piece)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _open_grid(path: Path, clips: int, fps: float) -> Iterator[Append]:
-    """Opens a file with the videos side by side."""
-    from pvdm_fast.data import open_video, video_grid
-
-    with open_video(path, fps) as append:
-        yield lambda piece: append(video_grid(piece, columns=max(1, round(clips**0.5))))
-
-
-@contextmanager
-def _open_array(path: Path, frames: int) -> Iterator[Append]:
-    """A numpy file uint8 (clips, frames, height, width, 3), with each piece written to its place.
-
-    It isn't a memory map: a full disk would end the process. Here it is an OSError.
-    """
-    import numpy as np
-
-    from pvdm_fast.data import video_grid
-    from pvdm_fast.data.video_writer import whole_video
-
-    with whole_video(path) as temporary, temporary.open("wb") as file:
-        done, start = 0, 0
-
-        def append(piece: Tensor) -> None:
-            nonlocal done, start
-            clips, colours, length, height, width = piece.shape
-            if done == 0:
-                shape = (clips, frames, height, width, colours)
-                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                start = file.tell()
-            for index, video in enumerate(piece):
-                file.seek(start + (index * frames + done) * height * width * colours)
-                file.write(video_grid(video[None], columns=1).data)
-            done += length
-
-        yield append
-
-
 def run_sampling(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, sample, write."""
     options = make_parser().parse_args(arguments)
@@ -192,62 +167,216 @@ def run_sampling(arguments: Sequence[str] | None = None) -> None:
         _sample(options)
 
 
+@dataclass(frozen=True)
+class _Sampler:
+    """What samples batches of clips, each clip by its number."""
+
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+    wanted: SamplingOptions  # of one clip
+    seed: int
+    predict: Callable[..., Tensor]
+    passes: int  # of the denoiser for a clip of the model's length
+
+    def stream(self, bar: tqdm[Any], clips: range) -> Iterator[np.ndarray]:
+        """These clips, in pieces uint8 (B, t, H, W, 3)."""
+        from pvdm_fast.data.video_writer import to_pixels
+        from pvdm_fast.diffusion.sampling import NoiseSource, stream_video
+
+        labels = None if self.wanted.labels is None else self.wanted.labels.expand(len(clips))
+        noise = NoiseSource.of_clips(self.seed, clips)
+        batch = replace(self.wanted, clips=len(clips), seed=noise, labels=labels)
+        pieces = stream_video(
+            self.autoencoder, self.denoiser, batch, predict=self.predict, progress=lambda done, total: bar.update()
+        )
+        return map(to_pixels, pieces)
+
+    def bar(self, batches: Sequence[range]) -> tqdm[Any]:
+        """Counts the denoiser's passes over these batches."""
+        from pvdm_fast.jobs.progress import make_bar
+
+        return make_bar("sampling", len(batches) * self.rounds * self.passes)
+
+    @property
+    def rounds(self) -> int:
+        return math.ceil(self.wanted.frames / self.denoiser.layout.time)
+
+
 def _sample(options: argparse.Namespace) -> None:
     from pvdm_fast.data.continuation import last_clip
+    from pvdm_fast.data.sampled_videos import check_grid
+    from pvdm_fast.diffusion.cuda_graph import choose_prediction
     from pvdm_fast.diffusion.pipeline import class_numbers
-    from pvdm_fast.diffusion.sampling import SamplingOptions, fitting_scheduler, stream_video
-    from pvdm_fast.jobs.progress import make_bar
+    from pvdm_fast.diffusion.sampling import SamplingOptions, check_pair, fitting_scheduler, passes
 
     autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
+    check_pair(autoencoder, denoiser)
     size = {name: int(autoencoder.config[name]) for name in ("frames", "height", "width")}
     frames = size["frames"] if options.frames is None else options.frames
-    condition = options.condition and last_clip(options.condition, **size, stride=options.stride)
-    labels = None if options.label is None else class_numbers(denoiser, options.label, options.clips)
+    if options.guidance and options.label is None and options.condition is None and frames <= size["frames"]:
+        raise UserError(
+            f"--guidance has nothing to follow: give a --class, a --condition, or more --frames than {size['frames']}, "
+            "or leave it out"
+        )
+    options.fps = _frame_rate(options.run) if options.fps is None else options.fps
+    if not options.folder and options.format != "npy":
+        check_grid(options.clips, size["height"], size["width"])
     wanted = SamplingOptions(
-        clips=options.clips,
+        clips=1,
         frames=frames,
         steps=options.steps,
         scheduler=options.scheduler,
         guidance=options.guidance,
-        eta=options.eta,
-        seed=options.seed,
-        condition=condition,
-        labels=labels,
-        cuda_graph=options.cuda_graph,
+        eta=numbers.DEFAULT_ETA if options.eta is None else options.eta,
+        condition=options.condition and last_clip(options.condition, **size, stride=options.stride or 1),
+        labels=None if options.label is None else class_numbers(denoiser, options.label, 1),
     )
-    fitting_scheduler(denoiser, wanted)  # before a file is begun
-    with make_bar("sampling", options.steps) as bar:
+    end = options.clips_from + options.clips
+    starts = range(options.clips_from, end, options.batch_size)
+    batches = [range(start, min(end, start + options.batch_size)) for start in starts]
+    each = passes(fitting_scheduler(denoiser, wanted), options.steps)
+    predict = choose_prediction(denoiser, options.cuda_graph, len(batches) * math.ceil(frames / size["frames"]) * each)
+    sampler = _Sampler(autoencoder, denoiser, wanted, options.seed, predict, each)
+    write = _write_folder if options.folder else _write_array if options.format == "npy" else _write_grid
+    try:
+        note = write(options, sampler, batches)
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror or error}") from error
+    print(
+        f"{options.clips} videos of {frames} frames, {size['height']}x{size['width']}, written to {options.out}{note}"
+    )
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        pieces = stream_video(autoencoder, denoiser, wanted, progress=progress)
-        write(options.out, pieces, options.clips, frames, options.fps)
-    print(f"{options.clips} videos of {frames} frames, {size['height']}x{size['width']}, written to {options.out}")
+def _write_grid(options: argparse.Namespace, sampler: _Sampler, batches: list[range]) -> str:
+    """All videos side by side. Of each batch the next frames are sampled, before those that follow of any."""
+    from pvdm_fast.data.sampled_videos import open_grid
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with sampler.bar(batches) as bar, open_grid(options.out, options.fps, options.crf) as append:
+        streams = [sampler.stream(bar, batch) for batch in batches]
+        for _ in range(sampler.rounds):
+            append([next(stream) for stream in streams])
+    return ""
+
+
+def _write_array(options: argparse.Namespace, sampler: _Sampler, batches: list[range]) -> str:
+    """One batch after the other, each to its place."""
+    from pvdm_fast.data.sampled_videos import open_array
+
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with sampler.bar(batches) as bar, open_array(options.out, options.clips, sampler.wanted.frames) as append:
+        for batch in batches:
+            frame = 0
+            for pixels in sampler.stream(bar, batch):
+                append(batch.start - options.clips_from, frame, pixels)
+                frame += pixels.shape[1]
+    return ""
+
+
+def _write_folder(options: argparse.Namespace, sampler: _Sampler, batches: list[range]) -> str:
+    """A file for each clip. Batches whose files are all there are passed over; of others the missing ones are written.
+
+    Batches stay as they are then, since a clip's last bits depend on its batch.
+    """
+    from pvdm_fast.data.sampled_videos import VideoFolder
+
+    folder = VideoFolder(options.out, options.format, options.fps, options.crf)
+    with folder.claimed(_facts(options, sampler)):
+        wanted = [folder.missing(options.seed, batch, options.overwrite) for batch in batches]
+        there = done = options.clips - sum(map(len, wanted))
+        try:
+            with sampler.bar([batch for batch, rows in zip(batches, wanted, strict=True) if rows]) as bar:
+                for batch, rows in zip(batches, wanted, strict=True):
+                    if rows:
+                        bar.set_postfix_str(f"{done} of {options.clips} videos", refresh=False)
+                        with folder.open(options.seed, [batch[row] for row in rows]) as writers:
+                            for pixels in sampler.stream(bar, batch):
+                                for row, write in zip(rows, writers, strict=True):
+                                    write(pixels[row])
+                        done += len(rows)
+        except KeyboardInterrupt:
+            print(f"{done} of {options.clips} videos are written; the same command goes on from here", file=sys.stderr)
+            raise
+    return f" ({there} of them were there already)" if there else ""
+
+
+def _facts(options: argparse.Namespace, sampler: _Sampler) -> dict[str, Any]:
+    """What decides the clips of a folder, besides their seed and number."""
+    from pvdm_fast.data.video_writer import DEFAULT_CRF
+    from pvdm_fast.evaluation.subject import model_facts
+
+    wanted, models = sampler.wanted, {"autoencoder": sampler.autoencoder, "denoiser": sampler.denoiser}
+    condition, form = wanted.condition, options.format
+    return {
+        **{name: model_facts(model, options.run / name) for name, model in models.items()},
+        **{name: getattr(wanted, name) for name in ("frames", "steps", "scheduler", "guidance", "eta")},
+        "class": None if wanted.labels is None else int(wanted.labels[0]),
+        "condition": None if condition is None else hashlib.sha256(condition.numpy().tobytes()).hexdigest(),
+        "format": form,
+        "fps": options.fps if form in FRAME_RATES else None,
+        "crf": (DEFAULT_CRF if options.crf is None else options.crf) if form == "mp4" else None,
+    }
+
+
+def _frame_rate(run: Path) -> float:
+    """The run's frames a second, or the usual ones of a folder without config.yaml."""
+    from pvdm_fast.training.config import VideoOptions
+    from pvdm_fast.training.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    return folder.read_config().video.fps if folder.config.is_file() else VideoOptions.fps
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises UserError for what argparse can't check."""
-    if options.out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"cannot write {options.out}: its name must end in {', '.join(SUFFIXES)}")
+    """Completes the options that depend on each other. Raises UserError for what argparse can't check."""
+    from pvdm_fast.data.sampled_videos import FORMATS
     from pvdm_fast.diffusion.schedulers import check_name
-    from pvdm_fast.jobs import numbers
 
-    check_name(options.scheduler)
-    numbers.check_eta(options.scheduler, options.eta)
-    if options.out.exists() and not options.overwrite:
+    options.folder = options.out.endswith("/") or Path(options.out).is_dir()
+    options.out = Path(options.out)
+    if options.format is not None and options.format not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, not {options.format!r}")
+    suffix = options.out.suffix.lower().removeprefix(".")
+    if not options.folder and suffix not in SUFFIXES:
         raise UserError(
-            f"{options.out} already exists: name another file with --out, or write over it with --overwrite"
+            f"cannot write {options.out}: its name must end in {', '.join(f'.{name}' for name in SUFFIXES)}, or in / "
+            "for a folder with a file for each clip"
         )
     if options.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype must be auto, fp32 or bf16, not {options.dtype!r}")
+    check_name(options.scheduler)
+    _check_effects(options, (options.format or FORMATS[0]) if options.folder else suffix)
+    if not options.folder and options.out.exists() and not options.overwrite:
+        raise UserError(
+            f"{options.out} already exists: name another file with --out, or write over it with --overwrite"
+        )
+    options.format = (options.format or FORMATS[0]) if options.folder else suffix
+
+
+def _check_effects(options: argparse.Namespace, form: str) -> None:
+    """Raises UserError for an option that would change nothing where ``form`` is written."""
+    from pvdm_fast.data.video_writer import has_x264
+
+    for name, vain, reason in (
+        ("stride", options.condition is None, "chooses frames of --condition: give a video with it"),
+        (
+            "eta",
+            options.scheduler not in ("auto", "ddim"),
+            f"is DDIM's share of new noise, and {options.scheduler} has none",
+        ),
+        ("format", not options.folder, f"is for a folder (--out DIR/), and {options.out} says its format itself"),
+        ("fps", form not in FRAME_RATES, f"is for {' and '.join(FRAME_RATES)}, and {form} holds no frame rate"),
+        ("crf", form != "mp4", f"is the quality of mp4, and {form} has none"),
+        ("crf", not has_x264(), "is x264's, and this PyAV was built without it: install another"),
+    ):
+        if getattr(options, name) is not None and vain:
+            raise UserError(f"--{name} {reason}, or leave it out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     keep_freed_memory()
-    return run_command(lambda: run_sampling(arguments), "take fewer --clips, or --dtype bf16")
+    return run_command(lambda: run_sampling(arguments), "take a smaller --batch-size, or --dtype bf16")
 
 
 if __name__ == "__main__":

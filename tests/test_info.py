@@ -15,7 +15,7 @@ from pvdm_fast.backends import choice, extensions
 def test_json_has_every_operation_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
     info.main(["--json"])
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts["operations"]) == {*choice.OPERATIONS, *choice.FUSED_ON_CPU}
+    assert set(facts["operations"]) == {*choice.OPERATIONS, *choice.FUSED_PROJECTION}
     for row in facts["operations"].values():
         assert set(row) == {"auto", *choice.BACKENDS}
         assert row["reference"] is None

@@ -15,7 +15,7 @@ from pvdm_fast.analysis import agreement, goldens
 from pvdm_fast.analysis.agreement import Job, Result
 from pvdm_fast.analysis.goldens import Agreement
 from pvdm_fast.backends import choice
-from pvdm_fast.backends.choice import FUSED, FUSED_ON_CPU, KERNEL_DTYPES, OPERATIONS, SERVED
+from pvdm_fast.backends.choice import FUSED, FUSED_PROJECTION, KERNEL_DTYPES, OPERATIONS, SERVED
 from pvdm_fast.backends.float32 import tf32_allowed
 from pvdm_fast.backends.reference import geglu
 from pvdm_fast.diffusion import cuda_graph, guidance
@@ -29,7 +29,7 @@ def test_right_kernels_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert selftest.main(["--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert (
-        f"All {3 * (len(OPERATIONS) + len(FUSED_ON_CPU))} are right." in text
+        f"All {3 * (len(OPERATIONS) + len(FUSED_PROJECTION))} are right." in text
         and "Versions" in text
         and torch.__version__ in text
     )
@@ -52,7 +52,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, backward: Any) -> None:
     monkeypatch.setattr(choice, "unavailable", lambda backend: None if backend in ("cpu", "reference") else "not here.")
     monkeypatch.setattr(choice, "implementation", implementation)
     monkeypatch.setattr(agreement, "OPERATIONS", ("geglu",))
-    monkeypatch.setattr(agreement, "FUSED_ON_CPU", ())
+    monkeypatch.setattr(agreement, "FUSED_PROJECTION", ())
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_gpu_has_all_that_automatic_choice_can_take(monkeypatch: pytest.Monkey
         if precision != "tf32" or op in agreement.HAVE_PRODUCTS
     }
     assert set(found) == expected and len(found) == len(expected)
-    assert {job.op for job in found if job.backend == "triton"} == {*OPERATIONS, *FUSED}
+    assert {job.op for job in found if job.backend == "triton"} == {*OPERATIONS, *FUSED, *FUSED_PROJECTION}
     with FakeTensorMode():
         small = [job for job in agreement.jobs("cuda", False) if isinstance(job, Job)]
     assert {job.sizes for job in small} == {"small"}
@@ -237,7 +237,7 @@ def test_a_precision_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(choice, "why_not", why_not)
     found = list(agreement.jobs("cpu", False))
     lines = [line for line in found if isinstance(line, str) and "too old." in line]
-    assert len(lines) == len((*OPERATIONS, *FUSED_ON_CPU)) and all(
+    assert len(lines) == len((*OPERATIONS, *FUSED_PROJECTION)) and all(
         line.split()[1:3] == ["cpu", "bfloat16"] for line in lines
     )
     assert {job.precision for job in found if isinstance(job, Job)} == {"float32", "float16"}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.first_contact.context import ROOT, Context, LeftOut, Wrong, read_json
-from pvdm_fast.analysis import agreement, cases
+from pvdm_fast.analysis import agreement, cases, projections
 from pvdm_fast.analysis.agreement import Job, Result
 from pvdm_fast.backends import choice
 
@@ -192,12 +192,12 @@ def _sanitized(context: Context, program: str, tool: str, backend: str, seconds:
 
 def every_kernel_once(context: Context, only: str) -> None:
     """Every operation of a backend at the smallest sizes, forward and backward; nothing is compared."""
-    wanted = [*cases.ONE_TOKEN.values(), *cases.SMALL.values()]
+    wanted = [*cases.ONE_TOKEN.values(), *cases.SMALL.values(), *projections.CASES.values()]
     served = [case for case in wanted if case.op in choice.SERVED[only]]
     for case in context.while_time(served, lambda case: case.op):
         for dtype in (torch.float32, torch.bfloat16):
             inputs = {name: tensor.to(context.device) for name, tensor in case.inputs(dtype).items()}
             with choice.use_backend(only):
-                agreement.run(case, inputs, dtype)
+                agreement.run(case, inputs, dtype, only)
         context.synchronize()
         context.keep(cases=[*context.found.get("cases", []), case.op])

@@ -22,6 +22,7 @@ from pvdm_fast.analysis.cases import (
     triplane_expand,
     triplane_slice,
 )
+from pvdm_fast.analysis.projections import Projection
 from pvdm_fast.layout import PLANE_NAMES, PlaneLayout, TriplaneLayout
 
 # The denoiser's levels, finest first, with their channels; groups of norms and heads are the same at all.
@@ -91,6 +92,10 @@ FULL = {
     "plane_conv-last": plane_conv(_FINEST, 256, 4, batch=1),
     **{f"triplane_slice-{plane}": triplane_slice(_VIDEO, plane, _WIDTH, batch=1) for plane in PLANE_NAMES},
     "triplane_expand": triplane_expand(_VIDEO, 4, _WIDTH, batch=1),
+    **{
+        f"triplane_project-{plane}": Projection(_LATTICE, plane, _WIDTH, 4, 48, hidden=512, depth=4, latent=4).case
+        for plane in PLANE_NAMES[:2]  # the last has the second's sequences
+    },
     "geglu": geglu((1, _VIDEO.num_lattice_tokens), 4 * _WIDTH),
     "add_layer_norm": add_layer_norm((1, _VIDEO.num_lattice_tokens), _WIDTH),
     "attention_block-128": attention_block(128, 1024, 1),

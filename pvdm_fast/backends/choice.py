@@ -46,12 +46,13 @@ PACKAGE = {
 BACKENDS = tuple(PACKAGE)
 # Not in OPERATIONS: it has no gradient, and is used only if a kernel exists for it (pvdm_fast/ops/attention_block.py).
 FUSED = ("attention_block",)
-# Nor these, which have a kernel for CPUs only: elsewhere their parts are used (pvdm_fast/ops/triplane_project.py).
-FUSED_ON_CPU = ("triplane_project",)
+# Nor this one. CPUs have a kernel for both directions, Triton for the forward pass. Elsewhere, and for a gradient on a
+# GPU, its parts are used (pvdm_fast/ops/triplane_project.py).
+FUSED_PROJECTION = ("triplane_project",)
 SERVED: dict[str, tuple[str, ...]] = {
-    "reference": (*OPERATIONS, *FUSED, *FUSED_ON_CPU),
-    "cpu": (*OPERATIONS, *FUSED_ON_CPU),
-    "triton": (*OPERATIONS, *FUSED),
+    "reference": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
+    "cpu": (*OPERATIONS, *FUSED_PROJECTION),
+    "triton": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
     "cuda": ("segment_attention", "axial_attention", "plane_norm", "triplane_slice", "triplane_expand"),
 }
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -183,6 +184,8 @@ def why_not(backend: str, op: str, tensor: Tensor | None = None) -> str | None:
         return f"it has no kernel for {op} yet: use another backend, or auto."
     if reason := unavailable(backend):
         return reason
+    if backend == "triton" and op in FUSED_PROJECTION and torch.version.hip:
+        return "on AMD's GPUs its threads wouldn't see what others of their program have stored: use another backend."
     if tensor is None or backend == "reference":
         return None
     device = device_of(backend)
@@ -287,5 +290,5 @@ def report(device: str | None = None) -> dict[str, dict[str, str | None]]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return {
         op: {"auto": automatic(op, device, torch.float32), **{name: why_not(name, op) for name in BACKENDS}}
-        for op in (*OPERATIONS, *(FUSED_ON_CPU if device == "cpu" else ()))
+        for op in (*OPERATIONS, *FUSED_PROJECTION)
     }

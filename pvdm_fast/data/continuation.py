@@ -56,9 +56,19 @@ def _last_frames(path: Path, frames: int, stride: int) -> list[np.ndarray]:
     raise UnreadableVideo("it gives different frames each time it is decoded")
 
 
+def only_one(frames: int) -> str:
+    """What is wrong with a single picture as a condition of a model that continues clips of ``frames`` frames."""
+    return (
+        "a single picture, and this model has only learned to go on from a whole clip: give a video of at least "
+        f"{frames} frames"
+    )
+
+
 def _last(total: int, frames: int, stride: int) -> range:
     """The numbers of the last frames of a video of ``total`` frames."""
     span = (frames - 1) * stride + 1
+    if total == 1 < frames:
+        raise UnreadableVideo(f"it is {only_one(frames)}")
     if total < span:
         every = f", every {stride}th one," if stride > 1 else ""
         raise UnreadableVideo(f"it has {total} frames, but the model's clip of {frames}{every} takes {span}")

@@ -10,6 +10,7 @@ at any stride shows one uninterrupted motion.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,25 +61,44 @@ class Scene:
 
     def render(self, frames: int, height: int, width: int, stride: int = 1) -> np.ndarray:
         """uint8 (frames, height, width, 3). Edges are antialiased over one pixel."""
-        unit = np.float32(min(height, width))
-        rows = (np.arange(height, dtype=np.float32) + 0.5) / unit
-        columns = (np.arange(width, dtype=np.float32) + 0.5) / unit
-        centres = self.positions(np.arange(frames) * stride).astype(np.float32)
         canvas = np.empty((3, frames, height, width), np.float32)
         canvas[:] = self.backdrop.astype(np.float32)[:, None, None, None]
-        for number, kind in enumerate(self.kind):
-            down = rows - centres[:, number, :1]
-            right = columns - centres[:, number, 1:]
-            radius = np.float32(self.radius[number])
-            cover = _distance(int(kind), down[:, :, None], right[:, None, :], radius)
-            np.multiply(cover, -unit, out=cover)
-            cover += np.float32(0.5)
-            np.clip(cover, 0, 1, out=cover)
-            for channel, colour in zip(canvas, PALETTE[self.colour[number]], strict=True):
+        covers = self._covers(frames, height, width, stride)
+        for cover, colours in zip(covers, PALETTE[self.colour], strict=True):
+            for channel, colour in zip(canvas, colours, strict=True):
                 channel += cover * (np.float32(colour) - channel)
         canvas *= 255
         canvas += 0.5
         return np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 3, 0))
+
+    def visible(self, frames: int, height: int, width: int, stride: int = 1) -> np.ndarray:
+        """(frames, n): the share of each object's area that is inside the frame and behind no nearer object."""
+        margin = min(height, width)  # more than any object reaches beyond the frame
+        inside = (slice(None), slice(margin, margin + height), slice(margin, margin + width))
+        covers = list(self._covers(frames, height, width, stride, margin))
+        shares = []
+        for number, cover in enumerate(covers):
+            seen = cover[inside]
+            for nearer in covers[number + 1 :]:
+                seen = seen * (1 - nearer[inside])
+            shares.append(seen.sum((1, 2)) / cover.sum((1, 2)))
+        return np.stack(shares, axis=1)
+
+    def _covers(self, frames: int, height: int, width: int, stride: int, margin: int = 0) -> Iterator[np.ndarray]:
+        """The share of each pixel that each object covers, float32 (frames, height, width). A margin of pixels on
+        every side goes on beyond the frame."""
+        unit = np.float32(min(height, width))
+        rows = (np.arange(-margin, height + margin, dtype=np.float32) + 0.5) / unit
+        columns = (np.arange(-margin, width + margin, dtype=np.float32) + 0.5) / unit
+        centres = self.positions(np.arange(frames) * stride).astype(np.float32)
+        for number, kind in enumerate(self.kind):
+            down = rows - centres[:, number, :1]
+            right = columns - centres[:, number, 1:]
+            radius = np.float32(self.radius[number])
+            cover = signed_distance(int(kind), down[:, :, None], right[:, None, :], radius)
+            np.multiply(cover, -unit, out=cover)
+            cover += np.float32(0.5)
+            yield np.clip(cover, 0, 1, out=cover)
 
 
 def draw_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
@@ -100,8 +120,11 @@ def draw_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
     )
 
 
-def _distance(kind: int, down: np.ndarray, right: np.ndarray, radius: np.float32) -> np.ndarray:
-    """Signed distance to the outline, negative inside. All shapes fit in a disc of ``radius``."""
+def signed_distance(kind: int, down: np.ndarray, right: np.ndarray, radius: np.ndarray | np.float32) -> np.ndarray:
+    """Signed distance to the outline of a kind, negative inside, at offsets from its centre.
+
+    All shapes fit in a disc of ``radius``. Everything is in short sides of the frame, and broadcasts.
+    """
     if KINDS[kind] == "disc":
         return np.sqrt(down * down + right * right) - radius
     if KINDS[kind] == "square":

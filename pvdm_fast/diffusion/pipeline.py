@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from pvdm_fast.data.continuation import fit_clip, last_clip
+from pvdm_fast.data.continuation import fit_clip, last_clip, only_one
 from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, check_pair, passes, sample_video
 from pvdm_fast.diffusion.schedulers import scheduler_of
 from pvdm_fast.errors import UserError
@@ -163,6 +163,8 @@ class PVDMPipeline(DiffusionPipeline):
             videos = self.video_processor.preprocess_video(condition)
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(f"the condition is not a video: {error}") from error
+        if videos.shape[2] == 1 < config["frames"]:
+            raise UserError(f"the condition is {only_one(config['frames'])}")
         if videos.shape[2] < config["frames"]:
             raise UserError(
                 f"the condition has {videos.shape[2]} frames, but the model's clip takes {config['frames']}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 OnStep = Callable[[int, float, Tensor], Tensor]
 
+# Between the seeds of a seed's clips: 2**32 over the golden ratio. A generator on the CPU takes 32 bits of its seed.
+# This number is odd, so that no two of 2**32 clips have the same; and by the golden ratio the clips of seeds that are
+# less than 1,000 apart meet after 2.6 million clips at the earliest (tests/diffusion/test_clip_noise.py).
+CLIP_STEP = 0x9E3779B1
+
 
 class NoiseSource:
     """Standard normal noise. It is drawn on the CPU, so a seed gives the same noise on every device.
@@ -37,6 +42,20 @@ class NoiseSource:
         if not isinstance(seed, (torch.Generator, list)):
             seed = torch.Generator().manual_seed(numbers.SEED.checked("seed", seed))
         self.generator = seed
+
+    @classmethod
+    def of_clips(cls, seed: int, clips: Iterable[int]) -> NoiseSource:
+        """A generator for each clip, that depends on nothing but the seed and the clip's number.
+
+        Clip 0 has the noise of ``torch.Generator().manual_seed(seed)``. Seeds that differ by a multiple of 2**32 are
+        the same.
+
+        Args:
+            seed: a number.
+            clips: the numbers of the clips, from 0.
+        """
+        seed = numbers.SEED.checked("seed", seed)
+        return cls([torch.Generator().manual_seed((seed + clip * CLIP_STEP) % 2**32) for clip in clips])
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         """A float32 tensor of the given shape, on the generator's device."""
@@ -142,7 +161,8 @@ class SamplingOptions:
             denoiser that predicts the velocity "unipc".
         guidance: weight w of `pvdm_fast.diffusion.guidance`. 0 turns it off.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
-        seed: the same seed gives the same videos on the same machine. Or a source of noise.
+        seed: the same seed gives the same videos on the same machine. Each has noise of its own
+            (`NoiseSource.of_clips`), whatever the number of clips. Or a source of noise.
         condition: the video that the samples continue, (B or 1, 3, T, H, W) in [-1, 1], of the model's size. It isn't
             repeated in the samples. Without it the first clip has no condition.
         labels: classes (B,) int64, for a denoiser with classes. None: no class.
@@ -187,7 +207,6 @@ RANGES = {
 NAMES = {"steps": "the number of sampling steps"}
 
 
-@torch.no_grad()
 def stream_video(
     autoencoder: Autoencoder,
     denoiser: Denoiser,
@@ -195,6 +214,7 @@ def stream_video(
     *,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    predict: Callable[..., Tensor] | None = None,
     **fields: Any,
 ) -> Iterator[Tensor]:
     """Videos of any length in pieces: one clip of the model after the other, each conditioned on the one before.
@@ -207,6 +227,8 @@ def stream_video(
         fields: those of `SamplingOptions`, in place of ``options``.
         progress: called as ``progress(passes of the denoiser done, total passes)``. Heun's steps are two passes each.
         on_step: called as ``on_step(passes done before, timestep, latent)``. Returns the latent to continue with.
+        predict: what predicts the noise, where several calls share it
+            (`pvdm_fast.diffusion.cuda_graph.choose_prediction`). By default it is chosen here, by ``cuda_graph``.
 
     Yields:
         (B, 3, t, H, W) float32 in [-1, 1] on the CPU. Each has T frames, the last one the rest.
@@ -220,15 +242,18 @@ def stream_video(
     sampler = fitting_scheduler(denoiser, wanted)
     steps = passes(sampler, wanted.steps)
     _check_request(autoencoder, denoiser, wanted)
-    noise = wanted.seed if isinstance(wanted.seed, NoiseSource) else NoiseSource(int(wanted.seed))
+    noise = wanted.seed
+    if not isinstance(noise, NoiseSource):
+        noise = NoiseSource.of_clips(noise, range(wanted.clips))
     layout = denoiser.layout
     shape = (wanted.clips, int(denoiser.config["latent_channels"]), layout.num_tokens)
     rounds = math.ceil(frames / layout.time)
     graphs = 2 if wanted.condition is None and rounds > 1 else 1  # the first clip alone has no condition
-    predict = choose_prediction(denoiser, wanted.cuda_graph, rounds * steps // graphs)
+    predict = predict or choose_prediction(denoiser, wanted.cuda_graph, rounds * steps // graphs)
     latent: Tensor | None = None
     if wanted.condition is not None:
-        encoded = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float()
+        with torch.no_grad():
+            encoded = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float()
         latent = normalized(encoded, denoiser).expand(shape)
     labels = None if wanted.labels is None else wanted.labels.to(device)
     for index in range(rounds):
@@ -257,8 +282,13 @@ def stream_video(
         if denoiser.config.get("prediction") == "flow":  # the other samplers clamp in each step
             decodable = decodable.clamp(-1, 1)  # as the autoencoder's are
             latent = normalized(decodable, denoiser)
-        video = autoencoder.decode(decodable.to(autoencoder.dtype)).sample.float().cpu()
-        yield video[:, :, : frames - index * layout.time]
+        # Nothing here keeps a clip until the next one is there, as a name for it would, or no_grad around the whole.
+        yield _decode(autoencoder, decodable)[:, :, : frames - index * layout.time]
+
+
+@torch.no_grad()
+def _decode(autoencoder: Autoencoder, latent: Tensor) -> Tensor:
+    return autoencoder.decode(latent.to(autoencoder.dtype)).sample.float().cpu()
 
 
 def sample_video(

@@ -1,7 +1,8 @@
-"""The feature network of the Fréchet video distance: a TorchScript file of known hash, and how to feed it frames."""
+"""The feature networks of distances: ours, and a TorchScript file of known hash that you name, and how to feed it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.evaluation.clip_network import ClipFeatures
+from pvdm_fast.evaluation.tally import Measured
 from pvdm_fast.jobs.archives import first_line
 from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.jobs.reading import UnreadableFile, file_clock
@@ -94,6 +97,19 @@ class FeatureNetwork:
                 "features for each was expected"
             )
         return features
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Ours, which every evaluation has, and the one that you named, if you did."""
+
+    shipped: ClipFeatures
+    named: FeatureNetwork | None
+
+    def measure(self, videos: dict[str, Tensor]) -> Measured:
+        """Features of videos (B, 3, T, H, W) by name: rows of ours, values of the named network's."""
+        values = {} if self.named is None else {name: self.named(video) for name, video in videos.items()}
+        return Measured(values, rows={name: self.shipped(video) for name, video in videos.items()})
 
 
 def prepare(video: Tensor) -> Tensor:

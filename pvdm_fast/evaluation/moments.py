@@ -37,6 +37,12 @@ class Gaussian:
         return Gaussian(int(count), mean, sums[1:, 1:] / count - torch.outer(mean, mean))
 
     @property
+    def unbiased(self) -> Gaussian:
+        """With a covariance that divides by the count less one. Of a single row it isn't a number."""
+        scale = self.count / (self.count - 1) if self.count > 1 else torch.nan
+        return Gaussian(self.count, self.mean, self.covariance * scale)
+
+    @property
     def standard_error(self) -> Tensor:
         """The mean's standard error, (D,). NaN for a single row."""
         variance = self.covariance.diagonal().clamp_min(0)
@@ -50,15 +56,20 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     eigenvalues below their rounding error count as 0. So covariances of few clips, which don't have full rank, work
     too. The general square root of C1 C2 is neither symmetric nor always real.
     """
+    return float(frechet_distances(first, second))
+
+
+def frechet_distances(first: Gaussian, second: Gaussian) -> Tensor:
+    """`frechet_distance` of each pair of many Gaussians: means (..., D), covariances (..., D, D)."""
     product = _root(first.covariance) @ _root(second.covariance)
-    common = torch.linalg.svdvals(product).sum()
-    spread = first.covariance.trace() + second.covariance.trace() - 2 * common
-    return float((first.mean - second.mean).square().sum() + spread)
+    common = torch.linalg.svdvals(product).sum(-1)
+    spread = (first.covariance + second.covariance).diagonal(dim1=-2, dim2=-1).sum(-1) - 2 * common
+    return (first.mean - second.mean).square().sum(-1) + spread
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of a positive semidefinite matrix."""
+    """The symmetric square roots of positive semidefinite matrices (..., D, D)."""
     values, vectors = torch.linalg.eigh(covariance)
-    rounding = values[-1].clamp_min(0) * len(values) * torch.finfo(values.dtype).eps
+    rounding = values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps
     values = torch.where(values > rounding, values, 0.0)
-    return (vectors * values.sqrt()) @ vectors.T
+    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.data import ClipDataset, video_grid, write_video
-from pvdm_fast.data.draws import stable_hash
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation.clips import read_batches
-from pvdm_fast.evaluation.features import FeatureNetwork
+from pvdm_fast.evaluation.features import Networks
 from pvdm_fast.evaluation.processes import wait
 from pvdm_fast.evaluation.ssim import WINDOW, ssim
 from pvdm_fast.evaluation.subject import Subject
@@ -73,9 +72,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Moments by name, files that couldn't be read, and the folder of the videos."""
+    """Moments and rows by name, files that couldn't be read, and the folder of the videos."""
 
     sums: dict[str, Tensor]
+    rows: dict[str, Tensor]
     unreadable: dict[str, str]
     folder: Path
 
@@ -127,7 +127,7 @@ def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, 
 
 
 def measure_reconstructions(
-    subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, workers: int, shown: int
+    subject: Subject, dataset: ClipDataset, networks: Networks, workers: int, shown: int
 ) -> Measure:
     """Measures PSNR, SSIM (if frames are large enough), and the features of originals and reconstructions."""
 
@@ -136,29 +136,31 @@ def measure_reconstructions(
             original = batch["video"].to(subject.autoencoder.device)
             with threads.unit("reconstruction"):
                 result = subject.reconstruct(original)
-            values = {"psnr": psnr(result, original).clamp_max(MAX_PSNR)[:, None]}
+            measured = networks.measure({"original": original, "reconstruction": result})
+            measured.values["psnr"] = psnr(result, original).clamp_max(MAX_PSNR)[:, None]
             if min(subject.size) >= WINDOW:
-                values["ssim"] = ssim(result, original)[:, None]
-            if network is not None:
-                values["original"], values["reconstruction"] = network(original), network(result)
+                measured.values["ssim"] = ssim(result, original)[:, None]
+            measured.unreadable.update(batch["skipped"])
             show(folder, numbers, torch.stack([original, result], dim=1), subject.fps, shown)
-            yield Measured(values, dict(batch["skipped"]))
+            yield measured
 
     return measure
 
 
-def measure_real_clips(dataset: ClipDataset, network: FeatureNetwork, workers: int) -> Measure:
+def measure_real_clips(dataset: ClipDataset, networks: Networks, workers: int) -> Measure:
     """Measures the features of real clips."""
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for batch in read_batches(dataset, batches, workers):
-            yield Measured({"original": network(batch["video"])}, dict(batch["skipped"]))
+            measured = networks.measure({"original": batch["video"]})
+            measured.unreadable.update(batch["skipped"])
+            yield measured
 
     return measure
 
 
 def measure_samples(
-    subject: Subject, network: FeatureNetwork | None, lengths: Sequence[int], sampling: dict[str, Any], shown: int
+    subject: Subject, networks: Networks, lengths: Sequence[int], sampling: dict[str, Any], shown: int
 ) -> Measure:
     """Samples videos of the greatest length. For every length, measures the features of their first frames.
 
@@ -173,22 +175,21 @@ def measure_samples(
             for number, video in zip(numbers, videos[:, :, : subject.frames], strict=True):
                 if number < shown:
                     write_video(folder / f"clip-{number}.npy", video_grid(video[None], columns=1))
-            values = {} if network is None else {f"{n} frames": network(videos[:, :, :n]) for n in lengths}
-            yield Measured(values)
+            yield networks.measure({f"{n} frames": videos[:, :, :n] for n in lengths})
 
     return measure
 
 
 def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:
-    """The samples with these numbers, (B, 3, frames, H, W) in [-1, 1]. Their noise depends only on seed and
-    numbers."""
-    from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
+    """The samples with these numbers, (B, 3, frames, H, W) in [-1, 1]. The noise of each depends only on the seed and
+    its number."""
+    from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, sample_video
 
     assert subject.denoiser is not None
     options = SamplingOptions(
         clips=len(numbers),
         frames=frames,
-        seed=stable_hash("sample", sampling["seed"], numbers.start) % 2**63,
+        seed=NoiseSource.of_clips(sampling["seed"], numbers),
         **{name: sampling[name] for name in ("steps", "scheduler", "guidance", "eta")},
     )
     return sample_video(subject.autoencoder, subject.denoiser, options)

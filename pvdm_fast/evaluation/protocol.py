@@ -16,9 +16,10 @@ from pvdm_fast.analysis.machine import cpu_facts, installed_version
 from pvdm_fast.backends import choice
 from pvdm_fast.data import ClipDataset
 from pvdm_fast.errors import UserError
-from pvdm_fast.evaluation import features
+from pvdm_fast.evaluation import clip_network, features
 from pvdm_fast.evaluation.clips import RESIZING, SPLITS
-from pvdm_fast.evaluation.features import FeatureNetwork
+from pvdm_fast.evaluation.distances import FEWEST, LEVEL, REPLICATES
+from pvdm_fast.evaluation.features import Networks
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.jobs import numbers
@@ -32,7 +33,12 @@ METRICS = {
     "values not rounded to 8 bits; averaged over frames, colours and clips",
     "frechet_distance": "|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features in float64; covariances divide by the "
     "number of clips, as in StyleGAN-V and cd-fvd; called FVD only for the I3D network of StyleGAN-V",
+    "pvdm_fast_features": "distances in the features of the network that pvdm_fast ships, which compare with no FVD: "
+    "Fréchet distance less its bias by the bootstrap, and kernel distance (unbiased, (x·y / D + 1)^3); "
+    f"{LEVEL:.0%} basic bootstrap intervals from {REPLICATES} resamples of the clips of both sides; none of fewer than "
+    f"{FEWEST} clips",
 }
+DEFAULT_SAMPLES = 256
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "av")
 RANGES = {  # of a request's numbers, as it is made in Python
     "clips": numbers.VIDEOS,
@@ -111,6 +117,7 @@ class Protocol:
     model: dict[str, Any]
     sampling: dict[str, Any]
     features: dict[str, Any] | None
+    pvdm_fast_features: dict[str, Any]
     environment: dict[str, Any]
 
     def identity(self, *parts: str, **more: Any) -> dict[str, Any]:
@@ -123,7 +130,7 @@ class Protocol:
 
 
 def make_protocol(
-    request: Request, subject: Subject, dataset: ClipDataset, network: FeatureNetwork | None, processes: Processes
+    request: Request, subject: Subject, dataset: ClipDataset, networks: Networks, processes: Processes
 ) -> Protocol:
     """Everything that the results depend on."""
     height, width = subject.size
@@ -142,12 +149,13 @@ def make_protocol(
         "window drawn uniformly inside the video; too short videos passed over",
     }
     sampling = {
-        "samples": count_samples(request, subject, network),
+        "samples": count_samples(request, subject),
         "frames": list(request.frames),
         **{name: getattr(request, name) for name in ("scheduler", "steps", "eta", "guidance", "seed", "batch_size")},
-        "noise": "drawn on the CPU, from one generator a batch, seeded by the seed and the batch's first sample",
+        "noise": "drawn on the CPU, from one generator a sample, seeded by the seed and the sample's number as in "
+        "pvdm_fast.sample",
     }
-    network_facts = None
+    network_facts, network = None, networks.named
     if network is not None:
         network_facts = {
             "file": network.path.name,
@@ -155,15 +163,21 @@ def make_protocol(
             "network": "I3D of StyleGAN-V" if network.is_i3d else "not the I3D of StyleGAN-V",
             "input": features.INPUT,
         }
-    return Protocol(data, subject.facts(), sampling, network_facts, environment(processes))
+    shipped = {
+        "file": clip_network.WEIGHTS.name,
+        "sha256": networks.shipped.sha256,
+        "input": clip_network.INPUT,
+    }
+    return Protocol(data, subject.facts(), sampling, network_facts, shipped, environment(processes))
 
 
-def count_samples(request: Request, subject: Subject, network: FeatureNetwork | None) -> int:
-    """How many samples are made. Without features, only those that are shown."""
+def count_samples(request: Request, subject: Subject) -> int:
+    """How many samples are made. Without a named network fewer, because our distances come with their uncertainty."""
     if subject.denoiser is None:
         return 0
-    wanted = request.clips if request.samples is None else request.samples
-    return wanted if network else min(wanted, request.shown)
+    if request.samples is not None:
+        return request.samples
+    return request.clips if request.features else min(request.clips, DEFAULT_SAMPLES)
 
 
 def environment(processes: Processes) -> dict[str, Any]:

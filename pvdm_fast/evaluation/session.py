@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -11,13 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pvdm_fast.backends.precision import announce, choose_precision
 from pvdm_fast.data import ClipDataset, DataError
 from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation import features
+from pvdm_fast.evaluation.clip_network import ClipFeatures
 from pvdm_fast.evaluation.clips import open_clips
-from pvdm_fast.evaluation.features import FeatureNetwork
+from pvdm_fast.evaluation.distances import FEWEST, frechet, kernel
+from pvdm_fast.evaluation.features import FeatureNetwork, Networks
 from pvdm_fast.evaluation.moments import Gaussian, frechet_distance
 from pvdm_fast.evaluation.nearest import nearest_clips
 from pvdm_fast.evaluation.passes import (
@@ -30,7 +35,7 @@ from pvdm_fast.evaluation.passes import (
     run_pass,
 )
 from pvdm_fast.evaluation.processes import these_processes
-from pvdm_fast.evaluation.protocol import Protocol, Request, make_protocol
+from pvdm_fast.evaluation.protocol import Protocol, Request, count_samples, make_protocol
 from pvdm_fast.evaluation.report import write_report
 from pvdm_fast.evaluation.ssim import WINDOW
 from pvdm_fast.evaluation.subject import Subject, load_subject
@@ -50,8 +55,8 @@ class Evaluation:
     request: Request
     processes: Processes
     subject: Subject
-    network: FeatureNetwork | None
-    datasets: dict[int, ClipDataset]
+    networks: Networks
+    datasets: dict[int, ClipDataset]  # by length; without a named network, those of `lengths` that have clips
     training: ClipDataset | None  # among which samples' nearest clips are looked for, if they can be
     protocol: Protocol
     folder: Path
@@ -62,25 +67,25 @@ class Evaluation:
         return int(self.protocol.sampling["samples"])
 
     def passes(self) -> dict[str, Pass]:
-        """The passes by name: "reconstruction", "real-16" for each other length with features, "samples"."""
-        request, network, length = self.request, self.network, self.subject.frames
-        measure = measure_reconstructions(self.subject, self.datasets[length], network, request.workers, request.shown)
+        """The passes by name: "reconstruction", "real-16" for each other length with clips, "samples"."""
+        request, networks, length = self.request, self.networks, self.subject.frames
+        measure = measure_reconstructions(self.subject, self.datasets[length], networks, request.workers, request.shown)
         made = {
             "reconstruction": self._data_pass("reconstruction", measure, "model", frames=length, shown=request.shown)
         }
-        for frames in request.frames if network and self.samples else ():
+        for frames in self.datasets:
             if frames != length:
-                measure = measure_real_clips(self.datasets[frames], network, request.workers)  # type: ignore[arg-type]
+                measure = measure_real_clips(self.datasets[frames], networks, request.workers)
                 made[f"real-{frames}"] = self._data_pass(f"real-{frames}", measure, frames=frames)
         if self.samples:
-            identity = self.protocol.identity("model", "sampling", "features")
-            measure = measure_samples(self.subject, network, request.frames, self.protocol.sampling, request.shown)
+            identity = self.protocol.identity("model", "sampling", "features", "pvdm_fast_features")
+            measure = measure_samples(self.subject, networks, request.frames, self.protocol.sampling, request.shown)
             work = Pass("samples", self.samples, request.batch_size, identity, measure, request.shown, SAMPLE_FILES)
             made["samples"] = work
         return made
 
     def _data_pass(self, name: str, measure: Any, *parts: str, frames: int, shown: int = 0) -> Pass:
-        identity = self.protocol.identity("data", "features", *parts, frames=frames)
+        identity = self.protocol.identity("data", "features", "pvdm_fast_features", *parts, frames=frames)
         return Pass(name, self.request.clips, self.request.batch_size, identity, measure, shown)
 
 
@@ -151,31 +156,50 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
     network = None
     if request.features is not None and request.features_sha256 is not None:
         network = FeatureNetwork(request.features, request.features_sha256, processes.device)
-    lengths = {subject.frames} | (set(request.frames) if network and subject.denoiser else set())
-    datasets = {
-        frames: open_clips(
-            request.data,
-            request.split,
-            frames=frames,
-            size=subject.size,
-            stride=request.stride,
-            seed=request.seed,
-            fold=request.fold,
-        )
-        for frames in sorted(lengths)
-    }
-    protocol = make_protocol(request, subject, datasets[subject.frames], network, processes)
+    networks = Networks(ClipFeatures(processes.device), network)
+    datasets = _open_lengths(request, subject)
+    protocol = make_protocol(request, subject, datasets[subject.frames], networks, processes)
     folder = request.out or request.run / "evaluation"
     records = subject.run.read_metrics()
     training = training_clips(request, subject) if request.nearest_among else None
-    return Evaluation(request, processes, subject, network, datasets, training, protocol, folder, records)
+    return Evaluation(request, processes, subject, networks, datasets, training, protocol, folder, records)
+
+
+def _open_lengths(request: Request, subject: Subject) -> dict[int, ClipDataset]:
+    """Clips of the model's length, and of those at which samples are compared.
+
+    Raises:
+        DataError: there are none of the model's length, or, if you named a network, of another one.
+    """
+    datasets = {}
+    for frames in {subject.frames, *(request.frames if count_samples(request, subject) else ())}:
+        try:
+            datasets[frames] = open_clips(
+                request.data,
+                request.split,
+                frames=frames,
+                size=subject.size,
+                stride=request.stride,
+                seed=request.seed,
+                fold=request.fold,
+            )
+        except DataError:
+            if frames == subject.frames or request.features is not None:
+                raise
+    return dict(sorted(datasets.items()))
 
 
 def training_clips(request: Request, subject: Subject) -> ClipDataset | None:
     """The training split as it is evaluated. None where the data has none of this length."""
     try:
         return open_clips(
-            request.data, "train", frames=subject.frames, size=subject.size, stride=request.stride, seed=request.seed
+            request.data,
+            "train",
+            frames=subject.frames,
+            size=subject.size,
+            stride=request.stride,
+            seed=request.seed,
+            fold=request.fold,
         )
     except DataError:
         return None
@@ -187,9 +211,11 @@ def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, A
     scores: dict[str, Any] = {"frames": evaluation.subject.frames, "clips": evaluation.request.clips}
     for name in ("psnr", "ssim"):
         scores[name] = _score(reconstruction[name]) if name in reconstruction else None
-    if evaluation.network is not None:
+    if evaluation.networks.named is not None:
         pair = (reconstruction["original"], reconstruction["reconstruction"])
-        scores |= _distance(evaluation, *(Gaussian.of(sums) for sums in pair))
+        scores |= _distance(evaluation.networks.named, *(Gaussian.of(sums) for sums in pair))
+    rows = outcomes["reconstruction"].rows
+    scores["pvdm_fast_features"] = _own_distances(rows["original"], rows["reconstruction"])
     unreadable = {path: reason for outcome in outcomes.values() for path, reason in outcome.unreadable.items()}
     return {
         "reconstruction": scores,
@@ -207,10 +233,15 @@ def _generation(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[st
     scores: dict[str, Any] = {}
     for frames in evaluation.request.frames:
         scores[str(frames)] = {"samples": evaluation.samples}
-        if evaluation.network is not None:
-            real = outcomes["reconstruction" if frames == evaluation.subject.frames else f"real-{frames}"]
-            pair = (real.sums["original"], outcomes["samples"].sums[f"{frames} frames"])
-            scores[str(frames)] |= _distance(evaluation, *(Gaussian.of(sums) for sums in pair))
+        if frames not in evaluation.datasets:
+            continue
+        real = outcomes["reconstruction" if frames == evaluation.subject.frames else f"real-{frames}"]
+        made, name = outcomes["samples"], f"{frames} frames"
+        scores[str(frames)]["real_clips"] = len(real.rows["original"])
+        scores[str(frames)]["pvdm_fast_features"] = _own_distances(real.rows["original"], made.rows[name])
+        if evaluation.networks.named is not None:
+            pair = (real.sums["original"], made.sums[name])
+            scores[str(frames)] |= _distance(evaluation.networks.named, *(Gaussian.of(sums) for sums in pair))
     return scores
 
 
@@ -220,27 +251,46 @@ def _score(sums: Any) -> dict[str, Any]:
     return {"mean": float(gaussian.mean[0]), "standard_error": error if math.isfinite(error) else None}
 
 
-def _distance(evaluation: Evaluation, real: Gaussian, made: Gaussian) -> dict[str, Any]:
+def _distance(network: FeatureNetwork, real: Gaussian, made: Gaussian) -> dict[str, Any]:
     """The distance. It is called FVD only with the feature network that defines FVD."""
-    assert evaluation.network is not None
     distance = frechet_distance(real, made)
+    release = None
+    if network.is_i3d and min(real.count, made.count) > 1:
+        release = frechet_distance(real.unbiased, made.unbiased)
     return {
         "frechet_distance": distance,
-        "fvd": distance if evaluation.network.is_i3d else None,
+        "fvd": distance if network.is_i3d else None,
+        "fvd_unbiased_covariances": release,
         "features": len(real.mean),
-        "real_clips": real.count,
     }
 
 
+def _own_distances(real: Tensor, made: Tensor) -> dict[str, Any] | None:
+    """Both distances in the shipped network's features, with intervals. None if there are too few clips."""
+    if min(len(real), len(made)) < FEWEST:
+        return None
+    found = {"frechet_distance": frechet(real, made), "kernel_distance": kernel(real, made)}
+    return {name: dataclasses.asdict(distance) for name, distance in found.items()}
+
+
 def _missing(evaluation: Evaluation) -> list[str]:
-    missing = []
-    if evaluation.network is None:
+    missing, named = [], evaluation.networks.named
+    if named is None:
         missing.append(f"R-FVD and FVD: no feature network was named; {features.HOW_TO_GET}")
-    elif not evaluation.network.is_i3d:
+    elif not named.is_i3d:
         missing.append(
-            f"R-FVD and FVD: {evaluation.network.path.name} is not the I3D network of StyleGAN-V, so its Fréchet "
+            f"R-FVD and FVD: {named.path.name} is not the I3D network of StyleGAN-V, so its Fréchet "
             f"distances compare with nothing that is published; {features.HOW_TO_GET}"
         )
+    clips, samples = evaluation.request.clips, evaluation.samples
+    if min(clips, samples or clips) < FEWEST:
+        missing.append(
+            f"distances in pvdm_fast's features: {clips} clips and {samples} samples are too few for their intervals; "
+            f"ask for {FEWEST} of each at least, with --clips and --samples"
+        )
+    for frames in evaluation.request.frames if samples else ():
+        if frames not in evaluation.datasets:
+            missing.append(f"distances at {frames} frames: no video is that long; ask for other lengths with --frames")
     if min(evaluation.subject.size) < WINDOW:
         missing.append(f"SSIM: its window needs frames of {WINDOW} x {WINDOW} at least")
     if evaluation.samples and evaluation.training is None:
@@ -258,7 +308,7 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
         caveats.append(
             f"{clips} clips of {videos} videos: a video counts more than once, and standard errors are too small"
         )
-    if evaluation.network is not None:
+    if evaluation.networks.named is not None:
         fewest = min(clips, evaluation.samples or clips)
         if fewest < PUBLISHED_CLIPS:
             caveats.append(

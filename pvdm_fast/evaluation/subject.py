@@ -45,10 +45,10 @@ class Subject:
     def facts(self) -> dict[str, Any]:
         """The models as part of the protocol: hashes of their weights, sizes, dtype, and whether they are
         averaged."""
-        facts: dict[str, Any] = {"autoencoder": _model_facts(self.autoencoder, self.run.autoencoder)}
+        facts: dict[str, Any] = {"autoencoder": model_facts(self.autoencoder, self.run.autoencoder)}
         if self.denoiser is not None:
             ema = None if self.config is None else {"decay": self.config.diffusion.ema_decay}
-            facts["denoiser"] = {**_model_facts(self.denoiser, self.run.denoiser), "ema": ema or "not known"}
+            facts["denoiser"] = {**model_facts(self.denoiser, self.run.denoiser), "ema": ema or "not known"}
         return facts
 
     @torch.no_grad()
@@ -79,7 +79,8 @@ def load_subject(run: Path, device: torch.device, dtype: str) -> Subject:
     )
 
 
-def _model_facts(model: Any, folder: Path) -> dict[str, Any]:
+def model_facts(model: Any, folder: Path) -> dict[str, Any]:
+    """What a model loaded from a folder is: hashes of its weights, its sizes, its dtype."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return {
         "sha256": {path.name: sha256(path) for path in files},

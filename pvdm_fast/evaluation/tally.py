@@ -1,4 +1,4 @@
-"""Sums that survive a crash: which batches of a pass are done, and the moments of what was measured on them."""
+"""Results that survive a crash: which batches of a pass are done, and moments or rows of what was measured on them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from pvdm_fast.jobs.reading import file_clock, parse_json
 
 @dataclass
 class Measured:
-    """What a batch gave: values (B, D) by name, and files that couldn't be read, with reasons."""
+    """What a batch gave: values (B, D) by name, of which only moments are kept, files that couldn't be read, with
+    reasons, and rows (B, D) float32 by name that are kept one by one."""
 
     values: dict[str, Tensor]
     unreadable: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Tally:
@@ -41,6 +43,7 @@ class Tally:
         self.path = path
         self.done = torch.zeros(batches, dtype=torch.bool)
         self.sums: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}  # "name@batch"
         self.unreadable: dict[str, str] = {}
         if path.exists():
             self._load()
@@ -58,21 +61,25 @@ class Tally:
             raise UserError(f"the statistics {self.path} cannot be read ({error}): {advice}") from error
         if done.shape != self.done.shape:
             raise UserError(f"the statistics {self.path} are of {len(done)} batches, not {len(self.done)}: {advice}")
-        self.done, self.sums = done, tensors
+        self.done = done
+        self.rows = {name: tensors.pop(name) for name in list(tensors) if "@" in name}
+        self.sums = tensors
 
     def add(self, batch: int, measured: Measured) -> None:
         """Add a batch, in memory only. Raises UserError for values that aren't finite."""
-        for name, values in measured.values.items():
+        for name, values in (*measured.values.items(), *measured.rows.items()):
             if not values.isfinite().all():
                 raise UserError(f"{name} is not finite for batch {batch}: the model's weights must be damaged")
+        for name, values in measured.values.items():
             sums = moments(values)
             self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self.rows.update({f"{name}@{batch}": rows for name, rows in measured.rows.items()})
         self.unreadable.update(measured.unreadable)
         self.done[batch] = True
 
     def save(self) -> None:
         """Write the file, complete or not at all. Raises UserError if the disk is full."""
-        tensors = {**self.sums, "done": self.done.to(torch.uint8)}
+        tensors = {**self.sums, **self.rows, "done": self.done.to(torch.uint8)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.path) as temporary:
@@ -95,12 +102,17 @@ def remaining(tallies: Sequence[Tally], batches: int) -> list[int]:
     return (~done).nonzero().flatten().tolist()
 
 
-def total(tallies: Sequence[Tally]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Sums and unreadable files of all tallies."""
+def total(tallies: Sequence[Tally]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    """Sums, rows in the order of batches, and unreadable files of all tallies."""
     sums: dict[str, Tensor] = {}
+    pieces: dict[str, dict[int, Tensor]] = {}
     unreadable: dict[str, str] = {}
     for tally in tallies:
         for name, values in tally.sums.items():
             sums[name] = sums[name] + values if name in sums else values
+        for label, values in tally.rows.items():
+            name, batch = label.rsplit("@", 1)
+            pieces.setdefault(name, {})[int(batch)] = values
         unreadable.update(tally.unreadable)
-    return sums, unreadable
+    rows = {name: torch.cat([values for _, values in sorted(found.items())]) for name, found in pieces.items()}
+    return sums, rows, unreadable

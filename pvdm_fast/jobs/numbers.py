@@ -88,6 +88,7 @@ def real(minimum: float, maximum: float) -> Number:
 # Ranges that several commands share. The upper ends are far beyond real use. They catch typing mistakes.
 SEED = whole(0, 2**63 - 1)
 VIDEOS = whole(1, 10_000_000)
+FIRST_VIDEO = whole(0, 1_000_000_000)
 FRAMES = whole(1, 1_000_000)  # of a sampled video
 CLIP_FRAMES = whole(1, 4096)
 SIDE = whole(1, 16_384)  # pixels
@@ -105,6 +106,7 @@ CLIPS_OR_NONE = whole(0, 10_000_000)
 SHOWN = whole(1, 1000)
 SECONDS = real(0, 1e6)
 FPS = real(0.1, 1000)
+CRF = whole(0, 51)  # x264's constant rate factor for 8 bits
 ETA = real(0, 1)
 GUIDANCE = real(0, 1000)
 

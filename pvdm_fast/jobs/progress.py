@@ -13,7 +13,25 @@ from pvdm_fast.errors import printable
 QUIET_SECONDS = 30.0
 
 
-class LogLines(tqdm):
+class _Bar(tqdm):
+    """With the time spent and left in days, where it is days: tqdm counts hours."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        facts: dict[str, Any] = super().format_dict
+        done, elapsed = facts["n"] - facts["initial"], facts["elapsed"]
+        rate = facts["rate"] or (done / elapsed if elapsed else 0)
+        left = duration((facts["total"] - facts["n"]) / rate) if rate else "?"
+        return {**facts, "spent": duration(elapsed), "left": left}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "05:59" or "3:05:59"; from a day on as "2 d 3 h"."""
+    days, rest = divmod(int(seconds), 86_400)
+    return f"{days} d {rest // 3600} h" if days else tqdm.format_interval(rest)
+
+
+class LogLines(_Bar):
     """A bar for output that isn't a terminal: whole lines, one every half minute at most, and one at the end."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
@@ -43,7 +61,7 @@ def make_bar(
     """
     terminal = sys.stderr.isatty()
     bar = "|{bar}| " if terminal else ""
-    return (tqdm if terminal else LogLines)(
+    return (_Bar if terminal else LogLines)(
         total=total,
         disable=not shown,
         initial=done,
@@ -55,7 +73,7 @@ def make_bar(
         mininterval=0.3 if terminal else QUIET_SECONDS,
         miniters=1,  # else tqdm waits for as many steps as came in that time before: a job that slows down goes silent
         smoothing=0.1 if terminal else 0.3,  # of the pace between two lines
-        bar_format="{desc} {percentage:3.0f}% " + bar + "{n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
+        bar_format="{desc} {percentage:3.0f}% " + bar + "{n_fmt}/{total_fmt} [{spent}, {left} left{postfix}]",
     )
 
 

@@ -115,7 +115,7 @@ class PlaneProjection(nn.Module):
         Returns:
             (B, sites, D).
         """
-        fused = self._plain_layers(lattice, to_latent)
+        fused = self._plain_layers(lattice, layout, plane, to_latent)
         if fused is not None:
             layers, weight, bias, eps = fused
             return ops.triplane_project(
@@ -126,15 +126,15 @@ class PlaneProjection(nn.Module):
         return planes.pointwise(to_latent, kept, PlaneLayout((sizes,))).tanh()
 
     def _plain_layers(
-        self, lattice: Tensor, to_latent: nn.Module
+        self, lattice: Tensor, layout: TriplaneLayout, plane: str, to_latent: nn.Module
     ) -> tuple[list[ops.ProjectionLayer], Tensor, Tensor, float] | None:
         """The layers, the latent's weight and bias, and eps, for one operation; None where there is none for them, or a
         layer isn't plain."""
         if not is_plain(self, PlaneProjection):
             return None
         latent = weights_of(to_latent, nn.Conv2d, POINTWISE_2D)
-        # Asked with one weight: collecting those of four layers takes 65 us, for nothing on a GPU.
-        if latent is None or not ops.fuses_projection(lattice, latent[0]):
+        # Asked with one weight: collecting those of four layers takes 65 us, for nothing in training on a GPU.
+        if latent is None or not ops.fuses_projection(lattice, latent[0], layout, plane):
             return None
         layers = [_weights_of_layer(layer) for layer in self.layers]
         found = [layer for layer in layers if layer is not None]

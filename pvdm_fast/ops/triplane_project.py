@@ -127,20 +127,36 @@ _forwards, _backwards = register(
 )
 
 
-def fuses_projection(x: Tensor, weight: Tensor) -> bool:
+def fuses_projection(x: Tensor, weight: Tensor, layout: TriplaneLayout, plane: str) -> bool:
     """Whether `triplane_project` should take the projection of x (B, T H W, C) by layers of matrices like `weight`.
 
-    So it should where a kernel serves it, which there is for CPUs, and where that is the quicker way. With a gradient
-    in bfloat16 and more than 256 channels it is not. Nor is it used under torch.compile, which fuses by itself, nor
-    where PyTorch must see every operation.
+    So it should where a kernel serves it, and where that is the quicker way. On a CPU with a gradient in bfloat16 and
+    more than 256 channels it is not. On a GPU there is no kernel for a gradient. Nor is it used under torch.compile,
+    which fuses by itself, nor where PyTorch must see every operation.
     """
     if torch.compiler.is_compiling() or transforming() or x.is_meta:
         return False
-    device = x.device.type
-    dtype = autocast_dtype(device) or weight.dtype
-    if dtype == torch.bfloat16 and records(x, weight) and x.shape[-1] > MOST_CHANNELS_IN_BFLOAT16:
+    device, asked = x.device.type, choice.requested()
+    if choice.serves("cpu", OP, asked, device, x.dtype):
+        dtype = autocast_dtype(device) or weight.dtype
+        return not (dtype == torch.bfloat16 and x.shape[-1] > MOST_CHANNELS_IN_BFLOAT16 and records(x, weight))
+    if torch.is_grad_enabled() or not choice.serves("triton", OP, asked, device, x.dtype):
         return False
-    return choice.serves("cpu", OP, choice.requested(), device, x.dtype)
+    sizes = (plane, layout.time, layout.height, layout.width)
+    return choice.refusal("triton", OP, (x, *sizes, 1, 0.0)) is None
+
+
+def _stacked(layers: Sequence[ProjectionLayer]) -> dict[str, Tensor]:
+    """The parameters of all layers by name, (layers, ...): views of one copy for each dtype, which is one launch."""
+    kinds = {name: [getattr(layer, name) for layer in layers] for name in ProjectionLayer._fields}
+    stacked: dict[str, Tensor] = {}
+    for dtype in {kind[0].dtype for kind in kinds.values()}:
+        of_dtype = {name: kind for name, kind in kinds.items() if kind[0].dtype == dtype}
+        copy = torch.cat([tensor.flatten() for kind in of_dtype.values() for tensor in kind])
+        parts = copy.split([sum(tensor.numel() for tensor in kind) for kind in of_dtype.values()])
+        shapes = ((len(kind), *kind[0].shape) for kind in of_dtype.values())
+        stacked |= {name: part.view(shape) for name, part, shape in zip(of_dtype, parts, shapes, strict=True)}
+    return stacked
 
 
 def triplane_project(
@@ -176,22 +192,20 @@ def triplane_project(
         ValueError: shapes or dtypes that don't fit, an unknown plane, no layer.
 
     Precision: sums and the residual stream are in float32 at least. Matrices in bfloat16 are multiplied with rows that
-        are rounded to bfloat16 where the CPU multiplies it.
-    Derivatives: reverse mode once by the backend's kernel, which keeps nothing but the inputs and computes the layers
-        again. Forward mode (jvp), double backward, Hessian-vector products and `torch.func` are right on every backend,
-        through the reference, which a log line says once. `vmap` runs the operation for each element in turn.
+        are rounded to bfloat16 where the CPU multiplies it, and on a GPU.
+    Derivatives: reverse mode once by the CPU's kernel, which keeps nothing but the inputs and computes the layers
+        again. Triton has no kernel for a gradient: the reference computes it. Forward mode (jvp), double backward,
+        Hessian-vector products and `torch.func` are right on every backend, through the reference, which a log line
+        says once. `vmap` runs the operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
-    Backends: reference, cpu.
+    Backends: reference, cpu, triton (at most 63 tokens along the axis; not on AMD's GPUs).
     """
     if not layers:
         raise ValueError(f"{OP}: there must be at least one layer.")
-    stacked = {
-        name: torch.stack(kind) for name, kind in zip(ProjectionLayer._fields, zip(*layers, strict=True), strict=True)
-    }
     tensors = {
         "token": token,
         "positions": positions,
-        **stacked,
+        **_stacked(layers),
         "latent_weight": latent_weight,
         "latent_bias": latent_bias,
     }

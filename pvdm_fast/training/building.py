@@ -180,12 +180,16 @@ def _check_attention(config: TrainConfig) -> None:
 
 
 def _check_objective(config: TrainConfig) -> None:
-    """Raises UserError for an option that this prediction would pass over."""
+    """Raises UserError for options that don't go together, such as what this prediction would pass over."""
     options, usual = config.diffusion, TrainConfig()
     if options.prediction == "flow" and options.loss_weight != "none":
         raise UserError(
             f"--diffusion-loss-weight {options.loss_weight} weighs the noise levels of the predictions noise and v, "
             "but flow has none: leave it out, and choose the times with --diffusion-time-mean and --diffusion-time-std"
+        )
+    if options.cached_clips and config.video.pad_short:
+        raise UserError(
+            "--diffusion-cached-clips goes without --pad-short: half of a padded clip has no latents to keep"
         )
     for key in FLOW_OPTIONS:
         if options.prediction != "flow" and get(config, key) != get(usual, key):

@@ -215,6 +215,13 @@ class DiffusionOptions(StageOptions):
     conditional_probability: float = option(
         0.2, "share of the clips trained with the clip before as condition", number=SHARE, resumable=True
     )
+    cached_clips: int = option(
+        0,
+        "videos' clips of 2T frames to encode once, before the stage, which then repeats these until its end; "
+        "0: encode new ones in each step",
+        number=whole(0, 1_000_000_000),
+        resumable=True,
+    )
     condition_per: Literal["clip", "batch"] = option(
         "clip",
         "what is drawn with that probability; batch: all clips of a forward pass have a condition, or none has, and "
@@ -224,13 +231,6 @@ class DiffusionOptions(StageOptions):
     float32: bool = option(
         False,
         "compute the denoiser in float32 whatever --mixed-precision says; only encoding follows it, as in the release",
-        resumable=True,
-    )
-    cached_clips: int = option(
-        0,
-        "videos' clips of 2T frames to encode once, before the stage, which then repeats these until its end; "
-        "0: encode new ones in each step",
-        number=whole(0, 1_000_000_000),
         resumable=True,
     )
     class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pvdm_fast.data import ClipDataset, ClipLoader, open_dataset
-from pvdm_fast.data.clips import Crop
 from pvdm_fast.data.latent_shards import save_shard
 from pvdm_fast.data.latents import (
     INDEX,
@@ -32,7 +31,7 @@ from pvdm_fast.data.latents import (
     make_index,
     shard_problem,
 )
-from pvdm_fast.data.transforms import Resize, to_float
+from pvdm_fast.data.transforms import to_float
 from pvdm_fast.diffusion.noise import window_starts
 from pvdm_fast.errors import UserError, printable
 from pvdm_fast.jobs import threads
@@ -54,7 +53,7 @@ class Encoding:
         clips: training clips of 2T frames, the first draws of ``data``. None: an epoch, one of each video.
         test_clips: held-out clips, at most an epoch.
         windows: how many windows of T frames of each clip's 2T, spread evenly, 2 to T + 1.
-        stride, seed, flip, crop, resize, fold, read_timeout, workers: as for training.
+        stride, seed, flip, read_timeout, workers, crop, resize, fold: as for training.
         batch_size: clips encoded at once.
         shard_clips: clips per file. container: "safetensors" or "tar".
     """
@@ -72,8 +71,8 @@ class Encoding:
     container: str = "safetensors"
     workers: int = 2
     read_timeout: float = READ_TIMEOUT
-    crop: Crop = "random"
-    resize: Resize = "bicubic"
+    crop: Literal["random", "centre"] = "random"
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
     fold: int = 1
 
 
@@ -284,9 +283,14 @@ def encode_for_run(config: TrainConfig, folder: Path, autoencoder: Autoencoder, 
         out=folder,
         clips=config.diffusion.cached_clips,
         test_clips=config.held_out_clips,
+        stride=video.stride,
         seed=config.seed,
+        flip=video.flip,
         workers=video.workers,
-        **video.drawing(),
+        read_timeout=video.read_timeout,
+        crop=video.crop,
+        resize=video.resize,
+        fold=video.fold,
     )
     facts = f"{wanted} {precision} {fingerprint(autoencoder)}"
     wanted = replace(wanted, out=folder / hashlib.sha256(facts.encode()).hexdigest()[:12])

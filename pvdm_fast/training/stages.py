@@ -53,10 +53,10 @@ class Stage(ABC):
     clip_frames: int
     height: int
     width: int
+    data: str | None = None  # what it reads in place of --data
     trains_model = True
     in_float32 = False
     pad_short = False
-    data: str | None = None  # what it reads in place of --data
 
     @abstractmethod
     def loss(

@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pvdm_fast.analysis import cases, full_cases
-from pvdm_fast.backends.choice import FUSED, OPERATIONS
+from pvdm_fast.backends.choice import FUSED, FUSED_PROJECTION, OPERATIONS
 
 
 def test_every_operation_has_full_sizes() -> None:
-    assert {case.op for case in full_cases.FULL.values()} == {*OPERATIONS, *FUSED}
+    assert {case.op for case in full_cases.FULL.values()} == {*OPERATIONS, *FUSED, *FUSED_PROJECTION}
     assert {case.op for case in full_cases.FUSED.values()} == set(FUSED)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pvdm_fast.analysis.workload import Call, TensorSpec, calls
-from pvdm_fast.backends.choice import FUSED, OPERATIONS
+from pvdm_fast.backends.choice import FUSED, FUSED_PROJECTION, OPERATIONS
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -18,7 +18,7 @@ def dtypes(found: list[Call], op: str) -> set[torch.dtype]:
 def test_every_operation_forward_and_backward() -> None:
     found = {(call.op, call.direction) for call in calls("small", HALF)}
     training = {(op, direction) for op in OPERATIONS for direction in ("forward", "backward")}
-    assert found == training | {(op, "forward") for op in FUSED}
+    assert found == training | {(op, "forward") for op in (*FUSED, *FUSED_PROJECTION)}
 
 
 def test_calls_of_a_dtype_follow_from_another() -> None:

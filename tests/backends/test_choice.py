@@ -195,7 +195,7 @@ def test_environment_variable() -> None:
 
 def test_report_covers_everything() -> None:
     report = choice.report("cpu")
-    assert set(report) == {*OPERATIONS, *choice.FUSED_ON_CPU}
+    assert set(report) == {*OPERATIONS, *choice.FUSED_PROJECTION}
     for op, row in report.items():
         assert set(row) == {"auto", *BACKENDS}
         assert row["reference"] is None
@@ -205,7 +205,7 @@ def test_report_covers_everything() -> None:
 
 
 def test_served_operations_exist() -> None:
-    known = (*OPERATIONS, *choice.FUSED, *choice.FUSED_ON_CPU)
+    known = (*OPERATIONS, *choice.FUSED, *choice.FUSED_PROJECTION)
     assert all(op in known for served in SERVED.values() for op in served)
 
 

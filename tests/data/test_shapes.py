@@ -144,3 +144,21 @@ def test_rendering_is_quick() -> None:
             dataset[30 * attempt + draw]
         rates.append(30 / (time.process_time() - start))
     assert max(rates) > 150  # about 2,000 per second of CPU time
+
+
+def test_visible_shares_are_what_the_border_and_nearer_objects_leave() -> None:
+    scene = next(scene for scene in map(draw_scene, map(generator, range(20))) if len(scene.kind) == 2)
+    two = dataclasses.replace(
+        scene,
+        kind=np.full(2, KINDS.index("square")),
+        radius=np.full(2, 0.2),
+        start=np.array([[0.5, 0.3], [0.5, 0.9]]),
+        velocity=np.array([[0.0, 0.15], [0.0, 0.1]]),
+        bounces=np.full(2, False),
+    )
+    shares = two.visible(2, 64, 64)  # squares of side 0.3: the nearer one sticks out by 0.05, then by 0.15
+    assert np.abs(shares - [[1, 5 / 6], [1, 0.5]]).max() < 0.02
+    hidden = dataclasses.replace(two, start=np.array([[0.5, 0.5], [0.5, 0.6]])).visible(1, 64, 64)
+    assert np.abs(hidden - [[1 / 3, 1]]).max() < 0.02
+    gone = dataclasses.replace(two, start=np.array([[0.5, -0.2], [0.5, 0.5]])).visible(1, 64, 64)
+    assert np.abs(gone - [[0, 1]]).max() < 0.02

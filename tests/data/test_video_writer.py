@@ -14,7 +14,7 @@ import torch
 from data import films
 from PIL import Image
 
-from pvdm_fast.data import video_grid, write_video
+from pvdm_fast.data import open_video, video_grid, write_video
 
 
 def psnr(left: np.ndarray, right: np.ndarray) -> float:
@@ -119,6 +119,8 @@ def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
 def test_wrong_arguments(tmp_path: Path, name: str, film: np.ndarray, fps: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_video(tmp_path / name, film, fps)
+    with pytest.raises(ValueError, match=r"crf is the quality of H\.264"), open_video(tmp_path / "a.gif", crf=20):
+        pass
 
 
 def test_a_grid_places_videos_row_by_row() -> None:

@@ -16,7 +16,7 @@ from filling import randomised
 from pvdm_fast import PVDMPipeline
 from pvdm_fast.data import write_video
 from pvdm_fast.data.continuation import last_clip
-from pvdm_fast.diffusion.sampling import sample_video
+from pvdm_fast.diffusion.sampling import NoiseSource, sample_video
 from pvdm_fast.diffusion.schedulers import OF_NOISE, make_scheduler
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -61,8 +61,9 @@ def quiet(pipeline: PVDMPipeline) -> PVDMPipeline:
 
 
 def test_it_is_sample_video(pipeline: PVDMPipeline) -> None:
-    """The same seed gives the same videos both ways: longer than a clip, cut, and in all forms."""
-    expected = sample_video(pipeline.autoencoder, pipeline.denoiser, clips=2, frames=6, steps=3, seed=5)
+    """The same noise gives the same videos both ways: longer than a clip, cut, and in all forms."""
+    noise = NoiseSource(5)
+    expected = sample_video(pipeline.autoencoder, pipeline.denoiser, clips=2, frames=6, steps=3, seed=noise)
     assert expected.shape == (2, 3, 6, 16, 24)
     arguments: dict[str, Any] = dict(num_frames=6, num_inference_steps=3, batch_size=2)
     as_torch = pipeline(**arguments, generator=seeded(5), output_type="pt").frames

@@ -53,11 +53,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_commands_run(run: Path) -> None:
     found = commands("sample")
-    assert len(found) == 4
+    assert len(found) == 7
     for arguments in found:
         less = [*LESS, "--frames", "40"] if "--frames" in arguments else LESS
         assert main([str(run) if word == "RUN" else word for word in arguments] + less) == 0
         assert Path(arguments[-1]).stat().st_size > 0
+    assert Path("samples/seed-0-clip-000000.mp4").is_file()
+    assert len(list(Path("pictures/seed-0-clip-000000").glob("*.png"))) == 16
     (training,) = commands("train")
     assert parse(training).changes["diffusion.class_conditional"] is True
 

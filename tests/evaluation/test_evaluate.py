@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,11 +26,13 @@ from tolerances import FRECHET, SUM_ORDER
 from pvdm_fast.data import ClipDataset, Item, open_dataset, write_video
 from pvdm_fast.data.clips import ClipSpec
 from pvdm_fast.evaluate import main, parse
-from pvdm_fast.evaluation import passes
+from pvdm_fast.evaluation import clip_network, distances, passes, session
+from pvdm_fast.evaluation.clip_network import ClipFeatures
 from pvdm_fast.evaluation.clips import BothSplits, open_clips, read_batches
 from pvdm_fast.evaluation.features import I3D_SHA256, FeatureNetwork
 from pvdm_fast.evaluation.ssim import ssim
 from pvdm_fast.evaluation.subject import load_subject
+from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.models import Denoiser
 
@@ -99,7 +103,8 @@ def test_the_protocol_is_written_with_the_numbers(whole: Path, run: Path, networ
     assert protocol["model"]["denoiser"]["ema"] == {"decay": 0.9999}
     assert len(protocol["model"]["autoencoder"]["sha256"]["diffusion_pytorch_model.safetensors"]) == 64
     assert protocol["environment"]["versions"]["torch"] and protocol["environment"]["device"]
-    assert set(protocol["metrics"]) == {"psnr", "ssim", "frechet_distance"}
+    assert set(protocol["metrics"]) == {"psnr", "ssim", "frechet_distance", "pvdm_fast_features"}
+    assert protocol["pvdm_fast_features"]["sha256"] == sha256(clip_network.WEIGHTS)
 
 
 def test_another_network_s_distance_is_never_called_fvd(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,8 +119,48 @@ def test_without_a_network_the_rest_is_computed(run: Path, tmp_path: Path, capsy
     assert main([str(run), *QUICK, "--out", str(tmp_path)]) == 0
     found = results(tmp_path)["results"]
     assert found["reconstruction"]["psnr"]["mean"] > 0 and "frechet_distance" not in found["reconstruction"]
-    assert found["generation"] == {"4": {"samples": 8}, "6": {"samples": 8}}, "only the samples that are shown"
-    assert I3D_SHA256 in capsys.readouterr().out
+    few = {"samples": 10, "real_clips": 18, "pvdm_fast_features": None}
+    assert found["generation"] == {"4": few, "6": few} and found["reconstruction"]["pvdm_fast_features"] is None
+    said = capsys.readouterr().out
+    assert (
+        I3D_SHA256 in said and "18 clips and 10 samples are too few" in said and f"{distances.FEWEST} of each" in said
+    )
+
+
+def test_our_distances_are_those_of_the_features_in_order(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distances, "REPLICATES", 5)
+    for module in (distances, session):
+        monkeypatch.setattr(module, "FEWEST", 10)
+    assert main([str(run), *QUICK, "--out", str(tmp_path)]) == 0
+    found = results(tmp_path)["results"]
+    subject, features = load_subject(run, CPU, "fp32"), ClipFeatures(CPU)
+    original = clips(4, 18)
+    result = torch.cat([subject.reconstruct(batch) for batch in original.split(4)])
+    options = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["sampling"]
+    batches = [range(first, min(first + 4, 10)) for first in range(0, 10, 4)]
+    samples = torch.cat([passes.sample_batch(subject, batch, 6, options) for batch in batches])
+    pairs = [(original, result, found["reconstruction"]), (original, samples[:, :, :4], found["generation"]["4"])]
+    for real, made, scores in (*pairs, (clips(6, 18), samples, found["generation"]["6"])):
+        for name, distance in (("frechet_distance", distances.frechet), ("kernel_distance", distances.kernel)):
+            expected = distance(features(real), features(made))
+            assert scores["pvdm_fast_features"][name] == pytest.approx(dataclasses.asdict(expected), rel=1e-3, abs=1e-4)
+    said = capsys.readouterr().out
+    assert "samples, Fréchet distance, our features" in said and "kernel distance, our features" in said
+    assert not re.search(r"^(R-)?FVD", said, re.M), "nothing is called FVD"
+
+
+def test_lengths_that_no_video_has_are_told(run: Path, tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    for number in range(2):
+        write_video(films / f"{number}.mp4", np.full((5, 30, 60, 3), 90 * number, np.uint8))
+    arguments = ["--data", str(films), "--split", "all", "--clips", "2", "--samples", "2", "--stride", "1"]
+    assert main([str(run), *QUICK, *arguments, "--out", str(tmp_path / "out")]) == 0
+    found = results(tmp_path / "out")["results"]
+    assert found["generation"]["6"] == {"samples": 2} and found["generation"]["4"]["real_clips"] == 2
+    assert any("distances at 6 frames: no video is that long" in line for line in found["missing"])
 
 
 class Crash(BaseException):
@@ -389,7 +434,7 @@ def test_what_was_trained_on_is_the_default(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("stride: 1", "stride: 3").replace("fold: 1", "fold: 2"))
-    (request,) = parse([str(tmp_path / "run")])
+    request = parse([str(tmp_path / "run")])[0]
     assert (request.stride, request.fold) == (3, 2), "the first fold's test videos trained this run"
     assert parse([str(tmp_path / "run"), "--stride", "2", "--data", "films"])[0].data == "films"
 

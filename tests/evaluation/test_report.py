@@ -138,11 +138,25 @@ def test_names_are_not_taken_for_html(tmp_path: Path) -> None:
 
 def test_fvd_is_named_where_it_is_one() -> None:
     scores = {"clips": 2048, "frames": 16, "psnr": None, "ssim": None, "frechet_distance": 12.34, "fvd": 12.34}
-    generated = {"128": {"samples": 2048, "real_clips": 2048, "frechet_distance": 300.0, "fvd": 300.0}}
+    of_both = {"samples": 2048, "real_clips": 2048}
+    generated = {"128": of_both | {"frechet_distance": 300.0, "fvd": 300.0, "fvd_unbiased_covariances": 300.2}}
     rows = score_rows({"reconstruction": scores, "generation": generated})
     assert rows == [
         ("R-FVD", "12.34", "2,048 clips of 16 frames"),
         ("FVD, 128 frames", "300.00", "2,048 samples and 2,048 clips of 128 frames"),
+        ("FVD with PVDM's covariances, 128 frames", "300.20", "2,048 samples and 2,048 clips of 128 frames"),
+    ]
+
+
+def test_our_distances_are_never_called_fvd() -> None:
+    distances = {"frechet_distance": (12.3, 10.0, 14.0), "kernel_distance": (0.01234, -0.001, 0.02)}
+    ours = {key: dict(zip(("value", "low", "high"), value, strict=True)) for key, value in distances.items()}
+    generated = {"16": {"samples": 256, "real_clips": 2048, "pvdm_fast_features": ours}}
+    scores = {"clips": 2048, "frames": 16, "psnr": None, "ssim": None, "pvdm_fast_features": None}
+    of = "256 samples and 2,048 clips of 16 frames"
+    assert score_rows({"reconstruction": scores, "generation": generated}) == [
+        ("samples, Fréchet distance, our features", "12.30 (10.00 to 14.00)", of),
+        ("samples, kernel distance, our features", "0.012 (-0.001 to 0.020)", of),
     ]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pvdm_fast.analysis import goldens
-from pvdm_fast.backends.choice import FUSED, OPERATIONS
+from pvdm_fast.backends.choice import FUSED, FUSED_PROJECTION, OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -42,7 +42,7 @@ def lines_of(selftest: subprocess.CompletedProcess[str], what: str) -> list[str]
     return [line for line in selftest.stdout.splitlines() if re.match(rf"{re.escape(what)}(,| )", line)]
 
 
-@pytest.mark.parametrize("op", [*OPERATIONS, *FUSED])
+@pytest.mark.parametrize("op", [*OPERATIONS, *FUSED, *FUSED_PROJECTION])
 def test_operations_are_right(selftest: subprocess.CompletedProcess[str], op: str) -> None:
     """On every backend that runs there, at small sizes and at those of full networks."""
     compared = [line for line in lines_of(selftest, op) if "not run" not in line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from typing import Any
 
@@ -76,3 +77,25 @@ def test_a_short_job_leaves_one_line_or_none(capsys: pytest.CaptureFixture[str])
         with progress.make_bar("clips", 3, keep=keep) as bar:
             bar.update(3)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_long_times_are_in_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of ten steps took seven hours."""
+    shown, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress.sys, "stderr", shown)
+    bar = progress.make_bar("steps", 10)
+    bar._time = lambda: now[0]
+    bar.start_t = bar.last_print_t = 0.0
+    now[0] = 7 * 3600.0
+    bar.update(1)
+    assert "1/10 [7:00:00, 2 d 15 h left]" in shown.getvalue()
+    now[0] *= 9
+    bar.update(8)
+    assert "9/10 [2 d 15 h, 7:00:00 left]" in shown.getvalue()
+    bar.close()
+    assert [progress.duration(seconds) for seconds in (0, 59.9, 86_399, 86_400)] == [
+        "00:00",
+        "00:59",
+        "23:59:59",
+        "1 d 0 h",
+    ]

@@ -59,12 +59,12 @@ def test_a_clip_is_written_before_the_next_is_sampled(
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    def noted(videos: torch.Tensor, columns: int) -> np.ndarray:
-        written.append(videos.shape[2])
-        return np.zeros((videos.shape[2], 16, 16, 3), np.uint8)
+    def noted(videos: list[np.ndarray], columns: int) -> np.ndarray:
+        written.append(len(videos[0]))
+        return videos[0]
 
     monkeypatch.setattr(sampling, "sample_latents", interrupted)
-    monkeypatch.setattr("pvdm_fast.data.video_grid", noted)
+    monkeypatch.setattr("pvdm_fast.data.sampled_videos.arrange", noted)
     assert run_sample(finished, tmp_path / "out.mp4", "--frames", "40") == 130
     assert rounds == [0, 4, 8]
     assert not list(tmp_path.iterdir())

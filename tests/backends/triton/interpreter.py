@@ -8,7 +8,8 @@
 - **Bounds.** Every address that is loaded or stored must be an element of a tensor passed to the kernel. The gaps of a
   view don't belong to it.
 - **Races.** No two programs may store, or store and load, one address without atomics. No single store may put two
-  values there. Programs run one after another here, so results alone wouldn't show it.
+  values there. Programs run one after another here, so results alone wouldn't show it. And a program that loads what
+  it has stored needs a `tl.debug_barrier` between the two: on a GPU other threads may load.
 - **Undefined values.** Lanes that a mask leaves out, and memory that a launcher allocates without filling it, are NaN
   (for integers the largest number).
 """
@@ -37,7 +38,8 @@ NEEDED = {
     "GridExecutor": ("__call__", "_init_args_hst"),
     "InterpreterBuilder": (
         *("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"),
-        *("create_dot", "cast_impl", "binary_op", "unary_op", "ternary_op", "create_fma", "create_rsqrt", "create_erf"),
+        *("create_barrier", "create_dot", "cast_impl", "binary_op", "unary_op", "ternary_op", "create_fma"),
+        *("create_rsqrt", "create_erf"),
     ),
     "ReduceScanOpInterface": ("check_tensor",),
 }
@@ -60,6 +62,7 @@ class Memory:
         self.given = given.numpy()
         self.writer = np.full(self.given.shape, NOBODY, dtype=np.int32)
         self.reader = np.full(self.given.shape, NOBODY, dtype=np.int32)
+        self.fresh = np.zeros(self.given.shape, dtype=np.bool_)  # stored by the running program since its last barrier
 
     def elements(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Indices into the arrays above for `addresses` of `size` bytes each."""
@@ -78,6 +81,7 @@ class Launch:
     def __init__(self, kernel: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         self.kernel = kernel
         self.patched: set[int] = set()
+        self.running = NOBODY
         by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors:
             if tensor.numel():
@@ -126,13 +130,27 @@ class Launch:
             return
         (x, y, z), (nx, ny, _) = builder.grid_idx, builder.grid_dim
         program = x + nx * (y + ny * z)
+        if program != self.running:
+            self.barrier()
+            self.running = program
         writers, readers = memory.writer[elements], memory.reader[elements]
         self._no_race(kind, "stored", writers, program, builder, memory)
         if kind == "store":
             self._no_race(kind, "loaded", readers, program, builder, memory)
             memory.writer[elements] = program
+            memory.fresh[elements] = True
         else:
+            if memory.fresh[elements].any():
+                raise RuntimeError(
+                    f"race: program {builder.grid_idx} of {self.kernel} loads from {memory.name} what it has stored "
+                    "there without a tl.debug_barrier in between."
+                )
             memory.reader[elements] = np.where((readers == NOBODY) | (readers == program), program, SEVERAL)
+
+    def barrier(self) -> None:
+        """From here on the program's threads see what each of them has stored."""
+        for memory in self.memories:
+            memory.fresh[:] = False
 
     def _no_race(self, kind: str, did: str, others: np.ndarray, program: int, builder: Any, memory: Memory) -> None:
         wrong = others[(others != NOBODY) & (others != program)]
@@ -195,6 +213,10 @@ def _check_accesses() -> None:
         if (bits(found) != bits(data)).any():
             raise RuntimeError(f"race: {_launch.kernel} stores two values at one address in one store.")
 
+    def create_barrier(self: Any) -> None:
+        assert _launch is not None
+        _launch.barrier()
+
     def create_atomic_rmw(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         assert _launch is not None
         _launch.access("atomic", self, pointers, mask.data)
@@ -207,6 +229,7 @@ def _check_accesses() -> None:
 
     executor._init_args_hst, executor.__call__ = _init_args_hst, __call__
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+    builder.create_barrier = create_barrier
     builder.create_atomic_rmw, builder.create_atomic_cas = create_atomic_rmw, create_atomic_cas
 
 

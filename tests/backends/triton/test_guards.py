@@ -137,6 +137,26 @@ def colliding_kernel(y, x, BLOCK: tl.constexpr):
     tl.store(y + i // 2, tl.load(x + i))
 
 
+@triton.jit
+def handing_over_kernel(y, BARRIER: tl.constexpr, BLOCK: tl.constexpr):
+    """Thread i stores, and its neighbour loads."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, i.to(tl.float32))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(y + i, tl.load(y + (i ^ 1)))
+
+
+def test_a_load_of_what_was_stored_needs_a_barrier() -> None:
+    y = torch.zeros(2 * BLOCK)
+    handing_over_kernel[(2,)](y, BARRIER=True, BLOCK=BLOCK)
+    assert torch.equal(y, torch.arange(2 * BLOCK).view(-1, 2).flip(1).flatten().float())
+    with pytest.raises(
+        InterpreterError, match=r"race: program \(0, 0, 0\) of handing_over_kernel loads from y what it"
+    ):
+        handing_over_kernel[(2,)](y, BARRIER=False, BLOCK=BLOCK)
+
+
 def test_two_values_at_one_address() -> None:
     y = torch.empty(8)
     colliding_kernel[(1,)](y, torch.ones(16), BLOCK=16)  # storing the same value twice is no fault
@@ -179,7 +199,7 @@ def test_launchers_are_poisoned() -> None:
     for op in choice.SERVED["triton"]:
         module = choice.implementation("triton", op)
         assert hasattr(module.forward, "__wrapped__")
-        assert op in choice.FUSED or hasattr(module.backward, "__wrapped__")
+        assert op in (*choice.FUSED, *choice.FUSED_PROJECTION) or hasattr(module.backward, "__wrapped__")
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from comparison import assert_close
 from torch import Tensor
 
 from pvdm_fast import TriplaneLayout, ops, use_backend
+from pvdm_fast.analysis.projections import Projection
 from pvdm_fast.backends import choice
 from pvdm_fast.errors import BackendError
 from pvdm_fast.layout import PlaneLayout
@@ -42,6 +43,7 @@ def block(channels: int, heads: int, groups: int) -> Tensor:
         return ops.attention_block(draw(1, 3, c), *weights, heads=heads, groups=groups)
 
 
+LONG = Projection((64, 1, 2), "xy", channels=8, heads=2, head_width=4)
 BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
     ("segment_attention", WIDE_HEADS, lambda: ops.segment_attention(draw(1, 4, 3, 1, 257))),
     ("axial_attention", WIDE_HEADS, lambda: ops.axial_attention(draw(1, 2, 2, 2, 3, 1, 257), "time")),
@@ -62,6 +64,11 @@ BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
         "triplane_expand",
         r"latents of at most 20 channels, not 21: use another backend",
         lambda: ops.triplane_expand(draw(1, LAYOUT.num_tokens, 21), LAYOUT, draw(3, 4, 21), draw(3, 4)),
+    ),
+    (
+        "triplane_project",
+        r"sequences of at most 64 elements, not 65: use another backend",
+        lambda: LONG.run(*(tensor.float() for tensor in LONG.tensors().values())),
     ),
     ("attention_block", WIDE_HEADS, lambda: block(257, 1, 257)),
     ("attention_block", r"groups of at most 128 channels, not 129: use more groups", lambda: block(129, 1, 1)),
