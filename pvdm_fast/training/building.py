@@ -187,10 +187,6 @@ def _check_objective(config: TrainConfig) -> None:
             f"--diffusion-loss-weight {options.loss_weight} weighs the noise levels of the predictions noise and v, "
             "but flow has none: leave it out, and choose the times with --diffusion-time-mean and --diffusion-time-std"
         )
-    if options.cached_clips and config.video.pad_short:
-        raise UserError(
-            "--diffusion-cached-clips goes without --pad-short: half of a padded clip has no latents to keep"
-        )
     for key in FLOW_OPTIONS:
         if options.prediction != "flow" and get(config, key) != get(usual, key):
             raise UserError(

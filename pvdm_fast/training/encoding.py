@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from pvdm_fast.data import ClipDataset, ClipLoader, open_dataset
-from pvdm_fast.data.clips import Crop
 from pvdm_fast.data.latent_shards import save_shard
 from pvdm_fast.data.latents import (
     INDEX,
@@ -32,7 +31,7 @@ from pvdm_fast.data.latents import (
     make_index,
     shard_problem,
 )
-from pvdm_fast.data.transforms import Resize, to_float
+from pvdm_fast.data.transforms import to_float
 from pvdm_fast.diffusion.noise import window_starts
 from pvdm_fast.errors import UserError, printable
 from pvdm_fast.jobs import threads
@@ -284,7 +283,9 @@ def encode_for_run(config: TrainConfig, folder: Path, autoencoder: Autoencoder, 
         out=folder,
         clips=config.diffusion.cached_clips,
         test_clips=config.held_out_clips,
+        stride=video.stride,
         seed=config.seed,
+        flip=video.flip,
         workers=video.workers,
         **video.drawing(),
     )
