@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -71,8 +71,8 @@ class Encoding:
     container: str = "safetensors"
     workers: int = 2
     read_timeout: float = READ_TIMEOUT
-    crop: Crop = "random"
-    resize: Resize = "bicubic"
+    crop: Literal["random", "centre"] = "random"
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
     fold: int = 1
 
 
@@ -283,9 +283,7 @@ def encode_for_run(config: TrainConfig, folder: Path, autoencoder: Autoencoder, 
         out=folder,
         clips=config.diffusion.cached_clips,
         test_clips=config.held_out_clips,
-        stride=video.stride,
         seed=config.seed,
-        flip=video.flip,
         workers=video.workers,
         **video.drawing(),
     )
