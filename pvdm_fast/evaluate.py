@@ -23,10 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m pvdm_fast.evaluate",
         description="Measures PSNR and SSIM of reconstructions, and Fréchet and kernel distances of reconstructions "
-        "and samples in features of our own, with intervals; with a network that you name also FVD. Of rendered scenes "
-        "it also says whether objects keep their names and paths. Writes evaluation.json and report.html. The same "
-        "command continues an evaluation that was interrupted. Several processes share the work: "
-        "torchrun --nproc-per-node 8 -m pvdm_fast.evaluate ...",
+        "and samples in features of our own, with intervals; with a network that you name also FVD. Writes "
+        "evaluation.json and report.html. The same command continues an evaluation that was interrupted. Several "
+        "processes share the work: torchrun --nproc-per-node 8 -m pvdm_fast.evaluate ...",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
