@@ -61,6 +61,8 @@ def make_stage(lpips: Path | None = None, **adversarial: Any) -> SecondPhaseStag
             "autoencoder.patch_size": 8,
             "autoencoder.channels": 16,
             "autoencoder.depth": 1,
+            "autoencoder.latent_channels": 4,
+            "autoencoder.latent_noise": 0.2,
             "lpips_weights": str(lpips) if lpips else None,
             **{f"adversarial.{name}": value for name, value in options.items()},
         }
