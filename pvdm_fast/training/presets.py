@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup": 50,
         },
         "diffusion": {
-            "steps": 4000,
+            "steps": 3000,
             "batch_size": 16,
             "normalize_latents": True,
             "time_shift": 4.0,
