@@ -28,7 +28,8 @@ def test_trains_and_samples(clips: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = """--preset tiny --frames 16 --height 64 --width 64 --autoencoder-patch-size 8 --autoencoder-channels 32
         --autoencoder-depth 1 --diffusion-model-channels 32 --diffusion-channel-mult 1 2 --autoencoder-batch-size 2
-        --diffusion-batch-size 2 --held-out-clips 2 --diffusion-sampling-steps 2 --workers 0 --device cpu"""
+        --diffusion-batch-size 2 --held-out-clips 2 --diffusion-sampling-steps 2 --workers 0 --device cpu
+        --diffusion-cached-clips 4"""
     assert train(["--data", str(clips), "--run", str(run), *options.split(), *steps(3)]) == 0
     results = json.loads((run / "results.json").read_text())
     assert results["autoencoder"]["steps"] == results["diffusion"]["steps"] == 3
