@@ -215,7 +215,7 @@ print(extensions.extension("_cpu").isa())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("amx" not in SETS, reason="needs a CPU with AMX")
+@pytest.mark.skipif("amx" not in SETS, reason="run it on a CPU with AMX")
 @pytest.mark.parametrize("first", [True, False])
 def test_tiles_in_a_forked_worker(first: bool, tmp_path: Path) -> None:
     """The permission to use tiles belongs to a process. A child inherits its parent's, or asks for its own."""
