@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
@@ -52,6 +53,8 @@ REMEDY = re.compile(r"\b(install|run|rerun|set|unset|use)\b.")
 def _same_start() -> None:
     torch.manual_seed(0)
     operation.forget()  # which backends were chosen: tests change what there is to choose from
+    if "accelerate.state" in sys.modules:  # it keeps the first job's precision for the whole process, and jobs differ
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

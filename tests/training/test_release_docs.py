@@ -20,7 +20,7 @@ LESS = {
     "sample": ["--clips", "1", "--steps", "1", "--device", "cpu"],
     "train": shlex.split(
         "--autoencoder-steps 1 --diffusion-steps 1 --autoencoder-batch-size 1 --diffusion-batch-size 1 --workers 0 "
-        "--held-out-clips 1 --diffusion-sampling-steps 1 --device cpu"
+        "--held-out-clips 1 --diffusion-sampling-steps 1 --diffusion-cached-clips 0 --device cpu"
     ),
 }
 
