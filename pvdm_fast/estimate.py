@@ -95,8 +95,13 @@ def _in_16_bits(config: TrainConfig) -> bool:
         raise UserError("--mixed-precision must be auto, no or bf16 here: fp16 weighs the same as bf16")
     if config.mixed_precision != "auto":
         return config.mixed_precision == "bf16"
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return choose_precision("auto", device).dtype == torch.bfloat16
+    return choose_precision("auto", _device(config)).dtype == torch.bfloat16
+
+
+def _device(config: TrainConfig) -> str:
+    import torch
+
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def estimate(config: TrainConfig, stage: str) -> Estimate:
@@ -219,11 +224,10 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=metadata["number"], metavar="N", help=metadata["help"])
     parser.add_argument(
         "--mixed-precision",
-        default="auto",
         metavar="{auto,no,bf16}",
-        help="(default: auto, what training would choose on this machine)",
+        help="(default: what training with the preset would compute in on this machine)",
     )
-    parser.add_argument("--optimizer", default="adamw", metavar="{adamw,adamw8bit,muon}", help="(default: adamw)")
+    parser.add_argument("--optimizer", metavar="{adamw,adamw8bit,muon}", help="(default: the preset's)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument(
         "--measure",
@@ -238,20 +242,27 @@ def make_parser() -> argparse.ArgumentParser:
 
 def configure(options: argparse.Namespace) -> TrainConfig:
     """The training configuration of the command line. Raises UserError for a value that doesn't fit."""
+    import torch
+
+    from pvdm_fast.backends.precision import choose_precision
     from pvdm_fast.training.config import STAGES, make_config
 
     changes: dict[str, Any] = {
         "preset": options.preset,
         "stage": options.stage,
-        "mixed_precision": options.mixed_precision,
-        "optimizer": options.optimizer,
     }
+    asked = {name: getattr(options, name) for name in ("mixed_precision", "optimizer")}
+    changes |= {name: value for name, value in asked.items() if value is not None}
     changes |= {f"video.{name}": getattr(options, name) for name in ("frames", "height", "width")}
     for stage in STAGES:
         changes[f"{stage}.checkpointing"] = options.checkpointing
         if options.batch_size is not None:
             changes[f"{stage}.batch_size"] = options.batch_size
-    return make_config(changes)
+    config = make_config(changes)
+    if options.mixed_precision is None:
+        chosen = choose_precision(config.mixed_precision, _device(config))
+        config.mixed_precision = "no" if chosen.dtype == torch.float32 else "bf16"  # fp16 weighs the same
+    return config
 
 
 def measured(config: TrainConfig, found: Estimate, seconds: float) -> Pace | str | None:

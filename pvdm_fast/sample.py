@@ -208,6 +208,7 @@ def _sample(options: argparse.Namespace) -> None:
     from pvdm_fast.diffusion.cuda_graph import choose_prediction
     from pvdm_fast.diffusion.pipeline import class_numbers
     from pvdm_fast.diffusion.sampling import SamplingOptions, check_pair, fitting_scheduler, passes
+    from pvdm_fast.diffusion.schedulers import scheduler_name
 
     autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
     check_pair(autoencoder, denoiser)
@@ -218,6 +219,7 @@ def _sample(options: argparse.Namespace) -> None:
             f"--guidance has nothing to follow: give a --class, a --condition, or more --frames than {size['frames']}, "
             "or leave it out"
         )
+    _check_eta(options.eta, scheduler_name(options.scheduler, denoiser.config["prediction"]))
     options.fps = _frame_rate(options.run) if options.fps is None else options.fps
     if not options.folder and options.format != "npy":
         check_grid(options.clips, size["height"], size["width"])
@@ -346,6 +348,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype must be auto, fp32 or bf16, not {options.dtype!r}")
     check_name(options.scheduler)
+    _check_eta(options.eta, options.scheduler)
     _check_effects(options, (options.format or FORMATS[0]) if options.folder else suffix)
     if not options.folder and options.out.exists() and not options.overwrite:
         raise UserError(
@@ -354,17 +357,18 @@ def _check(options: argparse.Namespace) -> None:
     options.format = (options.format or FORMATS[0]) if options.folder else suffix
 
 
+def _check_eta(eta: float | None, scheduler: str) -> None:
+    """Raises UserError for an --eta that this scheduler has no use for. What "auto" is, the model decides."""
+    if eta is not None and scheduler not in ("auto", "ddim"):
+        raise UserError(f"--eta is DDIM's share of new noise, and {scheduler} has none: leave it out, or take ddim")
+
+
 def _check_effects(options: argparse.Namespace, form: str) -> None:
     """Raises UserError for an option that would change nothing where ``form`` is written."""
     from pvdm_fast.data.video_writer import has_x264
 
     for name, vain, reason in (
         ("stride", options.condition is None, "chooses frames of --condition: give a video with it"),
-        (
-            "eta",
-            options.scheduler not in ("auto", "ddim"),
-            f"is DDIM's share of new noise, and {options.scheduler} has none",
-        ),
         ("format", not options.folder, f"is for a folder (--out DIR/), and {options.out} says its format itself"),
         ("fps", form not in FRAME_RATES, f"is for {' and '.join(FRAME_RATES)}, and {form} holds no frame rate"),
         ("crf", form != "mp4", f"is the quality of mp4, and {form} has none"),

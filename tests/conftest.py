@@ -53,7 +53,7 @@ REMEDY = re.compile(r"\b(install|run|rerun|set|unset|use)\b.")
 def _same_start() -> None:
     torch.manual_seed(0)
     operation.forget()  # which backends were chosen: tests change what there is to choose from
-    if "accelerate.state" in sys.modules:  # it keeps the first job's precision for the whole process, and jobs differ
+    if "accelerate.state" in sys.modules:  # it keeps the first job's device and precision for the whole process
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 

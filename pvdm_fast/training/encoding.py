@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -33,15 +33,18 @@ from pvdm_fast.data.latents import (
 )
 from pvdm_fast.data.transforms import to_float
 from pvdm_fast.diffusion.noise import window_starts
-from pvdm_fast.errors import UserError, printable
+from pvdm_fast.errors import Interrupted, UserError, printable
 from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.files import TEMPORARY, flush
+from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.progress import make_bar
 from pvdm_fast.jobs.reading import READ_TIMEOUT, read_json_object
-from pvdm_fast.jobs.share import Share
 from pvdm_fast.models import Autoencoder
 from pvdm_fast.training.config import TrainConfig
-from pvdm_fast.training.stages import video_size
+from pvdm_fast.training.stages import DiffusionStage, video_size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,22 +275,35 @@ def finish(out: Path, settings: Settings) -> None:
     print(f"{settings.train_clips} training and {settings.test_clips} test clips in {out}{note}")
 
 
-def encode_for_run(config: TrainConfig, folder: Path, autoencoder: Autoencoder, precision: str, share: Share) -> Path:
+def cached_latents(
+    stage: DiffusionStage, config: TrainConfig, folder: Path, accelerator: Accelerator, stop: StopRequest
+) -> str:
     """The folder below ``folder`` with the latents of --diffusion-cached-clips, made if it isn't there yet.
 
-    Other data or another autoencoder have another folder.
+    All processes make their shares of it. Other data or another autoencoder have another folder.
+
+    Raises:
+        Interrupted: a signal came. What is written is whole.
     """
-    video = config.video
+    stage.to(accelerator.device)
     wanted = Encoding(
         data=config.data,
         out=folder,
         clips=config.diffusion.cached_clips,
         test_clips=config.held_out_clips,
         seed=config.seed,
-        workers=video.workers,
-        **video.drawing(),
+        workers=config.video.workers,
+        **config.video.drawing(),
     )
-    facts = f"{wanted} {precision} {fingerprint(autoencoder)}"
-    wanted = replace(wanted, out=folder / hashlib.sha256(facts.encode()).hexdigest()[:12])
-    encode(wanted, autoencoder, precision, share.rank, share.world)
-    return wanted.out
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "float32"  # fp16 is for GPUs that lack bf16
+    drawn = replace(wanted, workers=0, read_timeout=0.0)  # which change no clip
+    facts = f"{drawn} {precision} {fingerprint(stage.autoencoder)}"
+    place = folder / hashlib.sha256(facts.encode()).hexdigest()[:12]
+    share = stop.processes.share
+    try:
+        with stop.waiting():
+            encode(replace(wanted, out=place), stage.autoencoder, precision, share.rank, share.world)
+    except Interrupted:
+        pass  # what all agree on counts
+    stop.check()
+    return str(place)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,13 +82,20 @@ def measure(config: TrainConfig, stage: str, seconds: float) -> Pace:
 
 
 def _take_steps(config: TrainConfig, name: str, accelerator: Accelerator, seconds: float) -> Pace:
+    from pvdm_fast.training.encoding import cached_latents
     from pvdm_fast.training.run_folder import RunFolder
+    from pvdm_fast.training.stages import DiffusionStage
     from pvdm_fast.training.trainer import Trainer
 
     pace, begun = Pace(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         stop = StopRequest(Processes(accelerator))
-        trainer = Trainer(_new_stage(config, name), config, RunFolder(Path(folder)), accelerator, stop)
+        stage = _new_stage(config, name)
+        if isinstance(stage, DiffusionStage) and config.diffusion.cached_clips:  # its steps encode nothing
+            few = replace(config, diffusion=replace(config.diffusion, cached_clips=config.diffusion.batch_size))
+            with redirect_stdout(sys.stderr):
+                stage.data = cached_latents(stage, few, Path(folder), accelerator, stop)
+        trainer = Trainer(stage, config, RunFolder(Path(folder)), accelerator, stop)
         trainer.begin()
         while pace.first == 0.0 or time.perf_counter() - begun + pace.a_step < seconds:
             started = time.perf_counter()

@@ -29,7 +29,7 @@ from pvdm_fast.jobs.progress import say
 from pvdm_fast.training import checkpoint, previews, report
 from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
 from pvdm_fast.training.config import StageOptions, TrainConfig, with_absolute_places
-from pvdm_fast.training.encoding import encode_for_run
+from pvdm_fast.training.encoding import cached_latents
 from pvdm_fast.training.initialisation import initial_config
 from pvdm_fast.training.options import Request
 from pvdm_fast.training.resuming import Resumption, reopen, resumed_folder, resumption
@@ -144,7 +144,7 @@ def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acc
     newest = stop.processes.on_main(lambda: place_to_continue(name, run))
     stage = make_stage(name, config, run, accelerator, begins=newest is None)
     if isinstance(stage, DiffusionStage) and config.diffusion.cached_clips and not is_latents(Path(config.data)):
-        stage.data = cached_latents(stage, config, run, accelerator, stop)
+        stage.data = cached_latents(stage, config, run.latents, accelerator, stop)
     trainer = Trainer(stage, config, run, accelerator, stop)
     if newest is not None:
         trainer.restore(checkpoint.load(newest))
@@ -170,22 +170,6 @@ def train_stage(name: str, config: TrainConfig, run: RunFolder, accelerator: Acc
     if stage.data is not None:  # 18 KB a clip for `tiny`, and made again where they are wanted again
         trainer.processes.on_main(lambda: shutil.rmtree(run.latents, ignore_errors=True))
     accelerator.free_memory()
-
-
-def cached_latents(
-    stage: DiffusionStage, config: TrainConfig, run: RunFolder, accelerator: Accelerator, stop: StopRequest
-) -> str:
-    """The folder with the latents of --diffusion-cached-clips. All processes make their shares of it."""
-    stage.to(accelerator.device)
-    precision = "float32" if accelerator.mixed_precision == "no" else "bf16"
-    folder = run.latents
-    try:
-        with stop.waiting():  # what is written is whole at any moment
-            folder = encode_for_run(config, run.latents, stage.autoencoder, precision, stop.processes.share)
-    except Interrupted:
-        pass  # what all agree on counts
-    stop.check()
-    return str(folder)
 
 
 def stage_result(trainer: Trainer) -> dict[str, Any]:
