@@ -43,6 +43,7 @@ LONGEST = (
     "backends/cuda/test_cuda_networks.py",
     "backends/cpu/test_cpu_build.py",
     "ops/test_operations.py",
+    "benchmarks/test_first_contact.py",
     "training/test_processes.py",
     "training/test_training.py",
 )

@@ -36,6 +36,7 @@ def test_there_are_four() -> None:
     assert len(COMMANDS) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_runs(command: str, run: Path, network: list[str], tmp_path: Path) -> None:
     arguments, folder = shlex.split(command), tmp_path

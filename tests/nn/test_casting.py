@@ -251,6 +251,7 @@ def test_differentiable_twice(network: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert_close(actual, other, 2e-2)  # sums of bfloat16 gradients, in another order
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_compiles_to_one_graph(network: str, expected: Any) -> None:
     torch._dynamo.reset()

@@ -1,4 +1,7 @@
-"""Both networks with every operation on Triton, forward and backward, against values of the authors' release."""
+"""Both networks with every operation on Triton, forward and backward, against values of the authors' release.
+
+They take minutes in the interpreter, and CI runs them where kernels, operations or networks changed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from pvdm_fast.backends import choice
 from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(not choice.interpreting(), reason="needs Triton: pip install triton"),
 ]
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -69,7 +72,6 @@ def test_denoiser() -> None:
     check_gradients(case, model, {"x": x}, GOLDEN_NETWORK)
 
 
-@pytest.mark.exhaustive
 def test_autoencoder() -> None:
     case = load_case("autoencoder_small")
     config = case.meta["ddconfig"]
