@@ -12,7 +12,7 @@ from pvdm_fast.backends.precision import cpu_multiplies_bfloat16
 from pvdm_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from pvdm_fast.training.config import StageOptions
+    from pvdm_fast.training.hyperparameters import StageOptions
 
 LEAST_8BIT = 4096  # elements: bitsandbytes keeps the moments of smaller parameters in float32
 BLOCK = 256  # elements that share a scale in float32
