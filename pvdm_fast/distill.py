@@ -18,7 +18,7 @@ LEARNING_RATE = 1 / 3  # of the teacher's
 
 def make_parser() -> argparse.ArgumentParser:
     from pvdm_fast.jobs.arguments import Parser
-    from pvdm_fast.jobs.devices import METAVAR
+    from pvdm_fast.jobs.devices import MEANING, METAVAR
     from pvdm_fast.training.config import OPTIONS
 
     parser = Parser(
@@ -30,20 +30,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run with a trained flow, or with a student of one")
 
     def add(flag: str, key: str, text: str, metavar: str = "N") -> None:
-        kind = OPTIONS[key].metadata["number"] or str
+        kind = OPTIONS[key].metadata["number"]
         parser.add_argument(flag, dest=key, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
     add("--steps", "distillation.steps", "steps in which the student samples, each one pass (default: 4)")
     add("--guidance", "distillation.guidance", "guidance that the student learns along (default: 0)", "W")
-    add("--solver-steps", "distillation.solver_steps", "the teacher's steps of two passes for each (default: 3)")
+    add("--solver-steps", "distillation.solver_steps", "the teacher's, two passes each (default: 8)")
     add("--training-steps", "diffusion.steps", "optimizer steps (default: as many as the denoiser had)")
     add("--batch-size", "diffusion.batch_size", "clips a step (default: the run's)")
     add("--learning-rate", "diffusion.learning_rate", "the highest (default: a third of the run's)", "X")
     add("--data", "data", "clips to learn from (default: the run's)", "DIR")
     add("--seed", "seed", "seed of clips and noise (default: the run's)")
-    add("--device", "device", "where to train (default: the run's)", METAVAR)
+    add("--device", "device", f"{MEANING} (default: the run's)", METAVAR)
     add("--threads", "threads", "CPU threads (default: the run's)")
-    text = "the student's folder (default: RUN-N-steps)"
+    text = "folder of the student (default: RUN-N-steps)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     return parser
 

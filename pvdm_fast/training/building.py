@@ -69,6 +69,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def forget_job(accelerator: Accelerator) -> None:
+    """Let the next job of this Python process choose its own precision and device, which accelerate keeps otherwise."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
 def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
     """Raises UserError, in the main process, for what several processes cannot do."""
     processes, kind, problem = accelerator.num_processes, accelerator.distributed_type.value, None

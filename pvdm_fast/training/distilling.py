@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ class DistillationStage(DiffusionStage):
         self.windows = int(student.config["distilled_steps"])
         taught = teacher.config["distilled_steps"]
         self.teacher_is_distilled = taught is not None
-        self.solver_steps = self.distillation.solver_steps if taught is None else taught // self.windows
+        wanted = self.distillation.solver_steps if taught is None else taught
+        self.solver_steps = math.ceil(wanted / self.windows)
 
     def to(self, device: torch.device) -> None:
         super().to(device)

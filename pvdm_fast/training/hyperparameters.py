@@ -251,8 +251,8 @@ class DistillationOptions:
         number=whole(1, 100),
     )
     solver_steps: int = option(
-        3,
-        "steps of Heun's method, two passes of the teacher each, for one of the student's",
+        8,
+        "the teacher's steps from noise to latent, two passes each (Heun's method), shared out among the student's",
         number=whole(1, 1000),
         resumable=True,
     )

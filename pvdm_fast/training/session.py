@@ -28,7 +28,13 @@ from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes, lost_another
 from pvdm_fast.jobs.progress import say
 from pvdm_fast.training import checkpoint, previews, report
-from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
+from pvdm_fast.training.building import (
+    empty_autoencoder,
+    existing_autoencoder,
+    forget_job,
+    make_accelerator,
+    make_stage,
+)
 from pvdm_fast.training.config import TrainConfig, with_absolute_places
 from pvdm_fast.training.encoding import cached_latents
 from pvdm_fast.training.hyperparameters import StageOptions
@@ -85,6 +91,7 @@ def _run_training(request: Request) -> RunFolder:
     with ExitStack() as ending:
         ending.enter_context(threads.chosen(config.threads, config.device))
         accelerator = make_accelerator(config)
+        ending.callback(forget_job, accelerator)
         accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
         processes = Processes(accelerator)
         found = existing_autoencoder(config, resume)
@@ -108,7 +115,7 @@ def _run_training(request: Request) -> RunFolder:
             ) from error
         if processes.main:
             print(report.summary(run), flush=True)
-    accelerator.end_training()
+        accelerator.end_training()
     return run
 
 
