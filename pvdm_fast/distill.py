@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pvdm_fast.jobs.command import run_command
 if TYPE_CHECKING:
     from pvdm_fast.training.options import Request
 
-LEARNING_RATE = 1 / 3  # of the teacher's
+SHARE = 1 / 3  # of the teacher's steps and learning rate, since the student starts from its weights
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--steps", "distillation.steps", "steps in which the student samples, each one pass (default: 4)")
     add("--guidance", "distillation.guidance", "guidance that the student learns along (default: 0)", "W")
     add("--solver-steps", "distillation.solver_steps", "the teacher's, two passes each (default: 8)")
-    add("--training-steps", "diffusion.steps", "optimizer steps (default: as many as the denoiser had)")
+    add("--training-steps", "diffusion.steps", "optimizer steps (default: a third of the run's)")
     add("--batch-size", "diffusion.batch_size", "clips a step (default: the run's)")
     add("--learning-rate", "diffusion.learning_rate", "the highest (default: a third of the run's)", "X")
     add("--data", "data", "clips to learn from (default: the run's)", "DIR")
@@ -65,7 +66,8 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "early_stop": None,
         "distillation.steps": 4,
         "distillation.guidance": 0.0,
-        "diffusion.learning_rate": LEARNING_RATE * trained.diffusion.learning_rate,
+        "diffusion.steps": math.ceil(SHARE * trained.diffusion.steps),
+        "diffusion.learning_rate": SHARE * trained.diffusion.learning_rate,
         **given,
     }
     steps = changes["distillation.steps"]

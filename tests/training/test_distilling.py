@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +173,22 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert_refused([*flow, "--distillation-guidance", "1"], "does nothing without --distillation-steps", run, capsys)
     classes = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-class-conditional"]
     assert_refused([*flow, *classes], "has no classes", run, capsys)
+
+
+def test_the_page_s_commands_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "few_steps.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^python -m .*$", page, re.MULTILINE)]
+    run = {"pvdm_fast.distill": distill, "pvdm_fast.sample": sample, "pvdm_fast.evaluate": evaluate}
+    few = {
+        "pvdm_fast.distill": ["--training-steps", "1"],
+        "pvdm_fast.evaluate": ["--clips", "2", "--samples", "1", "--frames", "4", "--nearest-among", "0"],
+    }
+    for module, *words in commands:
+        words = [str(teacher) if word == "RUN" else word for word in words]
+        assert run[module]([*words, *few.get(module, [])]) == 0
+    assert Path("four.mp4").stat().st_size > 0
+    assert Denoiser.load_config("runs/one/denoiser")["distilled_steps"] == 1
 
 
 def test_distilled_steps_go_with_a_flow() -> None:
