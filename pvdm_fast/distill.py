@@ -66,6 +66,8 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "early_stop": None,
         "distillation.steps": 4,
         "distillation.guidance": 0.0,
+        "diffusion.time_mean": 0.0,
+        "diffusion.time_std": 1.0,
         "diffusion.steps": math.ceil(SHARE * trained.diffusion.steps),
         "diffusion.learning_rate": SHARE * trained.diffusion.learning_rate,
         **given,

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
 
 
+TIMES = ("time_mean", "time_std")  # of the options: they would change nothing here
+
+
 class DistillationStage(DiffusionStage):
     """The student's mean velocity in windows of the teacher's path, see `pvdm_fast.diffusion.distillation`.
 
@@ -106,6 +109,10 @@ def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
             f"the denoiser in {place} predicts {teacher.config['prediction']}, and only a flow can be distilled: train "
             "one with --diffusion-prediction flow"
         )
+    for name in TIMES:
+        if getattr(config.diffusion, name) != getattr(type(config.diffusion), name):
+            flag = f"--diffusion-{name.replace('_', '-')}"
+            raise UserError(f"{flag} chooses the times of a flow, and a student learns its own few: leave it out")
     if config.diffusion.class_conditional != (teacher.config["num_classes"] is not None):
         have = "no classes" if teacher.config["num_classes"] is None else "classes"
         raise UserError(

@@ -24,7 +24,7 @@ from pvdm_fast.train import main as train
 
 FLOW = [
     *("--diffusion-prediction", "flow", "--diffusion-schedule", "constant", "--autoencoder-steps", "1"),
-    *("--diffusion-normalize-latents", "--diffusion-time-shift", "2"),
+    *("--diffusion-normalize-latents", "--diffusion-time-shift", "2", "--diffusion-time-mean", "-0.5"),
 ]
 
 
@@ -66,7 +66,17 @@ def test_a_resumed_distillation_is_the_same(teacher: Path, student: Path, tmp_pa
 def test_guidance_is_learned_along(teacher: Path, student: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--diffusion-conditional-probability", "1"]
-    again = [*SMALL, *FLOW, *options, "--stage", "diffusion", "--init-from", str(teacher), "--diffusion-steps", "1"]
+    again = [
+        *SMALL,
+        *FLOW[:-2],
+        *options,
+        "--stage",
+        "diffusion",
+        "--init-from",
+        str(teacher),
+        "--diffusion-steps",
+        "1",
+    ]
     for name, guidance in (("without", "0"), ("with", "2")):
         more = ["--distillation-steps", "2", "--distillation-guidance", guidance]
         assert train([*again, *more, "--run", str(run / name)]) == 0
@@ -171,6 +181,8 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert_refused([*flow, *two], "needs --stage diffusion and a trained flow", run, capsys)
     assert_refused([*flow, *two, *of_teacher], "needs --stage diffusion and a trained flow", run, capsys)
     assert_refused([*flow, "--distillation-guidance", "1"], "does nothing without --distillation-steps", run, capsys)
+    times = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-time-mean", "1"]
+    assert_refused([*flow, *times], "--diffusion-time-mean chooses the times of a flow", run, capsys)
     classes = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-class-conditional"]
     assert_refused([*flow, *classes], "has no classes", run, capsys)
 
