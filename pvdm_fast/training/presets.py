@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "normalize_latents": True,
             "time_shift": 4.0,
             "cached_clips": 4096,
-            "learning_rate": 3e-3,
+            "learning_rate": 6e-3,
             "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
