@@ -133,6 +133,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONGEST))
     for item, mark in interpreted_again(items):
         item.add_marker(mark)
+    for item in items:
+        if "amx_stand_in" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")  # compiling it takes 20 s
     reasons = {"huge": "needs 15 GB of memory", "exhaustive": "takes minutes"}
     for name, reason in reasons.items():
         if name in config.getoption("markexpr"):

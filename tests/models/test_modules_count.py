@@ -279,6 +279,7 @@ class Twice(nn.Module):
         return 2 * weight
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_layers_built_otherwise(network: str, outputs: dict[str, Tensor]) -> None:
     """PyTorch's own layers with other options: with or without a bias, and with other padding than zeros."""
@@ -337,6 +338,7 @@ def test_offloaded_by_accelerate_and_cast_by_diffusers(network: str, outputs: di
         assert_close(run(model), outputs[network], 3e-2)  # weights rounded to 8 bits
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_a_hook_counts_in_compiled_code(network: str) -> None:
     torch._dynamo.reset()

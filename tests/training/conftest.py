@@ -1,21 +1,36 @@
-"""One finished small run for several tests, real clips, and a clean accelerate state for each test."""
+"""One finished small run for several tests, real clips, and pictures that are drawn where a test looks at them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from training.small import SMALL, steps
+from training.small import SMALL, pictures, steps
 
 from pvdm_fast.train import main
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _plain_pictures() -> Iterator[None]:
+    """Runs of this folder's tests write empty pictures, except where a test or fixture asks for drawn ones."""
+    with pictures(drawn=False):
+        yield
+
+
+@pytest.fixture
+def drawn() -> Iterator[None]:
+    with pictures(drawn=True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both stages, 8 steps each, without interruption."""
+    """Both stages, 8 steps each, without interruption, and with drawn pictures."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert main([*SMALL, *steps(8), "--run", str(run)]) == 0
+    with pictures(drawn=True):
+        assert main([*SMALL, *steps(8), "--run", str(run)]) == 0
     return run
 
 

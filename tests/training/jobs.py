@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -10,12 +9,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from pvdm_fast.train import main
+from training.lives import context
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["training.jobs", "training.small", "pvdm_fast.training.session", "accelerate", "pvdm_fast.models"]
-)
+from pvdm_fast.train import main
 
 
 def free_port() -> int:
@@ -36,7 +32,7 @@ def start_job(
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         environment = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        process = CONTEXT.Process(
+        process = context().Process(
             target=_run, args=(list(arguments), log.with_name(f"{log.name}{rank}"), environment, before)
         )
         process.start()

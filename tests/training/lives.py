@@ -64,14 +64,14 @@ def _live(command: str, arguments: list[str], folder: str, moment: Moment, file_
     os._exit(code)
 
 
-def _context() -> Any:
+def context() -> Any:
     """The process to fork from finds lives_preload through PYTHONPATH, because not every Python passes on
     sys.path."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.lives_preload"])
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["training.lives_preload"])
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
-    return context
+    return forking
 
 
 def _open_log(path: Path) -> int:
@@ -103,7 +103,7 @@ def live(
     written.unlink(missing_ok=True)
     parameters = (command, arguments, str(folder), moment, file_limit, str(written))
     log = _open_log(Path(f"{written}.log"))
-    process = _context().Process(target=_live, args=parameters)
+    process = context().Process(target=_live, args=parameters)
     process.start()
     assert process.pid is not None
     try:

@@ -8,13 +8,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
+from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.train import main
+from pvdm_fast.training import previews
 
 SMALL = shlex.split("""
     --frames 4 --height 16 --width 16 --autoencoder-patch-size 8 --autoencoder-channels 16 --autoencoder-depth 1
@@ -25,6 +29,25 @@ SMALL = shlex.split("""
     --autoencoder-latent-channels 4 --diffusion-prediction v
     --held-out-clips 2 --workers 0 --device cpu --threads 1
 """)
+
+
+DRAWING = {name: getattr(previews, name) for name in ("_write_picture", "_write_loss_curves")}
+
+
+def plain_picture(path: Path, content: Iterable[object]) -> None:
+    """Reads what it is given, and writes an empty picture."""
+    list(content)
+    with whole_file(path) as temporary:
+        PIL.Image.new("L", (8, 8)).save(temporary, format="PNG")
+
+
+@contextmanager
+def pictures(drawn: bool) -> Iterator[None]:
+    """Whether runs draw their pictures and curves with Matplotlib, which is two thirds of a small run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, draw in DRAWING.items():
+            patch.setattr(previews, name, draw if drawn else plain_picture)
+        yield
 
 
 def steps(number: int) -> list[str]:

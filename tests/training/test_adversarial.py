@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from comparison import assert_close
 from lpips_weights import random_backbone, random_heads
-from training.small import SMALL, losses, same_weights, steps, weights
+from training.small import SMALL, losses, pictures, same_weights, steps, weights
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.share import Share
@@ -47,7 +47,8 @@ def lpips_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("gan") / "run"
-    assert train(run, *steps(8), *GAN, "3") == 0
+    with pictures(drawn=True):
+        assert train(run, *steps(8), *GAN, "3") == 0
     return run
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,8 @@ import tolerances
 import torch
 from accelerate import Accelerator
 from comparison import assert_close
+from training.jobs import finish, free_port
+from training.lives import context
 from training.test_adversarial import make_stage
 
 from pvdm_fast.jobs.processes import Processes
@@ -51,26 +50,23 @@ def one_step(folder: Path) -> None:
         torch.save({**kept, **judged, **turn, **values}, folder / f"{share.world}.pt")
 
 
+def in_a_job(folder: Path, rank: int, port: int) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    assert Accelerator(cpu=True).num_processes == 2
+    one_step(folder)
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     one_step(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    common = {**os.environ, **common, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path)], env={**common, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    port = free_port()
+    processes = [context().Process(target=in_a_job, args=(tmp_path, rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    assert finish(processes) == [0, 0]
     alone, together = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
     assert alone.keys() == together.keys()
     for name, expected in alone.items():
         assert_close(together[name], expected, tolerances.SECOND_PHASE_GRADIENT, name)
-
-
-if __name__ == "__main__":
-    assert Accelerator(cpu=True).num_processes == 2
-    one_step(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()

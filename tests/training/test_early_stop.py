@@ -77,6 +77,7 @@ def test_the_stage_ends_and_the_best_weights_are_kept(stopped: Path) -> None:
     assert any(not torch.equal(saved[name], last[name]) for name in saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash_at", [4, 8])
 def test_a_crash_changes_nothing(crash_at: int, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
@@ -90,6 +91,7 @@ def test_a_crash_changes_nothing(crash_at: int, stopped: Path, tmp_path: Path, m
     assert same_weights(run, stopped, "autoencoder")
 
 
+@pytest.mark.slow
 def test_how_it_goes_on(stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Not by itself, not with more steps alone, but with more patience. Last, because it changes the run."""
     scored = plan(monkeypatch)
@@ -102,6 +104,7 @@ def test_how_it_goes_on(stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert (found["steps"], found["best_step"], found["psnr"]) == (12, 12, 14.0) and "planned_steps" not in found
 
 
+@pytest.mark.slow
 def test_without_early_stop_the_last_weights_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +138,7 @@ def test_which_scores_are_best() -> None:
     assert score_text({"psnr": 24.314, "lpips": 0.2, "steps": 3}) == "PSNR 24.31 dB, LPIPS 0.2000"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_curves_show_held_out_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(previews, "_save_figure", lambda figure, path: drawn.append(figure))

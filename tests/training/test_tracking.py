@@ -16,6 +16,7 @@ from pvdm_fast.train import main
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("drawn")
 def test_tensorboard(tmp_path: Path) -> None:
     """Scalars of the records, pictures, and previews as GIFs that move."""
     pytest.importorskip("tensorboard", reason="TensorBoard is an extra: pip install -e '.[tensorboard]'")

@@ -30,7 +30,7 @@ def train(run: Path, *arguments: str) -> int:
 
 def test_a_run_leaves_everything(finished: Path) -> None:
     for name in ("config.yaml", "reconstructions.mp4", "samples.mp4", "grid.png", "metrics.jsonl", "loss.png"):
-        assert (finished / name).stat().st_size > 0, name
+        assert (finished / name).stat().st_size > (5000 if name.endswith(".png") else 0), name
     previews = sorted(item.name for item in (finished / "previews").iterdir())
     assert previews == [f"{stage}-step-8.{suffix}" for stage in STAGES for suffix in ("mp4", "png")]
     newest = (finished / "previews" / "diffusion-step-8.mp4").read_bytes()
@@ -117,7 +117,8 @@ def test_steps_after_the_last_checkpoint_are_taken_again(
     assert same_weights(run, finished, "denoiser")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# SIGTERM in real processes is in test_processes.py too.
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 @pytest.mark.slow
 def test_a_signal_stops_a_real_process_after_saving(number: int, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -14,13 +14,16 @@ import build_tools
 def build(folder: Path, isas: Sequence[str], flags: tuple[str, ...], *extra: Path) -> Path:
     """Builds the extension with `flags` and the sources `extra`, and returns its path.
 
-    The bindings, and instruction sets other than `isas`, are compiled without `flags`, because that would take long. (A
-    set is offered only if those before it are.)
+    It has the instruction sets `isas`, the plain one, which the choice of a set names, and what amx borrows. The
+    bindings, and the sets that `isas` doesn't name, are compiled without `flags`, because that would take long.
     """
     include = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
-    extension = build_tools.cpu_extension(folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", include)
+    wanted = {"plain", *isas, *(["avx512bf16"] if "amx" in isas else [])}
+    sets = {isa: flags_of for isa, flags_of in build_tools.isa_flags().items() if isa in wanted}
+    output = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    extension = build_tools.cpu_extension(output, include, sets)
     extension.link += " " + " ".join(flags)
-    others = (*(f"_{isa}" for isa in build_tools.isa_flags() if isa not in isas), "bindings_cpu")
+    others = (*(f"_{isa}" for isa in sets if isa not in isas), "bindings_cpu")
     instrumented = f"-O1 -g {' '.join(flags)}"
     extension.objects = {
         name: (source, rule, f"{flags_of} {'-O0' if name.endswith(others) else instrumented}")

@@ -36,7 +36,9 @@ SETS = [isa for isa in ISAS if isa in ("avx512bf16", "amx")]
 STAND_IN = "amx stand-in"
 
 
-@pytest.fixture(scope="module", params=[*SETS, STAND_IN])
+@pytest.fixture(
+    scope="module", params=[*SETS, pytest.param(STAND_IN, marks=pytest.mark.slow)]
+)  # compiling it takes 20 s
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == STAND_IN:

@@ -25,12 +25,13 @@ needs_extension = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only: run on x86-64")
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
     """The linker may take a symbol from any object that defines it. AVX-512 code could then run on CPUs without
     AVX-512.
 
-    So an object for an instruction set may define only symbols of its own namespace.
+    So an object for an instruction set may define only symbols of its own namespace. (What the linker took is tested
+    below, in the installed extension.)
     """
     extension = build_tools.cpu_extension(tmp_path / "unused.so", "")
     for name, (source, _, flags) in extension.objects.items():
@@ -48,19 +49,48 @@ def test_instruction_sets_share_no_symbols(tmp_path: Path) -> None:
         assert not [symbol for _, symbol in shared if f"pvdm::{isa}" not in symbol and f"{isa}::" not in symbol]
 
 
+@pytest.fixture(scope="module")
+def functions() -> list[tuple[str, str]]:
+    """Name and machine code of every function of the installed extension."""
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump: install binutils")
+    command = ["objdump", "-dC", "-M", "intel", "--no-show-raw-insn", str(extensions.extension("_cpu").__file__)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = (function.partition("\n") for function in re.split(r"^[0-9a-f]+ <", code, flags=re.MULTILINE)[1:])
+    return [(name, body) for name, _, body in found]
+
+
+def strangers(functions: list[tuple[str, str]]) -> list[str]:
+    """Functions with an instruction of a set that neither they nor a better set's namespace may have."""
+    of_avx512, of_avx2 = r"\b(avx512|avx512bf16|amx)::", r"\b(avx2|avx512|avx512bf16|amx)::"
+    marks = ((r"\b(zmm\d+|[xy]mm(1[6-9]|2\d|3[01]))\b", of_avx512), (r"\tk[a-z]", of_avx512), (r"\tv[a-z]", of_avx2))
+    return [name for name, body in functions for mark, of in marks if re.search(mark, body) and not re.search(of, name)]
+
+
 @needs_extension
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump: install binutils")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines have the plain set only: run on x86-64")
+def test_no_function_has_another_sets_instructions(functions: list[tuple[str, str]]) -> None:
+    """In the installed extension: what every CPU runs, has no AVX. What one with AVX2 runs, has no AVX-512."""
+    assert any(re.search(r"\bavx512::", name) and "zmm" in body for name, body in functions)
+    assert strangers(functions) == []
+    for name, body in (
+        ("float std::min<float>(...)>:", " 10:\tvminps zmm0,zmm1,zmm2\n"),
+        ("float std::max<float>(...)>:", " 10:\tvmaxss xmm0,xmm1,xmm2\n"),
+        ("pvdm::avx2::geglu_forward(...)>:", " 10:\tvaddps ymm17,ymm1,ymm2\n"),
+        ("pvdm::plain::geglu_forward(...)>:", " 10:\tkmovb k1,eax\n"),
+    ):
+        assert strangers([(name, body)]), "a planted fault"
+
+
+@needs_extension
 @pytest.mark.skipif(
     "amx" not in extensions.build_info().get("_cpu", {}).get("targets", ()),
     reason="built without AMX: install binutils 2.36 or newer and build again",
 )
-def test_tile_instructions_are_in_amx_only() -> None:
+def test_tile_instructions_are_in_amx_only(functions: list[tuple[str, str]]) -> None:
     """In the installed extension. Their operands are a sum (tiles 0-3), a left (4, 5) and a right operand (6, 7)."""
-    command = ["objdump", "-dC", "-M", "intel", "--no-show-raw-insn", str(extensions.extension("_cpu").__file__)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, set[str]] = {}
-    for function in re.split(r"^[0-9a-f]+ <", code, flags=re.MULTILINE)[1:]:
-        name, _, body = function.partition("\n")
+    for name, body in functions:
         for instruction in re.findall(r"\s(ldtilecfg|tilerelease|tilezero|tileload\w+|tilestored|tdp\w+)\b", body):
             found.setdefault(instruction, set()).add(name)
         for operands in re.findall(r"tdpbf16ps\s+(\S+)", body):
@@ -76,13 +106,12 @@ def best() -> str:
     return str(extensions.extension("_cpu").isas()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # compiling the kernels takes minutes; every change of a kernel runs it
 @needs_extension
-@pytest.mark.parametrize("isas", ["best", pytest.param("all", marks=pytest.mark.exhaustive)])
-def test_addresses_and_undefined_behaviour(isas: str, builds: Builds) -> None:
-    """Every kernel and dtype under AddressSanitizer and UBSan."""
-    used = [best()] if isas == "best" else extensions.extension("_cpu").isas()
-    built = builds.get(f"addresses_{isas}", lambda folder: instrumented.build(folder, used, FLAGS), *used)
+def test_addresses_and_undefined_behaviour(builds: Builds) -> None:
+    """Every kernel, dtype and instruction set under AddressSanitizer and UBSan."""
+    used = extensions.extension("_cpu").isas()
+    built = builds.get("addresses", lambda folder: instrumented.build(folder, used, FLAGS), *used)
     run_sanitized(SCRIPT, built, 2, *used)
 
 

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
+from backends.triton.changed import changed_files, changed_operations, sources
 
 from benchmarks import kernel_resources
 from pvdm_fast.backends.choice import SERVED
@@ -26,44 +28,42 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def planted() -> dict[str, dict[str, list[str]]]:
-    result = run("tests/backends/triton/planted.py")
+# One family always, the others where kernels changed: their faults are planted and found in the same way.
+OTHERS = [pytest.param(name, marks=pytest.mark.exhaustive) for name in ("sm100", "gfx942")]
+
+
+@cache
+def planted(architecture: str) -> dict[str, list[str]]:
+    """The problems that the budget finds in each planted kernel."""
+    result = run("tests/backends/triton/planted.py", architecture)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("architecture", ["sm80", "sm100", "gfx942"])
+@pytest.mark.parametrize("architecture", ["sm80", *OTHERS])
 @pytest.mark.slow
-def test_good_kernels_keep_the_budget(planted: dict[str, dict[str, list[str]]], architecture: str) -> None:
-    assert planted[architecture]["good product"] == planted[architecture]["good copy"] == []
-    assert not any("over lanes" in problem for problem in planted[architecture]["good sum"])
+def test_good_kernels_keep_the_budget(architecture: str) -> None:
+    found = planted(architecture)
+    assert found["good product"] == found["good copy"] == []
+    assert not any("over lanes" in problem for problem in found["good sum"])
 
 
-@pytest.mark.parametrize(
-    ("fault", "architectures"),
-    [
-        ("spills", ["sm80", "sm100", "gfx942"]),
-        ("shared memory", ["sm80", "sm100", "gfx942"]),
-        ("sums over lanes", ["sm80", "sm100", "gfx942"]),
-        ("tensor cores", ["sm80", "sm100"]),  # AMD's tensor cores take float32 too
-        ("16-byte load", ["sm80", "sm100", "gfx942"]),
-    ],
-)
+@pytest.mark.parametrize("architecture", ["sm80", *OTHERS])
+@pytest.mark.parametrize("fault", ["spills", "shared memory", "sums over lanes", "tensor cores", "16-byte load"])
 @pytest.mark.slow
-def test_planted_faults_are_found(
-    planted: dict[str, dict[str, list[str]]], fault: str, architectures: list[str]
-) -> None:
-    for architecture in architectures:
-        assert any(fault in problem for problem in planted[architecture][fault]), planted[architecture]
+def test_planted_faults_are_found(fault: str, architecture: str) -> None:
+    found = planted(architecture)
+    absent = fault == "tensor cores" and architecture == "gfx942"  # AMD's tensor cores take float32 too
+    assert any(fault in problem for problem in found[fault]) != absent, found
 
 
-def check_resources(architectures: Sequence[str], *options: str) -> None:
-    result = run("-m", "benchmarks.kernel_resources", *options, "--architectures", *architectures)
+def check_resources(architectures: Sequence[str], operations: Sequence[str], *options: str) -> None:
+    chosen = ("--architectures", *architectures, "--operations", *operations)
+    result = run("-m", "benchmarks.kernel_resources", *options, *chosen)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split("|")[1:3] for line in result.stdout.splitlines() if line.startswith("|")][2:]
     kernels = {kernel.strip() for kernel, _ in rows}
-    assert not [op for op in SERVED["triton"] if not any(kernel.startswith(op) for kernel in kernels)]
+    assert not [op for op in operations if not any(kernel.startswith(op) for kernel in kernels)]
     compiled = {(kernel.strip(), target.strip()) for kernel, target in rows}
     assert compiled == {(kernel, target) for kernel in kernels for target in architectures}
     documented = kernel_resources.DOCS.read_text()
@@ -88,12 +88,8 @@ print(json.dumps([
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "architectures",
-    [("sm80", "sm120", "gfx942"), pytest.param(("sm90", "sm100"), marks=pytest.mark.exhaustive)],
-    ids=" ".join,
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architectures", [("sm80", "sm120", "gfx942"), ("sm90", "sm100")], ids=" ".join)
 def test_float32_takes_tensor_cores_where_eager_does(architectures: tuple[str, ...]) -> None:
     result = run("-c", DEFAULT_SWITCHES, *architectures)
     assert result.returncode == 0, result.stderr
@@ -109,20 +105,54 @@ def test_float32_takes_tensor_cores_where_eager_does(architectures: tuple[str, .
         assert problems == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kernel_on_one_target() -> None:
     """All that full-size networks launch in bfloat16, and every configuration of every table once, separately for
     float32 and 16 bits.
 
     Table entries that nothing uses are problems too. It is for the target with the least shared memory.
     """
-    check_resources(["sm120"], "--quick")
+    check_resources(["sm120"], SERVED["triton"], "--quick")
 
 
 @pytest.mark.exhaustive
 def test_every_configuration_in_every_dtype_on_every_target() -> None:
-    """Also every set of dtypes that mixed precision makes. Every change of a kernel runs it."""
-    check_resources(kernel_resources.ARCHITECTURES)
+    """Also every set of dtypes that mixed precision makes, for the operations whose kernels changed."""
+    operations = changed_operations(changed_files())
+    if not operations:
+        pytest.skip("no kernel changed: to compile all of them, run python -m benchmarks.kernel_resources")
+    check_resources(kernel_resources.ARCHITECTURES, operations)
+
+
+def test_an_operation_s_kernels_are_its_module_and_what_that_imports() -> None:
+    everything = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").glob("*.py")}
+    unused = {"kernels/__init__.py", "kernels/probe.py"}  # the second asks whether Triton runs at all
+    assert set.union(*map(sources, SERVED["triton"])) == everything - unused
+    assert {"kernels/plane_conv_product.py", "kernels/launch.py"} < sources("plane_conv")
+    every = list(SERVED["triton"])
+    for files in (None, ["kernels/launch.py"], ["docs/kernels.md", "benchmarks/ahead_of_time.py"]):
+        assert changed_operations(files) == every
+    assert changed_operations(["kernels/geglu.py", "kernels/plane_norm_tiles.py"]) == ["plane_norm", "geglu"]
+    assert changed_operations(["docs/kernels.md", "pvdm_fast/train.py"]) == []
+
+
+def test_changes_are_seen_against_the_main_branch(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        name = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    assert changed_files(tmp_path) is None, "no repository"
+    git("init", "-q")
+    for number in range(3):
+        (tmp_path / f"{number}.py").write_text("")
+        git("add", ".")
+        git("commit", "-q", "-m", "more")
+        assert changed_files(tmp_path) == ([f"{number}.py"] if number else None)
+    git("update-ref", "refs/remotes/origin/main", "HEAD~2")
+    assert changed_files(tmp_path) == ["1.py", "2.py"]
+    (tmp_path / "1.py").write_text("not committed")
+    git("update-ref", "refs/remotes/origin/main", "HEAD")
+    assert changed_files(tmp_path) == ["1.py", "2.py"]
 
 
 def test_refuses_the_interpreter() -> None:
