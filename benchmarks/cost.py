@@ -21,13 +21,13 @@ from pathlib import Path
 
 from benchmarks.report import write_between
 from pvdm_fast.estimate import GIB, Estimate, estimate
+from pvdm_fast.jobs.cards import CARDS, UTILISATION
 from pvdm_fast.jobs.command import run_command
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "cost.md"
 MARKER = "cost"
-PEAKS = {"A100": 312e12, "H100": 989e12}  # FLOP/s in bf16, dense, from the vendor's data sheets (SXM)
-UTILISATION = 0.35  # assumed: what well-tuned transformer training reaches. Nothing here has been measured
+GPUS = ("A100", "H100")
 EPOCHS = {"autoencoder": 1, "diffusion": 10}  # our choice, at least
 LATENT_BYTES = 2 * 4 * 2048 * 4  # two latents of 4 channels and 2048 tokens in float32
 
@@ -83,7 +83,7 @@ def encoding_flops(config: TrainConfig, found: Estimate) -> float:
 def cost(config: TrainConfig, found: Estimate, dataset: Dataset, cached: bool) -> Cost:
     steps, clips = steps_of(config, found.stage, dataset.clips), clips_a_step(config, found.stage)
     flops = clips * (trained_flops(found) + (0 if cached else encoding_flops(config, found)))
-    seconds = {gpu: flops / (UTILISATION * peak) for gpu, peak in PEAKS.items()}
+    seconds = {gpu: CARDS[gpu].seconds(flops) for gpu in GPUS}
     read = clips * (LATENT_BYTES if cached else dataset.bytes)
     return Cost(
         dataset=dataset,
@@ -112,13 +112,13 @@ def stage_table(config: TrainConfig, found: Sequence[Estimate]) -> list[str]:
 
 def cost_table(costs: Sequence[Cost]) -> list[str]:
     lines = [
-        f"| data | stage | steps | {' | '.join(f'{gpu}-hours' for gpu in PEAKS)} | "
-        f"{' | '.join(f'MB/s, one {gpu}' for gpu in PEAKS)} |",
-        f"| --- | --- | --- |{' --- |' * 2 * len(PEAKS)}",
+        f"| data | stage | steps | {' | '.join(f'{gpu}-hours' for gpu in GPUS)} | "
+        f"{' | '.join(f'MB/s, one {gpu}' for gpu in GPUS)} |",
+        f"| --- | --- | --- |{' --- |' * 2 * len(GPUS)}",
     ]
     for item in costs:
-        hours = " | ".join(f"{item.gpu_hours[gpu]:,.0f}" for gpu in PEAKS)
-        read = " | ".join(f"{item.bytes_a_second[gpu] / 1e6:.2f}" for gpu in PEAKS)
+        hours = " | ".join(f"{item.gpu_hours[gpu]:,.0f}" for gpu in GPUS)
+        read = " | ".join(f"{item.bytes_a_second[gpu] / 1e6:.2f}" for gpu in GPUS)
         stage = f"{item.stage}, cached latents" if item.cached else item.stage
         lines.append(f"| {item.dataset.name} | {stage} | {item.steps:,} | {hours} | {read} |")
     return lines
@@ -142,7 +142,7 @@ def report(config: TrainConfig) -> str:
         for item in found
         for cached in ((False, True) if item.frozen_flops else (False,))
     ]
-    peaks = " and ".join(f"{peak / 1e12:.0f} TFLOP/s ({gpu})" for gpu, peak in PEAKS.items())
+    peaks = " and ".join(f"{CARDS[gpu].peak / 1e12:.0f} TFLOP/s ({gpu})" for gpu in GPUS)
     return "\n".join(
         [
             f"**Computed, not measured**: no GPU has run this. Preset {config.preset}, {config.mixed_precision}, "

@@ -1,7 +1,9 @@
-"""``python -m pvdm_fast.estimate``: the memory and arithmetic of a training step, and how long training takes here.
+"""``python -m pvdm_fast.estimate``: memory and arithmetic of a training step, and how long training takes here, or on a
+named GPU.
 
 For memory and arithmetic the step's own code runs on shapes alone. Nothing is allocated or computed, so a laptop can
-estimate what fits no machine. For the time some steps are measured (`pvdm_fast.training.pace`), if they fit.
+estimate what fits no machine. For the time some steps are measured (`pvdm_fast.training.pace`), if they fit. With
+--gpu it is computed: FLOPs over a share of the card's peak.
 
 - saved for backward: the distinct tensors that autograd keeps. Weights don't count, but their 16-bit copies do.
 - at work: gradients and tensors of the passes, at the moment when most are alive.
@@ -207,12 +209,13 @@ def _step(
 def make_parser() -> argparse.ArgumentParser:
     from pvdm_fast.jobs import numbers
     from pvdm_fast.jobs.arguments import Parser
+    from pvdm_fast.jobs.cards import CARDS, UTILISATION
     from pvdm_fast.training.config import OPTIONS, PRESETS
 
     parser = Parser(
         prog="python -m pvdm_fast.estimate",
         description="Predicts the memory, the FLOPs and the checkpoint size of training. Then it measures some steps "
-        "and says how long training takes on this machine.",
+        "and says how long training takes on this machine. With --gpu it computes how long it takes on one such card.",
     )
     parser.add_argument("--preset", default="tiny", metavar="{" + ",".join(PRESETS) + "}", help="sizes (default: tiny)")
     parser.add_argument("--stage", default="all", metavar="{autoencoder,diffusion,all}", help="(default: all)")
@@ -232,9 +235,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--measure",
         type=numbers.SECONDS,
-        default=20.0,
         metavar="SECONDS",
         help="for how long to measure steps of each stage, one at least; 0 measures none (default: 20)",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="{" + ",".join(CARDS) + "}",
+        help=f"compute the time on one such card, in bf16 at {UTILISATION:.0%} of its peak, and measure nothing",
     )
     parser.add_argument("--json", action="store_true", help="print bytes, FLOPs and seconds as JSON")
     return parser
@@ -247,6 +254,7 @@ def configure(options: argparse.Namespace) -> TrainConfig:
     from pvdm_fast.backends.precision import choose_precision
     from pvdm_fast.training.config import STAGES, make_config
 
+    _check_card(options)
     changes: dict[str, Any] = {
         "preset": options.preset,
         "stage": options.stage,
@@ -259,10 +267,46 @@ def configure(options: argparse.Namespace) -> TrainConfig:
         if options.batch_size is not None:
             changes[f"{stage}.batch_size"] = options.batch_size
     config = make_config(changes)
-    if options.mixed_precision is None:
+    if options.gpu is not None:
+        config.mixed_precision = "bf16"
+    elif options.mixed_precision is None:
         chosen = choose_precision(config.mixed_precision, _device(config))
         config.mixed_precision = "no" if chosen.dtype == torch.float32 else "bf16"  # fp16 weighs the same
     return config
+
+
+def _check_card(options: argparse.Namespace) -> None:
+    """Raises UserError for an unknown --gpu, and for options that its computed time would pass over."""
+    from pvdm_fast.jobs.cards import CARDS
+
+    if options.gpu is None:
+        options.measure = 20.0 if options.measure is None else options.measure
+        return
+    if options.gpu not in CARDS:
+        raise UserError(f"--gpu must be one of {', '.join(CARDS)}, not {options.gpu!r}")
+    if options.measure:
+        raise UserError("--measure takes steps on this machine, and --gpu computes those of another: leave out one")
+    if options.mixed_precision == "no":
+        raise UserError("--gpu computes the time of bf16: leave out --mixed-precision no")
+    options.measure = 0.0
+
+
+def computed(found: Estimate, config: TrainConfig, gpu: str) -> tuple[float | None, str]:
+    """Seconds of a step on one card, and a line that says what the stage takes; None and why where it can't be."""
+    from pvdm_fast.jobs.cards import CARDS, UTILISATION
+    from pvdm_fast.training.pace import about
+
+    card, steps = CARDS[gpu], getattr(config, found.stage).steps
+    seconds = card.seconds(found.flops)
+    if found.stage == "diffusion" and config.diffusion.float32:
+        return None, f"{found.stage}: it computes in float32, and only the time of bf16 is computed"
+    if found.peak > card.memory:
+        have, need = card.memory / GIB, found.peak / GIB
+        return None, f"{found.stage}: a step needs {need:.1f} GiB, and one {gpu} has {have:.0f} GiB"
+    return seconds, (
+        f"{found.stage}: {about(steps * seconds)} for {steps} steps on one {gpu} ({seconds:.3g} s a step, computed: "
+        f"{UTILISATION:.0%} of its {card.peak / 1e12:.0f} TFLOP/s in bf16)"
+    )
 
 
 def measured(config: TrainConfig, found: Estimate, seconds: float) -> Pace | str | None:
@@ -298,6 +342,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
             if pace is not None and not options.json:
                 print(pace if isinstance(pace, str) else pace.line(stage, steps), flush=True)
             seconds = None if pace is None or isinstance(pace, str) else pace.a_step
+            if options.gpu is not None:
+                seconds, line = computed(found, config, options.gpu)
+                if not options.json:
+                    print(line, flush=True)
             rows.append({**asdict(found), "peak": found.peak, "steps": steps, "seconds_a_step": seconds})
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -305,7 +353,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         from pvdm_fast.training.pace import about
 
         total = sum(row["steps"] * row["seconds_a_step"] for row in rows)
-        print(f"\nboth stages: {about(total)} on this machine, without scores, previews and checkpoints")
+        where = "this machine" if options.gpu is None else f"one {options.gpu}"
+        print(f"\nboth stages: {about(total)} on {where}, without scores, previews and checkpoints")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

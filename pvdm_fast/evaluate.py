@@ -53,7 +53,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--features", type=Path, metavar="FILE", help="feature network: i3d_torchscript.pt of StyleGAN-V")
     add("--features-sha256", metavar="HASH", help="the hash that this file must have")
     add("--scheduler", metavar="NAME", help="sampler, as for pvdm_fast.sample (default: auto)")
-    add("--steps", type=numbers.SAMPLING_STEPS, metavar="N", help=f"denoising steps (default: {numbers.DEFAULT_STEPS})")
+    add(
+        "--steps",
+        type=numbers.SAMPLING_STEPS,
+        metavar="N",
+        help=f"denoising steps (default: {numbers.DEFAULT_STEPS}, or as many as the run was distilled for)",
+    )
     add("--eta", type=numbers.ETA, metavar="X", help="ddim: share of new noise (default: 1)")
     add(
         "--guidance",

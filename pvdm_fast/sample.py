@@ -61,9 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps",
         type=numbers.SAMPLING_STEPS,
-        default=numbers.DEFAULT_STEPS,
         metavar="N",
-        help="denoising steps (default: %(default)s)",
+        help=f"denoising steps (default: {numbers.DEFAULT_STEPS}, or as many as the run was distilled for)",
     )
     parser.add_argument(
         "--scheduler",
@@ -207,8 +206,8 @@ def _sample(options: argparse.Namespace) -> None:
     from pvdm_fast.data.sampled_videos import check_grid
     from pvdm_fast.diffusion.cuda_graph import choose_prediction
     from pvdm_fast.diffusion.pipeline import class_numbers
-    from pvdm_fast.diffusion.sampling import SamplingOptions, check_pair, fitting_scheduler, passes
-    from pvdm_fast.diffusion.schedulers import scheduler_name
+    from pvdm_fast.diffusion.sampling import SamplingOptions, check_pair, fitting_scheduler, fitting_steps, passes
+    from pvdm_fast.diffusion.schedulers import fitting_name
 
     autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
     check_pair(autoencoder, denoiser)
@@ -219,7 +218,7 @@ def _sample(options: argparse.Namespace) -> None:
             f"--guidance has nothing to follow: give a --class, a --condition, or more --frames than {size['frames']}, "
             "or leave it out"
         )
-    _check_eta(options.eta, scheduler_name(options.scheduler, denoiser.config["prediction"]))
+    _check_eta(options.eta, fitting_name(denoiser, options.scheduler))
     options.fps = _frame_rate(options.run) if options.fps is None else options.fps
     if not options.folder and options.format != "npy":
         check_grid(options.clips, size["height"], size["width"])
@@ -233,10 +232,11 @@ def _sample(options: argparse.Namespace) -> None:
         condition=options.condition and last_clip(options.condition, **size, stride=options.stride or 1),
         labels=None if options.label is None else class_numbers(denoiser, options.label, 1),
     )
+    wanted = replace(wanted, steps=fitting_steps(denoiser, wanted))
     end = options.clips_from + options.clips
     starts = range(options.clips_from, end, options.batch_size)
     batches = [range(start, min(end, start + options.batch_size)) for start in starts]
-    each = passes(fitting_scheduler(denoiser, wanted), options.steps)
+    each = passes(fitting_scheduler(denoiser, wanted), fitting_steps(denoiser, wanted))
     predict = choose_prediction(denoiser, options.cuda_graph, len(batches) * math.ceil(frames / size["frames"]) * each)
     sampler = _Sampler(autoencoder, denoiser, wanted, options.seed, predict, each)
     write = _write_folder if options.folder else _write_array if options.format == "npy" else _write_grid
@@ -323,7 +323,7 @@ def _facts(options: argparse.Namespace, sampler: _Sampler) -> dict[str, Any]:
 
 def _frame_rate(run: Path) -> float:
     """The run's frames a second, or the usual ones of a folder without config.yaml."""
-    from pvdm_fast.training.config import VideoOptions
+    from pvdm_fast.training.hyperparameters import VideoOptions
     from pvdm_fast.training.run_folder import RunFolder
 
     folder = RunFolder(run)

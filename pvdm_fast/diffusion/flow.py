@@ -19,6 +19,11 @@ def logit_normal_times(normal: Tensor, mean: float, std: float, shift: float) ->
     return shifted(torch.sigmoid(mean + std * normal), shift)
 
 
+def sampling_times(steps: int, shift: float) -> Tensor:
+    """The times (steps + 1,) that samplers visit, float64: even from 1 to 0, then shifted."""
+    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+
+
 def interpolate(latent: Tensor, noise: Tensor, time: Tensor) -> Tensor:
     """The point of the path at ``time`` (B,) in [0, 1]: (1 - t) latent + t noise, all else (B, D, N).
 

@@ -16,7 +16,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from pvdm_fast.data.continuation import fit_clip, last_clip, only_one
-from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, check_pair, passes, sample_video
+from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, check_pair, fitting_steps, passes, sample_video
 from pvdm_fast.diffusion.schedulers import scheduler_of
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -81,7 +81,7 @@ class PVDMPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_frames: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         *,
         batch_size: int = 1,
         condition: Any = None,
@@ -98,7 +98,7 @@ class PVDMPipeline(DiffusionPipeline):
 
         Args:
             num_frames: per video. The default is one clip of the model. Longer videos are made clip after clip.
-            num_inference_steps: denoising steps per clip.
+            num_inference_steps: denoising steps per clip. None: 50, or as many as the denoiser was distilled for.
             batch_size: number of videos.
             condition: the video to continue. Either the path of a video file or folder of frames, or a video as
                 diffusers' pipelines take them: PIL pictures, numpy (T, H, W, 3) or torch (T, 3, H, W) in [0, 1], or
@@ -147,7 +147,7 @@ class PVDMPipeline(DiffusionPipeline):
             labels=None if class_labels is None else class_numbers(self.denoiser, class_labels, batch_size),
         )
         rounds = math.ceil(options.frames / self.denoiser.layout.time)
-        with self.progress_bar(total=passes(self.scheduler, options.steps) * rounds) as bar:
+        with self.progress_bar(total=passes(self.scheduler, fitting_steps(self.denoiser, options)) * rounds) as bar:
             video = sample_video(self.autoencoder, self.denoiser, options, on_step=on_step)
         self.maybe_free_model_hooks()
         result = self.video_processor.postprocess_video(video, output_type)

@@ -156,9 +156,9 @@ class SamplingOptions:
     Args:
         clips: number of videos B.
         frames: their length. The last clip is cut to fit.
-        steps: number of denoising steps per clip, 1 to 1000.
+        steps: number of denoising steps per clip, 1 to 1000. None: 50, or as many as the denoiser was distilled for.
         scheduler: a name of `pvdm_fast.diffusion.schedulers.make_scheduler`, or a scheduler. "auto" is "ddim", or for a
-            denoiser that predicts the velocity "unipc".
+            denoiser that predicts the velocity "unipc", or "euler" for one that was distilled.
         guidance: weight w of `pvdm_fast.diffusion.guidance`. 0 turns it off.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
         seed: the same seed gives the same videos on the same machine. Each has noise of its own
@@ -176,7 +176,7 @@ class SamplingOptions:
 
     clips: int
     frames: int
-    steps: int = numbers.DEFAULT_STEPS
+    steps: int | None = None
     scheduler: str | Any = "auto"
     guidance: float = 0.0
     eta: float = numbers.DEFAULT_ETA
@@ -189,7 +189,8 @@ class SamplingOptions:
         from pvdm_fast.diffusion.schedulers import check_name
 
         for name, number in RANGES.items():
-            object.__setattr__(self, name, number.checked(NAMES.get(name, name), getattr(self, name)))
+            if name != "steps" or self.steps is not None:
+                object.__setattr__(self, name, number.checked(NAMES.get(name, name), getattr(self, name)))
         if not isinstance(self.seed, NoiseSource):
             numbers.SEED.checked("the seed", self.seed)
         if isinstance(self.scheduler, str):
@@ -240,7 +241,8 @@ def stream_video(
     wanted = SamplingOptions(**fields) if options is None else replace(options, **fields)
     frames, device = wanted.frames, next(denoiser.parameters()).device
     sampler = fitting_scheduler(denoiser, wanted)
-    steps = passes(sampler, wanted.steps)
+    each = fitting_steps(denoiser, wanted)
+    steps = passes(sampler, each)
     _check_request(autoencoder, denoiser, wanted)
     noise = wanted.seed
     if not isinstance(noise, NoiseSource):
@@ -269,7 +271,7 @@ def stream_video(
             denoiser,
             sampler,
             shape,
-            steps=wanted.steps,
+            steps=each,
             noise=noise,
             condition=latent,
             labels=labels,
@@ -301,11 +303,33 @@ def sample_video(
 
 def fitting_scheduler(denoiser: Denoiser, options: SamplingOptions) -> Any:
     """The scheduler of these options for this denoiser. Raises UserError if they don't go together."""
-    from pvdm_fast.diffusion.schedulers import scheduler_name, scheduler_of
+    from pvdm_fast.diffusion.schedulers import fitting_name, scheduler_of
 
     if isinstance(options.scheduler, str):
-        numbers.check_eta(scheduler_name(options.scheduler, denoiser.config.get("prediction", "noise")), options.eta)
+        numbers.check_eta(fitting_name(denoiser, options.scheduler), options.eta)
     return scheduler_of(denoiser, options.scheduler)
+
+
+def fitting_steps(denoiser: Denoiser, options: SamplingOptions) -> int:
+    """The number of steps of these options for this denoiser.
+
+    Raises:
+        UserError: the denoiser was distilled, and they ask for other steps, or for guidance.
+    """
+    distilled = denoiser.config.get("distilled_steps")
+    if distilled is None:
+        return numbers.DEFAULT_STEPS if options.steps is None else options.steps
+    if options.steps not in (None, distilled):
+        raise UserError(
+            f"this denoiser was distilled to sample in {distilled} steps, not in {options.steps}: leave the number "
+            "out, or sample from its teacher"
+        )
+    if options.guidance:
+        raise UserError(
+            f"guidance {options.guidance:g} can't be added to a distilled denoiser: leave it out, or distil one with "
+            "it (python -m pvdm_fast.distill RUN --guidance W)"
+        )
+    return int(distilled)
 
 
 def passes(scheduler: Any, steps: int) -> int:

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from pvdm_fast.diffusion.flow import shifted
+from pvdm_fast.diffusion.flow import sampling_times
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.numbers import ETA, SAMPLING_STEPS
 from pvdm_fast.models.noise_schedule import BETA_END, BETA_START, TRAIN_STEPS, NoiseSchedule
@@ -186,8 +186,7 @@ class _FlowLevels:
         steps = SAMPLING_STEPS.checked("the number of sampling steps", num_inference_steps)
         super().set_timesteps(steps, device=device)  # type: ignore[misc]
         config: Any = self.config  # type: ignore[attr-defined]
-        even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        levels = shifted(even, config.get("flow_shift", config.get("shift")))[:-1]
+        levels = sampling_times(steps, config.get("flow_shift", config.get("shift")))[:-1]
         order: int = self.order  # type: ignore[attr-defined]
         levels = levels.repeat_interleave(order)[order - 1 :].float()  # Heun's visits each time but the first twice
         self.timesteps = (TRAIN_STEPS * levels).to(device)
@@ -273,6 +272,20 @@ def scheduler_name(name: str, prediction: str) -> str:
     return name
 
 
+def fitting_name(denoiser: Denoiser, name: str) -> str:
+    """The name that "auto" stands for with this denoiser, any other as it is. Raises UserError if it doesn't fit."""
+    if not _distilled(denoiser):
+        return scheduler_name(name, denoiser.config.get("prediction", "noise"))
+    check_name(name)
+    if name not in ("auto", "euler"):
+        raise UserError(f"this denoiser was distilled for euler, not {name}: leave the scheduler out")
+    return "euler"
+
+
+def _distilled(denoiser: Denoiser) -> bool:
+    return denoiser.config.get("distilled_steps") is not None
+
+
 def scheduler_of(denoiser: Denoiser, scheduler: str | Any) -> Any:
     """A scheduler by name for this denoiser, or the given one.
 
@@ -282,8 +295,10 @@ def scheduler_of(denoiser: Denoiser, scheduler: str | Any) -> Any:
     config: Any = denoiser.config
     prediction, shift = config.get("prediction", "noise"), config.get("time_shift", 1.0)
     if isinstance(scheduler, str):
-        return make_scheduler(scheduler, prediction, shift)
+        return make_scheduler(fitting_name(denoiser, scheduler), prediction, shift)
     kind = type(scheduler).__name__
+    if _distilled(denoiser) and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise UserError(f"this denoiser was distilled for euler, not {kind}: take the scheduler of scheduler_of")
     if _takes_velocity(scheduler) != (prediction == "flow"):
         raise UserError(
             f"{kind} doesn't go with this denoiser, which predicts {prediction}: choose one of "

@@ -75,7 +75,7 @@ class Request:
     features: Path | None = None
     features_sha256: str | None = None
     scheduler: str = "auto"
-    steps: int = numbers.DEFAULT_STEPS
+    steps: int | None = None
     eta: float = numbers.DEFAULT_ETA
     guidance: float = 0.0
     batch_size: int = 8

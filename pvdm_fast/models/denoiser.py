@@ -115,13 +115,16 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
             (`pvdm_fast.models.latent_statistics`), for prediction "flow". None: they are taken as they are.
         time_shift: for prediction "flow", how far training and sampling move their times towards the noise
             (`pvdm_fast.diffusion.flow.shifted`). 1 moves nothing.
+        distilled_steps: for prediction "flow", the number of steps that this network was distilled to sample in
+            (`pvdm_fast.diffusion.distillation`). None: it predicts the velocity at every time.
         num_classes: number of classes, for class-conditional training. None: without classes. The class's embedding is
             added to that of the time. It has one more entry, for no class.
         class_names: their names, in the order of their numbers.
 
     Raises:
         ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; a
-            time shift that isn't positive; a time shift or statistics without flow; not as many names as classes.
+            time shift that isn't positive; a time shift, statistics or distilled steps without flow; not as many names
+            as classes.
     """
 
     _supports_gradient_checkpointing = True
@@ -145,6 +148,7 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
         time_shift: float = 1.0,
         latent_mean: Sequence[Sequence[float]] | None = None,
         latent_std: Sequence[Sequence[float]] | None = None,
+        distilled_steps: int | None = None,
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != num_classes:
@@ -153,6 +157,8 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
             raise ValueError(f"The prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}.")
         if time_shift <= 0 or (time_shift != 1 and prediction != "flow"):
             raise ValueError(f"time_shift {time_shift} must be above 0, and goes with prediction flow only.")
+        if distilled_steps is not None and (distilled_steps < 1 or prediction != "flow"):
+            raise ValueError(f"distilled_steps {distilled_steps} must be 1 or more, and needs prediction flow.")
         if latent_mean is not None or latent_std is not None:
             if prediction != "flow" or latent_mean is None or latent_std is None:
                 raise ValueError("latent_mean and latent_std go together, and with prediction flow only.")

@@ -16,7 +16,8 @@ from pvdm_fast.jobs.transfer import to_device
 from pvdm_fast.losses.lpips import LPIPS, MINIMUM_SIZE, load_lpips
 from pvdm_fast.losses.patchgan import Discriminators, frames_of
 from pvdm_fast.losses.psnr import psnr
-from pvdm_fast.training.config import AdversarialOptions, TrainConfig
+from pvdm_fast.training.config import TrainConfig
+from pvdm_fast.training.hyperparameters import AdversarialOptions
 from pvdm_fast.training.stages import WHOLE, AutoencoderStage, Classes
 
 if TYPE_CHECKING:

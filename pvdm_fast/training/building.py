@@ -19,7 +19,8 @@ from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.jobs.reading import read_json
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import OPTIONS, STAGES, TrainConfig, get, make_config
-from pvdm_fast.training.initialisation import HEADS, find_autoencoder, initialise, read_source
+from pvdm_fast.training.distilling import DistillationStage
+from pvdm_fast.training.initialisation import HEADS, find_autoencoder, find_denoiser, initialise, read_source
 from pvdm_fast.training.options import flag
 from pvdm_fast.training.presets import (
     AUTOENCODER_SIZES,
@@ -68,6 +69,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def forget_job(accelerator: Accelerator) -> None:
+    """Let the next job of this Python process choose its own precision and device, which accelerate keeps otherwise."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
 def check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
     """Raises UserError, in the main process, for what several processes cannot do."""
     processes, kind, problem = accelerator.num_processes, accelerator.distributed_type.value, None
@@ -96,22 +104,30 @@ def make_stage(
     Where it ``begins`` and is not about to be restored, its weights are those of --init-from.
     """
     torch.manual_seed(config.seed)
+    teacher: Denoiser | None = None
     if name == "autoencoder":
         autoencoder = make_autoencoder(config)
         model: Autoencoder | Denoiser = autoencoder
     else:
         autoencoder = find_autoencoder(run.autoencoder)
-        names = class_names(config, run, accelerator.is_main_process) if config.diffusion.class_conditional else None
+        teacher = find_denoiser(run.teacher) if config.distillation.steps else None
+        names = None
+        if teacher is not None:
+            names = teacher.config["class_names"]
+        elif config.diffusion.class_conditional:
+            names = class_names(config, run, accelerator.is_main_process)
         model = denoiser = make_denoiser(config, autoencoder, names)
     if begins and config.init_from is not None:
         heads = {key: get(config, key) for key in HEADS.values()}
-        trained = read_source(Path(config.init_from), heads, name).of_stage(name)
+        trained = teacher or read_source(Path(config.init_from), heads, name).of_stage(name)
         if trained is not None:
             initialise(model, trained)
     if getattr(config, name).checkpointing:
         model.enable_gradient_checkpointing()
     if config.fsdp and accelerator.num_processes > 1:
         shard(model, accelerator.device, accelerator.num_processes)
+    if teacher is not None:
+        return DistillationStage(config, autoencoder, denoiser, teacher)
     if name == "diffusion":
         return DiffusionStage(config, autoencoder, denoiser)
     return (SecondPhaseStage if wants_second_phase(config) else AutoencoderStage)(config, autoencoder)
@@ -163,6 +179,7 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
             num_classes=None if names is None else len(names),
             class_names=names,
             time_shift=config.diffusion.time_shift,
+            distilled_steps=config.distillation.steps,
             **_arguments(config, DENOISER_SIZES),
         )
 

@@ -15,6 +15,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.reading import UnreadableFile, read_json_object
 from pvdm_fast.layout import PLANE_NAMES
 from pvdm_fast.training.config import OPTIONS, STAGES, TrainConfig, get, given, make_config
+from pvdm_fast.training.distilling import check_distillation
 from pvdm_fast.training.options import flag
 from pvdm_fast.training.presets import VIDEO_SIZES, autoencoder_sizes, denoiser_sizes
 
@@ -126,6 +127,7 @@ def initial_config(changes: Mapping[str, Any]) -> tuple[TrainConfig, Source | No
                 f"the denoiser in {source.place} was made for latents of {have} channels, but the autoencoder's have "
                 f"{want}: choose --autoencoder-latent-channels {have}, or another --init-from"
             )
+    check_distillation(config, None if source is None else source.denoiser)
     return config, source
 
 
@@ -138,6 +140,16 @@ def find_autoencoder(place: Path, option: str = "--autoencoder-from") -> Autoenc
     if not is_saved(path):
         raise UserError(f"there is no autoencoder in {path}: train one first, or name one with {option}")
     return load_model(Autoencoder, path)
+
+
+def find_denoiser(folder: Path) -> Denoiser:
+    """The denoiser in a folder of its own; raises UserError where there is none."""
+    from pvdm_fast.models import Denoiser
+    from pvdm_fast.models.release import is_saved, load_model
+
+    if not is_saved(folder):
+        raise UserError(f"there is no denoiser in {folder}: put it back, or start a new run")
+    return load_model(Denoiser, folder)
 
 
 def check_used(source: Source, config: TrainConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +12,16 @@ from pvdm_fast.backends.precision import cpu_multiplies_bfloat16
 from pvdm_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from pvdm_fast.training.config import StageOptions
+    from pvdm_fast.training.hyperparameters import StageOptions
 
 LEAST_8BIT = 4096  # elements: bitsandbytes keeps the moments of smaller parameters in float32
 BLOCK = 256  # elements that share a scale in float32
 LEAST_SIDE = 32  # of a matrix that Muon turns: layers at the ends of a network and tables of vectors are left to AdamW
 MOMENTUM = 0.95
+STACKED = 1 << 24  # elements that Muon turns together: 32 MiB in bfloat16
+
+Turned = tuple[Tensor, Tensor, dict[str, Any]]
+"""A parameter, its gradient, and its group of the optimizer."""
 
 
 def optimizer_settings(options: StageOptions) -> dict[str, Any]:
@@ -48,22 +52,25 @@ class Muon(torch.optim.AdamW):
         for parameter, _, _ in gradients:
             parameter.grad = None  # AdamW passes over these
         loss = super().step(closure)
-        for parameter, gradient, group in gradients:
+        for parameter, gradient, _ in gradients:
             parameter.grad = gradient
-            self._turn(parameter, gradient, group)
+        for alike in _alike(gradients):
+            updates = orthogonal(torch.stack([self._averaged(p, gradient) for p, gradient, _ in alike]))
+            for (parameter, _, group), update in zip(alike, updates, strict=True):
+                size = 0.2 * max(update.shape) ** 0.5  # the root mean square of AdamW's steps
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
         return loss
 
-    def _turn(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _averaged(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient with Nesterov's momentum, as a matrix."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
             state["momentum"] = torch.zeros_like(gradient)
         state["step"] += 1
         momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        update = orthogonal(gradient.lerp(momentum, MOMENTUM).flatten(1))
-        size = 0.2 * max(update.shape) ** 0.5  # the root mean square of AdamW's steps
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+        return gradient.lerp(momentum, MOMENTUM).flatten(1)
 
 
 def hidden_matrices(model: nn.Module) -> Iterable[nn.Parameter]:
@@ -76,18 +83,29 @@ def hidden_matrices(model: nn.Module) -> Iterable[nn.Parameter]:
             yield weight
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V' of a matrix U S V', by five steps of Jordan's Newton-Schulz iteration.
+def _alike(gradients: list[Turned]) -> Iterator[list[Turned]]:
+    """Matrices of one shape together, as many as a stack may hold: fewer and larger products."""
+    by_shape: dict[tuple[torch.Size, torch.device], list[Turned]] = {}
+    for item in gradients:
+        by_shape.setdefault((item[0].flatten(1).shape, item[0].device), []).append(item)
+    for (shape, _), items in by_shape.items():
+        most = max(1, STACKED // shape.numel())
+        yield from (items[first : first + most] for first in range(0, len(items), most))
 
-    Its singular values end between 0.7 and 1.2. In bfloat16 where products are quick in it, as its author does.
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V' of each matrix U S V' of a stack (n, rows, columns), by five steps of Jordan's Newton-Schulz
+    iteration.
+
+    Their singular values end between 0.7 and 1.2. In bfloat16 where products are quick in it, as its author does.
     """
-    wide = len(matrix) <= matrix.shape[1]
-    x = (matrix if wide else matrix.t()) / (matrix.norm() + 1e-7)
-    x = x.bfloat16() if matrix.device.type == "cuda" or cpu_multiplies_bfloat16() else x
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT) / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+    x = x.bfloat16() if matrices.device.type == "cuda" or cpu_multiplies_bfloat16() else x
     for _ in range(5):
-        square = x @ x.t()
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x if wide else x.t()).to(matrix.dtype)
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 def make_optimizer(name: str, model: nn.Module, options: StageOptions) -> torch.optim.Optimizer:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
-from pvdm_fast.training.config import StageOptions, TrainConfig
+from pvdm_fast.training.config import TrainConfig
+from pvdm_fast.training.hyperparameters import StageOptions
 
 if TYPE_CHECKING:
     import torch

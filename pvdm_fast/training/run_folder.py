@@ -32,6 +32,7 @@ class RunFolder:
         self.previews = path / "previews"
         self.autoencoder = path / "autoencoder"
         self.denoiser = path / "denoiser"
+        self.teacher = path / "teacher"
         self.latents = path / "latents"
         self.metrics = path / "metrics.jsonl"
         self.changes = path / "changes.jsonl"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,16 @@ from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes, lost_another
 from pvdm_fast.jobs.progress import say
 from pvdm_fast.training import checkpoint, previews, report
-from pvdm_fast.training.building import empty_autoencoder, existing_autoencoder, make_accelerator, make_stage
-from pvdm_fast.training.config import StageOptions, TrainConfig, with_absolute_places
+from pvdm_fast.training.building import (
+    empty_autoencoder,
+    existing_autoencoder,
+    forget_job,
+    make_accelerator,
+    make_stage,
+)
+from pvdm_fast.training.config import TrainConfig, with_absolute_places
 from pvdm_fast.training.encoding import cached_latents
+from pvdm_fast.training.hyperparameters import StageOptions
 from pvdm_fast.training.initialisation import initial_config
 from pvdm_fast.training.options import Request
 from pvdm_fast.training.resuming import Resumption, reopen, resumed_folder, resumption
@@ -41,8 +49,6 @@ from pvdm_fast.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from pvdm_fast.models import Autoencoder
 
 
 class StageTooLarge(UserError):
@@ -85,12 +91,16 @@ def _run_training(request: Request) -> RunFolder:
     with ExitStack() as ending:
         ending.enter_context(threads.chosen(config.threads, config.device))
         accelerator = make_accelerator(config)
+        ending.callback(forget_job, accelerator)
         accelerator.wait_for_everyone()  # until all have seen whether there is a run to continue
         processes = Processes(accelerator)
         found = existing_autoencoder(config, resume)
         plan = report.make_plan(config, found or empty_autoencoder(config), accelerator, source)
-        del source  # each stage reads the model that it trains again
-        run = RunFolder(processes.on_main(lambda: claim_folder(request, resumed, config, found, ending)))
+        kept: dict[str, Any] = {} if found is None or resumed else {"autoencoder": found}
+        if config.distillation.steps and source is not None:
+            kept["teacher"] = source.denoiser
+        run = RunFolder(processes.on_main(partial(claim_folder, request, resumed, config, kept, ending)))
+        del source, kept  # each stage reads the models that it needs again
         if processes.main:
             print(plan.text(run.path), flush=True)
             run.trackers += map(ending.enter_context, make_trackers(config, run.path))
@@ -105,7 +115,7 @@ def _run_training(request: Request) -> RunFolder:
             ) from error
         if processes.main:
             print(report.summary(run), flush=True)
-    accelerator.end_training()
+        accelerator.end_training()
     return run
 
 
@@ -125,16 +135,19 @@ def train_stages(
 
 
 def claim_folder(
-    request: Request, resumed: Resumption | None, config: TrainConfig, found: Autoencoder | None, ending: ExitStack
+    request: Request, resumed: Resumption | None, config: TrainConfig, kept: Mapping[str, Any], ending: ExitStack
 ) -> Path:
-    """Make or open the run's folder, and keep other trainers out of it until ``ending``."""
+    """Make or open the run's folder, and keep other trainers out of it until ``ending``.
+
+    ``kept``: the models that a new run doesn't train but needs, by the name of their folder.
+    """
     run = RunFolder(resumed.path) if resumed else RunFolder.create(request.run)
     ending.enter_context(run.locked())
     run.clean_up()
     if resumed:
         reopen(run, resumed)
-    elif found is not None:
-        save_model(found, run.autoencoder)
+    for name, model in kept.items():
+        save_model(model, run.path / name)
     run.write_config(config)
     return run.path
 
@@ -245,7 +258,7 @@ def show(trainer: Trainer) -> None:
             options = SamplingOptions(
                 clips=previews.SHOWN_CLIPS,
                 frames=2 * frames,
-                steps=config.diffusion.sampling_steps,
+                steps=None if config.distillation.steps else config.diffusion.sampling_steps,
                 seed=config.seed,
             )
             samples = sample_video(autoencoder, stage.model, options, progress=lambda done, total: trainer.stop.check())

@@ -25,7 +25,8 @@ from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.models import latent_statistics
 from pvdm_fast.models.latent_statistics import normalized
 from pvdm_fast.models.noise_schedule import TRAIN_STEPS, NoiseSchedule
-from pvdm_fast.training.config import AutoencoderOptions, DiffusionOptions, StageOptions, TrainConfig
+from pvdm_fast.training.config import TrainConfig
+from pvdm_fast.training.hyperparameters import AutoencoderOptions, DiffusionOptions, StageOptions
 from pvdm_fast.training.sharding import cut_like, local, of_parts
 
 if TYPE_CHECKING:
@@ -211,34 +212,43 @@ class DiffusionStage(Stage):
         classes: Classes = None,
     ) -> Tensor:
         """Also of cached latents (B, windows, D, N)."""
+        target, condition = self._latents(video, generator, share)
+        clips = share.world * len(target)
+        drawn = [share.of(torch.randn((clips, *target.shape[1:]), generator=generator))]
+        drawn.append(share.of(self._draw_times(clips, generator)))
+        labels = self._labels(classes, len(target), generator, share)
+        drawn += [] if labels is None else [labels]
+        noise, time, *classed = to_device(drawn, target.device)
+        return self._error(model, target, condition, noise, time, classed[0] if classed else None)
+
+    def _latents(self, video: Tensor, generator: torch.Generator, share: Share) -> tuple[Tensor, Tensor]:
+        """Targets and conditions (B, D, N), as the denoiser sees latents."""
         probability = self.conditional_probability
         per_batch = self.options.condition_per == "batch" and self.model.training  # scores are of both kinds
         if video.dim() == 4:
             latents, frames = normalized(video, self.model), self.clip_frames // 2
-            target, condition = joint_latents(latents, frames, probability, generator, share, per_batch=per_batch)
-        else:
-            with torch.no_grad():
-                target, condition = joint_batch(
-                    video,
-                    self._encode,
-                    probability,
-                    generator,
-                    share,
-                    per_batch=per_batch,
-                    pad_short=self.pad_short,
-                )
-        clips = share.world * len(target)
-        drawn = [share.of(torch.randn((clips, *target.shape[1:]), generator=generator))]
-        drawn.append(share.of(self._timesteps(clips, generator)))
-        labels = self._labels(classes, len(target), generator, share)
-        drawn += [] if labels is None else [labels]
-        noise, timestep, *classed = to_device(drawn, target.device)
-        prediction = str(self.model.config["prediction"])
-        denoise = partial(model, class_labels=classed[0]) if classed else model
-        weight = self.options.loss_weight
-        return diffusion_loss(denoise, self.schedule, target, condition, noise, timestep, prediction, weight)
+            return joint_latents(latents, frames, probability, generator, share, per_batch=per_batch)
+        with torch.no_grad():
+            return joint_batch(
+                video, self._encode, probability, generator, share, per_batch=per_batch, pad_short=self.pad_short
+            )
 
-    def _timesteps(self, clips: int, generator: torch.Generator) -> Tensor:
+    def _error(
+        self,
+        model: nn.Module,
+        target: Tensor,
+        condition: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        labels: Tensor | None,
+    ) -> Tensor:
+        """The loss of what was drawn."""
+        prediction = str(self.model.config["prediction"])
+        denoise = model if labels is None else partial(model, class_labels=labels)
+        weight = self.options.loss_weight
+        return diffusion_loss(denoise, self.schedule, target, condition, noise, time, prediction, weight)
+
+    def _draw_times(self, clips: int, generator: torch.Generator) -> Tensor:
         """Random times (clips,): int64 in [0, 1000), or for a flow 1000 t in float32."""
         if self.model.config["prediction"] != "flow":
             return torch.randint(TRAIN_STEPS, (clips,), generator=generator)

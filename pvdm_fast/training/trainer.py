@@ -23,8 +23,9 @@ from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import StepBar, say
 from pvdm_fast.training import checkpoint
-from pvdm_fast.training.config import StageOptions, TrainConfig, to_yaml
+from pvdm_fast.training.config import TrainConfig, to_yaml
 from pvdm_fast.training.feed import Feed
+from pvdm_fast.training.hyperparameters import StageOptions
 from pvdm_fast.training.optimizer import make_optimizer, optimizer_settings
 from pvdm_fast.training.pace import Pace
 from pvdm_fast.training.run_folder import RunFolder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from pvdm_fast.analysis.flops import FlopCount
 from pvdm_fast.analysis.memory import LiveMemory, saved_bytes
 from pvdm_fast.backends import precision
 from pvdm_fast.errors import UserError
-from pvdm_fast.estimate import Estimate, estimate, main
+from pvdm_fast.estimate import Estimate, computed, estimate, main
+from pvdm_fast.jobs.cards import CARDS, UTILISATION
 from pvdm_fast.models import Denoiser
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.building import make_autoencoder, make_denoiser
@@ -155,6 +157,34 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_the_time_on_a_named_card(capsys: pytest.CaptureFixture[str]) -> None:
+    """FLOPs over a share of its peak; and where a step doesn't fit, or isn't in bf16, that instead."""
+    small = ["--frames", "2", "--height", "8", "--width", "8", "--batch-size", "1", "--gpu", "H100"]
+    assert main([*small, "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out):
+        assert row["seconds_a_step"] == pytest.approx(row["flops"] / (0.35 * 989e12))
+    assert main(small) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("autoencoder: ") and "on one H100" in line and "computed: 35%" in line for line in lines)
+    assert lines[-1].startswith("both stages: ") and "on one H100" in lines[-1]
+    for wrong in (
+        ["--gpu", "H1000"],
+        ["--gpu", "H100", "--measure", "5"],
+        ["--gpu", "H100", "--mixed-precision", "no"],
+    ):
+        assert main(wrong) == 2
+        assert capsys.readouterr().err.startswith("error: --")
+    config = make_config({"diffusion.float32": True})
+    numbers = dict.fromkeys((field.name for field in fields(Estimate)), 1)
+    found = Estimate(**{**numbers, "stage": "diffusion"})  # type: ignore[arg-type]
+    assert computed(found, config, "H100") == (
+        None,
+        "diffusion: it computes in float32, and only the time of bf16 is computed",
+    )
+    large = replace(found, stage="autoencoder", at_work=30 << 30)
+    assert computed(large, config, "RTX4090")[1] == "autoencoder: a step needs 30.0 GiB, and one RTX4090 has 24 GiB"
+
+
 def test_cost_of_a_run() -> None:
     """Hours computed by hand from the estimate's figures."""
     changes = config()
@@ -163,7 +193,7 @@ def test_cost_of_a_run() -> None:
     videos, latents = (cost.cost(changes, found, clips, cached) for cached in (False, True))
     assert videos.steps == max(changes.diffusion.steps, 10 * 1000 // 2)
     flops = 2 * (found.flops - found.frozen_flops)
-    seconds = flops / (cost.UTILISATION * cost.PEAKS["A100"])
+    seconds = flops / (UTILISATION * CARDS["A100"].peak)
     assert latents.gpu_hours["A100"] == pytest.approx(videos.steps * seconds / 3600)
     assert latents.bytes_a_second["A100"] == pytest.approx(2 * cost.LATENT_BYTES / seconds)
     encoding = 2 * 1.4 * found.frozen_flops / 2

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pvdm_fast import convert, encode, estimate, evaluate, sample
+from pvdm_fast import convert, distill, encode, estimate, evaluate, sample
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.arguments import SYNONYMS, did_you_mean
 from pvdm_fast.training.config import OPTIONS, flatten
@@ -16,6 +17,7 @@ from pvdm_fast.training.options import make_parser as train_parser
 
 PARSERS: dict[str, Callable[[], Any]] = {
     "convert": convert.make_parser,
+    "distill": distill.make_parser,
     "encode": encode.make_parser,
     "estimate": estimate.make_parser,
     "evaluate": evaluate.make_parser,
@@ -76,7 +78,7 @@ def test_config_files_know_them_too() -> None:
     assert did_you_mean("zzzz", OPTIONS) == ""
 
 
-@pytest.mark.parametrize("command", ["sample", "encode", "evaluate", "train"])
+@pytest.mark.parametrize("command", ["sample", "distill", "encode", "evaluate", "train"])
 def test_devices_have_the_same_names(command: str) -> None:
     (action,) = [item for item in PARSERS[command]()._actions if "--device" in item.option_strings]
     assert action.metavar == "{auto,cpu,cuda,cuda:N}"
@@ -84,13 +86,15 @@ def test_devices_have_the_same_names(command: str) -> None:
 
 
 def test_steps_have_one_default() -> None:
-    from pvdm_fast.diffusion.sampling import SamplingOptions
+    from pvdm_fast.diffusion.sampling import SamplingOptions, fitting_steps
     from pvdm_fast.evaluation.protocol import Request
     from pvdm_fast.training.config import make_config
 
     asked = sample.make_parser().parse_args(["run"]).steps
     assert asked == Request.__dataclass_fields__["steps"].default == SamplingOptions(clips=1, frames=1).steps
-    assert asked == make_config({}).diffusion.sampling_steps
+    assert asked is None, "the denoiser decides"
+    undecided = SimpleNamespace(config={})
+    assert fitting_steps(undecided, SamplingOptions(clips=1, frames=1)) == make_config({}).diffusion.sampling_steps  # type: ignore[arg-type]
 
 
 def test_a_choice_and_a_missing_value() -> None:

@@ -18,7 +18,7 @@ from pvdm_fast.jobs.numbers import Number, real, whole
 from pvdm_fast.training.config import OPTIONS, make_config, read_changes
 from pvdm_fast.training.options import flag
 
-COMMANDS = ("sample", "evaluate", "encode", "estimate", "convert", "info", "selftest", "tune")
+COMMANDS = ("sample", "distill", "evaluate", "encode", "estimate", "convert", "info", "selftest", "tune")
 WORDS = ("nan", "inf", "-inf", "1e999", "9" * 400, "x", "", "0x10", "None")
 
 

@@ -23,7 +23,7 @@ def test_steps_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
     """The directions of the singular value decomposition, with all singular values near 1."""
     matrix = torch.randn(shape, dtype=torch.float32)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    found = left.t() @ orthogonal(matrix) @ right.t()
+    found = left.t() @ orthogonal(matrix[None])[0] @ right.t()
     assert (found.diagonal() > 0.6).all() and (found.diagonal() < 1.3).all()
     assert (found - found.diagonal().diag()).abs().max() < 0.05
 
@@ -39,6 +39,24 @@ def test_which_parameters_are_turned() -> None:
         assert not any("class_embed" in name or "norm" in name or "pos" in name for name in names)
         assert not any(name.startswith(("out.2", "pre_", "post_")) for name in names)
     assert any("in_layers" in name or "qkv" in name for name in names)
+
+
+def test_matrices_of_one_shape_are_turned_together_and_each_by_itself() -> None:
+    stack = torch.randn(3, 64, 150) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    together, alone = orthogonal(stack), torch.cat([orthogonal(matrix[None]) for matrix in stack])
+    assert torch.allclose(together, alone, atol=2e-2)  # products in bfloat16 may round differently in a stack
+
+
+def test_the_size_of_a_stack_changes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for stacked in (1, 1 << 24):
+        monkeypatch.setattr("pvdm_fast.training.optimizer.STACKED", stacked)
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(3)))
+        trained(model, Muon(model, **SETTINGS), range(2))
+        models.append(model)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-3)
 
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:

@@ -32,7 +32,7 @@ def test_help_shows_the_value_of_every_preset() -> None:
     assert "(tiny: 1; small: 1 2 3; base, release: 1 2 4 4)" in text
     assert "(tiny: none; small: 4 2; base, release: 4 2 1)" in text
     assert "(tiny: 64; small: 192; base, release: 384)" in text and "default: the preset's" not in text
-    assert "(tiny: flow; small, base, release: noise)" in text and "(tiny: on; small, base, release: off)" in text
+    assert "(tiny, small, base: flow; release: noise)" in text and "(tiny: on; small, base, release: off)" in text
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

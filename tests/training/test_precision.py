@@ -117,6 +117,8 @@ def test_training(units: bool, finished: Path, tmp_path: Path, capsys: pytest.Ca
     same = losses(run, "autoencoder")[0] == losses(finished, "autoencoder")[0]  # the same first step, in float32
     assert same != units
     assert len(losses(run, "diffusion")) == 1
+    again = [*SMALL, *steps(1), "--stage", "autoencoder", "--mixed-precision", "no", "--run", str(tmp_path / "next")]
+    assert main(again) == 0, "the next job of a process chooses its own precision"
 
 
 def sample(run: Path, out: Path, *arguments: str) -> np.ndarray:

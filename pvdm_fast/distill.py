@@ -1,0 +1,93 @@
+"""``python -m pvdm_fast.distill RUN``: a student that samples in few steps what a trained flow samples in many."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pvdm_fast.jobs.command import run_command
+
+if TYPE_CHECKING:
+    from pvdm_fast.training.options import Request
+
+SHARE = 1 / 3  # of the teacher's steps and learning rate, since the student starts from its weights
+
+
+def make_parser() -> argparse.ArgumentParser:
+    from pvdm_fast.jobs.arguments import Parser
+    from pvdm_fast.jobs.devices import MEANING, METAVAR
+    from pvdm_fast.training.config import OPTIONS
+
+    parser = Parser(
+        prog="python -m pvdm_fast.distill",
+        description="Trains a student that samples in few steps what the flow of a trained run samples in many. Its "
+        "folder is a run: sample, evaluate and train --resume take it, and sampling takes its number of steps by "
+        "itself. What isn't given here is as the trained run had it.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run with a trained flow, or with a student of one")
+
+    def add(flag: str, key: str, text: str, metavar: str = "N") -> None:
+        kind = OPTIONS[key].metadata["number"]
+        parser.add_argument(flag, dest=key, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+    add("--steps", "distillation.steps", "steps in which the student samples, each one pass (default: 4)")
+    add("--guidance", "distillation.guidance", "guidance that the student learns along (default: 0)", "W")
+    add("--solver-steps", "distillation.solver_steps", "the teacher's, two passes each (default: 8)")
+    add("--training-steps", "diffusion.steps", "optimizer steps (default: a third of the run's)")
+    add("--batch-size", "diffusion.batch_size", "clips a step (default: the run's)")
+    add("--learning-rate", "diffusion.learning_rate", "the highest (default: a third of the run's)", "X")
+    add("--data", "data", "clips to learn from (default: the run's)", "DIR")
+    add("--seed", "seed", "seed of clips and noise (default: the run's)")
+    add("--device", "device", f"{MEANING} (default: the run's)", METAVAR)
+    add("--threads", "threads", "CPU threads (default: the run's)")
+    text = "folder of the student (default: RUN-N-steps)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=text)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> Request:
+    """The training run that the command line asks for. Raises UserError where RUN is no run."""
+    from pvdm_fast.training.config import values_of
+    from pvdm_fast.training.options import Request
+    from pvdm_fast.training.run_folder import RunFolder
+
+    given = vars(make_parser().parse_args(arguments))
+    place, out = given.pop("run"), given.pop("out")
+    trained = RunFolder.existing(place).read_config()
+    changes: dict[str, Any] = {
+        **values_of(trained),
+        "stage": "diffusion",
+        "init_from": str(place),
+        "autoencoder_from": None,
+        "early_stop": None,
+        "distillation.steps": 4,
+        "distillation.guidance": 0.0,
+        "diffusion.time_mean": 0.0,
+        "diffusion.time_std": 1.0,
+        "diffusion.steps": math.ceil(SHARE * trained.diffusion.steps),
+        "diffusion.learning_rate": SHARE * trained.diffusion.learning_rate,
+        **given,
+    }
+    steps = changes["distillation.steps"]
+    folder = out or place.with_name(f"{place.resolve().name}-{steps}-step{'s' * (steps > 1)}")
+    return Request(changes, folder, None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns 0, 2 (user's error), 3 (loss isn't finite), or 128 + the number of a signal."""
+
+    def distill() -> None:
+        request = parse(arguments)
+        from pvdm_fast.training.session import run_training
+
+        run_training(request)
+
+    return run_command(distill)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

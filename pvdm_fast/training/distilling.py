@@ -1,0 +1,133 @@
+"""Distillation as a training stage: a denoiser learns to sample in few steps what its teacher samples in many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pvdm_fast.diffusion.distillation import Velocity, distillation_loss, network_times
+from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.sampling import check_pair
+from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.processes import Processes
+from pvdm_fast.training.config import TrainConfig
+from pvdm_fast.training.stages import DiffusionStage
+
+if TYPE_CHECKING:
+    from pvdm_fast.models import Autoencoder, Denoiser
+
+
+TIMES = ("time_mean", "time_std")  # of the options: they would change nothing here
+
+
+class DistillationStage(DiffusionStage):
+    """The student's mean velocity in windows of the teacher's path, see `pvdm_fast.diffusion.distillation`.
+
+    It begins with the teacher's weights. Clips, conditions, classes and averaged weights are as in training a flow.
+    """
+
+    def __init__(self, config: TrainConfig, autoencoder: Autoencoder, student: Denoiser, teacher: Denoiser) -> None:
+        super().__init__(config, autoencoder, student)
+        check_pair(autoencoder, teacher)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.distillation = config.distillation
+        self.windows = int(student.config["distilled_steps"])
+        taught = teacher.config["distilled_steps"]
+        self.teacher_is_distilled = taught is not None
+        wanted = self.distillation.solver_steps if taught is None else taught
+        self.solver_steps = math.ceil(wanted / self.windows)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.teacher.to(device)
+
+    def before_training(self, clips: Iterable[Tensor], processes: Processes) -> None:
+        """The latents' statistics are the teacher's, also where it has none."""
+
+    def _draw_times(self, clips: int, generator: torch.Generator) -> Tensor:
+        """Random windows (clips,), int64."""
+        return torch.randint(self.windows, (clips,), generator=generator)
+
+    def _error(
+        self,
+        model: nn.Module,
+        target: Tensor,
+        condition: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        labels: Tensor | None,
+    ) -> Tensor:
+        classed = {} if labels is None else {"class_labels": labels}
+
+        def student(latent: Tensor, time: Tensor) -> Tensor:
+            sample: Tensor = model(latent, network_times(time), condition=condition, **classed).sample
+            return sample
+
+        return distillation_loss(
+            student,
+            self._taught(condition, labels),
+            target,
+            noise,
+            time,
+            windows=self.windows,
+            shift=float(self.model.config["time_shift"]),
+            solver_steps=self.solver_steps,
+            euler=self.teacher_is_distilled,
+        )
+
+    def _taught(self, condition: Tensor, labels: Tensor | None) -> Velocity:
+        """The teacher's velocity, guided as the options say."""
+        guidance = self.distillation.guidance
+
+        def velocity(latent: Tensor, time: Tensor) -> Tensor:
+            return predict_noise(self.teacher, latent, network_times(time), condition, guidance, labels)
+
+        return velocity
+
+
+def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
+    """Raises UserError where ``teacher``, the denoiser of --init-from, can't teach what the options ask for."""
+    options = config.distillation
+    if options.steps is None:
+        for name in ("solver_steps", "guidance"):
+            if getattr(options, name) != getattr(type(options), name):
+                flag = f"--distillation-{name.replace('_', '-')}"
+                raise UserError(f"{flag} does nothing without --distillation-steps: give that too, or leave it out")
+        return
+    if config.stage != "diffusion" or teacher is None:
+        raise UserError(
+            "--distillation-steps needs --stage diffusion and a trained flow: name its run with --init-from, or use "
+            "python -m pvdm_fast.distill RUN"
+        )
+    place = config.init_from
+    if teacher.config["prediction"] != "flow":
+        raise UserError(
+            f"the denoiser in {place} predicts {teacher.config['prediction']}, and only a flow can be distilled: train "
+            "one with --diffusion-prediction flow"
+        )
+    for name in TIMES:
+        if getattr(config.diffusion, name) != getattr(type(config.diffusion), name):
+            flag = f"--diffusion-{name.replace('_', '-')}"
+            raise UserError(f"{flag} chooses the times of a flow, and a student learns its own few: leave it out")
+    if config.diffusion.class_conditional != (teacher.config["num_classes"] is not None):
+        have = "no classes" if teacher.config["num_classes"] is None else "classes"
+        raise UserError(
+            f"the denoiser in {place} has {have}, and its student can't differ: change --diffusion-class-conditional"
+        )
+    taught, shift = teacher.config["distilled_steps"], config.diffusion.time_shift
+    if taught is None:
+        return
+    if options.solver_steps != type(options).solver_steps:
+        raise UserError(
+            f"--distillation-solver-steps does nothing here, because the denoiser in {place} was distilled itself and "
+            "takes its own steps: leave it out"
+        )
+    if taught % options.steps or teacher.config["time_shift"] != shift or options.guidance:
+        raise UserError(
+            f"the denoiser in {place} was distilled for {taught} steps itself: take a number that divides it with "
+            f"--distillation-steps, its --diffusion-time-shift {teacher.config['time_shift']:g}, and no guidance"
+        )

@@ -1,0 +1,210 @@
+"""Distilled runs: they resume exactly, everything that follows takes their models, and what can't be is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training.small import SMALL, assert_refused, losses, same_weights, weights
+
+from pvdm_fast import PVDMPipeline
+from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
+from pvdm_fast.diffusion.schedulers import FlowHeunScheduler, FlowUniPCScheduler
+from pvdm_fast.distill import main as distill
+from pvdm_fast.errors import UserError
+from pvdm_fast.evaluate import main as evaluate
+from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.sample import main as sample
+from pvdm_fast.train import main as train
+
+FLOW = [
+    *("--diffusion-prediction", "flow", "--diffusion-schedule", "constant", "--autoencoder-steps", "1"),
+    *("--diffusion-normalize-latents", "--diffusion-time-shift", "2", "--diffusion-time-mean", "-0.5"),
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    assert train([*SMALL, *FLOW, "--diffusion-steps", "2", "--run", str(run)]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def student(teacher: Path) -> Path:
+    """Four steps of training, without interruption, to sample in two."""
+    assert distill([str(teacher), "--steps", "2", "--guidance", "1", "--training-steps", "4"]) == 0
+    return teacher.with_name("run-2-steps")
+
+
+def test_a_student_is_a_run_that_knows_its_steps(teacher: Path, student: Path) -> None:
+    config = Denoiser.load_config(student / "denoiser")
+    taught = Denoiser.load_config(teacher / "denoiser")
+    assert (config["distilled_steps"], taught["distilled_steps"]) == (2, None)
+    assert all(config[name] == taught[name] for name in ("latent_mean", "latent_std", "time_shift", "model_channels"))
+    assert same_weights(teacher, student, "autoencoder")
+    assert not same_weights(teacher, student, "denoiser")
+    before, kept = weights(teacher, "denoiser"), weights(student, "teacher")
+    assert all(torch.equal(before[name], kept[name]) for name in before)
+    assert np.isfinite(json.loads((student / "results.json").read_text())["diffusion"]["held_out_loss"])
+    assert (student / "samples.mp4").stat().st_size > 0
+
+
+def test_a_resumed_distillation_is_the_same(teacher: Path, student: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert distill([str(teacher), "--steps", "2", "--guidance", "1", "--training-steps", "2", "--out", str(run)]) == 0
+    assert train(["--resume", str(run), "--diffusion-steps", "4"]) == 0
+    assert losses(run, "diffusion") == losses(student, "diffusion")
+    assert same_weights(run, student, "denoiser")
+
+
+def test_guidance_is_learned_along(teacher: Path, student: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--diffusion-conditional-probability", "1"]
+    again = [
+        *SMALL,
+        *FLOW[:-2],
+        *options,
+        "--stage",
+        "diffusion",
+        "--init-from",
+        str(teacher),
+        "--diffusion-steps",
+        "1",
+    ]
+    for name, guidance in (("without", "0"), ("with", "2")):
+        more = ["--distillation-steps", "2", "--distillation-guidance", guidance]
+        assert train([*again, *more, "--run", str(run / name)]) == 0
+    assert losses(run / "without", "diffusion") != losses(run / "with", "diffusion")
+
+
+def test_it_is_sampled_without_being_told(student: Path, tmp_path: Path) -> None:
+    """By the command, the pipeline and the function: two passes a clip, the same clips."""
+    out = tmp_path / "out.npy"
+    assert sample([str(student), "--out", str(out), "--clips", "2", "--frames", "7", "--device", "cpu"]) == 0
+    pixels = np.load(out)
+    models = [kind.from_pretrained(student / name).eval() for kind, name in MODELS]
+    passes: list[float] = []
+
+    def count(step: int, timestep: float, latent: torch.Tensor) -> torch.Tensor:
+        passes.append(timestep)
+        return latent
+
+    videos = sample_video(*models, SamplingOptions(clips=2, frames=7), on_step=count)
+    assert passes == pytest.approx([1000, 1000 * 2 / 3] * 2), "even times 1 and 1/2, shifted by 2, for both clips"
+    assert np.abs(pixels.astype(float) - (videos.permute(0, 2, 3, 4, 1).numpy() + 1) * 127.5).max() < 1
+    pipeline = PVDMPipeline.from_pretrained(student)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    loaded = PVDMPipeline.from_pretrained(tmp_path / "pipeline")
+    for pipe in (pipeline, loaded):
+        frames = pipe(num_frames=7, generator=torch.Generator().manual_seed(0)).frames
+        assert np.abs(frames[0] * 255 - pixels[0]).max() < 1
+
+
+MODELS = ((Autoencoder, "autoencoder"), (Denoiser, "denoiser"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "50"], "distilled to sample in 2 steps, not in 50"),
+        (["--scheduler", "unipc"], "distilled for euler, not unipc"),
+        (["--guidance", "1", "--frames", "8"], "can't be added to a distilled denoiser"),
+        (["--eta", "0"], "--eta is DDIM's"),
+    ],
+)
+def test_what_a_student_cannot_sample_is_refused(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    out = tmp_path / "out.npy"
+    assert sample([str(student), "--out", str(out), "--device", "cpu", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    assert not out.exists()
+
+
+def test_other_schedulers_are_refused_in_python(student: Path) -> None:
+    models = [kind.from_pretrained(student / name).eval() for kind, name in MODELS]
+    for scheduler in (FlowUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), FlowHeunScheduler()):
+        with pytest.raises(UserError, match="distilled for euler"):
+            sample_video(*models, SamplingOptions(clips=1, frames=4, scheduler=scheduler))
+
+
+def test_evaluation_takes_the_students_steps(student: Path, tmp_path: Path) -> None:
+    options = ["--clips", "4", "--samples", "2", "--frames", "4", "--nearest-among", "0", "--device", "cpu"]
+    assert evaluate([str(student), *options, "--out", str(tmp_path)]) == 0
+    sampling = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["sampling"]
+    assert (sampling["steps"], sampling["scheduler"]) == (2, "euler")
+
+
+def test_a_student_teaches_in_its_own_steps(student: Path, tmp_path: Path) -> None:
+    """One pass for each of the two: the student's student is taught by Euler steps at the same times."""
+    run = tmp_path / "one"
+    assert distill([str(student), "--steps", "1", "--training-steps", "1", "--out", str(run)]) == 0
+    assert Denoiser.load_config(run / "denoiser")["distilled_steps"] == 1
+    assert Denoiser.load_config(run / "teacher")["distilled_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "3"], "was distilled for 2 steps itself"),
+        (["--steps", "1", "--guidance", "1"], "and no guidance"),
+        (["--steps", "1", "--solver-steps", "5"], "--distillation-solver-steps does nothing here"),
+    ],
+)
+def test_what_a_student_cannot_teach_is_refused(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    run = tmp_path / "run"
+    assert distill([str(student), *options, "--out", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    assert not run.exists()
+
+
+def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
+    finished: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert distill([str(finished), "--out", str(run)]) == 2  # it predicts v
+    assert "only a flow can be distilled" in capsys.readouterr().err
+    assert distill([str(tmp_path / "nothing"), "--out", str(run)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    flow, of_teacher = ["--diffusion-prediction", "flow"], ["--init-from", str(teacher)]
+    two = ["--distillation-steps", "2"]
+    assert_refused([*flow, *two], "needs --stage diffusion and a trained flow", run, capsys)
+    assert_refused([*flow, *two, *of_teacher], "needs --stage diffusion and a trained flow", run, capsys)
+    assert_refused([*flow, "--distillation-guidance", "1"], "does nothing without --distillation-steps", run, capsys)
+    times = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-time-mean", "1"]
+    assert_refused([*flow, *times], "--diffusion-time-mean chooses the times of a flow", run, capsys)
+    classes = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-class-conditional"]
+    assert_refused([*flow, *classes], "has no classes", run, capsys)
+
+
+def test_the_page_s_commands_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "few_steps.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^python -m .*$", page, re.MULTILINE)]
+    run = {"pvdm_fast.distill": distill, "pvdm_fast.sample": sample, "pvdm_fast.evaluate": evaluate}
+    few = {
+        "pvdm_fast.distill": ["--training-steps", "1"],
+        "pvdm_fast.evaluate": ["--clips", "2", "--samples", "1", "--frames", "4", "--nearest-among", "0"],
+    }
+    for module, *words in commands:
+        words = [str(teacher) if word == "RUN" else word for word in words]
+        assert run[module]([*words, *few.get(module, [])]) == 0
+    assert Path("four.mp4").stat().st_size > 0
+    assert Denoiser.load_config("runs/one/denoiser")["distilled_steps"] == 1
+
+
+def test_distilled_steps_go_with_a_flow() -> None:
+    with pytest.raises(ValueError, match="needs prediction flow"):
+        Denoiser.from_preset("tiny", prediction="noise", distilled_steps=4)
+    with pytest.raises(ValueError, match="1 or more"):
+        Denoiser.from_preset("tiny", distilled_steps=0)
