@@ -37,6 +37,7 @@ def check(result: dict[str, Any], count: int) -> None:
     assert len(set(result["descriptors"])) == 1, "files are left open"
 
 
+@pytest.mark.slow
 def test_mutated_files(tmp_path: Path) -> None:
     check(fuzz(tmp_path, 150, 10_000), 150)
 

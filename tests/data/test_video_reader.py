@@ -191,6 +191,7 @@ class Mallinfo(ctypes.Structure):
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc 2.33 or newer: run on a newer Linux"
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("counting", [False, True])
 def test_reading_a_part_loses_no_memory(tmp_path: Path, film: np.ndarray, counting: bool) -> None:
     path = make(tmp_path, "h264.mkv", film, SEEKABLE)

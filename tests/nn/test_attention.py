@@ -91,6 +91,7 @@ def test_autocast_and_half_precision(block: TriplaneAttention) -> None:
     assert_close(low, exact, 1.5e-2)  # the same, with rounded parameters and input
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph(block: TriplaneAttention) -> None:
     torch._dynamo.reset()
     x = torch.randn(2, 64, LAYOUT.num_tokens)

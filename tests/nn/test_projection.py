@@ -137,6 +137,7 @@ def test_what_is_not_plain_is_called(change: str, fused: list[str]) -> None:
     assert not fused
 
 
+@pytest.mark.slow
 def test_compiled_code_takes_the_layers(fused: list[str]) -> None:
     torch._dynamo.reset()
     module, x = Network("xt"), lattice()

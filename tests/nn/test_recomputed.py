@@ -136,6 +136,7 @@ def test_under_checkpointing_and_twice_the_same(name: str, monkeypatch: pytest.M
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+@pytest.mark.slow
 @EVERY
 def test_compiles_to_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()

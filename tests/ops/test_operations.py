@@ -56,8 +56,12 @@ CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration", "test_
 FORMS = {"contiguous": lambda t: t, "transposed": transposed, "sliced": sliced}
 
 
+# Tracing and differentiating takes 1.6 s an operation; the other forms are quick.
+SLOW = {"contiguous": pytest.mark.slow}
+
+
 @everywhere
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(form, marks=SLOW.get(form, ())) for form in FORMS])
 def test_registration(name: str, form: str) -> None:
     """opcheck of the operation and its backward, as the public function calls them: schema, fake strides, autograd."""
     case = SMALL[name]
