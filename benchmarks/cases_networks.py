@@ -136,6 +136,44 @@ def projection(setting: Setting) -> Prepared:
     return assemble_modules(setting, f"B{setting.clips} {sites} sequences of {length}, C{channels}", make, flops)
 
 
+class _ToPlane(nn.Module):
+    """A projection with all that belongs to its plane, for ours and for its rivals."""
+
+    def __init__(self, layout: TriplaneLayout, channels: int, latents: int, projection: nn.Module) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(channels))
+        self.positions = nn.Parameter(torch.empty(layout.time + 1, channels))
+        self.projection, self.to_latent = projection, nn.Conv2d(channels, latents, 1)
+
+
+@REGISTRY.add("block/lattice to xy", "block")
+def lattice_to_plane(setting: Setting) -> Prepared:
+    """From the lattice to a plane's latents, which is one operation where a kernel serves it."""
+    layout, channels, latents = setting.lattice, setting.autoencoder["channels"], 4
+    sites, length = layout.height * layout.width, layout.time + 1
+    x = setting.draw(setting.clips, layout.time * sites, channels)
+
+    def ours(module: Any, x: Tensor) -> Tensor:
+        result: Tensor = module.projection.latents(x, layout, "xy", module.token, module.positions, module.to_latent)
+        return result
+
+    def rival(module: Any, x: Tensor) -> Tensor:
+        rows = module.projection(eager_autoencoder.sequences(x, "xy", layout, module.token, module.positions))
+        plane = rows[:, 0].view(x.shape[0], layout.height, layout.width, channels).movedim(3, 1)
+        return module.to_latent(plane).tanh().flatten(2).mT
+
+    def module_of(projection: nn.Module) -> nn.Module:
+        return _ToPlane(layout, channels, latents, projection)
+
+    make = with_variants(
+        lambda variant: _lazy(lambda: module_of(eager_autoencoder.Projection(channels, variant=variant)), rival, [x])
+    )
+    make["ours"] = _lazy(lambda: module_of(PlaneProjection(channels)), ours, [x])
+    flops = floors.projection(sites, length, channels) + floors.linear(sites, channels, latents)
+    shape = f"B{setting.clips} {layout.time}x{layout.height}x{layout.width} C{channels}"
+    return assemble_modules(setting, shape, make, setting.clips * flops)
+
+
 def _denoisers(setting: Setting, call: Call, rival_call: Call, inputs: Sequence[Tensor]) -> dict[str, Any]:
     config = setting.denoiser
     make = with_variants(

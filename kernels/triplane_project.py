@@ -18,8 +18,9 @@ sequences of its tile NaN.
 Of the last layer only element 0 of each sequence is kept: after attention the tile has a row for each sequence.
 
 At full size in bf16 a row of the tile takes 3456 bytes, and 132 programs of 128 rows 58 MB. Inputs, weights and result
-are 20 MB for one clip. The layers one by one move 944 MB in 34 launches. Weights (1.4 MB a layer) are read from the L2
-once for each tile, so tiles are as large as registers allow. All of this is reasoned, not measured.
+are 20 MB for one clip. From the lattice to the latents, slice, layers and convolution one by one move 971 MB in 37
+launches (944 in 34 of them the layers). Weights (1.4 MB a layer) are read from the L2 once for each tile, so tiles are
+as large as registers allow. All of this is reasoned, not measured.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ from torch import Tensor
 
 from pvdm_fast.backends.projection_layers import NAMES
 from pvdm_fast.backends.rows import rows_dense
-from pvdm_fast.kernels.attention_common import LOG2_E, padded
+from pvdm_fast.kernels.attention_common import padded
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
-from pvdm_fast.kernels.math import dot_precision, normal, sum_of_products, tanh
+from pvdm_fast.kernels.math import dot_precision, tanh
+from pvdm_fast.kernels.triplane_project_backward import backward
+from pvdm_fast.kernels.triplane_project_steps import attend, gather, norm, product, rest_of_layer, tile_rows, widen
 from pvdm_fast.kernels.triplane_slice import gather_of
+
+__all__ = ["backward", "forward", "refusal"]
 
 LONGEST = 64  # elements of a sequence, the appended token among them: a tile of 64 rows holds one
 MOST_LATENTS = 32  # in a step of the last product
@@ -81,175 +86,6 @@ def refusal(*inputs: Any) -> str | None:
 
 
 @triton.jit
-def _rows(step, ROWS: tl.constexpr, SPACING: tl.constexpr):
-    """ROWS rows of the tile, SPACING apart. `step` is a loop's variable, which is never negative.
-
-    min(step, 0) is 0, but only at run time. Otherwise the compiler computes the addresses of every step before all
-    loops, and holds them in registers: some hundred a thread.
-    """
-    return tl.arange(0, ROWS) * SPACING + tl.minimum(step, 0)
-
-
-@triton.jit
-def _product(
-    left, rows, limit, weight, output, depth, stride, written,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Rows, `stride` apart, times some outputs of a weight (written, depth): (ROWS, OUTPUTS) in float32."""
-    sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    for first in range(0, depth, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)[None, :]
-        inside = (rows < limit)[:, None] & (channel < depth)
-        a = tl.load(left + rows[:, None] * stride + channel, mask=inside, other=0.0)
-        inside = (output < written)[:, None] & (channel < depth)
-        w = tl.load(weight + output[:, None] * depth + channel, mask=inside, other=0.0)
-        sums = tl.dot(a, tl.trans(w), sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
-def _norm(
-    stream, narrow, rows, limit, weight, bias, eps, c, narrow_stride, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
-    """LayerNorm of rows of the stream, to `narrow`. The variance is summed in a pass of its own, around the mean."""
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in tl.range(0, c, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)[None, :]
-        inside = (rows < limit)[:, None] & (channel < c)
-        total += tl.sum(tl.load(stream + rows[:, None] * c + channel, mask=inside, other=0.0), 1)
-    mean = total / c
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in tl.range(0, c, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)[None, :]
-        inside = (rows < limit)[:, None] & (channel < c)
-        value = tl.load(stream + rows[:, None] * c + channel, mask=inside, other=0.0)
-        value = tl.where(inside, value - mean[:, None], 0.0)
-        total += sum_of_products(value, value, 1)
-    rstd = tl.rsqrt(total / c + eps)
-    for first in tl.range(0, c, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)[None, :]
-        inside = (rows < limit)[:, None] & (channel < c)
-        value = tl.load(stream + rows[:, None] * c + channel, mask=inside, other=0.0)
-        gain = tl.load(weight + channel, mask=channel < c, other=0.0).to(tl.float32)
-        shift = tl.load(bias + channel, mask=channel < c, other=0.0).to(tl.float32)
-        normed = (value - mean[:, None]) * rstd[:, None] * gain + shift
-        tl.store(narrow + rows[:, None] * narrow_stride + channel, normed.to(narrow.dtype.element_ty), mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _widen(
-    narrow, wide, limit, weight, bias, c, written, narrow_stride, wide_stride, PRECISION: tl.constexpr,
-    SPACING: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """wide = narrow weight'. With a bias: GELU of the sum."""
-    for first in tl.range(0, written, OUTPUTS, num_stages=1, disable_licm=True):
-        rows = _rows(first, ROWS, SPACING)
-        output = first + tl.arange(0, OUTPUTS)
-        sums = _product(
-            narrow, rows, limit, weight, output, c, narrow_stride, written, PRECISION, ROWS, OUTPUTS, CHANNELS
-        )  # fmt: skip
-        if bias is not None:
-            sums += tl.load(bias + output, mask=output < written, other=0.0).to(tl.float32)[None, :]
-            cdf, _ = normal(sums)
-            sums *= cdf
-        inside = (rows < limit)[:, None] & (output < written)[None, :]
-        tl.store(wide + rows[:, None] * wide_stride + output[None, :], sums.to(wide.dtype.element_ty), mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _add(
-    left, stream, limit, weight, bias, depth, stride, c, PRECISION: tl.constexpr,
-    SPACING: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """stream += left weight' + bias."""
-    for first in tl.range(0, c, OUTPUTS, num_stages=1, disable_licm=True):
-        rows = _rows(first, ROWS, SPACING)
-        output = first + tl.arange(0, OUTPUTS)
-        sums = _product(left, rows, limit, weight, output, depth, stride, c, PRECISION, ROWS, OUTPUTS, CHANNELS)
-        sums += tl.load(bias + output, mask=output < c, other=0.0).to(tl.float32)[None, :]
-        inside = (rows < limit)[:, None] & (output < c)[None, :]
-        place = stream + rows[:, None] * c + output[None, :]
-        tl.store(place, sums + tl.load(place, mask=inside, other=0.0), mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _attend(
-    wide, narrow, limit, scale, heads, head_width, narrow_stride, wide_stride,
-    PRECISION: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Attention inside every LENGTH rows, from `wide` (q | k | v) to `narrow`. WIDTH: channels of a head at a time."""
-    for head in tl.range(0, heads, num_stages=1, disable_licm=True):
-        rows = _rows(head, ROWS, 1)
-        queries = wide + rows[:, None] * wide_stride + head * head_width
-        scores = tl.zeros((ROWS, ROWS), tl.float32)
-        for first in range(0, head_width, WIDTH):
-            channel = first + tl.arange(0, WIDTH)[None, :]
-            inside = (rows < limit)[:, None] & (channel < head_width)
-            q = tl.load(queries + channel, mask=inside, other=0.0)
-            k = tl.load(queries + heads * head_width + channel, mask=inside, other=0.0)
-            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-        # Rows that don't exist are sequences of zeros, so that every row has a finite maximum.
-        own = (rows // LENGTH)[:, None] == (rows // LENGTH)[None, :]
-        scores = tl.where(own, scores * (scale * LOG2_E), float("-inf"))
-        weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        total = tl.sum(weights, 1)
-        weights = weights.to(wide.dtype.element_ty)
-        for first in range(0, head_width, WIDTH):
-            channel = first + tl.arange(0, WIDTH)[None, :]
-            inside = (rows < limit)[:, None] & (channel < head_width)
-            v = tl.load(queries + 2 * heads * head_width + channel, mask=inside, other=0.0)
-            sums = tl.dot(weights, v, input_precision=PRECISION) / total[:, None]
-            target = narrow + rows[:, None] * narrow_stride + head * head_width + channel
-            tl.store(target, sums.to(narrow.dtype.element_ty), mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _rest_of_layer(
-    stream, narrow, wide, step, limit, out_weight, out_bias, norm_weight, norm_bias, up_weight, up_bias, down_weight,
-    down_bias, layer, eps, c, width, hidden, narrow_stride, wide_stride, PRECISION: tl.constexpr,
-    SPACING: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """What follows attention: output projection, norm, feed-forward, and both residuals."""
-    of_c = layer * c
-    _add(
-        narrow, stream, limit, out_weight + of_c * width, out_bias + of_c, width, narrow_stride, c,
-        PRECISION, SPACING, ROWS, OUTPUTS, CHANNELS,
-    )  # fmt: skip
-    rows = _rows(step, ROWS, SPACING)
-    _norm(stream, narrow, rows, limit, norm_weight + of_c, norm_bias + of_c, eps, c, narrow_stride, ROWS, CHANNELS)
-    _widen(
-        narrow, wide, limit, up_weight + of_c * hidden, up_bias + layer * hidden, c, hidden, narrow_stride, wide_stride,
-        PRECISION, SPACING, ROWS, OUTPUTS, CHANNELS,
-    )  # fmt: skip
-    _add(
-        wide, stream, limit, down_weight + of_c * hidden, down_bias + of_c, hidden, wide_stride, c,
-        PRECISION, SPACING, ROWS, OUTPUTS, CHANNELS,
-    )  # fmt: skip
-
-
-@triton.jit
-def _gather(
-    x, token, positions, stream, rows, limit, source, c, LENGTH: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
-    """The tile's sequences, to the stream: lattice tokens, the appended token, and their positions."""
-    element = rows % LENGTH
-    for first in tl.range(0, c, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)[None, :]
-        inside = (rows < limit)[:, None] & (channel < c)
-        of_lattice = inside & (element < LENGTH - 1)[:, None]
-        value = tl.load(x + source[:, None] + channel, mask=of_lattice, other=0.0).to(tl.float32)
-        appended = inside & (element == LENGTH - 1)[:, None]
-        value += tl.load(token + channel, mask=appended, other=0.0).to(tl.float32)
-        value += tl.load(positions + element[:, None] * c + channel, mask=inside, other=0.0).to(tl.float32)
-        tl.store(stream + rows[:, None] * c + channel, value, mask=inside)
-    tl.debug_barrier()
-
-
-@triton.jit
 def _latents(
     stream, narrow, out, rows, limit, first_sequence, weight, bias, c, latents, narrow_stride, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -264,7 +100,7 @@ def _latents(
     sequence = (first_sequence + tl.arange(0, ROWS)).to(tl.int64)
     for first in tl.range(0, latents, OUTPUTS, num_stages=1, disable_licm=True):
         output = first + tl.arange(0, OUTPUTS)
-        sums = _product(
+        sums = product(
             narrow, rows, limit, weight, output, c, narrow_stride, latents, PRECISION, ROWS, OUTPUTS, CHANNELS
         )  # fmt: skip
         sums += tl.load(bias + output, mask=output < latents, other=0.0).to(tl.float32)[None, :]
@@ -298,39 +134,40 @@ def triplane_project_forward(
         tl.program_id(0), tl.cdiv(sequences, PACKED), tl.num_programs(0), num_stages=1, disable_licm=True
     ):
         limit = tl.minimum(sequences - tile * PACKED, PACKED) * LENGTH  # rows behind it don't exist
-        rows = _rows(tile, ROWS, 1)
+        rows = tile_rows(tile, ROWS, 1)
         sequence = tile * PACKED + rows // LENGTH
         site = sequence % sites
         source = (sequence // sites).to(tl.int64) * batch_stride
         source += (site // inner * outer_step + site % inner + rows % LENGTH * step).to(tl.int64) * token_stride
-        _gather(x, token, positions, stream, rows, limit, source, c, LENGTH, CHANNELS)
+        gather(x, token, positions, stream, rows, limit, source, c, LENGTH, CHANNELS)
         for number in tl.range(0, layers, num_stages=1, disable_licm=True):
             layer = tl.cast(number, tl.int64)
-            _norm(
-                stream, narrow, _rows(number, ROWS, 1), limit, norm1_weight + layer * c, norm1_bias + layer * c, eps, c,
+            own = tile_rows(number, ROWS, 1)
+            norm(
+                stream, narrow, own, own, limit, norm1_weight + layer * c, norm1_bias + layer * c, None, None, eps, c,
                 narrow_stride, ROWS, CHANNELS,
             )  # fmt: skip
-            _widen(
+            widen(
                 narrow, wide, limit, qkv_weight + layer * c * (3 * width), None, c, 3 * width, narrow_stride,
                 wide_stride, PRECISION, 1, ROWS, OUTPUTS, CHANNELS,
             )  # fmt: skip
-            _attend(
+            attend(
                 wide, narrow, limit, scale, heads, head_width, narrow_stride, wide_stride,
-                PRECISION, LENGTH, ROWS, WIDTH,
+                PRECISION, LENGTH, ROWS, ROWS, WIDTH,
             )  # fmt: skip
             if number < layers - 1:
-                _rest_of_layer(
+                rest_of_layer(
                     stream, narrow, wide, number, limit, out_weight, out_bias, norm2_weight, norm2_bias,
                     up_weight, up_bias, down_weight, down_bias, layer, eps, c, width, hidden, narrow_stride,
                     wide_stride, PRECISION, 1, ROWS, OUTPUTS, CHANNELS,
                 )  # fmt: skip
-        _rest_of_layer(
+        rest_of_layer(
             stream, narrow, wide, tile, limit, out_weight, out_bias, norm2_weight, norm2_bias, up_weight, up_bias,
             down_weight, down_bias, tl.cast(layers - 1, tl.int64), eps, c, width, hidden, narrow_stride,
             wide_stride, PRECISION, LENGTH, FIRST, OUTPUTS, CHANNELS,
         )  # fmt: skip
         _latents(
-            stream, narrow, out, _rows(tile, FIRST, LENGTH), limit, tile * PACKED, latent_weight, latent_bias,
+            stream, narrow, out, tile_rows(tile, FIRST, LENGTH), limit, tile * PACKED, latent_weight, latent_bias,
             c, latents, narrow_stride, PRECISION, FIRST, LATENTS, CHANNELS,
         )  # fmt: skip
 

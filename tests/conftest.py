@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -100,6 +101,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def kernel_of(path: Path) -> str:
+    """The operation whose own kernel a file tests, one direction or both."""
+    return path.stem.removeprefix("test_").removesuffix("_backward")
+
+
 def interpreted_again(items: list[pytest.Item]) -> Iterator[tuple[pytest.Item, str]]:
     """Tests that interpret Triton kernels once more, and the mark that lets them wait.
 
@@ -110,7 +116,7 @@ def interpreted_again(items: list[pytest.Item]) -> Iterator[tuple[pytest.Item, s
     seen: Counter[tuple[str, object]] = Counter()
     for item in items:
         given = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-        if item.path.parent.name == "triton" and item.path.stem.removeprefix("test_") in choice.SERVED["triton"]:
+        if item.path.parent.name == "triton" and kernel_of(item.path) in choice.SERVED["triton"]:
             dtypes = [value for value in given if isinstance(value, torch.dtype)]
             dtype = dtypes[0] if len(dtypes) == 1 else torch.float32  # several: mixed in small calls
             third = seen[item.nodeid.partition("[")[0], dtype] % 3 == 0

@@ -101,6 +101,8 @@ def calls(
 ) -> list[Call]:
     """All distinct calls that both networks of a preset make with Triton's kernels: without gradient, then with.
 
+    Then with a gradient and the projection's layers one by one, as on AMD's GPUs and under torch.compile.
+
     Args:
         size: a preset: "tiny", "small", "base".
         dtype: of weights and activations. With `mixed` it is autocast's dtype, and weights are float32.
@@ -124,19 +126,26 @@ def calls(
                 with recorder, _served_by_triton():
                     with torch.no_grad():
                         network(*inputs(network, batch))
-                    sample = network(*inputs(network, batch)).sample
-                    torch.autograd.grad(sample, list(network.parameters()), torch.empty_like(sample), allow_unused=True)
+                    _forth_and_back(network, inputs(network, batch))
+                if isinstance(network, Autoencoder):
+                    with recorder, _served_by_triton(but=choice.FUSED_PROJECTION):
+                        _forth_and_back(network, inputs(network, batch))
     finally:
         torch.set_default_dtype(default)
     return list(recorder.calls)
 
 
+def _forth_and_back(network: Any, inputs: tuple[Tensor, ...]) -> None:
+    sample = network(*inputs).sample
+    torch.autograd.grad(sample, list(network.parameters()), torch.empty_like(sample), allow_unused=True)
+
+
 @contextmanager
-def _served_by_triton() -> Iterator[None]:
+def _served_by_triton(but: tuple[str, ...] = ()) -> Iterator[None]:
     """Networks ask whether a kernel is available before they fuse operations. Answers yes, though Triton may not
-    run here."""
+    run here, `but` for some operations."""
     before = choice.serves
-    choice.serves = lambda backend, op, *_: backend == "triton" and op in choice.SERVED[backend]
+    choice.serves = lambda backend, op, *_: backend == "triton" and op in choice.SERVED[backend] and op not in but
     try:
         yield
     finally:

@@ -46,8 +46,8 @@ PACKAGE = {
 BACKENDS = tuple(PACKAGE)
 # Not in OPERATIONS: it has no gradient, and is used only if a kernel exists for it (pvdm_fast/ops/attention_block.py).
 FUSED = ("attention_block",)
-# Nor this one. CPUs have a kernel for both directions, Triton for the forward pass. Elsewhere, and for a gradient on a
-# GPU, its parts are used (pvdm_fast/ops/triplane_project.py).
+# Nor this one: it is used only where a kernel serves it, which CPUs and Triton have for both directions. Elsewhere its
+# parts are used (pvdm_fast/ops/triplane_project.py).
 FUSED_PROJECTION = ("triplane_project",)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),

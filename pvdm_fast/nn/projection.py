@@ -133,7 +133,7 @@ class PlaneProjection(nn.Module):
         if not is_plain(self, PlaneProjection):
             return None
         latent = weights_of(to_latent, nn.Conv2d, POINTWISE_2D)
-        # Asked with one weight: collecting those of four layers takes 65 us, for nothing in training on a GPU.
+        # Asked with one weight: collecting those of four layers takes 65 us, for nothing where no kernel serves.
         if latent is None or not ops.fuses_projection(lattice, latent[0], layout, plane):
             return None
         layers = [_weights_of_layer(layer) for layer in self.layers]

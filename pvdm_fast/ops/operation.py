@@ -85,7 +85,7 @@ def serving(op: str, direction: str, module: Any) -> Callable[..., Any]:
     Called with `alone`, no backward pass follows: a module may have `<direction>_alone`, which returns None in place of
     what it would save.
     """
-    if not hasattr(module, direction):  # forward-mode derivatives have few kernels, the fused projection no gradient's
+    if not hasattr(module, direction):  # forward-mode derivatives have few kernels
         derivatives.say(op, "its gradient" if direction == "backward" else "its forward-mode derivative")
         module = choice.implementation("reference", op)
 
