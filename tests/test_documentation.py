@@ -14,7 +14,19 @@ import pytest
 import yaml
 
 import pvdm_fast
-from benchmarks import busy, call, cost, cuda_resources, errors, kernel_resources, report, rows, samplers, traffic
+from benchmarks import (
+    busy,
+    call,
+    cost,
+    cuda_resources,
+    errors,
+    few_steps,
+    kernel_resources,
+    report,
+    rows,
+    samplers,
+    traffic,
+)
 from pvdm_fast import ops
 from pvdm_fast.backends import SERVED
 
@@ -99,6 +111,7 @@ def test_generated_tables_have_their_place() -> None:
         cost.DOCUMENT: ["cost"],
         traffic.DOCUMENT: ["traffic"],
         samplers.DOCUMENT: ["samplers"],
+        few_steps.DOCUMENT: ["few-steps"],
         call.DOCS: ["call"],
         busy.PAGE: ["busy"],
     }
