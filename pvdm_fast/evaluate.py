@@ -23,9 +23,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m pvdm_fast.evaluate",
         description="Measures PSNR and SSIM of reconstructions, and Fréchet and kernel distances of reconstructions "
-        "and samples in features of our own, with intervals; with a network that you name also FVD. Writes "
-        "evaluation.json and report.html. The same command continues an evaluation that was interrupted. Several "
-        "processes share the work: torchrun --nproc-per-node 8 -m pvdm_fast.evaluate ...",
+        "and samples in features of our own, with intervals; with a network that you name also FVD. Of rendered scenes "
+        "it also says whether objects keep their names and paths. Writes evaluation.json and report.html. The same "
+        "command continues an evaluation that was interrupted. Several processes share the work: "
+        "torchrun --nproc-per-node 8 -m pvdm_fast.evaluate ...",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -38,14 +39,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--samples",
         type=numbers.CLIPS_OR_NONE,
         metavar="N",
-        help="number of samples, 0 for none (default: as many as clips with --features, otherwise at most 256)",
+        help="number of samples, 0 for none (default: as many as clips with --features, otherwise at most 128)",
     )
     add(
         "--frames",
         type=numbers.FRAMES,
         nargs="+",
         metavar="N",
-        help="lengths at which samples are compared (default: 16 128)",
+        help="lengths at which samples are compared (default: 16 128 with --features, otherwise 16 64)",
     )
     add("--stride", type=numbers.STRIDE, metavar="N", help="step between a real clip's frames (default: the run's)")
     add("--fold", type=numbers.FOLD, metavar="N", help="which of UCF-101's three pairs of lists (default: the run's)")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation.clip_network import ClipFeatures
+from pvdm_fast.evaluation.scene_judge import SceneJudge
 from pvdm_fast.evaluation.tally import Measured
 from pvdm_fast.jobs.archives import first_line
 from pvdm_fast.jobs.checksums import sha256
@@ -101,10 +102,11 @@ class FeatureNetwork:
 
 @dataclass(frozen=True)
 class Networks:
-    """Ours, which every evaluation has, and the one that you named, if you did."""
+    """Ours, which every evaluation has, the one that you named, if you did, and the judge of rendered scenes."""
 
     shipped: ClipFeatures
     named: FeatureNetwork | None
+    judge: SceneJudge | None = None
 
     def measure(self, videos: dict[str, Tensor]) -> Measured:
         """Features of videos (B, 3, T, H, W) by name: rows of ours, values of the named network's."""

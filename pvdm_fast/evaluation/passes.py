@@ -17,6 +17,8 @@ from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation.clips import read_batches
 from pvdm_fast.evaluation.features import Networks
 from pvdm_fast.evaluation.processes import wait
+from pvdm_fast.evaluation.scene_judge import see
+from pvdm_fast.evaluation.scenes import clip_features, clip_scores, first_frames, kinds_right
 from pvdm_fast.evaluation.ssim import WINDOW, ssim
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.evaluation.tally import Measured, Tally, read_tallies, remaining, total
@@ -129,7 +131,8 @@ def run_pass(work: Pass, parent: Path, processes: Processes, stop: StopRequest, 
 def measure_reconstructions(
     subject: Subject, dataset: ClipDataset, networks: Networks, workers: int, shown: int
 ) -> Measure:
-    """Measures PSNR, SSIM (if frames are large enough), and the features of originals and reconstructions."""
+    """Measures PSNR, SSIM (if frames are large enough), and the features of originals and reconstructions. With a judge
+    also which objects keep their names, and the originals' features for it."""
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for numbers, batch in zip(batches, read_batches(dataset, batches, workers), strict=True):
@@ -140,6 +143,10 @@ def measure_reconstructions(
             measured.values["psnr"] = psnr(result, original).clamp_max(MAX_PSNR)[:, None]
             if min(subject.size) >= WINDOW:
                 measured.values["ssim"] = ssim(result, original)[:, None]
+            if networks.judge is not None:
+                seen = see(networks.judge, original)
+                measured.values["kinds_right"] = kinds_right(seen, see(networks.judge, result))
+                measured.values["scenes"] = clip_features(seen)
             measured.unreadable.update(batch["skipped"])
             show(folder, numbers, torch.stack([original, result], dim=1), subject.fps, shown)
             yield measured
@@ -160,22 +167,31 @@ def measure_real_clips(dataset: ClipDataset, networks: Networks, workers: int) -
 
 
 def measure_samples(
-    subject: Subject, networks: Networks, lengths: Sequence[int], sampling: dict[str, Any], shown: int
+    subject: Subject, networks: Networks, lengths: Sequence[int], stride: int, sampling: dict[str, Any], shown: int
 ) -> Measure:
-    """Samples videos of the greatest length. For every length, measures the features of their first frames.
+    """Samples videos of the greatest length. For every length, measures the features of their first frames. With a
+    judge, names the objects of the first two clips, which may be of ``stride``.
 
     A sample's first frames don't depend on its length, because each clip is conditioned only on the one before. Those
     that are shown leave their first clip's frames as clip-N.npy too.
     """
+    clip = subject.frames
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for numbers in batches:
-            videos = sample_batch(subject, numbers, max(lengths), sampling)
-            show(folder, numbers, videos[:, None], subject.fps, shown)
-            for number, video in zip(numbers, videos[:, :, : subject.frames], strict=True):
+            longest = max([*lengths, 2 * clip] if networks.judge is not None else lengths)
+            videos = sample_batch(subject, numbers, longest, sampling)
+            show(folder, numbers, videos[:, None, :, : max(lengths)], subject.fps, shown)
+            for number, video in zip(numbers, videos[:, :, :clip], strict=True):
                 if number < shown:
                     write_video(folder / f"clip-{number}.npy", video_grid(video[None], columns=1))
-            yield networks.measure({f"{n} frames": videos[:, :, :n] for n in lengths})
+            measured = networks.measure({f"{n} frames": videos[:, :, :n] for n in lengths})
+            if networks.judge is not None:
+                seen = see(networks.judge, videos[:, :, : 2 * clip])
+                scores = clip_scores(seen, clip, stride).items()
+                measured.values.update({name: score[:, None] for name, score in scores})
+                measured.values["scenes"] = clip_features(first_frames(seen, clip))
+            yield measured
 
     return measure
 

@@ -15,14 +15,18 @@ import pvdm_fast
 from pvdm_fast.analysis.machine import cpu_facts, installed_version
 from pvdm_fast.backends import choice
 from pvdm_fast.data import ClipDataset
+from pvdm_fast.data.clips import SYNTHETIC
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluation import clip_network, features
 from pvdm_fast.evaluation.clips import RESIZING, SPLITS
 from pvdm_fast.evaluation.distances import FEWEST, LEVEL, REPLICATES
 from pvdm_fast.evaluation.features import Networks
 from pvdm_fast.evaluation.passes import MAX_PSNR, SHOWN
+from pvdm_fast.evaluation.scene_judge import WEIGHTS
+from pvdm_fast.evaluation.scenes import CLEAR, FASTEST, PLACE_ERROR, SLOWEST, SURE
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.jobs import numbers
+from pvdm_fast.jobs.checksums import sha256
 from pvdm_fast.jobs.devices import DEVICE
 from pvdm_fast.jobs.processes import Processes
 
@@ -37,8 +41,19 @@ METRICS = {
     "Fréchet distance less its bias by the bootstrap, and kernel distance (unbiased, (x·y / D + 1)^3); "
     f"{LEVEL:.0%} basic bootstrap intervals from {REPLICATES} resamples of the clips of both sides; none of fewer than "
     f"{FEWEST} clips",
+    "kinds_right": "share of the original's objects, in all frames, that the scene judge gives the same name in the "
+    f"reconstruction; only clearly visible ones count, of which it sees {CLEAR:.0%} or more",
+    "named": f"share of samples whose one or two objects are each of one known kind, with a confidence of {SURE}, in "
+    "all frames of the first clip in which they are clearly visible, and never vanish or appear in plain sight; "
+    "second_named: in the first two clips",
+    "path": "share of samples whose objects never vanish or appear in plain sight, make no step longer than "
+    f"{FASTEST} x stride + {PLACE_ERROR} and no four in a row shorter than {SLOWEST / 2} x stride on average, in short "
+    "sides of the frame, in the first clip; second_path: in the first two clips",
+    "scene_frechet_distance": "the same distance of the scene judge's features of first clips: mean over frames, and "
+    "root mean square of the change from frame to frame",
 }
-DEFAULT_SAMPLES = 256
+DEFAULT_SAMPLES, DEFAULT_LENGTHS = 128, (16, 64)  # without a named network: a wait of minutes for small models
+PUBLISHED_LENGTHS = (16, 128)
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "av")
 RANGES = {  # of a request's numbers, as it is made in Python
     "clips": numbers.VIDEOS,
@@ -61,14 +76,14 @@ RANGES = {  # of a request's numbers, as it is made in Python
 
 @dataclass(frozen=True)
 class Request:
-    """The options of the command line."""
+    """The options of the command line. Without ``frames`` it takes the default lengths."""
 
     run: Path
     data: str
     split: str = "test"
     clips: int = 2048
     samples: int | None = None
-    frames: tuple[int, ...] = (16, 128)
+    frames: tuple[int, ...] = ()
     stride: int = 1
     fold: int = 1
     seed: int = 0
@@ -89,6 +104,8 @@ class Request:
     nearest_among: int = 2048
 
     def __post_init__(self) -> None:
+        if not self.frames:
+            object.__setattr__(self, "frames", PUBLISHED_LENGTHS if self.features else DEFAULT_LENGTHS)
         for name, number in RANGES.items():
             value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             if name == "frames":
@@ -100,7 +117,7 @@ class Request:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         numbers.check_eta(self.scheduler, self.eta)
         DEVICE.checked("--device", self.device)
-        if not self.frames or len(set(self.frames)) < len(self.frames):
+        if len(set(self.frames)) < len(self.frames):
             raise UserError(f"--frames must be different numbers, not {list(self.frames)}")
         if (self.features is None) != (self.features_sha256 is None):
             raise UserError(
@@ -118,6 +135,7 @@ class Protocol:
     sampling: dict[str, Any]
     features: dict[str, Any] | None
     pvdm_fast_features: dict[str, Any]
+    judge: dict[str, Any] | None
     environment: dict[str, Any]
 
     def identity(self, *parts: str, **more: Any) -> dict[str, Any]:
@@ -168,7 +186,8 @@ def make_protocol(
         "sha256": networks.shipped.sha256,
         "input": clip_network.INPUT,
     }
-    return Protocol(data, subject.facts(), sampling, network_facts, shipped, environment(processes))
+    judge = {"file": WEIGHTS.name, "sha256": sha256(WEIGHTS)} if shows_scenes(request) else None
+    return Protocol(data, subject.facts(), sampling, network_facts, shipped, judge, environment(processes))
 
 
 def count_samples(request: Request, subject: Subject) -> int:
@@ -178,6 +197,11 @@ def count_samples(request: Request, subject: Subject) -> int:
     if request.samples is not None:
         return request.samples
     return request.clips if request.features else min(request.clips, DEFAULT_SAMPLES)
+
+
+def shows_scenes(request: Request) -> bool:
+    """Whether the clips are rendered scenes, so that the scene judge knows what it sees."""
+    return request.data == SYNTHETIC
 
 
 def environment(processes: Processes) -> dict[str, Any]:

@@ -13,6 +13,12 @@ from pvdm_fast.errors import printable
 from pvdm_fast.evaluation.curves import curves
 
 NAMED_FILES = 20
+SCENE_LABELS = {
+    "named": "all objects named and kept, first clip",
+    "path": "all paths unbroken, first clip",
+    "second_named": "all objects named and kept, two clips",
+    "second_path": "all paths unbroken, two clips",
+}
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1c1e21; }
@@ -129,6 +135,8 @@ def score_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
                 label = "FVD with PVDM's covariances"
                 rows.append((f"{label}, {frames} frames", f"{scores['fvd_unbiased_covariances']:.2f}", of))
         rows += _own_rows("samples", scores, of)
+    if results.get("scenes"):
+        rows += _scene_rows(results["scenes"], clips)
     return rows + nearest_rows(results.get("nearest"))
 
 
@@ -157,6 +165,22 @@ def nearest_rows(nearest: dict[str, Any] | None) -> list[tuple[str, str, str]]:
             rows.append((f"{name}, nearest training clip", f"{distance:.1f}", of))
             rows.append((f"{name}, the same relative to the 50 nearest", f"{relative:.2f}", of))
     return rows
+
+
+def _scene_rows(scenes: dict[str, Any], clips: str) -> list[tuple[str, str, str]]:
+    """The rows of the scene judge: shares in per cent, and the distance of its features."""
+    rows = []
+    if scenes["kinds_right"] is not None:
+        of = f"{scenes['objects']:,} objects in {clips}"
+        rows.append(("reconstruction, objects with the right name", f"{scenes['kinds_right']:.1%}", of))
+    if "samples" not in scenes:
+        return rows
+    of = f"{scenes['samples']:,} samples"
+    for key, label in SCENE_LABELS.items():
+        mean, error = scenes[key]["mean"], scenes[key]["standard_error"]
+        rows.append((f"samples, {label}", f"{mean:.1%}" + ("" if error is None else f" ± {error:.1%}"), of))
+    distance = f"{scenes['frechet_distance']:.3f}"
+    return [*rows, ("samples, Fréchet distance of the scene judge's features", distance, f"{of} and {clips}")]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pvdm_fast.backends.precision import announce, choose_precision
 from pvdm_fast.data import ClipDataset, DataError
+from pvdm_fast.data.clips import SYNTHETIC
 from pvdm_fast.diffusion.sampling import check_pair
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation import features
@@ -35,8 +36,10 @@ from pvdm_fast.evaluation.passes import (
     run_pass,
 )
 from pvdm_fast.evaluation.processes import these_processes
-from pvdm_fast.evaluation.protocol import Protocol, Request, count_samples, make_protocol
+from pvdm_fast.evaluation.protocol import Protocol, Request, count_samples, make_protocol, shows_scenes
 from pvdm_fast.evaluation.report import write_report
+from pvdm_fast.evaluation.scene_judge import load_judge
+from pvdm_fast.evaluation.scenes import CLIP_FEATURES
 from pvdm_fast.evaluation.ssim import WINDOW
 from pvdm_fast.evaluation.subject import Subject, load_subject
 from pvdm_fast.jobs import threads
@@ -71,15 +74,20 @@ class Evaluation:
         request, networks, length = self.request, self.networks, self.subject.frames
         measure = measure_reconstructions(self.subject, self.datasets[length], networks, request.workers, request.shown)
         made = {
-            "reconstruction": self._data_pass("reconstruction", measure, "model", frames=length, shown=request.shown)
+            "reconstruction": self._data_pass(
+                "reconstruction", measure, "model", "judge", frames=length, shown=request.shown
+            )
         }
         for frames in self.datasets:
             if frames != length:
                 measure = measure_real_clips(self.datasets[frames], networks, request.workers)
                 made[f"real-{frames}"] = self._data_pass(f"real-{frames}", measure, frames=frames)
         if self.samples:
-            identity = self.protocol.identity("model", "sampling", "features", "pvdm_fast_features")
-            measure = measure_samples(self.subject, networks, request.frames, self.protocol.sampling, request.shown)
+            identity = self.protocol.identity(
+                "model", "sampling", "features", "pvdm_fast_features", "judge", stride=request.stride
+            )
+            sampling, lengths = self.protocol.sampling, request.frames
+            measure = measure_samples(self.subject, networks, lengths, request.stride, sampling, request.shown)
             work = Pass("samples", self.samples, request.batch_size, identity, measure, request.shown, SAMPLE_FILES)
             made["samples"] = work
         return made
@@ -158,7 +166,8 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
     network = None
     if request.features is not None and request.features_sha256 is not None:
         network = FeatureNetwork(request.features, request.features_sha256, processes.device)
-    networks = Networks(ClipFeatures(processes.device), network)
+    judge = load_judge(processes.device) if shows_scenes(request) else None
+    networks = Networks(ClipFeatures(processes.device), network, judge)
     datasets = _open_lengths(request, subject)
     protocol = make_protocol(request, subject, datasets[subject.frames], networks, processes)
     folder = request.out or request.run / "evaluation"
@@ -222,6 +231,7 @@ def results(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, A
     return {
         "reconstruction": scores,
         "generation": _generation(evaluation, outcomes),
+        "scenes": _scenes(evaluation, outcomes),
         "missing": _missing(evaluation),
         "caveats": _caveats(evaluation, outcomes),
         "unreadable_files": unreadable,
@@ -244,6 +254,21 @@ def _generation(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[st
         if evaluation.networks.named is not None:
             pair = (real.sums["original"], made.sums[name])
             scores[str(frames)] |= _distance(evaluation.networks.named, *(Gaussian.of(sums) for sums in pair))
+    return scores
+
+
+def _scenes(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, Any] | None:
+    """What the scene judge says of reconstructions and samples. None for other clips than rendered scenes."""
+    if evaluation.networks.judge is None:
+        return None
+    real = outcomes["reconstruction"].sums
+    right, objects = real["kinds_right"][0, 1:].tolist()
+    scores: dict[str, Any] = {"objects": int(objects), "kinds_right": right / objects if objects else None}
+    if "samples" in outcomes:
+        made = outcomes["samples"].sums
+        scores["samples"] = evaluation.samples
+        scores |= {name: _score(made[name]) for name in ("named", "path", "second_named", "second_path")}
+        scores["frechet_distance"] = frechet_distance(Gaussian.of(real["scenes"]), Gaussian.of(made["scenes"]))
     return scores
 
 
@@ -293,6 +318,11 @@ def _missing(evaluation: Evaluation) -> list[str]:
     for frames in evaluation.request.frames if samples else ():
         if frames not in evaluation.datasets:
             missing.append(f"distances at {frames} frames: no video is that long; ask for other lengths with --frames")
+    if evaluation.networks.judge is None:
+        missing.append(
+            f"named objects and their paths: the scene judge knows the rendered scenes of {SYNTHETIC} only, and these "
+            f"clips are of {evaluation.request.data}"
+        )
     if min(evaluation.subject.size) < WINDOW:
         missing.append(f"SSIM: its window needs frames of {WINDOW} x {WINDOW} at least")
     if evaluation.samples and evaluation.training is None:
@@ -320,6 +350,11 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
         width = len(outcomes["reconstruction"].sums["original"]) - 1
         if fewest <= width:
             caveats.append(f"{fewest} clips cannot give covariances of {width} features full rank")
+    if evaluation.networks.judge is not None and 0 < evaluation.samples <= CLIP_FEATURES:
+        caveats.append(
+            f"{evaluation.samples} samples cannot give covariances of the scene judge's {CLIP_FEATURES} features full "
+            "rank"
+        )
     denoiser = evaluation.subject.denoiser
     if evaluation.samples and denoiser is not None and denoiser.config["num_classes"] is not None:
         caveats.append("the denoiser was trained with classes, and the samples are of none")

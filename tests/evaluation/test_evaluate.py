@@ -30,6 +30,7 @@ from pvdm_fast.evaluation import clip_network, distances, passes, session
 from pvdm_fast.evaluation.clip_network import ClipFeatures
 from pvdm_fast.evaluation.clips import BothSplits, open_clips, read_batches
 from pvdm_fast.evaluation.features import I3D_SHA256, FeatureNetwork
+from pvdm_fast.evaluation.scenes import judge_clips
 from pvdm_fast.evaluation.ssim import ssim
 from pvdm_fast.evaluation.subject import load_subject
 from pvdm_fast.jobs.checksums import sha256
@@ -103,8 +104,10 @@ def test_the_protocol_is_written_with_the_numbers(whole: Path, run: Path, networ
     assert protocol["model"]["denoiser"]["ema"] == {"decay": 0.9999}
     assert len(protocol["model"]["autoencoder"]["sha256"]["diffusion_pytorch_model.safetensors"]) == 64
     assert protocol["environment"]["versions"]["torch"] and protocol["environment"]["device"]
-    assert set(protocol["metrics"]) == {"psnr", "ssim", "frechet_distance", "pvdm_fast_features"}
+    of_scenes = {"kinds_right", "named", "path", "scene_frechet_distance"}
+    assert set(protocol["metrics"]) == {"psnr", "ssim", "frechet_distance", "pvdm_fast_features"} | of_scenes
     assert protocol["pvdm_fast_features"]["sha256"] == sha256(clip_network.WEIGHTS)
+    assert protocol["judge"]["file"] == "scene_judge.safetensors" and len(protocol["judge"]["sha256"]) == 64
 
 
 def test_another_network_s_distance_is_never_called_fvd(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +164,25 @@ def test_lengths_that_no_video_has_are_told(run: Path, tmp_path: Path) -> None:
     found = results(tmp_path / "out")["results"]
     assert found["generation"]["6"] == {"samples": 2} and found["generation"]["4"]["real_clips"] == 2
     assert any("distances at 6 frames: no video is that long" in line for line in found["missing"])
+
+
+def test_rendered_scenes_are_judged(whole: Path, run: Path) -> None:
+    """The scores of reconstructions and samples made again by hand, which an untrained model makes bad."""
+    subject, found = load_subject(run, CPU, "fp32"), results(whole)["results"]["scenes"]
+    original = clips(4, 18)
+    result = torch.cat([subject.reconstruct(batch) for batch in original.split(4)])
+    options = json.loads((whole / "evaluation.json").read_text())["protocol"]["sampling"]
+    batches = [range(first, min(first + 4, 10)) for first in range(0, 10, 4)]
+    samples = torch.cat([passes.sample_batch(subject, batch, 8, options) for batch in batches])
+    wanted = judge_clips(samples, length=4, real=original)
+    assert found["kinds_right"] == pytest.approx(judge_clips(result, originals=original)["kinds_right"])
+    for name in ("named", "path", "second_named", "second_path"):
+        assert found[name]["mean"] == pytest.approx(wanted[name])
+    assert found["frechet_distance"] == pytest.approx(wanted["frechet_distance"], rel=FRECHET)
+    assert found["samples"] == 10 and 18 * 4 / 2 <= found["objects"] <= 18 * 4 * 2
+    text = (whole / "report.html").read_text()
+    assert "all paths unbroken, two clips" in text and "objects with the right name" in text
+    assert any("30 features" in line for line in results(whole)["results"]["caveats"])
 
 
 class Crash(BaseException):
@@ -350,6 +372,7 @@ def test_videos_that_cannot_be_used_are_passed_over_and_named(run: Path, network
     assert set(reasons) == {"1.mp4", "3.mp4"}, reasons
     assert "5 frames, a clip needs 6" in reasons["1.mp4"] and "cannot be opened" in reasons["3.mp4"]
     assert found["generation"]["6"]["real_clips"] == 4
+    assert found["scenes"] is None and any("rendered scenes" in line and "films" in line for line in found["missing"])
     assert any("trained on" in line for line in found["caveats"])
 
 

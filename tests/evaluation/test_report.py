@@ -160,6 +160,24 @@ def test_our_distances_are_never_called_fvd() -> None:
     ]
 
 
+def test_scenes_are_shares_of_objects_and_samples() -> None:
+    reconstruction = {"clips": 30, "frames": 16, "psnr": None, "ssim": None}
+    share = {"mean": 0.875, "standard_error": 0.021}
+    scenes = {"objects": 700, "kinds_right": 0.9876, "samples": 64, "named": share, "path": share}
+    scenes |= {"second_named": {"mean": 0.5, "standard_error": None}, "second_path": share, "frechet_distance": 0.1234}
+    rows = score_rows({"reconstruction": reconstruction, "generation": {}, "scenes": scenes})
+    assert rows == [
+        ("reconstruction, objects with the right name", "98.8%", "700 objects in 30 clips of 16 frames"),
+        ("samples, all objects named and kept, first clip", "87.5% ± 2.1%", "64 samples"),
+        ("samples, all paths unbroken, first clip", "87.5% ± 2.1%", "64 samples"),
+        ("samples, all objects named and kept, two clips", "50.0%", "64 samples"),
+        ("samples, all paths unbroken, two clips", "87.5% ± 2.1%", "64 samples"),
+        ("samples, Fréchet distance of the scene judge's features", "0.123", "64 samples and 30 clips of 16 frames"),
+    ]
+    scenes = {"objects": 0, "kinds_right": None}
+    assert score_rows({"reconstruction": reconstruction, "generation": {}, "scenes": scenes}) == []
+
+
 def test_what_is_shared_is_said_once() -> None:
     assert list(flat({"a": {"x": "cpu", "y": "cpu", "z": "cpu"}, "b": {"c": None}})) == [
         ("a", "cpu (all 3)"),
