@@ -15,6 +15,7 @@ def dtypes(found: list[Call], op: str) -> set[torch.dtype]:
     return {a.dtype for call in found if call.op == op for a in call.arguments if isinstance(a, TensorSpec)}
 
 
+@pytest.mark.slow
 def test_every_operation_forward_and_backward() -> None:
     found = {(call.op, call.direction) for call in calls("small", HALF)}
     training = {(op, direction) for op in OPERATIONS for direction in ("forward", "backward")}

@@ -39,6 +39,7 @@ class StoredNoise(NoiseSource):
         return self.case.draw(f"noise.{self.name}.{self.drawn - 1}", tuple(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unconditional", "conditional", "guided"])
 def test_ddim_follows_the_release(name: str) -> None:
     case, unet = load_case("diffusion_small"), load_case("unet_small")

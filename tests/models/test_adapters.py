@@ -52,6 +52,7 @@ def adapted(network: str, targets: Any, **options: Any) -> Any:
     return peft.get_peft_model(make(network), peft.LoraConfig(r=2, target_modules=targets, **options))
 
 
+@pytest.mark.slow
 @NETWORKS
 @pytest.mark.parametrize("how", ["plain", "checkpointing", "autocast", "pieces", "everything"])
 def test_training(network: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

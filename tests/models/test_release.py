@@ -166,6 +166,7 @@ def test_what_the_release_does_not_have_is_refused(change: dict[str, Any]) -> No
         to_release(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["state_dict", "model", "ema"])
 @both
 def test_known_wrappers_are_opened(kind: str, entry: str) -> None:

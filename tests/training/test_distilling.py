@@ -187,6 +187,7 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert_refused([*flow, *classes], "has no classes", run, capsys)
 
 
+@pytest.mark.slow
 def test_the_page_s_commands_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).resolve().parents[2] / "docs" / "few_steps.md").read_text(encoding="utf-8")

@@ -85,6 +85,7 @@ def test_parts_are_added_in_order(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many programs and steps, planes of several tiles."""
     for table in (plane_conv_product.CONV, plane_conv_backward.WEIGHT):
