@@ -32,8 +32,9 @@ class ClipNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.space = nn.Sequential(
-            *_layer(nn.Conv2d(6, 48, 4, 4, bias=False)),
-            *_layer(nn.Conv2d(48, 64, 3, 2, 1, bias=False)),
+            *_layer(nn.Conv2d(6, 32, 5, 2, 2, bias=False)),
+            *_layer(nn.Conv2d(32, 64, 3, 2, 1, bias=False)),
+            *_layer(nn.Conv2d(64, 64, 3, 2, 1, bias=False)),
             nn.Flatten(),
             nn.Linear(64 * 4 * 4, 128),
             nn.ReLU(),
