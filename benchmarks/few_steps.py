@@ -54,10 +54,16 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def release_sizes(size: str) -> dict[str, Any]:
+    """The arguments of the release's denoiser."""
+    sizes = {"latent_channels": AUTOENCODER[size]["latent_channels"], **DENOISER[size]}
+    return {name: value for name, value in sizes.items() if name not in OURS_ALONE}
+
+
 @torch.no_grad()
 def release_times(size: str, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of a pass (from MEASURED_STEPS in a row) and of decoding, by round."""
-    sizes = {name: value for name, value in DENOISER[size].items() if name not in OURS_ALONE}
+    sizes = release_sizes(size)
     denoiser = EagerDenoiser(**sizes).eval()
     latent = torch.randn(1, sizes["latent_channels"], denoiser.layout.num_tokens)
 

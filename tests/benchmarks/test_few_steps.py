@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from benchmarks import few_steps
+from benchmarks.eager import EagerDenoiser
+from pvdm_fast.models import Denoiser
+from pvdm_fast.models.presets import DENOISER
 
 
 def test_the_release_is_extrapolated_from_its_passes() -> None:
@@ -14,6 +17,14 @@ def test_the_release_is_extrapolated_from_its_passes() -> None:
     table = "\n".join(few_steps.table(times))
     assert "1205, **extrapolated** from 4: 400 x 3.00 + 5.00 | 1 |" in table
     assert "| ours, bfloat16, 1 pass and decoding | 5.00 (4.00 to 6.00) | 241 |" in table
+
+
+@pytest.mark.parametrize("size", list(DENOISER))
+def test_the_release_has_the_same_sizes(size: str) -> None:
+    with torch.device("meta"):
+        theirs, ours = EagerDenoiser(**few_steps.release_sizes(size)), Denoiser.from_preset(size, positions=False)
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (theirs, ours)]
+    assert counts[0] == counts[1]
 
 
 def test_it_measures_one_and_four_passes(monkeypatch: pytest.MonkeyPatch) -> None:
