@@ -53,9 +53,9 @@ MOST_SCRATCH = 512 << 20  # bytes of a piece's operands
 ZEROED = tl.constexpr(1024)  # values at a time
 
 
-def config_of(rows: int, channels: int, width: int, programs: int, stages: int) -> Config:
+def config_of(rows: int, channels: int, width: int, programs: int, stages: int, outputs: int = 64) -> Config:
     """As in the forward pass. WIDTH: channels of a head in a step of attention, the fewer the fewer registers."""
-    blocks = {"ROWS": rows, "OUTPUTS": 64, "CHANNELS": channels, "WIDTH": width, "PROGRAMS": programs}
+    blocks = {"ROWS": rows, "OUTPUTS": outputs, "CHANNELS": channels, "WIDTH": width, "PROGRAMS": programs}
     return Config(blocks, 8, stages)
 
 
@@ -64,6 +64,7 @@ BACKWARD = ConfigTable(
     {
         ("*", "*", "*"): config_of(128, 32, 32, 170, 2),
         ("*", "*", "float32"): config_of(64, 32, 16, 132, 1),
+        ("sm80", "*", "float32"): config_of(64, 32, 16, 108, 1, outputs=32),
         ("interpreter", "*", "*"): Config({"ROWS": 64, "OUTPUTS": 128, "CHANNELS": 128, "WIDTH": 64, "PROGRAMS": 3}),
         **{
             (family, "*", dtype): config_of(128, channels, width, programs, stages)
