@@ -26,7 +26,7 @@ SMALL = shlex.split("""
     --diffusion-model-channels 32 --diffusion-channel-mult 1 --diffusion-num-res-blocks 1 --diffusion-num-heads 2
     --diffusion-attention-resolutions 1 --diffusion-batch-size 2 --diffusion-warmup 2 --diffusion-sampling-steps 2
     --save-every 100 --preview-every 100 --diffusion-cached-clips 0 --mixed-precision auto --optimizer adamw
-    --autoencoder-latent-channels 4 --diffusion-prediction v
+    --autoencoder-latent-channels 4 --diffusion-prediction v --diffusion-learning-rate 3e-3
     --held-out-clips 2 --workers 0 --device cpu --threads 1
 """)
 

@@ -100,7 +100,7 @@ def test_what_changes_is_in_use_and_recorded_with_its_step(run: Path) -> None:
     record = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [item["learning_rate"] for item in record if item["step"] == 9 and "loss" in item] == [0.25]
     recorded = {item["option"]: (item["from"], item["to"]) for item in changes(run)}
-    assert recorded["diffusion.learning_rate"] == (6e-3, 0.25) and recorded["video.flip"] == (False, True)
+    assert recorded["diffusion.learning_rate"] == (3e-3, 0.25) and recorded["video.flip"] == (False, True)
     assert {item["step"] for item in changes(run)} == {8}
     assert RunFolder(run).read_config().diffusion.ema_decay == 0.75
 
