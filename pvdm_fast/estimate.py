@@ -241,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu",
         metavar="{" + ",".join(CARDS) + "}",
-        help=f"compute the time on one such card, in bf16 at {UTILISATION:.0%} of its peak, and measure nothing",
+        help=f"compute the time on one such card, in bf16 at {UTILISATION:.0%}% of its peak, and measure nothing",
     )
     parser.add_argument("--json", action="store_true", help="print bytes, FLOPs and seconds as JSON")
     return parser

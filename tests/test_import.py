@@ -48,7 +48,7 @@ assert type(torch.ops.pvdm_fast) is type(torch.ops.aten)
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sample", "evaluate", "encode", "estimate", "convert", "info", "selftest", "tune"]
+    "command", ["train", "sample", "distill", "evaluate", "encode", "estimate", "convert", "info", "selftest", "tune"]
 )
 def test_help_is_quick(command: str) -> None:
     """Every command's --help, without importing torch."""
