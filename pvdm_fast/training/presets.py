@@ -1,4 +1,4 @@
-"""The presets of a training run: hyper-parameters here, the models' sizes from `pvdm_fast.models.presets`."""
+"""The presets of a training run: hyper-parameters here, other sizes of the models from `pvdm_fast.models.presets`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pvdm_fast.models.presets import AUTOENCODER, DENOISER
 
-# What differs from the defaults in `config.py`, but for the sizes of the models.
+# What differs from the defaults in `hyperparameters.py`, and from the sizes of the models.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "mixed_precision": "bf16",
@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "preview_every": 1000,
         "video": {"workers": 0},
         "autoencoder": {
+            "latent_channels": 12,
             "steps": 2500,
             "batch_size": 4,
             "loss": "l2",
@@ -28,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "diffusion": {
             "steps": 3000,
             "batch_size": 16,
+            "prediction": "flow",
             "normalize_latents": True,
             "time_shift": 4.0,
             "cached_clips": 4096,

@@ -106,7 +106,7 @@ def test_replays_give_the_same_latents(taped: list[str], denoiser: Denoiser, sch
 
 def test_the_times_of_a_flow_reach_the_captured_pass(taped: list[str]) -> None:
     """They are fractions, which whole numbers would cut."""
-    flow = Denoiser.from_preset("tiny", time=2, height=4, width=4, latent_channels=4)
+    flow = Denoiser.from_preset("tiny", time=2, height=4, width=4, latent_channels=4, prediction="flow")
     for parameter in flow.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     noise = torch.randn(2, 4, flow.layout.num_tokens)
