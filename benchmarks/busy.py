@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import machine, rows
-from benchmarks.report import write_between
+from benchmarks.report import write_section
 from pvdm_fast.data.crossing import die_with_parent
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for item in found:
                     rows.append(item, path())
         if options.write_docs:
-            PAGE.write_text(write_between(PAGE.read_text(), "busy", page()))
+            write_section(PAGE, "busy", page())
 
     return run_command(action)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import machine, rows
-from benchmarks.report import write_between
+from benchmarks.report import write_section
 from pvdm_fast import ops
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         line = (
             f"{where['cpu']} ({where['cpu_family']}), one thread, PyTorch {where['torch']}, commit {where['commit']}."
         )
-        DOCS.write_text(write_between(DOCS.read_text(), "call", f"{line}\n\n{table(found)}"))
+        write_section(DOCS, "call", f"{line}\n\n{table(found)}")
     return 0
 
 

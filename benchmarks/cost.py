@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.report import write_between
+from benchmarks.report import write_section
 from pvdm_fast.estimate import GIB, Estimate, estimate
 from pvdm_fast.jobs.cards import CARDS, UTILISATION
 from pvdm_fast.jobs.command import run_command
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = report(make_config({"preset": "base", "mixed_precision": "bf16"}))
         print(text)
         if options.write_docs:
-            DOCUMENT.write_text(write_between(DOCUMENT.read_text(), MARKER, text))
+            write_section(DOCUMENT, MARKER, text)
 
     return run_command(action)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.cases import all_cases
 from benchmarks.measure import Runner, outcome
 from benchmarks.registry import Case, Setting
-from benchmarks.report import PAGES, matching, write_between
+from benchmarks.report import PAGES, matching, write_section
 from pvdm_fast import use_backend
 from pvdm_fast.analysis.comparison import relative_error
 
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"No case matches {options.only!r}. There are: {', '.join(all_cases())}", file=sys.stderr)
         return 2
     if options.write_docs:
-        DOCUMENT.write_text(write_between(DOCUMENT.read_text(), "errors", markdown(found)))
+        write_section(DOCUMENT, "errors", markdown(found))
     return 0
 
 

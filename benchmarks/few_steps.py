@@ -22,7 +22,7 @@ import torch
 from benchmarks import machine
 from benchmarks.eager import EagerDenoiser
 from benchmarks.eager_autoencoder import EagerAutoencoder
-from benchmarks.report import write_between
+from benchmarks.report import write_section
 from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 from pvdm_fast.jobs.command import run_command
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = "\n".join([caption(options.size, options.rounds), "", *table(measure(options.size, options.rounds))])
         print(text)
         if options.write_docs:
-            DOCUMENT.write_text(write_between(DOCUMENT.read_text(), "few-steps", text))
+            write_section(DOCUMENT, "few-steps", text)
 
     return run_command(run)
 

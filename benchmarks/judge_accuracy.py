@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.report import write_between
+from benchmarks.report import write_section
 from pvdm_fast.data.draws import generator
 from pvdm_fast.data.shapes import COLOURS, KINDS, Scene, draw_scene
 from pvdm_fast.evaluation.scene_judge import SIDE, SceneJudge, Seen, load_judge, see
@@ -19,7 +19,6 @@ from pvdm_fast.evaluation.scenes import CLEAR, PRESENT, SURE, judge_clips
 from pvdm_fast.jobs import numbers
 from pvdm_fast.jobs.arguments import Parser
 from pvdm_fast.jobs.command import run_command
-from pvdm_fast.jobs.files import whole_file
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
 CLIP = 16  # frames of a model's clip: the scenes are rendered for two
@@ -98,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tables = measure(given.clips)
         print(tables)
         if given.write_docs:
-            with whole_file(DOCUMENT) as temporary:
-                temporary.write_text(write_between(DOCUMENT.read_text(encoding="utf-8"), "judge", tables), "utf-8")
+            write_section(DOCUMENT, "judge", tables)
 
     return run_command(run, "take fewer --clips")
 

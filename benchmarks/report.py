@@ -17,6 +17,7 @@ from benchmarks.measure import Disagreement, alternate
 from benchmarks.memory import weigh
 from benchmarks.registry import SIZES, Case, Setting
 from benchmarks.session import DTYPES, DoesNotFit, devices, get_ready
+from pvdm_fast.jobs.files import whole_file
 
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "results"
 DOCUMENT, SMALL = PAGES / "performance.md", PAGES / "small_sizes.md"
@@ -176,6 +177,13 @@ def write_between(document: str, marker: str, text: str) -> str:
     return f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
+def write_section(page: Path, marker: str, text: str) -> None:
+    """`write_between` in a file, which is the old one or the whole new one."""
+    written = write_between(page.read_text(encoding="utf-8"), marker, text)
+    with whole_file(page) as temporary:
+        temporary.write_text(written, encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.threads:
@@ -198,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         for marker, content in {**sections(machines), "memory": memory_table()}.items():
             page = SMALL if marker == "small" else DOCUMENT
-            page.write_text(write_between(page.read_text(), marker, content))
+            write_section(page, marker, content)
     return 0
 
 

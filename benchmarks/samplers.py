@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.report import write_between
+from benchmarks.report import write_section
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents
 from pvdm_fast.diffusion.schedulers import scheduler_of
 from pvdm_fast.jobs.command import run_command
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(text)
         if options.write_docs:
-            DOCUMENT.write_text(write_between(DOCUMENT.read_text(), "samplers", text))
+            write_section(DOCUMENT, "samplers", text)
 
     return run_command(run)
 

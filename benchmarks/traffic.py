@@ -281,9 +281,9 @@ def _run(options: argparse.Namespace) -> None:
     text = report(Setting(options.size, torch.bfloat16), options.only)
     print(text)
     if options.write_docs:
-        from benchmarks.report import write_between
+        from benchmarks.report import write_section
 
-        DOCUMENT.write_text(write_between(DOCUMENT.read_text(), MARKER, text))
+        write_section(DOCUMENT, MARKER, text)
 
 
 if __name__ == "__main__":

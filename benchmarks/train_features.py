@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.feature_windows import CUTS, DAMAGE, ORDERS, Windows, draw_windows
 from benchmarks.pace import pace
-from benchmarks.report import write_between
+from benchmarks.report import write_section
 from pvdm_fast.backends.precision import cpu_multiplies_bfloat16
 from pvdm_fast.data.shapes import COLOURS, KINDS
 from pvdm_fast.evaluation.clip_network import SIDE, WEIGHTS, WIDTH, ClipNetwork
@@ -153,8 +153,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     answers = table(accuracy(network, heads))
     print(answers)
     if options.write_docs:
-        with whole_file(DOCUMENT) as temporary:
-            temporary.write_text(write_between(DOCUMENT.read_text(encoding="utf-8"), "accuracy", answers), "utf-8")
+        write_section(DOCUMENT, "accuracy", answers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         **given,
     }
     steps = changes["distillation.steps"]
-    folder = out or place.with_name(f"{place.resolve().name}-{steps}-step{'s' * (steps > 1)}")
+    whole = Path(os.path.abspath(place))  # "." has no name
+    folder = out or whole.with_name(f"{whole.name}-{steps}-step{'s' * (steps > 1)}")
     return Request(changes, folder, None)
 
 

@@ -222,21 +222,21 @@ def _sample(options: argparse.Namespace) -> None:
     options.fps = _frame_rate(options.run) if options.fps is None else options.fps
     if not options.folder and options.format != "npy":
         check_grid(options.clips, size["height"], size["width"])
+    steps = fitting_steps(denoiser, options.steps, options.guidance)
     wanted = SamplingOptions(
         clips=1,
         frames=frames,
-        steps=options.steps,
+        steps=steps,
         scheduler=options.scheduler,
         guidance=options.guidance,
         eta=numbers.DEFAULT_ETA if options.eta is None else options.eta,
         condition=options.condition and last_clip(options.condition, **size, stride=options.stride or 1),
         labels=None if options.label is None else class_numbers(denoiser, options.label, 1),
     )
-    wanted = replace(wanted, steps=fitting_steps(denoiser, wanted))
     end = options.clips_from + options.clips
     starts = range(options.clips_from, end, options.batch_size)
     batches = [range(start, min(end, start + options.batch_size)) for start in starts]
-    each = passes(fitting_scheduler(denoiser, wanted), fitting_steps(denoiser, wanted))
+    each = passes(fitting_scheduler(denoiser, wanted), steps)
     predict = choose_prediction(denoiser, options.cuda_graph, len(batches) * math.ceil(frames / size["frames"]) * each)
     sampler = _Sampler(autoencoder, denoiser, wanted, options.seed, predict, each)
     write = _write_folder if options.folder else _write_array if options.format == "npy" else _write_grid

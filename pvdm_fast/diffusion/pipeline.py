@@ -147,7 +147,8 @@ class PVDMPipeline(DiffusionPipeline):
             labels=None if class_labels is None else class_numbers(self.denoiser, class_labels, batch_size),
         )
         rounds = math.ceil(options.frames / self.denoiser.layout.time)
-        with self.progress_bar(total=passes(self.scheduler, fitting_steps(self.denoiser, options)) * rounds) as bar:
+        steps = fitting_steps(self.denoiser, options.steps, options.guidance)
+        with self.progress_bar(total=passes(self.scheduler, steps) * rounds) as bar:
             video = sample_video(self.autoencoder, self.denoiser, options, on_step=on_step)
         self.maybe_free_model_hooks()
         result = self.video_processor.postprocess_video(video, output_type)

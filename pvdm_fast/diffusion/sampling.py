@@ -241,7 +241,7 @@ def stream_video(
     wanted = SamplingOptions(**fields) if options is None else replace(options, **fields)
     frames, device = wanted.frames, next(denoiser.parameters()).device
     sampler = fitting_scheduler(denoiser, wanted)
-    each = fitting_steps(denoiser, wanted)
+    each = fitting_steps(denoiser, wanted.steps, wanted.guidance)
     steps = passes(sampler, each)
     _check_request(autoencoder, denoiser, wanted)
     noise = wanted.seed
@@ -310,23 +310,23 @@ def fitting_scheduler(denoiser: Denoiser, options: SamplingOptions) -> Any:
     return scheduler_of(denoiser, options.scheduler)
 
 
-def fitting_steps(denoiser: Denoiser, options: SamplingOptions) -> int:
-    """The number of steps of these options for this denoiser.
+def fitting_steps(denoiser: Denoiser, steps: int | None, guidance: float) -> int:
+    """The number of steps for this denoiser, where so many or None are asked for.
 
     Raises:
-        UserError: the denoiser was distilled, and they ask for other steps, or for guidance.
+        UserError: the denoiser was distilled for another number, or there is guidance, which it can't take.
     """
     distilled = denoiser.config.get("distilled_steps")
     if distilled is None:
-        return numbers.DEFAULT_STEPS if options.steps is None else options.steps
-    if options.steps not in (None, distilled):
+        return numbers.DEFAULT_STEPS if steps is None else steps
+    if steps not in (None, distilled):
         raise UserError(
-            f"this denoiser was distilled to sample in {distilled} steps, not in {options.steps}: leave the number "
+            f"this denoiser was distilled to sample in {distilled} steps, not in {steps}: leave the number "
             "out, or sample from its teacher"
         )
-    if options.guidance:
+    if guidance:
         raise UserError(
-            f"guidance {options.guidance:g} can't be added to a distilled denoiser: leave it out, or distil one with "
+            f"guidance {guidance:g} can't be added to a distilled denoiser: leave it out, or distil one with "
             "it (python -m pvdm_fast.distill RUN --guidance W)"
         )
     return int(distilled)

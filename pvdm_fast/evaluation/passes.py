@@ -176,10 +176,10 @@ def measure_samples(
     that are shown leave their first clip's frames as clip-N.npy too.
     """
     clip = subject.frames
+    longest = max([*lengths, 2 * clip] if networks.judge is not None else lengths)
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
         for numbers in batches:
-            longest = max([*lengths, 2 * clip] if networks.judge is not None else lengths)
             videos = sample_batch(subject, numbers, longest, sampling)
             show(folder, numbers, videos[:, None, :, : max(lengths)], subject.fps, shown)
             for number, video in zip(numbers, videos[:, :, :clip], strict=True):

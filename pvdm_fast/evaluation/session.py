@@ -156,12 +156,11 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
         announce(request.dtype, choose_precision(request.dtype, processes.device), "--dtype")
     subject = load_subject(request.run, processes.device, request.dtype)
     if subject.denoiser is not None:
-        from pvdm_fast.diffusion.sampling import SamplingOptions, fitting_steps
+        from pvdm_fast.diffusion.sampling import fitting_steps
         from pvdm_fast.diffusion.schedulers import fitting_name
 
         check_pair(subject.autoencoder, subject.denoiser)
-        wanted = SamplingOptions(clips=1, frames=1, steps=request.steps, guidance=request.guidance)
-        steps = fitting_steps(subject.denoiser, wanted)
+        steps = fitting_steps(subject.denoiser, request.steps, request.guidance)
         request = replace(request, scheduler=fitting_name(subject.denoiser, request.scheduler), steps=steps)
     network = None
     if request.features is not None and request.features_sha256 is not None:

@@ -33,8 +33,12 @@ from pvdm_fast.training.run_folder import RunFolder
 KEPT_WHEN_FINISHED = ("data", "stage", "device")
 DISCRIMINATORS = ("adversarial.norm", "adversarial.channels")  # free until there are any
 UNRECORDED = ("stage", "device")
-GROUP_STAGE = {"autoencoder": "autoencoder", "adversarial": "autoencoder"}
-GROUP_STAGE |= {"diffusion": "diffusion", "distillation": "diffusion"}
+GROUP_STAGE = {
+    "autoencoder": "autoencoder",
+    "adversarial": "autoencoder",
+    "diffusion": "diffusion",
+    "distillation": "diffusion",
+}
 
 
 @dataclass(frozen=True)

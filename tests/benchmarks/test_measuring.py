@@ -330,6 +330,23 @@ def test_documents_are_written_between_markers(stored: list[rows.Row]) -> None:
         report.write_between(text, "small", "")
 
 
+def test_a_page_is_the_old_one_or_the_whole_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("é\n<!-- tiny -->\n<!-- /tiny -->\n", encoding="utf-8")
+    report.write_section(page, "tiny", "table")
+    written = page.read_text(encoding="utf-8")
+    assert written == "é\n<!-- tiny -->\ntable\n<!-- /tiny -->\n"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pvdm_fast.jobs.files.flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_section(page, "tiny", "another")
+    assert page.read_text(encoding="utf-8") == written
+    assert [item.name for item in tmp_path.iterdir()] == ["page.md"]
+
+
 def test_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--only", "no such case", "--no-store"]) == 2
     assert "plane_conv/3x3" in capsys.readouterr().err

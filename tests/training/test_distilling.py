@@ -16,6 +16,7 @@ from pvdm_fast import PVDMPipeline
 from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
 from pvdm_fast.diffusion.schedulers import FlowHeunScheduler, FlowUniPCScheduler
 from pvdm_fast.distill import main as distill
+from pvdm_fast.distill import parse
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluate import main as evaluate
 from pvdm_fast.models import Autoencoder, Denoiser
@@ -63,7 +64,16 @@ def test_a_resumed_distillation_is_the_same(teacher: Path, student: Path, tmp_pa
     assert same_weights(run, student, "denoiser")
 
 
-def test_guidance_is_learned_along(teacher: Path, student: Path, tmp_path: Path) -> None:
+def test_the_students_folder_stands_beside_the_teachers(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where RUN is the folder that one is in, or written with a slash at its end."""
+    monkeypatch.chdir(teacher / "denoiser")
+    for words, name in (([".."], "run-4-steps"), ([f"{teacher}/", "--steps", "1"], "run-1-step")):
+        assert parse(words).run == teacher.with_name(name)
+    monkeypatch.chdir(teacher)
+    assert parse(["."]).run == teacher.with_name("run-4-steps")
+
+
+def test_guidance_is_learned_along(teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--diffusion-conditional-probability", "1"]
     again = [
