@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, dest=key, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
     add("--steps", "distillation.steps", "steps in which the student samples, each one pass (default: 4)")
-    add("--guidance", "distillation.guidance", "guidance that the student learns along (default: 0)", "W")
+    add("--guidance", "distillation.guidance", "guidance that the student learns along (default: the run's)", "W")
     add("--solver-steps", "distillation.solver_steps", "the teacher's, two passes each (default: 8)")
     add("--training-steps", "diffusion.steps", "optimizer steps (default: a third of the run's)")
     add("--batch-size", "diffusion.batch_size", "clips a step (default: the run's)")
@@ -66,7 +66,8 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "autoencoder_from": None,
         "early_stop": None,
         "distillation.steps": 4,
-        "distillation.guidance": 0.0,
+        "distillation.guidance": None,
+        "diffusion.guidance": None,
         "diffusion.time_mean": 0.0,
         "diffusion.time_std": 1.0,
         "diffusion.steps": math.ceil(SHARE * trained.diffusion.steps),

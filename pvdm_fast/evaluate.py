@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--guidance",
         type=numbers.GUIDANCE,
         metavar="W",
-        help="how strongly a clip follows the one before (default: 0)",
+        help="how strongly a clip follows the one before, and its class (default: the run's)",
     )
     add("--batch-size", type=numbers.BATCH, metavar="N", help="clips per batch, part of the protocol (default: 8)")
     add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")

@@ -74,10 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance",
         type=numbers.GUIDANCE,
-        default=0.0,
         metavar="W",
         help="how strongly clips follow the one before, and the class: (1 + W) eps(cond) - W eps(none) "
-        "(default: %(default)s)",
+        "(default: the run's, which is 2 with classes and else 0)",
     )
     parser.add_argument(
         "--condition",
@@ -91,7 +90,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of --condition take every N-th frame (default: 1)",
     )
-    parser.add_argument("--class", dest="label", metavar="NAME|NUMBER", help="of a model trained with classes")
+    parser.add_argument(
+        "--class",
+        dest="label",
+        metavar="NAME|NUMBER",
+        help="of a model trained with classes; none: without one (default: each in turn)",
+    )
     parser.add_argument(
         "--eta",
         type=numbers.ETA,
@@ -180,9 +184,10 @@ class _Sampler:
     def stream(self, bar: tqdm[Any], clips: range) -> Iterator[np.ndarray]:
         """These clips, in pieces uint8 (B, t, H, W, 3)."""
         from pvdm_fast.data.video_writer import to_pixels
-        from pvdm_fast.diffusion.sampling import NoiseSource, stream_video
+        from pvdm_fast.diffusion.sampling import NoiseSource, classes_in_turn, stream_video
 
-        labels = None if self.wanted.labels is None else self.wanted.labels.expand(len(clips))
+        one = self.wanted.labels
+        labels = classes_in_turn(self.denoiser, clips) if one is None else one.expand(len(clips))
         noise = NoiseSource.of_clips(self.seed, clips)
         batch = replace(self.wanted, clips=len(clips), seed=noise, labels=labels)
         pieces = stream_video(
@@ -206,14 +211,22 @@ def _sample(options: argparse.Namespace) -> None:
     from pvdm_fast.data.sampled_videos import check_grid
     from pvdm_fast.diffusion.cuda_graph import choose_prediction
     from pvdm_fast.diffusion.pipeline import class_numbers
-    from pvdm_fast.diffusion.sampling import SamplingOptions, check_pair, fitting_scheduler, fitting_steps, passes
+    from pvdm_fast.diffusion.sampling import (
+        SamplingOptions,
+        check_pair,
+        fitting_guidance,
+        fitting_scheduler,
+        fitting_steps,
+        passes,
+    )
     from pvdm_fast.diffusion.schedulers import fitting_name
 
     autoencoder, denoiser = load_models(options.run, options.device, options.dtype)
     check_pair(autoencoder, denoiser)
     size = {name: int(autoencoder.config[name]) for name in ("frames", "height", "width")}
     frames = size["frames"] if options.frames is None else options.frames
-    if options.guidance and options.label is None and options.condition is None and frames <= size["frames"]:
+    follows = options.condition is not None or frames > size["frames"] or denoiser.config["num_classes"] is not None
+    if options.guidance and not follows:
         raise UserError(
             f"--guidance has nothing to follow: give a --class, a --condition, or more --frames than {size['frames']}, "
             "or leave it out"
@@ -222,13 +235,13 @@ def _sample(options: argparse.Namespace) -> None:
     options.fps = _frame_rate(options.run) if options.fps is None else options.fps
     if not options.folder and options.format != "npy":
         check_grid(options.clips, size["height"], size["width"])
-    steps = fitting_steps(denoiser, options.steps, options.guidance)
+    steps = fitting_steps(denoiser, options.steps)
     wanted = SamplingOptions(
         clips=1,
         frames=frames,
         steps=steps,
         scheduler=options.scheduler,
-        guidance=options.guidance,
+        guidance=fitting_guidance(denoiser, options.guidance),
         eta=numbers.DEFAULT_ETA if options.eta is None else options.eta,
         condition=options.condition and last_clip(options.condition, **size, stride=options.stride or 1),
         labels=None if options.label is None else class_numbers(denoiser, options.label, 1),

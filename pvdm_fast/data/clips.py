@@ -281,7 +281,7 @@ class SyntheticClips(PixelClips):
         mirrored = spec.flip and spec.split == "train" and bool(rng.random() < 0.5)
         frames = scene.render(spec.frames, spec.height, spec.width, spec.stride)
         video = to_pixels(frames[:, :, ::-1] if mirrored else frames)
-        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "label": None, "skipped": []}
+        return {"video": video, "name": f"{SYNTHETIC}/{spec.split}/{number}", "label": scene.label, "skipped": []}
 
 
 def collate(items: Sequence[Item]) -> Batch:

@@ -1,8 +1,9 @@
 """Small moving scenes rendered on the fly: one or two objects of plain colours before a plain, dark backdrop.
 
 They are made so that you see at a glance what a small model has learned: every object is one of five kinds, in one of
-six colours, large enough to be named in a frame of 32 x 32 pixels. Time matters all the same: objects move, the nearer
-one hides the farther, and some leave the frame on one side and come back on the other.
+six colours, large enough to be named in a frame of 32 x 32 pixels. All objects of a scene are of one kind, which is its
+class. Time matters all the same: objects move, the nearer one hides the farther, and some leave the frame on one side
+and come back on the other.
 
 Units are the frame's short side, so a scene looks the same at any resolution. Time is continuous: any number of frames
 at any stride shows one uninterrupted motion.
@@ -18,6 +19,9 @@ import numpy as np
 KINDS = ("disc", "square", "triangle", "ring", "diamond")
 COLOURS = ("red", "yellow", "green", "blue", "pink", "white")
 MAX_OBJECTS = 2
+PAIRS = 0.35  # share of scenes with two objects
+RADII = (0.25, 0.29)  # in short sides of the frame
+SPEEDS = (0.02, 0.05)  # in short sides of the frame a frame
 PALETTE = np.array(
     [
         (0.90, 0.16, 0.14),
@@ -48,6 +52,11 @@ class Scene:
     bounces: np.ndarray
     colour: np.ndarray
     backdrop: np.ndarray
+
+    @property
+    def label(self) -> str:
+        """The scene's class: the kind of all its objects."""
+        return KINDS[int(self.kind[0])]
 
     def positions(self, times: np.ndarray) -> np.ndarray:
         """Centres (frames, n, 2) at the given times (frames,)."""
@@ -104,17 +113,17 @@ class Scene:
 def draw_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
     """A random scene for frames of the given width / height."""
     extent = np.array([max(1.0, 1 / aspect), max(1.0, aspect)])
-    count = int(rng.integers(1, MAX_OBJECTS + 1))
-    radius = rng.uniform(0.2, 0.28, count)
+    count = 1 + int(rng.random() < PAIRS)
+    radius = rng.uniform(*RADII, count)
     angle = rng.uniform(0, 2 * np.pi, count)
-    speed = rng.uniform(0.02, 0.07, count)
+    speed = rng.uniform(*SPEEDS, count)
     return Scene(
         extent=extent,
-        kind=rng.integers(len(KINDS), size=count),
+        kind=np.full(count, rng.integers(len(KINDS))),
         radius=radius,
         start=radius[:, None] + rng.random((count, 2)) * (extent - 2 * radius[:, None]),
         velocity=speed[:, None] * np.stack([np.sin(angle), np.cos(angle)], axis=1),
-        bounces=rng.random(count) < 0.7,
+        bounces=rng.random(count) < 0.8,
         colour=rng.permutation(len(COLOURS))[:count],
         backdrop=BACKDROPS[rng.integers(len(BACKDROPS))],
     )

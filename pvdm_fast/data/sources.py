@@ -18,6 +18,7 @@ from pvdm_fast.data.errors import DataError
 from pvdm_fast.data.latents import LatentClips, is_latents, read_labels
 from pvdm_fast.data.layouts import FIRST_FOLD, check_fold, find_all, find_videos
 from pvdm_fast.data.listing import Video, list_folder
+from pvdm_fast.data.shapes import KINDS
 from pvdm_fast.data.shards import find_samples, has_videos, list_shards
 from pvdm_fast.data.transforms import Resize
 from pvdm_fast.jobs.reading import READ_TIMEOUT
@@ -104,12 +105,13 @@ def _shards(source: str | Path) -> list[Path] | None:
 
 def find_classes(root: Path) -> list[str]:
     """The classes of the videos of ``root``, both splits, in alphabetical order, as UCF-101 numbers them. Or the
-    classes of its cached latents.
+    classes of its cached latents, or the kinds of rendered scenes.
 
     Raises `DataError` unless every video is named as in UCF-101.
     """
-    if str(root).startswith("synthetic:"):
-        labels, nameless = set(), "rendered scenes"
+    labels: set[str]
+    if str(root) == SYNTHETIC:
+        labels, nameless = set(KINDS), ""
     elif is_latents(root):
         labels = set(read_labels(root))
         nameless = "" if labels else "the latents"

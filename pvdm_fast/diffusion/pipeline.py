@@ -24,6 +24,7 @@ from pvdm_fast.models.release import is_saved, load_model
 from pvdm_fast.models.saving import check_folder
 
 MODELS = ("autoencoder", "denoiser")
+NO_CLASS = "none"
 # diffusers' loading options that change nothing if the files are on this machine, as safetensors.
 DOWNLOADING = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"}
 DOWNLOADING |= {"low_cpu_mem_usage", "use_safetensors"}
@@ -86,7 +87,7 @@ class PVDMPipeline(DiffusionPipeline):
         batch_size: int = 1,
         condition: Any = None,
         class_labels: int | str | Sequence[int | str] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         eta: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
@@ -103,8 +104,10 @@ class PVDMPipeline(DiffusionPipeline):
             condition: the video to continue. Either the path of a video file or folder of frames, or a video as
                 diffusers' pipelines take them: PIL pictures, numpy (T, H, W, 3) or torch (T, 3, H, W) in [0, 1], or
                 ``batch_size`` of those. Its last T frames are used, cropped at the centre and resized.
-            class_labels: number or name of a class, or one per video. The denoiser must have been trained with classes.
-            guidance_scale: 1 + w of `pvdm_fast.diffusion.guidance.predict_noise`. No guidance at 1 or less.
+            class_labels: number or name of a class, or one per video; "none" for no class. None: each class in turn, if
+                the denoiser was trained with classes.
+            guidance_scale: 1 + w of `pvdm_fast.diffusion.guidance.predict_noise`. No guidance at 1 or less. None: the
+                denoiser's own.
             eta: DDIM's share of new noise. 1 is the release's choice, 0 is deterministic.
             generator: the source of all noise, or a list with one per video. The default is seeded by PyTorch's own.
             output_type: "np", "pt" or "pil".
@@ -140,14 +143,14 @@ class PVDMPipeline(DiffusionPipeline):
             frames=self.denoiser.layout.time if num_frames is None else num_frames,
             steps=num_inference_steps,
             scheduler=self.scheduler,
-            guidance=max(0.0, guidance_scale - 1) if math.isfinite(guidance_scale) else guidance_scale,
+            guidance=None if guidance_scale is None else _weight(guidance_scale),
             eta=eta,
             seed=NoiseSource(generator),
             condition=None if condition is None else self._condition(condition),
             labels=None if class_labels is None else class_numbers(self.denoiser, class_labels, batch_size),
         )
         rounds = math.ceil(options.frames / self.denoiser.layout.time)
-        steps = fitting_steps(self.denoiser, options.steps, options.guidance)
+        steps = fitting_steps(self.denoiser, options.steps)
         with self.progress_bar(total=passes(self.scheduler, steps) * rounds) as bar:
             video = sample_video(self.autoencoder, self.denoiser, options, on_step=on_step)
         self.maybe_free_model_hooks()
@@ -207,9 +210,13 @@ def load_part(folder: Path, name: str, torch_dtype: torch.dtype = torch.float32)
     return load_model(kind, folder / name, torch_dtype)
 
 
+def _weight(guidance_scale: float) -> float:
+    return max(0.0, guidance_scale - 1) if math.isfinite(guidance_scale) else guidance_scale
+
+
 def class_numbers(denoiser: Denoiser, classes: int | str | Sequence[int | str], clips: int) -> Tensor:
-    """Class numbers (clips,) int64, from one class for all clips or one per clip. Raises UserError for unknown
-    classes."""
+    """Class numbers (clips,) int64, from one class for all clips or one per clip. "none" is the number of no class.
+    Raises UserError for unknown classes."""
     count, names = denoiser.config["num_classes"], list(denoiser.config["class_names"] or ())
     if count is None:
         raise UserError(
@@ -221,7 +228,9 @@ def class_numbers(denoiser: Denoiser, classes: int | str | Sequence[int | str], 
         number = names.index(item) if item in names else item
         if isinstance(number, str) and number.isdecimal():
             number = int(number)
-        if not isinstance(number, int) or not 0 <= number < count:
+        if number == NO_CLASS:
+            number = count
+        elif not isinstance(number, int) or not 0 <= number < count:
             known = f", and its names are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else ""
             raise UserError(f"there is no class {item!r}: its number is below {count}{known}")
         numbers.append(number)

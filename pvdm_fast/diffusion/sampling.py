@@ -159,13 +159,14 @@ class SamplingOptions:
         steps: number of denoising steps per clip, 1 to 1000. None: 50, or as many as the denoiser was distilled for.
         scheduler: a name of `pvdm_fast.diffusion.schedulers.make_scheduler`, or a scheduler. "auto" is "ddim", or for a
             denoiser that predicts the velocity "unipc", or "euler" for one that was distilled.
-        guidance: weight w of `pvdm_fast.diffusion.guidance`. 0 turns it off.
+        guidance: weight w of `pvdm_fast.diffusion.guidance`. 0 turns it off. None: the denoiser's own.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
         seed: the same seed gives the same videos on the same machine. Each has noise of its own
             (`NoiseSource.of_clips`), whatever the number of clips. Or a source of noise.
         condition: the video that the samples continue, (B or 1, 3, T, H, W) in [-1, 1], of the model's size. It isn't
             repeated in the samples. Without it the first clip has no condition.
-        labels: classes (B,) int64, for a denoiser with classes. None: no class.
+        labels: classes (B,) int64, for a denoiser with classes, where its number of classes means no class. None: its
+            classes in turn.
         cuda_graph: capture the denoiser's pass as a CUDA graph and replay it in every step. None: on a GPU, from 10
             steps on; where that fails, a warning says why and sampling goes on without. True: that or an error. Not yet
             run on a GPU.
@@ -178,7 +179,7 @@ class SamplingOptions:
     frames: int
     steps: int | None = None
     scheduler: str | Any = "auto"
-    guidance: float = 0.0
+    guidance: float | None = None
     eta: float = numbers.DEFAULT_ETA
     seed: int | NoiseSource = 0
     condition: Tensor | None = None
@@ -189,7 +190,7 @@ class SamplingOptions:
         from pvdm_fast.diffusion.schedulers import check_name
 
         for name, number in RANGES.items():
-            if name != "steps" or self.steps is not None:
+            if getattr(self, name) is not None or name not in OPEN:
                 object.__setattr__(self, name, number.checked(NAMES.get(name, name), getattr(self, name)))
         if not isinstance(self.seed, NoiseSource):
             numbers.SEED.checked("the seed", self.seed)
@@ -206,6 +207,7 @@ RANGES = {
     "eta": numbers.ETA,
 }
 NAMES = {"steps": "the number of sampling steps"}
+OPEN = ("steps", "guidance")  # None: the denoiser's own
 
 
 def stream_video(
@@ -241,7 +243,7 @@ def stream_video(
     wanted = SamplingOptions(**fields) if options is None else replace(options, **fields)
     frames, device = wanted.frames, next(denoiser.parameters()).device
     sampler = fitting_scheduler(denoiser, wanted)
-    each = fitting_steps(denoiser, wanted.steps, wanted.guidance)
+    each, guidance = fitting_steps(denoiser, wanted.steps), fitting_guidance(denoiser, wanted.guidance)
     steps = passes(sampler, each)
     _check_request(autoencoder, denoiser, wanted)
     noise = wanted.seed
@@ -257,7 +259,8 @@ def stream_video(
         with torch.no_grad():
             encoded = autoencoder.encode(wanted.condition.to(device, autoencoder.dtype)).latent.float()
         latent = normalized(encoded, denoiser).expand(shape)
-    labels = None if wanted.labels is None else wanted.labels.to(device)
+    labels = classes_in_turn(denoiser, range(wanted.clips)) if wanted.labels is None else wanted.labels
+    labels = None if labels is None else labels.to(device)
     for index in range(rounds):
 
         def after_step(step: int, timestep: float, latent: Tensor, before: int = index * steps) -> Tensor:
@@ -275,7 +278,7 @@ def stream_video(
             noise=noise,
             condition=latent,
             labels=labels,
-            guidance=wanted.guidance,
+            guidance=guidance,
             eta=wanted.eta,
             predict=predict,
             on_step=after_step,
@@ -310,11 +313,11 @@ def fitting_scheduler(denoiser: Denoiser, options: SamplingOptions) -> Any:
     return scheduler_of(denoiser, options.scheduler)
 
 
-def fitting_steps(denoiser: Denoiser, steps: int | None, guidance: float) -> int:
+def fitting_steps(denoiser: Denoiser, steps: int | None) -> int:
     """The number of steps for this denoiser, where so many or None are asked for.
 
     Raises:
-        UserError: the denoiser was distilled for another number, or there is guidance, which it can't take.
+        UserError: the denoiser was distilled for another number.
     """
     distilled = denoiser.config.get("distilled_steps")
     if distilled is None:
@@ -324,12 +327,28 @@ def fitting_steps(denoiser: Denoiser, steps: int | None, guidance: float) -> int
             f"this denoiser was distilled to sample in {distilled} steps, not in {steps}: leave the number "
             "out, or sample from its teacher"
         )
-    if guidance:
+    return int(distilled)
+
+
+def fitting_guidance(denoiser: Denoiser, guidance: float | None) -> float:
+    """The weight of guidance for this denoiser, where so much or None is asked for.
+
+    Raises:
+        UserError: there is guidance, and the denoiser was distilled, which leaves none to add.
+    """
+    if guidance and denoiser.config.get("distilled_steps") is not None:
         raise UserError(
             f"guidance {guidance:g} can't be added to a distilled denoiser: leave it out, or distil one with "
             "it (python -m pvdm_fast.distill RUN --guidance W)"
         )
-    return int(distilled)
+    return float(denoiser.config.get("guidance") or 0.0) if guidance is None else guidance
+
+
+def classes_in_turn(denoiser: Denoiser, clips: range) -> Tensor | None:
+    """The class (B,) int64 of each of these clips where none is asked for: 0, 1, ... and again from 0. None for a
+    denoiser without classes."""
+    count = denoiser.config.get("num_classes")
+    return None if count is None else torch.tensor(clips, dtype=torch.long) % int(count)
 
 
 def passes(scheduler: Any, steps: int) -> int:

@@ -199,13 +199,14 @@ def measure_samples(
 def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:
     """The samples with these numbers, (B, 3, frames, H, W) in [-1, 1]. The noise of each depends only on the seed and
     its number."""
-    from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, sample_video
+    from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, classes_in_turn, sample_video
 
     assert subject.denoiser is not None
     options = SamplingOptions(
         clips=len(numbers),
         frames=frames,
         seed=NoiseSource.of_clips(sampling["seed"], numbers),
+        labels=classes_in_turn(subject.denoiser, numbers),
         **{name: sampling[name] for name in ("steps", "scheduler", "guidance", "eta")},
     )
     return sample_video(subject.autoencoder, subject.denoiser, options)

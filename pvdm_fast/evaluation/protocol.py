@@ -92,7 +92,7 @@ class Request:
     scheduler: str = "auto"
     steps: int | None = None
     eta: float = numbers.DEFAULT_ETA
-    guidance: float = 0.0
+    guidance: float | None = None
     batch_size: int = 8
     workers: int = 0
     threads: int | None = None

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvdm_fast.data.shapes import KINDS, MAX_OBJECTS
+from pvdm_fast.data.shapes import KINDS, MAX_OBJECTS, SPEEDS
 from pvdm_fast.evaluation.moments import Gaussian, frechet_distance, moments
 from pvdm_fast.evaluation.scene_judge import FEATURES, SceneJudge, Seen, load_judge, see
 
 SURE = 0.9  # confidence of a name that counts
 CLEAR = 0.6  # visible share from which an object counts as clearly visible
 PRESENT = 0.5
-SLOWEST, FASTEST = 0.02, 0.07  # of the scenes' objects, a frame of stride 1
+SLOWEST, FASTEST = SPEEDS  # of a frame of stride 1
 PLACE_ERROR = 0.04  # two estimated places may be off by so much together
 STEPS_OF_REST = 4  # so many steps in a row show whether an object moves
 AT_BORDER = 0.15  # an object whose centre is farther inside is clearly visible, for all that the border hides of it

@@ -156,12 +156,16 @@ def prepare(request: Request, processes: Processes) -> Evaluation:
         announce(request.dtype, choose_precision(request.dtype, processes.device), "--dtype")
     subject = load_subject(request.run, processes.device, request.dtype)
     if subject.denoiser is not None:
-        from pvdm_fast.diffusion.sampling import fitting_steps
+        from pvdm_fast.diffusion.sampling import fitting_guidance, fitting_steps
         from pvdm_fast.diffusion.schedulers import fitting_name
 
         check_pair(subject.autoencoder, subject.denoiser)
-        steps = fitting_steps(subject.denoiser, request.steps, request.guidance)
-        request = replace(request, scheduler=fitting_name(subject.denoiser, request.scheduler), steps=steps)
+        request = replace(
+            request,
+            scheduler=fitting_name(subject.denoiser, request.scheduler),
+            steps=fitting_steps(subject.denoiser, request.steps),
+            guidance=fitting_guidance(subject.denoiser, request.guidance),
+        )
     network = None
     if request.features is not None and request.features_sha256 is not None:
         network = FeatureNetwork(request.features, request.features_sha256, processes.device)
@@ -356,7 +360,7 @@ def _caveats(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> list[str]:
         )
     denoiser = evaluation.subject.denoiser
     if evaluation.samples and denoiser is not None and denoiser.config["num_classes"] is not None:
-        caveats.append("the denoiser was trained with classes, and the samples are of none")
+        caveats.append("the samples are of each class in turn, whatever the classes of the real clips")
     if evaluation.request.split != "test":
         caveats.append(f"the {evaluation.request.split} split holds clips that the models were trained on")
     return caveats

@@ -120,11 +120,13 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
         num_classes: number of classes, for class-conditional training. None: without classes. The class's embedding is
             added to that of the time. It has one more entry, for no class.
         class_names: their names, in the order of their numbers.
+        guidance: the weight of classifier-free guidance (`pvdm_fast.diffusion.guidance`) with which it is sampled where
+            none is given.
 
     Raises:
         ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; a
             time shift that isn't positive; a time shift, statistics or distilled steps without flow; not as many names
-            as classes.
+            as classes; negative guidance, or guidance of a distilled denoiser.
     """
 
     _supports_gradient_checkpointing = True
@@ -149,6 +151,7 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
         latent_mean: Sequence[Sequence[float]] | None = None,
         latent_std: Sequence[Sequence[float]] | None = None,
         distilled_steps: int | None = None,
+        guidance: float = 0.0,
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != num_classes:
@@ -159,6 +162,8 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
             raise ValueError(f"time_shift {time_shift} must be above 0, and goes with prediction flow only.")
         if distilled_steps is not None and (distilled_steps < 1 or prediction != "flow"):
             raise ValueError(f"distilled_steps {distilled_steps} must be 1 or more, and needs prediction flow.")
+        if not math.isfinite(guidance) or guidance < 0 or (guidance and distilled_steps is not None):
+            raise ValueError(f"guidance {guidance} must be 0 or more, and 0 for a distilled denoiser.")
         if latent_mean is not None or latent_std is not None:
             if prediction != "flow" or latent_mean is None or latent_std is None:
                 raise ValueError("latent_mean and latent_std go together, and with prediction flow only.")

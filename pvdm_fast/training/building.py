@@ -180,6 +180,7 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
             class_names=names,
             time_shift=config.diffusion.time_shift,
             distilled_steps=config.distillation.steps,
+            guidance=config.diffusion.guidance or 0.0,
             **_arguments(config, DENOISER_SIZES),
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvdm_fast.diffusion.distillation import Velocity, distillation_loss, network_times
 from pvdm_fast.diffusion.guidance import predict_noise
-from pvdm_fast.diffusion.sampling import check_pair
+from pvdm_fast.diffusion.sampling import check_pair, fitting_guidance
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.training.config import TrainConfig
@@ -81,7 +81,7 @@ class DistillationStage(DiffusionStage):
 
     def _taught(self, condition: Tensor, labels: Tensor | None) -> Velocity:
         """The teacher's velocity, guided as the options say."""
-        guidance = self.distillation.guidance
+        guidance = fitting_guidance(self.teacher, self.distillation.guidance)
 
         def velocity(latent: Tensor, time: Tensor) -> Tensor:
             return predict_noise(self.teacher, latent, network_times(time), condition, guidance, labels)
@@ -108,6 +108,11 @@ def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
         raise UserError(
             f"the denoiser in {place} predicts {teacher.config['prediction']}, and only a flow can be distilled: train "
             "one with --diffusion-prediction flow"
+        )
+    if config.diffusion.guidance:
+        raise UserError(
+            f"--diffusion-guidance {config.diffusion.guidance:g} can't be added to a student, which has its guidance "
+            "inside: give --distillation-guidance"
         )
     for name in TIMES:
         if getattr(config.diffusion, name) != getattr(type(config.diffusion), name):

@@ -220,8 +220,16 @@ class DiffusionOptions(StageOptions):
         number=whole(0, 1_000_000_000),
         resumable=True,
     )
-    class_conditional: bool = option(False, "learn the classes of the videos too; they are read from UCF-101's names")
+    class_conditional: bool | None = option(
+        None, "learn the classes of the clips too: the kinds of rendered scenes, or those that UCF-101's names give"
+    )
     class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE, resumable=True)
+    guidance: float | None = option(
+        None,
+        "weight of the classifier-free guidance that sampling takes by itself",
+        number=numbers.GUIDANCE,
+        resumable=True,
+    )
     ema_decay: float = option(
         0.9999,
         "decay of the averaged weights that are saved for sampling; in the n-th update it is (1 + n) / (10 + n), if "
@@ -256,6 +264,9 @@ class DistillationOptions:
         number=whole(1, 1000),
         resumable=True,
     )
-    guidance: float = option(
-        0.0, "weight of the classifier-free guidance that the student learns along", number=numbers.GUIDANCE
+    guidance: float | None = option(
+        None,
+        "weight of the classifier-free guidance that the student learns along; none: the one that its teacher is "
+        "sampled with",
+        number=numbers.GUIDANCE,
     )

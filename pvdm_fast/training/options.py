@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.arguments import Parser
 from pvdm_fast.training.config import (
+    CLASS_GUIDANCE,
     GROUPS,
     OPTIONS,
     PRESETS,
@@ -22,6 +23,13 @@ from pvdm_fast.training.config import (
     make_config,
     read_changes,
 )
+
+# Of options whose default follows from others.
+DEFAULT_TEXTS = {
+    "preset": "tiny",
+    "diffusion.class_conditional": "on for rendered scenes, but not with the preset release",
+    "diffusion.guidance": f"{CLASS_GUIDANCE:g} with classes, else 0",
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,8 @@ def flag(option: Option) -> str:
 
 def _default_text(option: Option, presets: dict[str, TrainConfig]) -> str:
     values = {name: get(config, option.key) for name, config in presets.items()}
-    if option.key == "preset":
-        return "default: tiny"
+    if option.key in DEFAULT_TEXTS:
+        return f"default: {DEFAULT_TEXTS[option.key]}"
     if all(value is None for value in values.values()):
         return "default: none"
     if len(set(map(str, values.values()))) == 1:

@@ -93,6 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup": 0,
             "clip_norm": 0.0,
             "conditional_probability": 0.3,
+            "class_conditional": False,
             "condition_per": "batch",
             "float32": True,
             "ema_every": 25,

@@ -17,6 +17,7 @@ from pvdm_fast.jobs.files import whole_file
 from pvdm_fast.training.config import STAGES
 
 SHOWN_CLIPS = 8
+SHOWN_SAMPLES = 5  # in the picture: one of each kind of rendered scenes
 SHOWN_FRAMES = 8
 HELD_OUT = {"psnr": "held-out PSNR (dB)", "held_out_loss": "held-out loss"}
 ADVERSARIAL_VALUES = ("d_loss", "g_loss", "feature_matching", "adversarial_weight")

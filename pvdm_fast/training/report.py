@@ -11,7 +11,7 @@ import torch
 
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.precision import choose_precision
-from pvdm_fast.data import open_dataset
+from pvdm_fast.data import DataError, open_dataset
 from pvdm_fast.errors import BackendError, UserError, printable
 from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import asks_for_other_sizes, check_latents, empty_denoiser
@@ -127,7 +127,7 @@ def check_later_denoiser(config: TrainConfig, autoencoder: Autoencoder) -> list[
     try:
         empty_denoiser(config, autoencoder)
     except UserError as error:
-        if config.diffusion.class_conditional or asks_for_other_sizes(config, DENOISER_SIZES):
+        if isinstance(error, DataError) or asks_for_other_sizes(config, DENOISER_SIZES):
             raise
         return [("denoiser", f"not trained here; for these latents it needs other sizes than the preset's: {error}")]
     return []

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,7 +263,10 @@ def show(trainer: Trainer) -> None:
                 seed=config.seed,
             )
             samples = sample_video(autoencoder, stage.model, options, progress=lambda done, total: trainer.stop.check())
-            rows += [(f"sample, {2 * frames} frames", video) for video in samples[:4]]
+            names = stage.model.config["class_names"] or ()
+            kinds = [f" of the class {name}" for name in names] or [""]
+            shown = zip(cycle(kinds), samples[: previews.SHOWN_SAMPLES])
+            rows += [(f"sample{kind}, {2 * frames} frames", video) for kind, video in shown]
 
     def write() -> None:
         name = f"{stage.name}-step-{trainer.progress.step}"

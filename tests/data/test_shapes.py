@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pvdm_fast.data import DataError, open_dataset
+from pvdm_fast.data import DataError, find_classes, open_dataset
 from pvdm_fast.data.draws import generator
 from pvdm_fast.data.shapes import BACKDROPS, COLOURS, KINDS, MAX_OBJECTS, PALETTE, draw_scene
 
@@ -98,7 +99,15 @@ def test_every_kind_colour_and_backdrop_is_drawn_and_two_objects_never_share_a_c
     assert {int(colour) for scene in scenes for colour in scene.colour} == set(range(len(COLOURS)))
     assert len({tuple(scene.backdrop) for scene in scenes}) == len(BACKDROPS)
     assert all(len(set(scene.colour)) == len(scene.kind) for scene in scenes)
-    assert 70 < sum(len(scene.kind) == 2 for scene in scenes) < 130
+    assert 45 < sum(len(scene.kind) == 2 for scene in scenes) < 95
+
+
+def test_all_objects_of_a_scene_are_of_its_class() -> None:
+    scenes = [draw_scene(generator(seed)) for seed in range(100)]
+    assert all({KINDS[int(kind)] for kind in scene.kind} == {scene.label} for scene in scenes)
+    clip = open_dataset("synthetic:shapes", frames=4, height=8, width=8)[3]
+    assert clip["label"] == draw_scene(generator("synthetic:shapes", "train", 0, 3)).label
+    assert find_classes(Path("synthetic:shapes")) == sorted(KINDS)
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=KINDS)

@@ -234,7 +234,7 @@ NAN, INFINITE = float("nan"), float("inf")
         ("frames", (0, -4, NAN, None), "frames must be (at least 1|a whole number), not"),
         ("steps", (0, 1001, -1, 2.5), "steps must be (at least 1|at most 1000|a whole number), not"),
         ("eta", (-0.1, 1.5, NAN, INFINITE, None), "eta must be (at least 0|at most 1|a finite number), not"),
-        ("guidance", (NAN, INFINITE, -INFINITE, None), "guidance must be a finite number"),
+        ("guidance", (NAN, INFINITE, -INFINITE), "guidance must be a finite number"),
         ("seed", (2**64, -1, 0.5, None), "seed must be (at least 0|at most 9223372036854775807|a whole number), not"),
         ("scheduler", ("foo",), "no scheduler called 'foo'"),
     ],

@@ -333,14 +333,14 @@ def test_damaged_statistics_are_refused(
     assert "remove the folder" in capsys.readouterr().err
 
 
-def test_samples_of_no_class_are_told(run: Path, tmp_path: Path) -> None:
+def test_samples_of_each_class_in_turn_are_told(run: Path, tmp_path: Path) -> None:
     known = tmp_path / "run"
     shutil.copytree(run, known)
     denoiser = Denoiser.from_pretrained(known / "denoiser")
     config = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
     Denoiser(**{**config, "num_classes": 2, "class_names": ["a", "b"]}).save_pretrained(known / "denoiser")
     assert main([str(known), *QUICK, "--clips", "4", "--samples", "1", "--out", str(tmp_path / "out")]) == 0
-    assert any("samples are of none" in line for line in results(tmp_path / "out")["results"]["caveats"])
+    assert any("samples are of each class in turn" in line for line in results(tmp_path / "out")["results"]["caveats"])
 
 
 @pytest.mark.parametrize("model", ["autoencoder", "denoiser"])

@@ -94,7 +94,7 @@ def test_steps_have_one_default() -> None:
     assert asked == Request.__dataclass_fields__["steps"].default == SamplingOptions(clips=1, frames=1).steps
     assert asked is None, "the denoiser decides"
     undecided = SimpleNamespace(config={})
-    assert fitting_steps(undecided, asked, 0.0) == make_config({}).diffusion.sampling_steps  # type: ignore[arg-type]
+    assert fitting_steps(undecided, asked) == make_config({}).diffusion.sampling_steps  # type: ignore[arg-type]
 
 
 def test_a_choice_and_a_missing_value() -> None:

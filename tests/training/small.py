@@ -27,7 +27,7 @@ SMALL = shlex.split("""
     --diffusion-attention-resolutions 1 --diffusion-batch-size 2 --diffusion-warmup 2 --diffusion-sampling-steps 2
     --save-every 100 --preview-every 100 --diffusion-cached-clips 0 --mixed-precision auto --optimizer adamw
     --autoencoder-latent-channels 4 --diffusion-prediction v --diffusion-learning-rate 3e-3
-    --held-out-clips 2 --workers 0 --device cpu --threads 1
+    --no-diffusion-class-conditional --held-out-clips 2 --workers 0 --device cpu --threads 1
 """)
 
 

@@ -50,7 +50,6 @@ def test_packages_that_are_not_there(
             ["--diffusion-attention-resolutions", "2"],
             "--diffusion-attention-resolutions 2 must be among the levels' downsampling factors, which are 1:",
         ),
-        (["--diffusion-class-conditional"], "class"),
     ],
 )
 def test_the_denoiser_s_options_are_checked_before_the_autoencoder_trains(

@@ -194,7 +194,6 @@ def test_a_model_folder_and_a_release_checkpoint(
             ["--init-from", "{run}/denoiser", "--autoencoder-latent-channels", "3"],
             "made for latents of 4 channels, but the autoencoder's have 3",
         ),
-        (["--init-from", "{run}", "--diffusion-class-conditional"], "no classes in synthetic:shapes"),
         (["--resume", "{run}", "--init-from", "{run}"], "--init-from cannot change when a run is resumed"),
     ],
 )

@@ -10,15 +10,17 @@ import av
 import numpy as np
 import pytest
 import torch
+from filling import randomised
 from training.small import SMALL, steps
 
 from pvdm_fast import sample
 from pvdm_fast.data import open_video, write_video
-from pvdm_fast.data.shapes import draw_scene
+from pvdm_fast.data.shapes import KINDS, draw_scene
 from pvdm_fast.diffusion import sampling
 from pvdm_fast.models import Denoiser
 from pvdm_fast.sample import main
 from pvdm_fast.train import main as train
+from pvdm_fast.training.config import make_config
 
 
 def run_sample(run: Path, out: Path, *arguments: str) -> int:
@@ -183,9 +185,40 @@ def test_a_moved_folder_with_fewer_classes(films: Path, tmp_path: Path, capsys: 
 
 
 def test_data_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train([*SMALL, "--diffusion-class-conditional", "--run", str(tmp_path / "run")]) == 2
-    assert "no classes in synthetic:shapes" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    """Before the autoencoder trains."""
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", draw_scene(np.random.default_rng(number)).render(16, 16, 16))
+    for stage in ("autoencoder", "all"):
+        options = ["--data", str(tmp_path), "--stage", stage, "--diffusion-class-conditional"]
+        assert train([*SMALL, *options, "--run", str(tmp_path / "run")]) == 2
+        assert f"no classes in {tmp_path}" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+    assert make_config({"data": str(tmp_path)}).diffusion.class_conditional is False
+    assert make_config({}).diffusion.class_conditional is True
+    assert make_config({"preset": "release"}).diffusion.class_conditional is False
+
+
+def test_rendered_scenes_are_sampled_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The classes in turn, with the guidance that the run has, unless something else is asked for."""
+    run = tmp_path / "run"
+    options = ["--diffusion-class-conditional", "--diffusion-guidance", "1.5", "--stage", "all"]
+    assert train([*SMALL, *steps(1), *options, "--run", str(run)]) == 0
+    denoiser = Denoiser.from_pretrained(run / "denoiser")
+    assert list(denoiser.config["class_names"]) == sorted(KINDS) and denoiser.config["guidance"] == 1.5
+    randomised(denoiser).save_pretrained(run / "denoiser")
+
+    def sampled(name: str, *options: str) -> np.ndarray:
+        out = tmp_path / f"{name}.npy"
+        assert run_sample(run, out, "--clips", "6", "--batch-size", "2", *options) == 0
+        return np.load(out)
+
+    usual = sampled("usual")
+    assert np.array_equal(usual, sampled("guided", "--guidance", "1.5"))
+    assert np.array_equal(usual[4:], sampled("two", "--clips", "2", "--clips-from", "4"))
+    assert not np.array_equal(usual, sampled("plain", "--guidance", "0"))
+    assert not np.array_equal(usual, sampled("none", "--class", "none"))
+    ring = sampled("ring", "--class", "ring")
+    assert [np.array_equal(a, b) for a, b in zip(usual, ring, strict=True)] == [False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "npy"])
