@@ -10,11 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
     from pvdm_fast.training.options import Request
 
+# What messages of a training run call by names that this command doesn't have.
+OWN_NAMES = {
+    "--distillation-solver-steps": "--solver-steps",
+    "--distillation-guidance": "--guidance",
+    "--distillation-steps": "--steps",
+    "--diffusion-steps": "--training-steps",
+    "--diffusion-batch-size": "--batch-size",
+    "--diffusion-learning-rate": "--learning-rate",
+    "--init-from": "RUN",
+    "--run ": "--out ",
+}
 SHARE = 1 / 3  # of the teacher's steps and learning rate, since the student starts from its weights
 
 
@@ -67,7 +79,8 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "early_stop": None,
         "distillation.steps": 4,
         "distillation.guidance": None,
-        "diffusion.guidance": None,
+        "diffusion.sampling_guidance": None,
+        "diffusion.sampling_scheduler": "auto",
         "diffusion.time_mean": 0.0,
         "diffusion.time_std": 1.0,
         "diffusion.steps": math.ceil(SHARE * trained.diffusion.steps),
@@ -87,9 +100,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request = parse(arguments)
         from pvdm_fast.training.session import run_training
 
-        run_training(request)
+        try:
+            run_training(request)
+        except UserError as error:
+            if error.exit_code != UserError.exit_code:  # it has a message and a code of its own
+                raise
+            raise UserError(with_own_names(str(error))) from error
 
     return run_command(distill)
+
+
+def with_own_names(message: str) -> str:
+    """A training run's message with the options by which this command takes them."""
+    for name, own in OWN_NAMES.items():
+        message = message.replace(name, own)
+    return message
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--steps",
         type=numbers.SAMPLING_STEPS,
         metavar="N",
-        help=f"denoising steps (default: {numbers.DEFAULT_STEPS}, or as many as the run was distilled for)",
+        help="denoising steps (default: the run's, or as many as it was distilled for)",
     )
     add("--eta", type=numbers.ETA, metavar="X", help="ddim: share of new noise (default: 1)")
     add(

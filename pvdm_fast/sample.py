@@ -62,21 +62,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--steps",
         type=numbers.SAMPLING_STEPS,
         metavar="N",
-        help=f"denoising steps (default: {numbers.DEFAULT_STEPS}, or as many as the run was distilled for)",
+        help="denoising steps (default: the run's, or as many as it was distilled for)",
     )
     parser.add_argument(
         "--scheduler",
         default="auto",
         metavar="NAME",
         help="sampler: ddim, ddpm, dpm++ or unipc; for a model trained with --diffusion-prediction flow unipc, dpm++, "
-        "euler or heun (default: auto, which is ddim, or unipc for such a model)",
+        "euler, heun or stochastic (default: auto, which is the run's, else ddim, or unipc for such a model)",
     )
     parser.add_argument(
         "--guidance",
         type=numbers.GUIDANCE,
         metavar="W",
         help="how strongly clips follow the one before, and the class: (1 + W) eps(cond) - W eps(none) "
-        "(default: the run's, which is 2 with classes and else 0)",
+        "(default: the run's)",
     )
     parser.add_argument(
         "--condition",

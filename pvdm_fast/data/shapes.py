@@ -20,7 +20,7 @@ KINDS = ("disc", "square", "triangle", "ring", "diamond")
 COLOURS = ("red", "yellow", "green", "blue", "pink", "white")
 MAX_OBJECTS = 2
 PAIRS = 0.35  # share of scenes with two objects
-RADII = (0.25, 0.29)  # in short sides of the frame
+RADII = (0.22, 0.26)  # in short sides of the frame
 SPEEDS = (0.02, 0.05)  # in short sides of the frame a frame
 PALETTE = np.array(
     [

@@ -156,9 +156,10 @@ class SamplingOptions:
     Args:
         clips: number of videos B.
         frames: their length. The last clip is cut to fit.
-        steps: number of denoising steps per clip, 1 to 1000. None: 50, or as many as the denoiser was distilled for.
-        scheduler: a name of `pvdm_fast.diffusion.schedulers.make_scheduler`, or a scheduler. "auto" is "ddim", or for a
-            denoiser that predicts the velocity "unipc", or "euler" for one that was distilled.
+        steps: number of denoising steps per clip, 1 to 1000. None: the denoiser's own, or as many as it was distilled
+            for, else 50.
+        scheduler: a name of `pvdm_fast.diffusion.schedulers.make_scheduler`, or a scheduler. "auto" is the denoiser's
+            own, else "ddim", or "unipc" where it predicts the velocity, or "euler" where it was distilled.
         guidance: weight w of `pvdm_fast.diffusion.guidance`. 0 turns it off. None: the denoiser's own.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
         seed: the same seed gives the same videos on the same machine. Each has noise of its own
@@ -321,7 +322,7 @@ def fitting_steps(denoiser: Denoiser, steps: int | None) -> int:
     """
     distilled = denoiser.config.get("distilled_steps")
     if distilled is None:
-        return numbers.DEFAULT_STEPS if steps is None else steps
+        return int(denoiser.config.get("sampling_steps") or numbers.DEFAULT_STEPS) if steps is None else steps
     if steps not in (None, distilled):
         raise UserError(
             f"this denoiser was distilled to sample in {distilled} steps, not in {steps}: leave the number "
@@ -341,7 +342,7 @@ def fitting_guidance(denoiser: Denoiser, guidance: float | None) -> float:
             f"guidance {guidance:g} can't be added to a distilled denoiser: leave it out, or distil one with "
             "it (python -m pvdm_fast.distill RUN --guidance W)"
         )
-    return float(denoiser.config.get("guidance") or 0.0) if guidance is None else guidance
+    return float(denoiser.config.get("sampling_guidance") or 0.0) if guidance is None else guidance
 
 
 def classes_in_turn(denoiser: Denoiser, clips: range) -> Tensor | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # By what the denoiser predicts; the first is what "auto" means.
 OF_NOISE = ("ddim", "ddpm", "dpm++", "unipc")
-OF_FLOW = ("unipc", "dpm++", "euler", "heun")
+OF_FLOW = ("unipc", "dpm++", "euler", "heun", "stochastic")
 SCHEDULER_NAMES = tuple(dict.fromkeys(OF_NOISE + OF_FLOW))
 
 # Of diffusers' solvers for a flow: the logarithm of 1 - level must be finite.
@@ -195,7 +195,7 @@ class _FlowLevels:
 
 
 class FlowEulerScheduler(_FlowLevels, FlowMatchEulerDiscreteScheduler):
-    """Euler's method along the path: one pass of the denoiser a step."""
+    """Euler's method along the path, or with new noise in each step: one pass of the denoiser a step."""
 
 
 class FlowHeunScheduler(_FlowLevels, FlowMatchHeunDiscreteScheduler):
@@ -221,10 +221,13 @@ def make_scheduler(name: str = "auto", prediction: str = "noise", time_shift: fl
     because diffusers' solvers can't clamp to a fixed range. Their steps are even in the logarithm of the noise level,
     which brings 10 steps 4 dB nearer to the exact trajectory (docs/results/samplers.md).
 
-    Those of a flow take the velocity, and their steps are even in time.
+    Those of a flow take the velocity, and their steps are even in time. All but "stochastic" follow its path, which
+    needs no new noise. "stochastic" goes from the clean prediction back to the next time with new noise (diffusers'
+    `stochastic_sampling`). What a barely trained denoiser got wrong is forgotten, but samples vary less than the data.
 
     Args:
-        name: "ddim", "ddpm", "dpm++" or "unipc"; for a flow "unipc", "dpm++", "euler" or "heun"; or "auto".
+        name: "ddim", "ddpm", "dpm++" or "unipc"; for a flow "unipc", "dpm++", "euler", "heun" or "stochastic"; or
+            "auto".
         prediction: the denoiser's: "noise", "v" or "flow".
         time_shift: the denoiser's, for a flow.
 
@@ -244,8 +247,8 @@ def make_scheduler(name: str = "auto", prediction: str = "noise", time_shift: fl
 
 
 def _flow_scheduler(name: str, shift: float) -> SchedulerMixin:
-    if name == "euler":
-        return FlowEulerScheduler(shift=shift)
+    if name in ("euler", "stochastic"):
+        return FlowEulerScheduler(shift=shift, stochastic_sampling=name == "stochastic")
     if name == "heun":
         return FlowHeunScheduler(shift=shift)
     solver: Any = FlowDPMSolverScheduler if name == "dpm++" else FlowUniPCScheduler
@@ -258,7 +261,7 @@ def check_name(name: str) -> None:
         raise UserError(f"there is no scheduler called {name!r}: choose auto or one of {', '.join(SCHEDULER_NAMES)}")
 
 
-def scheduler_name(name: str, prediction: str) -> str:
+def scheduler_name(name: str, prediction: str, called: str = "the scheduler") -> str:
     """The name that "auto" stands for, any other as it is. Raises UserError if it doesn't go with the prediction."""
     check_name(name)
     fitting = OF_FLOW if prediction == "flow" else OF_NOISE
@@ -266,7 +269,7 @@ def scheduler_name(name: str, prediction: str) -> str:
         return fitting[0]
     if name not in fitting:
         raise UserError(
-            f"the scheduler {name} doesn't go with this denoiser, which predicts {prediction}: choose one of "
+            f"{called} {name} doesn't go with this denoiser, which predicts {prediction}: choose one of "
             f"{', '.join(fitting)}"
         )
     return name
@@ -275,7 +278,8 @@ def scheduler_name(name: str, prediction: str) -> str:
 def fitting_name(denoiser: Denoiser, name: str) -> str:
     """The name that "auto" stands for with this denoiser, any other as it is. Raises UserError if it doesn't fit."""
     if not _distilled(denoiser):
-        return scheduler_name(name, denoiser.config.get("prediction", "noise"))
+        own = denoiser.config.get("sampling_scheduler", "auto")
+        return scheduler_name(own if name == "auto" else name, denoiser.config.get("prediction", "noise"))
     check_name(name)
     if name not in ("auto", "euler"):
         raise UserError(f"this denoiser was distilled for euler, not {name}: leave the scheduler out")
@@ -297,7 +301,8 @@ def scheduler_of(denoiser: Denoiser, scheduler: str | Any) -> Any:
     if isinstance(scheduler, str):
         return make_scheduler(fitting_name(denoiser, scheduler), prediction, shift)
     kind = type(scheduler).__name__
-    if _distilled(denoiser) and not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    plain = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.get("stochastic_sampling")
+    if _distilled(denoiser) and not plain:
         raise UserError(f"this denoiser was distilled for euler, not {kind}: take the scheduler of scheduler_of")
     if _takes_velocity(scheduler) != (prediction == "flow"):
         raise UserError(

@@ -7,18 +7,19 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pvdm_fast.data import ClipDataset, video_grid, write_video
+from pvdm_fast.data.shapes import KINDS
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.evaluation.clips import read_batches
 from pvdm_fast.evaluation.features import Networks
 from pvdm_fast.evaluation.processes import wait
 from pvdm_fast.evaluation.scene_judge import see
-from pvdm_fast.evaluation.scenes import clip_features, clip_scores, first_frames, kinds_right
+from pvdm_fast.evaluation.scenes import clip_features, clip_scores, first_frames, kinds_right, of_class
 from pvdm_fast.evaluation.ssim import WINDOW, ssim
 from pvdm_fast.evaluation.subject import Subject
 from pvdm_fast.evaluation.tally import Measured, Tally, read_tallies, remaining, total
@@ -27,6 +28,9 @@ from pvdm_fast.jobs.interrupt import StopRequest
 from pvdm_fast.jobs.processes import Processes
 from pvdm_fast.jobs.progress import make_bar
 from pvdm_fast.losses.psnr import psnr
+
+if TYPE_CHECKING:
+    from pvdm_fast.models import Denoiser
 
 SHOWN = 8
 SHOWN_SIDE = 160
@@ -191,9 +195,22 @@ def measure_samples(
                 scores = clip_scores(seen, clip, stride).items()
                 measured.values.update({name: score[:, None] for name, score in scores})
                 measured.values["scenes"] = clip_features(first_frames(seen, clip))
+                if classes := kinds_asked_for(subject.denoiser, numbers):
+                    measured.values["of_class"] = of_class(seen, classes)
             yield measured
 
     return measure
+
+
+def kinds_asked_for(denoiser: Denoiser | None, numbers: range) -> list[str]:
+    """The class of each of these samples, where classes are the kinds of rendered scenes; else an empty list."""
+    from pvdm_fast.diffusion.sampling import classes_in_turn
+
+    names = () if denoiser is None else tuple(denoiser.config["class_names"] or ())
+    if denoiser is None or set(names) != set(KINDS):
+        return []
+    turn = classes_in_turn(denoiser, numbers)
+    return [] if turn is None else [names[number] for number in turn.tolist()]
 
 
 def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:

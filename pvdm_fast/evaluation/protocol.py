@@ -46,6 +46,8 @@ METRICS = {
     "named": f"share of samples whose one or two objects are each of one known kind, with a confidence of {SURE}, in "
     "all frames of the first clip in which they are clearly visible, and never vanish or appear in plain sight; "
     "second_named: in the first two clips",
+    "of_class": "share of clearly visible objects in all frames of the first two clips whose kind is the class that "
+    "was asked for, as the scene judge sees it",
     "path": "share of samples whose objects never vanish or appear in plain sight, make no step longer than "
     f"{FASTEST} x stride + {PLACE_ERROR} and no four in a row shorter than {SLOWEST / 2} x stride on average, in short "
     "sides of the frame, in the first clip; second_path: in the first two clips",

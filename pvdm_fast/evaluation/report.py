@@ -179,6 +179,8 @@ def _scene_rows(scenes: dict[str, Any], clips: str) -> list[tuple[str, str, str]
     for key, label in SCENE_LABELS.items():
         mean, error = scenes[key]["mean"], scenes[key]["standard_error"]
         rows.append((f"samples, {label}", f"{mean:.1%}" + ("" if error is None else f" ± {error:.1%}"), of))
+    if scenes["of_class"] is not None:
+        rows.append(("samples, objects of the class asked for", f"{scenes['of_class']:.1%}", of))
     distance = f"{scenes['frechet_distance']:.3f}"
     return [*rows, ("samples, Fréchet distance of the scene judge's features", distance, f"{of} and {clips}")]
 

@@ -7,7 +7,7 @@ frame. Times are frames, lengths are short sides of the frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,15 @@ def kinds_right(original: Seen, reconstruction: Seen) -> Tensor:
     reconstruction, and how many there are. What the judge says of the original counts as the truth."""
     clear = (original.present >= PRESENT) & (original.visible >= CLEAR)
     right = clear & (reconstruction.present >= PRESENT) & (reconstruction.kind == original.kind)
+    return torch.stack([right.sum((1, 2)), clear.sum((1, 2))], dim=-1).double()
+
+
+def of_class(seen: Seen, classes: Sequence[str]) -> Tensor:
+    """For each clip (N, 2): how many clearly visible objects of all frames are of the kind that was asked for, and how
+    many there are. ``classes`` names the kind of each clip."""
+    asked = torch.tensor([KINDS.index(name) for name in classes])
+    clear = (seen.present >= PRESENT) & (seen.visible >= CLEAR)
+    right = clear & (seen.kind == asked[:, None, None])
     return torch.stack([right.sum((1, 2)), clear.sum((1, 2))], dim=-1).double()
 
 

@@ -271,6 +271,9 @@ def _scenes(evaluation: Evaluation, outcomes: dict[str, Outcome]) -> dict[str, A
         made = outcomes["samples"].sums
         scores["samples"] = evaluation.samples
         scores |= {name: _score(made[name]) for name in ("named", "path", "second_named", "second_path")}
+        asked = made.get("of_class")
+        right, objects = (0.0, 0.0) if asked is None else asked[0, 1:].tolist()
+        scores["of_class"] = right / objects if objects else None
         scores["frechet_distance"] = frechet_distance(Gaussian.of(real["scenes"]), Gaussian.of(made["scenes"]))
     return scores
 

@@ -77,6 +77,16 @@ def _check_attention(attention_resolutions: Sequence[int]) -> None:
         )
 
 
+def _check_sampling(steps: int | None, scheduler: str, guidance: float, distilled: bool) -> None:
+    """Raises ValueError for ways to sample that no denoiser has, or for any beside that of a distilled one."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"sampling_steps {steps} must be 1 or more.")
+    if not math.isfinite(guidance) or guidance < 0:
+        raise ValueError(f"sampling_guidance {guidance} must be 0 or more.")
+    if distilled and (steps, scheduler, guidance) != (None, "auto", 0):
+        raise ValueError("A distilled denoiser has its own way to be sampled: leave out what begins with sampling_.")
+
+
 class PlanePositions(nn.Module):
     """Learned vectors that say where a token is: one per row, column and time, shared by the planes with that axis, and
     one per plane. The planes share all other weights. Without these vectors only their contents distinguish planes and
@@ -120,13 +130,14 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
         num_classes: number of classes, for class-conditional training. None: without classes. The class's embedding is
             added to that of the time. It has one more entry, for no class.
         class_names: their names, in the order of their numbers.
-        guidance: the weight of classifier-free guidance (`pvdm_fast.diffusion.guidance`) with which it is sampled where
-            none is given.
+        sampling_steps, sampling_scheduler, sampling_guidance: how it is sampled where nothing else is asked for: the
+            number of steps (None: 50), the name of the scheduler (`pvdm_fast.diffusion.schedulers`), and the weight of
+            classifier-free guidance (`pvdm_fast.diffusion.guidance`). Not for a distilled denoiser.
 
     Raises:
         ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; a
             time shift that isn't positive; a time shift, statistics or distilled steps without flow; not as many names
-            as classes; negative guidance, or guidance of a distilled denoiser.
+            as classes; no steps, negative guidance, or a way to sample a distilled denoiser.
     """
 
     _supports_gradient_checkpointing = True
@@ -151,7 +162,9 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
         latent_mean: Sequence[Sequence[float]] | None = None,
         latent_std: Sequence[Sequence[float]] | None = None,
         distilled_steps: int | None = None,
-        guidance: float = 0.0,
+        sampling_steps: int | None = None,
+        sampling_scheduler: str = "auto",
+        sampling_guidance: float = 0.0,
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != num_classes:
@@ -162,8 +175,7 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
             raise ValueError(f"time_shift {time_shift} must be above 0, and goes with prediction flow only.")
         if distilled_steps is not None and (distilled_steps < 1 or prediction != "flow"):
             raise ValueError(f"distilled_steps {distilled_steps} must be 1 or more, and needs prediction flow.")
-        if not math.isfinite(guidance) or guidance < 0 or (guidance and distilled_steps is not None):
-            raise ValueError(f"guidance {guidance} must be 0 or more, and 0 for a distilled denoiser.")
+        _check_sampling(sampling_steps, sampling_scheduler, sampling_guidance, distilled_steps is not None)
         if latent_mean is not None or latent_std is not None:
             if prediction != "flow" or latent_mean is None or latent_std is None:
                 raise ValueError("latent_mean and latent_std go together, and with prediction flow only.")

@@ -26,6 +26,7 @@ from pvdm_fast.training.presets import (
     AUTOENCODER_SIZES,
     DENOISER_SIZES,
     FLOW_OPTIONS,
+    SAMPLING_OPTIONS,
     VIDEO_SIZES,
     autoencoder_sizes,
 )
@@ -180,9 +181,16 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
             class_names=names,
             time_shift=config.diffusion.time_shift,
             distilled_steps=config.distillation.steps,
-            guidance=config.diffusion.guidance or 0.0,
+            **_sampling(config),
             **_arguments(config, DENOISER_SIZES),
         )
+
+
+def _sampling(config: TrainConfig) -> dict[str, Any]:
+    """How the denoiser is to be sampled, as its arguments. A student has its own way."""
+    if config.distillation.steps is not None:
+        return {}
+    return {key.rpartition(".")[2]: get(config, key) for key in SAMPLING_OPTIONS}
 
 
 def _check_attention(config: TrainConfig) -> None:
@@ -199,7 +207,10 @@ def _check_attention(config: TrainConfig) -> None:
 
 def _check_objective(config: TrainConfig) -> None:
     """Raises UserError for options that don't go together, such as what this prediction would pass over."""
+    from pvdm_fast.diffusion.schedulers import scheduler_name
+
     options, usual = config.diffusion, TrainConfig()
+    scheduler_name(options.sampling_scheduler, str(options.prediction), "--diffusion-sampling-scheduler")
     if options.prediction == "flow" and options.loss_weight != "none":
         raise UserError(
             f"--diffusion-loss-weight {options.loss_weight} weighs the noise levels of the predictions noise and v, "

@@ -26,10 +26,10 @@ from pvdm_fast.training.hyperparameters import (
     VideoOptions,
     option,
 )
-from pvdm_fast.training.presets import FLOW_OPTIONS, PRESETS, SIZES, preset_sizes
+from pvdm_fast.training.presets import FLOW_OPTIONS, PRESETS, SAMPLING_OPTIONS, SIZES, preset_sizes
 
 STAGES = ("autoencoder", "diffusion")
-CLASS_GUIDANCE = 2.0  # of denoisers with classes: in `tiny`'s trials outlines became clean with it
+CLASS_GUIDANCE = 1.0  # of denoisers with classes; docs/notes/tiny_preset.md has what other weights gave
 
 
 @dataclass
@@ -239,16 +239,18 @@ def make_config(changes: Mapping[str, Any]) -> TrainConfig:
     preset = OPTIONS["preset"].convert(changes.get("preset", config.preset))
     values = {**preset_sizes(preset), **flatten(PRESETS[preset], "preset")}
     if given(changes).get("diffusion.prediction", "flow") != "flow":  # then the preset's choices for a flow go too
-        values = {key: value for key, value in values.items() if key not in FLOW_OPTIONS}
+        values = {key: value for key, value in values.items() if key not in (*FLOW_OPTIONS, *SAMPLING_OPTIONS)}
+    if changes.get("distillation.steps") is not None:  # a student has a way of its own
+        values = {key: value for key, value in values.items() if key not in SAMPLING_OPTIONS}
     for key, value in {**values, **given(changes)}.items():
         group, _, name = key.rpartition(".")
         setattr(getattr(config, group) if group else config, name, OPTIONS[key].convert(value))
     diffusion = config.diffusion
     if diffusion.class_conditional is None:
         diffusion.class_conditional = config.data == TrainConfig.data  # rendered scenes
-    if diffusion.guidance is None:
+    if diffusion.sampling_guidance is None:
         guided = diffusion.class_conditional and config.distillation.steps is None
-        diffusion.guidance = CLASS_GUIDANCE if guided else 0.0
+        diffusion.sampling_guidance = CLASS_GUIDANCE if guided else 0.0
     return config
 
 

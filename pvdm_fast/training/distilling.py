@@ -109,10 +109,10 @@ def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
             f"the denoiser in {place} predicts {teacher.config['prediction']}, and only a flow can be distilled: train "
             "one with --diffusion-prediction flow"
         )
-    if config.diffusion.guidance:
+    if config.diffusion.sampling_guidance or config.diffusion.sampling_scheduler != "auto":
         raise UserError(
-            f"--diffusion-guidance {config.diffusion.guidance:g} can't be added to a student, which has its guidance "
-            "inside: give --distillation-guidance"
+            "--diffusion-sampling-guidance and --diffusion-sampling-scheduler do nothing for a student, which has its "
+            "own way to be sampled: leave them out, and give guidance that it learns along with --distillation-guidance"
         )
     for name in TIMES:
         if getattr(config.diffusion, name) != getattr(type(config.diffusion), name):

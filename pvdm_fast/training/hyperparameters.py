@@ -224,12 +224,6 @@ class DiffusionOptions(StageOptions):
         None, "learn the classes of the clips too: the kinds of rendered scenes, or those that UCF-101's names give"
     )
     class_dropout: float = option(0.1, "share of the clips trained without their class", number=SHARE, resumable=True)
-    guidance: float | None = option(
-        None,
-        "weight of the classifier-free guidance that sampling takes by itself",
-        number=numbers.GUIDANCE,
-        resumable=True,
-    )
     ema_decay: float = option(
         0.9999,
         "decay of the averaged weights that are saved for sampling; in the n-th update it is (1 + n) / (10 + n), if "
@@ -244,7 +238,22 @@ class DiffusionOptions(StageOptions):
         resumable=True,
     )
     sampling_steps: int = option(
-        numbers.DEFAULT_STEPS, "denoising steps of the sample videos", number=numbers.SAMPLING_STEPS, resumable=True
+        numbers.DEFAULT_STEPS,
+        "denoising steps that sampling takes by itself",
+        number=numbers.SAMPLING_STEPS,
+        resumable=True,
+    )
+    sampling_scheduler: str = option(
+        "auto",
+        "scheduler that sampling takes by itself, a name as for pvdm_fast.sample; auto: ddim, or unipc for a flow",
+        metavar="NAME",
+        resumable=True,
+    )
+    sampling_guidance: float | None = option(
+        None,
+        "weight of the classifier-free guidance that sampling takes by itself",
+        number=numbers.GUIDANCE,
+        resumable=True,
     )
 
 

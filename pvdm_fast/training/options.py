@@ -28,7 +28,7 @@ from pvdm_fast.training.config import (
 DEFAULT_TEXTS = {
     "preset": "tiny",
     "diffusion.class_conditional": "on for rendered scenes, but not with the preset release",
-    "diffusion.guidance": f"{CLASS_GUIDANCE:g} with classes, else 0",
+    "diffusion.sampling_guidance": f"{CLASS_GUIDANCE:g} with classes, else 0",
 }
 
 

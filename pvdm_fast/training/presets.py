@@ -17,27 +17,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "video": {"workers": 0},
         "autoencoder": {
             "latent_channels": 12,
-            "steps": 2500,
+            "steps": 5000,
             "batch_size": 4,
             "loss": "l2",
-            "latent_noise": 0.1,
+            "latent_noise": 0.3,
             "learning_rate": 5e-3,
             "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
         },
         "diffusion": {
-            "steps": 3000,
+            "steps": 5000,
             "batch_size": 16,
             "prediction": "flow",
             "normalize_latents": True,
             "time_shift": 4.0,
-            "cached_clips": 4096,
+            "cached_clips": 6144,
             "learning_rate": 6e-3,
             "beta2": 0.98,
             "schedule": "cosine",
             "warmup": 50,
             "conditional_probability": 0.4,
+            "sampling_steps": 20,
+            "sampling_scheduler": "stochastic",
         },
     },
     # The two below have never been trained to the end. What `tiny`'s trials showed is in them (docs/training.md says
@@ -129,6 +131,8 @@ DENOISER_SIZES = tuple(
 )
 # What goes with the prediction "flow" only.
 FLOW_OPTIONS = tuple(f"diffusion.{name}" for name in ("time_mean", "time_std", "time_shift", "normalize_latents"))
+# How a model is sampled where nothing else is asked for.
+SAMPLING_OPTIONS = tuple(f"diffusion.sampling_{name}" for name in ("steps", "scheduler", "guidance"))
 VIDEO_SIZES = ("video.frames", "video.height", "video.width")
 SIZES = frozenset((*VIDEO_SIZES, *AUTOENCODER_SIZES, *DENOISER_SIZES))
 

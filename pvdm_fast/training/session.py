@@ -259,7 +259,6 @@ def show(trainer: Trainer) -> None:
             options = SamplingOptions(
                 clips=previews.SHOWN_CLIPS,
                 frames=2 * frames,
-                steps=None if config.distillation.steps else config.diffusion.sampling_steps,
                 seed=config.seed,
             )
             samples = sample_video(autoencoder, stage.model, options, progress=lambda done, total: trainer.stop.check())

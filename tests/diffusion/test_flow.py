@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from pvdm_fast.diffusion.flow import interpolate, logit_normal_times, shifted
+from pvdm_fast.diffusion.flow import interpolate, logit_normal_times, sampling_times, shifted
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.diffusion.noise import diffusion_loss
 from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, passes, sample_latents, sample_video
@@ -60,6 +61,9 @@ def filled(model: Denoiser) -> Denoiser:
     return model.eval()
 
 
+OF_THE_PATH = [name for name in OF_FLOW if name != "stochastic"]
+
+
 def least_loss(time: Tensor) -> Tensor:
     """Var[noise - latent] given the noisy latent: no predictor has a smaller error."""
     return STD**2 / ((1 - time) ** 2 * STD**2 + time**2)
@@ -83,7 +87,7 @@ def test_the_exact_velocity_has_the_least_loss() -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("name", OF_FLOW)
+@pytest.mark.parametrize("name", OF_THE_PATH)
 def test_every_sampler_reaches_the_gaussian(name: str, shift: float) -> None:
     """The path takes each noise to MEAN + STD noise. Euler's method is of first order, and needs more steps."""
     exact, steps = Exact(), 200 if name == "euler" else 100
@@ -110,10 +114,33 @@ def test_errors_fall_with_the_order_of_the_method(name: str, ratio: float) -> No
 def test_the_default_comes_closest() -> None:
     """The numbers of docs/sampling.md."""
     errors = {}
-    for name in OF_FLOW:
+    for name in OF_THE_PATH:
         latent = sample_latents(Exact(), make_scheduler(name, "flow"), SHAPE, steps=40, noise=NoiseSource(0))  # type: ignore[arg-type]
         errors[name] = (latent - (MEAN + STD * NoiseSource(0)(SHAPE))).square().mean().sqrt().item()
     assert errors == pytest.approx({"unipc": 0.0005, "dpm++": 0.001, "heun": 0.0016, "euler": 0.012}, rel=0.1)
+
+
+def test_the_stochastic_sampler_gathers_at_the_mean() -> None:
+    """Each step takes the mean of what the noisy latent may have been, and adds new noise to it. Of a Gaussian the
+    offset x from the mean is multiplied by how much of it the velocity knows, and by the new noise's share."""
+    steps = 20
+    scheduler = make_scheduler("stochastic", "flow", 3.0)
+    latent = sample_latents(Exact(), scheduler, SHAPE, steps=steps, noise=NoiseSource(0))  # type: ignore[arg-type]
+    variance, times = 1.0, sampling_times(steps, 3.0).tolist()
+    for time, after in itertools.pairwise(times):  # of the noisy latent's offset from (1 - time) MEAN
+        known = (1 - time) * STD**2 / ((1 - time) ** 2 * STD**2 + time**2)
+        variance = ((1 - after) * known) ** 2 * variance + after**2
+    assert latent.mean() == pytest.approx(MEAN, abs=2e-3)
+    assert latent.std() == pytest.approx(variance**0.5, rel=0.02)
+    assert 0.3 * STD < latent.std() < 0.9 * STD, "less than the data's: docs/sampling.md says so"
+
+
+def test_the_stochastic_sampler_draws_from_each_clip_s_own_noise() -> None:
+    def sampled(clips: range) -> Tensor:
+        scheduler, noise = make_scheduler("stochastic", "flow"), NoiseSource.of_clips(3, clips)
+        return sample_latents(Exact(), scheduler, (len(clips), 4, 12), steps=5, noise=noise)  # type: ignore[arg-type]
+
+    assert torch.allclose(sampled(range(4))[2:], sampled(range(2, 4)), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OF_FLOW)

@@ -209,6 +209,27 @@ def test_classes_by_number_and_by_name(classy: PVDMPipeline) -> None:
     )
 
 
+def test_without_a_class_each_is_sampled_in_turn(classy: PVDMPipeline) -> None:
+    def videos(**arguments: Any) -> np.ndarray:
+        frames = classy(num_frames=2, num_inference_steps=2, batch_size=4, generator=seeded(1), **arguments).frames
+        return np.asarray(frames)
+
+    assert np.array_equal(videos(), videos(class_labels=[0, 1, 2, 0]))
+    assert not np.array_equal(videos(), videos(class_labels="none"))
+
+
+def test_the_denoiser_s_own_guidance(classy: PVDMPipeline) -> None:
+    """Counts where none is given."""
+    arguments: dict[str, Any] = dict(num_frames=2, num_inference_steps=2, batch_size=2)
+    plain, guided = (classy(**arguments, guidance_scale=g, generator=seeded(1)).frames for g in (None, 2.5))
+    classy.denoiser.register_to_config(sampling_guidance=1.5)
+    try:
+        own, off = (classy(**arguments, guidance_scale=g, generator=seeded(1)).frames for g in (None, 1.0))
+    finally:
+        classy.denoiser.register_to_config(sampling_guidance=0.0)
+    assert np.array_equal(own, guided) and np.array_equal(off, plain) and not np.array_equal(own, off)
+
+
 def test_classes_are_guided_in_one_pass(classy: PVDMPipeline) -> None:
     """Every pass has twice the videos, including the first clip's. Scale 1 turns guidance off."""
     sizes: list[int] = []

@@ -25,12 +25,14 @@ from tolerances import FRECHET, SUM_ORDER
 
 from pvdm_fast.data import ClipDataset, Item, open_dataset, write_video
 from pvdm_fast.data.clips import ClipSpec
+from pvdm_fast.data.shapes import KINDS
 from pvdm_fast.evaluate import main, parse
 from pvdm_fast.evaluation import clip_network, distances, passes, session
 from pvdm_fast.evaluation.clip_network import ClipFeatures
 from pvdm_fast.evaluation.clips import BothSplits, open_clips, read_batches
 from pvdm_fast.evaluation.features import I3D_SHA256, FeatureNetwork
-from pvdm_fast.evaluation.scenes import judge_clips
+from pvdm_fast.evaluation.scene_judge import load_judge, see
+from pvdm_fast.evaluation.scenes import judge_clips, of_class
 from pvdm_fast.evaluation.ssim import ssim
 from pvdm_fast.evaluation.subject import load_subject
 from pvdm_fast.jobs.checksums import sha256
@@ -104,7 +106,7 @@ def test_the_protocol_is_written_with_the_numbers(whole: Path, run: Path, networ
     assert protocol["model"]["denoiser"]["ema"] == {"decay": 0.9999}
     assert len(protocol["model"]["autoencoder"]["sha256"]["diffusion_pytorch_model.safetensors"]) == 64
     assert protocol["environment"]["versions"]["torch"] and protocol["environment"]["device"]
-    of_scenes = {"kinds_right", "named", "path", "scene_frechet_distance"}
+    of_scenes = {"kinds_right", "named", "of_class", "path", "scene_frechet_distance"}
     assert set(protocol["metrics"]) == {"psnr", "ssim", "frechet_distance", "pvdm_fast_features"} | of_scenes
     assert protocol["pvdm_fast_features"]["sha256"] == sha256(clip_network.WEIGHTS)
     assert protocol["judge"]["file"] == "scene_judge.safetensors" and len(protocol["judge"]["sha256"]) == 64
@@ -179,6 +181,7 @@ def test_rendered_scenes_are_judged(whole: Path, run: Path) -> None:
     for name in ("named", "path", "second_named", "second_path"):
         assert found[name]["mean"] == pytest.approx(wanted[name])
     assert found["frechet_distance"] == pytest.approx(wanted["frechet_distance"], rel=FRECHET)
+    assert found["of_class"] is None, "the run has no classes"
     assert found["samples"] == 10 and 18 * 4 / 2 <= found["objects"] <= 18 * 4 * 2
     text = (whole / "report.html").read_text()
     assert "all paths unbroken, two clips" in text and "objects with the right name" in text
@@ -341,6 +344,23 @@ def test_samples_of_each_class_in_turn_are_told(run: Path, tmp_path: Path) -> No
     Denoiser(**{**config, "num_classes": 2, "class_names": ["a", "b"]}).save_pretrained(known / "denoiser")
     assert main([str(known), *QUICK, "--clips", "4", "--samples", "1", "--out", str(tmp_path / "out")]) == 0
     assert any("samples are of each class in turn" in line for line in results(tmp_path / "out")["results"]["caveats"])
+
+
+def test_samples_of_rendered_scenes_are_compared_with_their_classes(run: Path, tmp_path: Path) -> None:
+    known = tmp_path / "run"
+    shutil.copytree(run, known)
+    denoiser = Denoiser.from_pretrained(known / "denoiser")
+    config = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
+    of_kinds = Denoiser(**{**config, "num_classes": len(KINDS), "class_names": sorted(KINDS)})
+    of_kinds.save_pretrained(known / "denoiser")
+    assert passes.kinds_asked_for(of_kinds, range(4, 7)) == ["triangle", "diamond", "disc"]
+    assert passes.kinds_asked_for(denoiser, range(4, 7)) == []
+    assert main([str(known), *QUICK, "--clips", "4", "--samples", "6", "--out", str(tmp_path / "out")]) == 0
+    subject, found = load_subject(known, CPU, "fp32"), results(tmp_path / "out")["results"]["scenes"]
+    sampling = results(tmp_path / "out")["protocol"]["sampling"]
+    videos = torch.cat([passes.sample_batch(subject, numbers, 8, sampling) for numbers in (range(4), range(4, 6))])
+    right, objects = of_class(see(load_judge(), videos), [*sorted(KINDS), "diamond"]).sum(0).tolist()
+    assert found["of_class"] == (pytest.approx(right / objects) if objects else None)
 
 
 @pytest.mark.parametrize("model", ["autoencoder", "denoiser"])

@@ -165,6 +165,7 @@ def test_scenes_are_shares_of_objects_and_samples() -> None:
     share = {"mean": 0.875, "standard_error": 0.021}
     scenes = {"objects": 700, "kinds_right": 0.9876, "samples": 64, "named": share, "path": share}
     scenes |= {"second_named": {"mean": 0.5, "standard_error": None}, "second_path": share, "frechet_distance": 0.1234}
+    scenes["of_class"] = 0.625
     rows = score_rows({"reconstruction": reconstruction, "generation": {}, "scenes": scenes})
     assert rows == [
         ("reconstruction, objects with the right name", "98.8%", "700 objects in 30 clips of 16 frames"),
@@ -172,6 +173,7 @@ def test_scenes_are_shares_of_objects_and_samples() -> None:
         ("samples, all paths unbroken, first clip", "87.5% ± 2.1%", "64 samples"),
         ("samples, all objects named and kept, two clips", "50.0%", "64 samples"),
         ("samples, all paths unbroken, two clips", "87.5% ± 2.1%", "64 samples"),
+        ("samples, objects of the class asked for", "62.5%", "64 samples"),
         ("samples, Fréchet distance of the scene judge's features", "0.123", "64 samples and 30 clips of 16 frames"),
     ]
     scenes = {"objects": 0, "kinds_right": None}

@@ -11,9 +11,10 @@ import torch
 from evaluation.scene_clips import blurred, held_out, joined, make_scene, rendered, truth
 from torch import Tensor
 
-from pvdm_fast.data.shapes import Scene
+from pvdm_fast.data.draws import generator
+from pvdm_fast.data.shapes import KINDS, Scene, draw_scene
 from pvdm_fast.evaluation.scene_judge import SceneJudge, load_judge, see
-from pvdm_fast.evaluation.scenes import CLIP_FEATURES, clip_features, clip_scores, judge_clips, kinds_right
+from pvdm_fast.evaluation.scenes import CLIP_FEATURES, clip_features, clip_scores, judge_clips, kinds_right, of_class
 
 FRAMES = 16
 # one above the other, so that nothing is hidden: how sure the judge is of hidden objects is tested on real clips
@@ -115,6 +116,17 @@ def test_other_sizes_and_forms_get_the_same_marks(judge: SceneJudge) -> None:
     assert judge_clips(rendered([PAIR], FRAMES, stride=2), stride=2, judge=judge) == full
     wide = changed(PAIR, extent=[1.0, 1.5]).render(FRAMES, 32, 48)
     assert judge_clips(torch.from_numpy(wide).permute(3, 0, 1, 2)[None], judge=judge) == full
+
+
+def test_objects_of_the_class_asked_for(judge: SceneJudge) -> None:
+    scenes = [draw_scene(generator("class", number)) for number in range(12)]
+    clips = torch.from_numpy(np.stack([scene.render(4, 32, 32) for scene in scenes])).permute(0, 4, 1, 2, 3)
+    seen, classes = see(judge, clips), [scene.label for scene in scenes]
+    right, objects = of_class(seen, classes).sum(0).tolist()
+    assert objects >= 40 and right / objects > 0.97
+    others = [KINDS[KINDS.index(name) - 1] for name in classes]
+    assert of_class(seen, others).sum(0)[0] <= 0.03 * objects
+    assert torch.equal(of_class(seen, classes).sum(1), of_class(seen, classes)[:, 0] + of_class(seen, classes)[:, 1])
 
 
 def test_kinds_right_counts_objects(judge: SceneJudge) -> None:

@@ -88,13 +88,12 @@ def test_devices_have_the_same_names(command: str) -> None:
 def test_steps_have_one_default() -> None:
     from pvdm_fast.diffusion.sampling import SamplingOptions, fitting_steps
     from pvdm_fast.evaluation.protocol import Request
-    from pvdm_fast.training.config import make_config
 
     asked = sample.make_parser().parse_args(["run"]).steps
     assert asked == Request.__dataclass_fields__["steps"].default == SamplingOptions(clips=1, frames=1).steps
     assert asked is None, "the denoiser decides"
-    undecided = SimpleNamespace(config={})
-    assert fitting_steps(undecided, asked) == make_config({}).diffusion.sampling_steps  # type: ignore[arg-type]
+    for config, steps in (({}, 50), ({"sampling_steps": 7}, 7), ({"distilled_steps": 4}, 4)):
+        assert fitting_steps(SimpleNamespace(config=config), asked) == steps  # type: ignore[arg-type]
 
 
 def test_a_choice_and_a_missing_value() -> None:

@@ -163,9 +163,9 @@ def test_a_student_teaches_in_its_own_steps(student: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "3"], "was distilled for 2 steps itself"),
+        (["--steps", "3"], "was distilled for 2 steps itself: take a number that divides it with --steps"),
         (["--steps", "1", "--guidance", "1"], "and no guidance"),
-        (["--steps", "1", "--solver-steps", "5"], "--distillation-solver-steps does nothing here"),
+        (["--steps", "1", "--solver-steps", "5"], "error: --solver-steps does nothing here"),
     ],
 )
 def test_what_a_student_cannot_teach_is_refused(
@@ -191,6 +191,8 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert_refused([*flow, *two], "needs --stage diffusion and a trained flow", run, capsys)
     assert_refused([*flow, *two, *of_teacher], "needs --stage diffusion and a trained flow", run, capsys)
     assert_refused([*flow, "--distillation-guidance", "1"], "does nothing without --distillation-steps", run, capsys)
+    guided = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-guidance", "1"]
+    assert_refused([*flow, *guided], "learns along with --distillation-guidance", run, capsys)
     times = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-time-mean", "1"]
     assert_refused([*flow, *times], "--diffusion-time-mean chooses the times of a flow", run, capsys)
     classes = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-class-conditional"]

@@ -201,10 +201,10 @@ def test_data_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_rendered_scenes_are_sampled_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The classes in turn, with the guidance that the run has, unless something else is asked for."""
     run = tmp_path / "run"
-    options = ["--diffusion-class-conditional", "--diffusion-guidance", "1.5", "--stage", "all"]
+    options = ["--diffusion-class-conditional", "--diffusion-sampling-guidance", "1.5", "--stage", "all"]
     assert train([*SMALL, *steps(1), *options, "--run", str(run)]) == 0
     denoiser = Denoiser.from_pretrained(run / "denoiser")
-    assert list(denoiser.config["class_names"]) == sorted(KINDS) and denoiser.config["guidance"] == 1.5
+    assert list(denoiser.config["class_names"]) == sorted(KINDS) and denoiser.config["sampling_guidance"] == 1.5
     randomised(denoiser).save_pretrained(run / "denoiser")
 
     def sampled(name: str, *options: str) -> np.ndarray:
