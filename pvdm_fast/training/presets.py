@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup": 50,
         },
         "diffusion": {
-            "steps": 5000,
+            "steps": 6000,
             "batch_size": 16,
             "prediction": "flow",
             "normalize_latents": True,
