@@ -147,7 +147,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = json.loads(capsys.readouterr().out)
     more = {key: found.pop(key) for key in ("peak", "steps", "seconds_a_step")}
     assert Estimate(**found).peak == more["peak"]
-    assert more["steps"] == 3000 and more["seconds_a_step"] is None
+    assert more["steps"] == 6000 and more["seconds_a_step"] is None
     assert main([*small, "--checkpointing"]) == 0
     table = capsys.readouterr().out
     assert "autoencoder, " in table and "diffusion, " in table and "saved for backward" in table

@@ -26,7 +26,17 @@ SIZES: dict[str, Any] = dict(
 )
 VIDEO = dict(frames=4, height=16, width=24, patch_size=8, channels=16, depth=1, num_heads=1, head_dim=8)
 # What isn't a size: sizes come from the trained models.
-QUICK = ["--held-out-clips", "2", "--workers", "0", "--device", "cpu", "--diffusion-sampling-steps", "2"]
+QUICK = [
+    "--no-diffusion-class-conditional",
+    "--held-out-clips",
+    "2",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--diffusion-sampling-steps",
+    "2",
+]
 QUICK += ["--autoencoder-batch-size", "2", "--diffusion-batch-size", "2", "--mixed-precision", "auto"]
 QUICK += ["--optimizer", "adamw", "--diffusion-cached-clips", "0"]
 

@@ -67,7 +67,7 @@ def test_real_steps_are_measured(stage: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_command_says_how_long(capsys: pytest.CaptureFixture[str]) -> None:
     assert estimate.main([*SMALL, "--measure", "0.1"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\nautoencoder: (about|less than) .* for 2500 steps here \(.* s a step, measured over ", printed)
+    assert re.search(r"\nautoencoder: (about|less than) .* for 5000 steps here \(.* s a step, measured over ", printed)
 
 
 def test_training_says_it_once(
