@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -249,7 +249,15 @@ def _prepare_worker(notes: Notes, dies_with: int | None, worker: int) -> None:
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _survive_once)
+    sys.excepthook = _unless_left
     begin_notes(notes, worker)
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's thread that hands tensors over prints an error if the training process ends while it takes one. Why that
+    ended is said there. A worker's own errors reach it as exceptions."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _survive_once(number: int, frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,28 @@ def test_workers_use_one_thread_and_leave_signals_to_the_trainer() -> None:
 def test_impossible_shares_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected batch_size"):
         make_loader(Probe(""), **{"batch_size": 1, **wrong})
+
+
+class HalfHandedOver(ClipDataset):
+    """Its worker's thread that hands tensors over meets what it meets when the training process is gone."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, draw: int) -> Item:
+        try:
+            raise self.error("of a thread")
+        except self.error:
+            sys.excepthook(*sys.exc_info())  # as multiprocessing.resource_sharer does
+        return {"video": torch.zeros(1), "name": "clip", "label": None, "skipped": []}
+
+
+@pytest.mark.parametrize(("error", "said"), [(EOFError, False), (ConnectionResetError, False), (ValueError, True)])
+def test_a_worker_says_nothing_of_a_training_process_that_ended(
+    error: type[BaseException], said: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    take(make_loader(HalfHandedOver(error), batch_size=1, workers=1), 1)
+    assert ("of a thread" in capfd.readouterr().err) is said
