@@ -58,14 +58,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--steps",
         type=numbers.SAMPLING_STEPS,
         metavar="N",
-        help="denoising steps (default: the run's, or as many as it was distilled for)",
+        help=f"denoising steps (default: the run's, else {numbers.DEFAULT_STEPS}, or as many as it was distilled for)",
     )
     add("--eta", type=numbers.ETA, metavar="X", help="ddim: share of new noise (default: 1)")
     add(
         "--guidance",
         type=numbers.GUIDANCE,
         metavar="W",
-        help="how strongly a clip follows the one before, and its class (default: the run's)",
+        help="how strongly a clip follows the one before, and its class (default: the run's, else 0)",
     )
     add("--batch-size", type=numbers.BATCH, metavar="N", help="clips per batch, part of the protocol (default: 8)")
     add("--workers", type=numbers.WORKERS, metavar="N", help="processes that read clips (default: 0)")

@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--steps",
         type=numbers.SAMPLING_STEPS,
         metavar="N",
-        help="denoising steps (default: the run's, or as many as it was distilled for)",
+        help=f"denoising steps (default: the run's, else {numbers.DEFAULT_STEPS}, or as many as it was distilled for)",
     )
     parser.add_argument(
         "--scheduler",
@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=numbers.GUIDANCE,
         metavar="W",
         help="how strongly clips follow the one before, and the class: (1 + W) eps(cond) - W eps(none) "
-        "(default: the run's)",
+        "(default: the run's, else 0)",
     )
     parser.add_argument(
         "--condition",
@@ -210,7 +210,7 @@ def _sample(options: argparse.Namespace) -> None:
     from pvdm_fast.data.continuation import last_clip
     from pvdm_fast.data.sampled_videos import check_grid
     from pvdm_fast.diffusion.cuda_graph import choose_prediction
-    from pvdm_fast.diffusion.pipeline import class_numbers
+    from pvdm_fast.diffusion.pipeline import NO_CLASS, class_numbers
     from pvdm_fast.diffusion.sampling import (
         SamplingOptions,
         check_pair,
@@ -225,8 +225,8 @@ def _sample(options: argparse.Namespace) -> None:
     check_pair(autoencoder, denoiser)
     size = {name: int(autoencoder.config[name]) for name in ("frames", "height", "width")}
     frames = size["frames"] if options.frames is None else options.frames
-    follows = options.condition is not None or frames > size["frames"] or denoiser.config["num_classes"] is not None
-    if options.guidance and not follows:
+    classed = denoiser.config["num_classes"] is not None and options.label != NO_CLASS
+    if options.guidance and options.condition is None and frames <= size["frames"] and not classed:
         raise UserError(
             f"--guidance has nothing to follow: give a --class, a --condition, or more --frames than {size['frames']}, "
             "or leave it out"

@@ -99,7 +99,8 @@ class PVDMPipeline(DiffusionPipeline):
 
         Args:
             num_frames: per video. The default is one clip of the model. Longer videos are made clip after clip.
-            num_inference_steps: denoising steps per clip. None: 50, or as many as the denoiser was distilled for.
+            num_inference_steps: denoising steps per clip. None: the denoiser's own, or as many as it was distilled for,
+                else 50.
             batch_size: number of videos.
             condition: the video to continue. Either the path of a video file or folder of frames, or a video as
                 diffusers' pipelines take them: PIL pictures, numpy (T, H, W, 3) or torch (T, 3, H, W) in [0, 1], or

@@ -352,6 +352,12 @@ def classes_in_turn(denoiser: Denoiser, clips: range) -> Tensor | None:
     return None if count is None else torch.tensor(clips, dtype=torch.long) % int(count)
 
 
+def names_in_turn(denoiser: Denoiser, clips: range) -> list[str]:
+    """The names of `classes_in_turn`, an empty list for a denoiser whose classes have none."""
+    labels, names = classes_in_turn(denoiser, clips), denoiser.config.get("class_names")
+    return [] if labels is None or not names else [names[label] for label in labels.tolist()]
+
+
 def passes(scheduler: Any, steps: int) -> int:
     """How often the denoiser runs in this many steps: a scheduler of second order runs it twice in all but the last."""
     order: int = scheduler.order

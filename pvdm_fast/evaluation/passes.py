@@ -179,7 +179,8 @@ def measure_samples(
     A sample's first frames don't depend on its length, because each clip is conditioned only on the one before. Those
     that are shown leave their first clip's frames as clip-N.npy too.
     """
-    clip = subject.frames
+    assert subject.denoiser is not None
+    clip, denoiser = subject.frames, subject.denoiser
     longest = max([*lengths, 2 * clip] if networks.judge is not None else lengths)
 
     def measure(batches: Sequence[range], folder: Path) -> Iterator[Measured]:
@@ -195,22 +196,19 @@ def measure_samples(
                 scores = clip_scores(seen, clip, stride).items()
                 measured.values.update({name: score[:, None] for name, score in scores})
                 measured.values["scenes"] = clip_features(first_frames(seen, clip))
-                if classes := kinds_asked_for(subject.denoiser, numbers):
+                if classes := kinds_asked_for(denoiser, numbers):
                     measured.values["of_class"] = of_class(seen, classes)
             yield measured
 
     return measure
 
 
-def kinds_asked_for(denoiser: Denoiser | None, numbers: range) -> list[str]:
+def kinds_asked_for(denoiser: Denoiser, numbers: range) -> list[str]:
     """The class of each of these samples, where classes are the kinds of rendered scenes; else an empty list."""
-    from pvdm_fast.diffusion.sampling import classes_in_turn
+    from pvdm_fast.diffusion.sampling import names_in_turn
 
-    names = () if denoiser is None else tuple(denoiser.config["class_names"] or ())
-    if denoiser is None or set(names) != set(KINDS):
-        return []
-    turn = classes_in_turn(denoiser, numbers)
-    return [] if turn is None else [names[number] for number in turn.tolist()]
+    of_scenes = set(denoiser.config["class_names"] or ()) == set(KINDS)
+    return names_in_turn(denoiser, numbers) if of_scenes else []
 
 
 def sample_batch(subject: Subject, numbers: range, frames: int, sampling: dict[str, Any]) -> Tensor:

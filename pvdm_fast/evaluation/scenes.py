@@ -118,18 +118,20 @@ def _rests(track: Track, stride: int) -> bool:
 def kinds_right(original: Seen, reconstruction: Seen) -> Tensor:
     """For each clip (N, 2): how many clearly visible objects of the original's frames have the same name in the
     reconstruction, and how many there are. What the judge says of the original counts as the truth."""
-    clear = (original.present >= PRESENT) & (original.visible >= CLEAR)
-    right = clear & (reconstruction.present >= PRESENT) & (reconstruction.kind == original.kind)
-    return torch.stack([right.sum((1, 2)), clear.sum((1, 2))], dim=-1).double()
+    return _counts(original, (reconstruction.present >= PRESENT) & (reconstruction.kind == original.kind))
 
 
 def of_class(seen: Seen, classes: Sequence[str]) -> Tensor:
     """For each clip (N, 2): how many clearly visible objects of all frames are of the kind that was asked for, and how
     many there are. ``classes`` names the kind of each clip."""
     asked = torch.tensor([KINDS.index(name) for name in classes])
+    return _counts(seen, seen.kind == asked[:, None, None])
+
+
+def _counts(seen: Seen, right: Tensor) -> Tensor:
+    """Of each clip's clearly visible objects (N, 2): how many are ``right`` (N, T, 6), and how many there are."""
     clear = (seen.present >= PRESENT) & (seen.visible >= CLEAR)
-    right = clear & (seen.kind == asked[:, None, None])
-    return torch.stack([right.sum((1, 2)), clear.sum((1, 2))], dim=-1).double()
+    return torch.stack([(clear & right).sum((1, 2)), clear.sum((1, 2))], dim=-1).double()
 
 
 def clip_features(seen: Seen) -> Tensor:

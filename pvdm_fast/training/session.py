@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 
 from pvdm_fast.backends.precision import choose_precision
 from pvdm_fast.data.latents import is_latents
-from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
+from pvdm_fast.diffusion.sampling import SamplingOptions, names_in_turn, sample_video
 from pvdm_fast.errors import Interrupted, UserError
 from pvdm_fast.jobs import threads
 from pvdm_fast.jobs.allocator import keep_freed_memory
@@ -262,10 +261,10 @@ def show(trainer: Trainer) -> None:
                 seed=config.seed,
             )
             samples = sample_video(autoencoder, stage.model, options, progress=lambda done, total: trainer.stop.check())
-            names = stage.model.config["class_names"] or ()
-            kinds = [f" of the class {name}" for name in names] or [""]
-            shown = zip(cycle(kinds), samples[: previews.SHOWN_SAMPLES])
-            rows += [(f"sample{kind}, {2 * frames} frames", video) for kind, video in shown]
+            shown = samples[: previews.SHOWN_SAMPLES]
+            names = [f" of the class {name}" for name in names_in_turn(stage.model, range(len(shown)))]
+            labels = [f"sample{name}, {2 * frames} frames" for name in names or [""] * len(shown)]
+            rows += zip(labels, shown, strict=True)
 
     def write() -> None:
         name = f"{stage.name}-step-{trainer.progress.step}"

@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from pvdm_fast.diffusion.flow import interpolate, logit_normal_times, sampling_times, shifted
 from pvdm_fast.diffusion.guidance import predict_noise
 from pvdm_fast.diffusion.noise import diffusion_loss
-from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, passes, sample_latents, sample_video
-from pvdm_fast.diffusion.schedulers import OF_FLOW, make_scheduler, scheduler_of
+from pvdm_fast.diffusion.sampling import (
+    NoiseSource,
+    SamplingOptions,
+    fitting_steps,
+    passes,
+    sample_latents,
+    sample_video,
+)
+from pvdm_fast.diffusion.schedulers import OF_FLOW, fitting_name, make_scheduler, scheduler_of
 from pvdm_fast.errors import UserError
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser, latent_statistics
@@ -260,6 +267,24 @@ def test_diffusers_own_flow_schedulers_fit() -> None:
         noise=NoiseSource(0),
     )
     assert latent.std() == pytest.approx(STD, abs=1e-2)
+
+
+def test_a_denoiser_s_own_way_to_be_sampled() -> None:
+    """Counts where nothing else is asked for; a distilled one has no other."""
+    model = Denoiser(**FLOW, prediction="flow", sampling_scheduler="stochastic", sampling_steps=20)
+    assert fitting_name(model, "auto") == "stochastic" and fitting_name(model, "unipc") == "unipc"
+    assert (fitting_steps(model, None), fitting_steps(model, 7)) == (20, 7)
+    for wrong in ({"sampling_steps": 0}, {"sampling_guidance": -1.0}, {"sampling_guidance": float("nan")}):
+        with pytest.raises(ValueError, match="must be"):
+            Denoiser(**FLOW, prediction="flow", **wrong)
+    for own in ({"sampling_steps": 4}, {"sampling_guidance": 1.0}, {"sampling_scheduler": "euler"}):
+        with pytest.raises(ValueError, match="has its own way"):
+            Denoiser(**FLOW, prediction="flow", distilled_steps=4, **own)
+    student = Denoiser(**FLOW, prediction="flow", distilled_steps=4)
+    assert not scheduler_of(student, "auto").config["stochastic_sampling"]
+    for other in ("stochastic", make_scheduler("stochastic", "flow")):
+        with pytest.raises(UserError, match="was distilled for euler"):
+            scheduler_of(student, other)
 
 
 def test_auto_follows_the_model_and_eta_is_ddim_s(tiny_autoencoder: Any) -> None:

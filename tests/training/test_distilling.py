@@ -193,6 +193,8 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert_refused([*flow, "--distillation-guidance", "1"], "does nothing without --distillation-steps", run, capsys)
     guided = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-guidance", "1"]
     assert_refused([*flow, *guided], "learns along with --distillation-guidance", run, capsys)
+    other = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-scheduler", "heun"]
+    assert_refused([*flow, *other], "--diffusion-sampling-scheduler do nothing for a student", run, capsys)
     times = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-time-mean", "1"]
     assert_refused([*flow, *times], "--diffusion-time-mean chooses the times of a flow", run, capsys)
     classes = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-class-conditional"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training.small import SMALL, losses, same_weights
+from training.small import SMALL, assert_refused, losses, same_weights
 
 from pvdm_fast import PVDMPipeline, evaluate
 from pvdm_fast.models import Denoiser
@@ -84,6 +84,14 @@ def test_a_scheduler_that_does_not_fit_is_refused_before_a_file_is_begun(
     assert not out.parent.exists()
     assert evaluate.main([str(flow), "--out", str(out.parent), "--device", "cpu", "--scheduler", "ddpm"]) == 2
     assert "which predicts flow" in capsys.readouterr().err
+
+
+def test_a_scheduler_that_a_run_cannot_keep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert_refused(
+        ["--diffusion-sampling-scheduler", "heun"], "--diffusion-sampling-scheduler heun doesn't go", run, capsys
+    )
+    assert_refused(["--diffusion-sampling-scheduler", "fast"], "there is no scheduler called 'fast'", run, capsys)
 
 
 def test_an_evaluation_records_the_sampler_that_auto_chose(flow: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from shutil import copytree
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparison import assert_close
@@ -14,6 +15,7 @@ from filling import randomised
 from tolerances import FLOAT32_ERROR
 from training.small import SMALL, losses, steps, weights
 
+from pvdm_fast.data import write_video
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import to_release
 from pvdm_fast.sample import main as sample
@@ -26,17 +28,8 @@ SIZES: dict[str, Any] = dict(
 )
 VIDEO = dict(frames=4, height=16, width=24, patch_size=8, channels=16, depth=1, num_heads=1, head_dim=8)
 # What isn't a size: sizes come from the trained models.
-QUICK = [
-    "--no-diffusion-class-conditional",
-    "--held-out-clips",
-    "2",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-    "--diffusion-sampling-steps",
-    "2",
-]
+QUICK = ["--held-out-clips", "2", "--workers", "0", "--device", "cpu", "--diffusion-sampling-steps", "2"]
+QUICK += ["--no-diffusion-class-conditional"]
 QUICK += ["--autoencoder-batch-size", "2", "--diffusion-batch-size", "2", "--mixed-precision", "auto"]
 QUICK += ["--optimizer", "adamw", "--diffusion-cached-clips", "0"]
 
@@ -204,6 +197,7 @@ def test_a_model_folder_and_a_release_checkpoint(
             ["--init-from", "{run}/denoiser", "--autoencoder-latent-channels", "3"],
             "made for latents of 4 channels, but the autoencoder's have 3",
         ),
+        (["--init-from", "{run}", "--data", "{films}", "--diffusion-class-conditional"], "no classes in"),
         (["--resume", "{run}", "--init-from", "{run}"], "--init-from cannot change when a run is resumed"),
     ],
 )
@@ -212,7 +206,10 @@ def test_what_does_not_fit_is_one_sentence_before_any_work(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "letter.txt").write_text("dear")
-    names = {"run": finished, "empty": tmp_path / "empty", "text": tmp_path / "letter.txt"}
+    (tmp_path / "films").mkdir()
+    for number in range(2):
+        write_video(tmp_path / "films" / f"{number}.mp4", np.zeros((16, 16, 16, 3), np.uint8))
+    names = {name: tmp_path / name for name in ("empty", "films")} | {"run": finished, "text": tmp_path / "letter.txt"}
     where = [] if "--resume" in arguments else ["--run", str(tmp_path / "run")]
     before = (finished / "config.yaml").read_bytes()
     assert main([*where, *(word.format(**names) for word in arguments)]) == 2

@@ -217,6 +217,9 @@ def test_rendered_scenes_are_sampled_by_kind(tmp_path: Path, capsys: pytest.Capt
     assert np.array_equal(usual[4:], sampled("two", "--clips", "2", "--clips-from", "4"))
     assert not np.array_equal(usual, sampled("plain", "--guidance", "0"))
     assert not np.array_equal(usual, sampled("none", "--class", "none"))
+    capsys.readouterr()
+    assert run_sample(run, tmp_path / "nothing.npy", "--class", "none", "--guidance", "1") == 2
+    assert "--guidance has nothing to follow" in capsys.readouterr().err
     ring = sampled("ring", "--class", "ring")
     assert [np.array_equal(a, b) for a, b in zip(usual, ring, strict=True)] == [False, False, True, False, False, False]
 
