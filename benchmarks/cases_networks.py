@@ -21,7 +21,7 @@ from benchmarks.registry import (
     tokens_to_planes,
     with_variants,
 )
-from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.nn import AxialTransformer, PlaneAttention, PlaneProjection, ResidualBlock, TriplaneAttention
@@ -239,7 +239,7 @@ def sampler_step(setting: Setting) -> Prepared:
         return scheduler.step(predicted.float(), time, x.float(), variance_noise=noise).prev_sample
 
     def ours(module: Denoiser, x: Tensor) -> Tensor:
-        return advance(predict_noise(module, x, time, condition.to(x.dtype), guidance), x)
+        return advance(guided_prediction(module, x, time, condition.to(x.dtype), guidance), x)
 
     def rival(module: nn.Module, x: Tensor) -> Tensor:
         with_condition, without = module(x, timestep, condition.to(x.dtype)), module(x, timestep)

@@ -259,7 +259,7 @@ def test_the_graph_is_held_against_the_pass(
 
         def __call__(self, *arguments: Any) -> torch.Tensor:
             with torch.no_grad():
-                return guidance.predict_noise(*arguments) + shift
+                return guidance.guided_prediction(*arguments) + shift
 
     monkeypatch.setattr(cuda_graph, "GraphedPrediction", StandIn)
     found = agreement.graph("float32", "cpu")

@@ -15,7 +15,7 @@ from benchmarks import eager, eager_autoencoder
 from benchmarks.first_contact.context import Context, LeftOut, Wrong
 from benchmarks.registry import Setting, random_state
 from pvdm_fast.analysis.agreement import THRICE, replayed, told
-from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.diffusion.noise import diffusion_loss
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.noise_schedule import NoiseSchedule
@@ -36,7 +36,7 @@ def sampler_step(context: Context) -> None:
         with torch.no_grad():
             return predict(model, latent, 500, condition, GUIDANCE)
 
-    ways: dict[str, Callable[[], object]] = {"launched": lambda: step(predict_noise)}
+    ways: dict[str, Callable[[], object]] = {"launched": lambda: step(guided_prediction)}
     ways["launched"]()  # compiles
     if context.device != "cuda":
         context.keep(median=_medians(ways, context, context.left() / 2))

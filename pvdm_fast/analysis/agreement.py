@@ -224,12 +224,12 @@ def replayed(
 ) -> tuple[list[float], GraphedPrediction]:
     """The guided pass as a CUDA graph: its errors at three times against the pass without one, and the graph."""
     from pvdm_fast.diffusion.cuda_graph import GraphedPrediction
-    from pvdm_fast.diffusion.guidance import predict_noise
+    from pvdm_fast.diffusion.guidance import guided_prediction
 
     predict, errors = GraphedPrediction(), []
     for time in (911, 500, 7):
         with torch.no_grad():
-            expected = predict_noise(model, latent, time, condition, guidance)
+            expected = guided_prediction(model, latent, time, condition, guidance)
             errors.append(error(predict(model, latent, time, condition, guidance), expected))
     return errors, predict
 

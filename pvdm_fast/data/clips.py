@@ -18,7 +18,7 @@ from pvdm_fast.data.errors import DataError, UnreadableVideo
 from pvdm_fast.data.frame_folders import list_frames, read_picture
 from pvdm_fast.data.layouts import FIRST_FOLD, FOLDS, Found
 from pvdm_fast.data.listing import Video
-from pvdm_fast.data.shapes import draw_scene
+from pvdm_fast.data.shapes import RECIPE, draw_scene
 from pvdm_fast.data.shards import Sample, read_video, shard_order
 from pvdm_fast.data.transforms import Resize, fit, to_float, to_pixels
 from pvdm_fast.data.video_reader import IndexCache, IndexMismatch, Source, counted_index, packet_index, read_frames
@@ -266,7 +266,7 @@ class SyntheticClips(PixelClips):
 
     def __init__(self, spec: ClipSpec) -> None:
         self.spec = spec
-        self.description = f"{SYNTHETIC}: {len(self)} rendered clips an epoch in the {spec.split} split"
+        self.description = f"{SYNTHETIC}, recipe {RECIPE}: {len(self)} rendered clips an epoch, {spec.split} split"
 
     def __len__(self) -> int:
         return SYNTHETIC_LENGTH[self.spec.split]

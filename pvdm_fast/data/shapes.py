@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+RECIPE = 3  # of these scenes: raised by one with every change of what is drawn, so that results of two don't mix
 KINDS = ("disc", "square", "triangle", "ring", "diamond")
 COLOURS = ("red", "yellow", "green", "blue", "pink", "white")
 MAX_OBJECTS = 2

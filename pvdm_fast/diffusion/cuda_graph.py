@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pvdm_fast.diffusion.guidance import predict_noise, times_of
+from pvdm_fast.diffusion.guidance import guided_prediction, times_of
 from pvdm_fast.errors import UserError
 from pvdm_fast.ops.derivatives import autocast_dtype
 
@@ -59,7 +59,7 @@ class GraphDiffers(RuntimeError):
 
 
 class GraphedPrediction:
-    """`predict_noise` of one denoiser, captured once per shape of its arguments, then replayed.
+    """`guided_prediction` of one denoiser, captured once per shape of its arguments, then replayed.
 
     The first replay is compared with a pass that was not captured. Where capturing fails, or the two differ, a warning
     says why and all further passes are ordinary ones.
@@ -84,13 +84,13 @@ class GraphedPrediction:
         guidance: float = 0.0,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """As `predict_noise`, without gradients; the result is the caller's to keep.
+        """As `guided_prediction`, without gradients; the result is the caller's to keep.
 
         Raises:
             UserError: a graph is required, and capturing failed.
         """
         if self.refused:
-            return predict_noise(denoiser, latent, timestep, condition, guidance, labels)
+            return guided_prediction(denoiser, latent, timestep, condition, guidance, labels)
         kinds = (None if condition is None else condition.dtype, labels is None, autocast_dtype("cuda"))
         key = (denoiser, tuple(latent.shape), latent.dtype, type(timestep), *kinds, guidance)
         with torch.no_grad():
@@ -103,7 +103,7 @@ class GraphedPrediction:
             except RuntimeError as error:  # what CUDA and the allocator raise
                 self._refuse(error)
         # Here, since an error keeps the memory of what failed. If the graph was not to blame, the pass says so itself.
-        return predict_noise(denoiser, latent, timestep, condition, guidance, labels)
+        return guided_prediction(denoiser, latent, timestep, condition, guidance, labels)
 
     def _refuse(self, error: RuntimeError) -> None:
         reason = " ".join(str(error).split())[:200]
@@ -132,12 +132,12 @@ def _capture(
     with _without_cached_casts():
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP_PASSES):
-                expected = predict_noise(denoiser, static, times, kept, guidance, classes)
+                expected = guided_prediction(denoiser, static, times, kept, guidance, classes)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on, such as the one that pins the trainer's next batches: only this one is watched.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            predicted = predict_noise(denoiser, static, times, kept, guidance, classes)
+            predicted = guided_prediction(denoiser, static, times, kept, guidance, classes)
     graph.replay()
     if reason := difference(predicted, expected):
         raise GraphDiffers(reason)
@@ -167,7 +167,7 @@ def difference(graphed: Tensor, expected: Tensor) -> str | None:
 
 
 def choose_prediction(denoiser: Denoiser, wanted: bool | None, steps: int) -> Callable[..., Tensor]:
-    """What predicts noise in sampling: `predict_noise`, or its CUDA graphs.
+    """What runs the denoiser in sampling: `guided_prediction`, or its CUDA graphs.
 
     Args:
         wanted: True: by graphs; False: not; None: by graphs on a GPU, where there are steps enough to be worth it.
@@ -187,4 +187,4 @@ def choose_prediction(denoiser: Denoiser, wanted: bool | None, steps: int) -> Ca
         raise UserError(f"{lack}: sample without --cuda-graph (cuda_graph)")
     if wanted or (wanted is None and lack is None and steps >= FEWEST_STEPS):
         return GraphedPrediction(required=bool(wanted))
-    return predict_noise
+    return guided_prediction

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pvdm_fast.models import Denoiser
 
 
-def predict_noise(
+def guided_prediction(
     denoiser: Denoiser,
     latent: Tensor,
     timestep: float | Tensor,
@@ -19,10 +19,10 @@ def predict_noise(
     guidance: float = 0.0,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Predicted noise (B, D, N), in the denoiser's dtype; the velocity, if that is what the denoiser predicts.
+    """What the denoiser predicts (B, D, N), noise or velocity, in the denoiser's dtype.
 
-    With guidance w it is (1 + w) eps(condition, labels) - w eps(zeros, no label), in one batched pass. Velocities are
-    guided in the same way: at one time and latent they are the noise times a factor plus a constant.
+    With guidance w it is (1 + w) f(condition, labels) - w f(zeros, no label), in one batched pass (Ho and Salimans
+    2022). Velocities are guided as noise is: at one time and latent they are the noise times a factor plus a constant.
     """
     batch, latent = latent.shape[0], latent.to(next(denoiser.parameters()).dtype)
     times = timestep if isinstance(timestep, Tensor) else times_of(timestep, batch, latent.device)

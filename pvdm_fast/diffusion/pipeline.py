@@ -107,8 +107,8 @@ class PVDMPipeline(DiffusionPipeline):
                 ``batch_size`` of those. Its last T frames are used, cropped at the centre and resized.
             class_labels: number or name of a class, or one per video; "none" for no class. None: each class in turn, if
                 the denoiser was trained with classes.
-            guidance_scale: 1 + w of `pvdm_fast.diffusion.guidance.predict_noise`. No guidance at 1 or less. None: the
-                denoiser's own.
+            guidance_scale: 1 + w of `pvdm_fast.diffusion.guidance.guided_prediction`. No guidance at 1 or less. None:
+                the denoiser's own.
             eta: DDIM's share of new noise. 1 is the release's choice, 0 is deterministic.
             generator: the source of all noise, or a list with one per video. The default is seeded by PyTorch's own.
             output_type: "np", "pt" or "pil".

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.diffusion.cuda_graph import choose_prediction
-from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs import numbers, threads
 from pvdm_fast.jobs.environment import plain_defaults
@@ -87,7 +87,7 @@ def sample_latents(
     labels: Tensor | None = None,
     guidance: float = 0.0,
     eta: float = numbers.DEFAULT_ETA,
-    predict: Callable[..., Tensor] = predict_noise,
+    predict: Callable[..., Tensor] = guided_prediction,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise latents from pure noise.
@@ -103,7 +103,7 @@ def sample_latents(
         labels: classes (B,) int64, or None.
         guidance: weight w of `pvdm_fast.diffusion.guidance`. It changes nothing without a condition or labels.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
-        predict: what runs the denoiser, with the arguments of `pvdm_fast.diffusion.guidance.predict_noise`.
+        predict: what runs the denoiser, with the arguments of `pvdm_fast.diffusion.guidance.guided_prediction`.
         on_step: called after each pass of the denoiser, which is each step but for Heun's, as ``on_step(index,
             timestep, latent)``. Returns the latent to continue with.
 

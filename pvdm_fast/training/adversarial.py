@@ -18,7 +18,7 @@ from pvdm_fast.losses.patchgan import Discriminators, frames_of
 from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.training.config import TrainConfig
 from pvdm_fast.training.hyperparameters import AdversarialOptions
-from pvdm_fast.training.stages import WHOLE, AutoencoderStage, Classes
+from pvdm_fast.training.stages import WHOLE, AutoencoderStage, Classes, Labelled
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -285,10 +285,10 @@ class SecondPhaseStage(AutoencoderStage):
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
 
-    def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
+    def score(self, batches: Iterable[Labelled]) -> dict[str, float]:
         """``psnr``, and with LPIPS ``lpips``: of each clip's middle frame. Averaged over clips."""
         scores: dict[str, list[Tensor]] = {"psnr": []}
-        for video in videos:
+        for video, _ in batches:
             sample = self.model(video).sample
             scores["psnr"].append(psnr(sample, video))
             if self.lpips is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pvdm_fast.diffusion.distillation import Velocity, distillation_loss, network_times
-from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.diffusion.sampling import check_pair, fitting_guidance
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.processes import Processes
@@ -84,7 +84,7 @@ class DistillationStage(DiffusionStage):
         guidance = fitting_guidance(self.teacher, self.distillation.guidance)
 
         def velocity(latent: Tensor, time: Tensor) -> Tensor:
-            return predict_noise(self.teacher, latent, network_times(time), condition, guidance, labels)
+            return guided_prediction(self.teacher, latent, network_times(time), condition, guidance, labels)
 
         return velocity
 

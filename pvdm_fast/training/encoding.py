@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from pvdm_fast.data import ClipDataset, ClipLoader, open_dataset
+from pvdm_fast.data.clips import SYNTHETIC
 from pvdm_fast.data.latent_shards import save_shard
 from pvdm_fast.data.latents import (
     INDEX,
@@ -31,6 +32,7 @@ from pvdm_fast.data.latents import (
     make_index,
     shard_problem,
 )
+from pvdm_fast.data.shapes import RECIPE
 from pvdm_fast.data.transforms import to_float
 from pvdm_fast.diffusion.noise import window_starts
 from pvdm_fast.errors import Interrupted, UserError, printable
@@ -298,6 +300,8 @@ def cached_latents(
     precision = "bf16" if accelerator.mixed_precision == "bf16" else "float32"  # fp16 is for GPUs that lack bf16
     drawn = replace(wanted, workers=0, read_timeout=0.0)  # which change no clip
     facts = f"{drawn} {precision} {fingerprint(stage.autoencoder)}"
+    if config.data == SYNTHETIC:
+        facts += f" recipe {RECIPE}"
     place = folder / hashlib.sha256(facts.encode()).hexdigest()[:12]
     share = stop.processes.share
     try:

@@ -244,7 +244,7 @@ def show(trainer: Trainer) -> None:
     autoencoder: Any = stage.model if isinstance(stage, AutoencoderStage) else stage.autoencoder  # type: ignore[attr-defined]
     with torch.no_grad(), stage.evaluation_weights(), trainer.accelerator.autocast():
         frames = video_size(autoencoder)[0]
-        clips = next(trainer.held_out())[: previews.SHOWN_CLIPS]
+        clips = next(trainer.held_out())[0][: previews.SHOWN_CLIPS]
         cached = clips.dim() == 4  # latents
         latents = clips[:, 0] if cached else autoencoder.encode(clips[:, :, :frames]).latent
         reconstructions = autoencoder.decode(latents).sample.float()

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 L1_WEIGHT, L2_WEIGHT = 4.0, 16.0
 Classes = Sequence[str | None] | None
+Labelled = tuple[Tensor, Classes]
+"""Clips (B, 3, T, H, W), and the name of each one's class or None."""
 WHOLE = Share()
 STATISTICS = ("latent_mean", "latent_std")
 
@@ -76,8 +78,8 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out scores, from batches of clips."""
+    def score(self, batches: Iterable[Labelled]) -> dict[str, float]:
+        """Scores of held-out clips."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027
         """Move what isn't trained. accelerate moves the model itself."""
@@ -162,9 +164,9 @@ class AutoencoderStage(Stage):
             return L1_WEIGHT * F.l1_loss(sample, video)
         return L2_WEIGHT * F.mse_loss(sample, video)
 
-    def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
+    def score(self, batches: Iterable[Labelled]) -> dict[str, float]:
         """``psnr``: of reconstructions, in dB, averaged over clips."""
-        values = [psnr(self.model(video).sample, video) for video in videos]
+        values = [psnr(self.model(video).sample, video) for video, _ in batches]
         return {"psnr": torch.cat(values).mean().item()}
 
 
@@ -257,16 +259,19 @@ class DiffusionStage(Stage):
         return TRAIN_STEPS * logit_normal_times(normal, options.time_mean, options.time_std, shift)
 
     def _labels(self, classes: Classes, clips: int, generator: torch.Generator, share: Share = WHOLE) -> Tensor | None:
-        """Class numbers (B,), with a share of them dropped in training. None for a denoiser without classes."""
+        """Class numbers (B,), with a share of them dropped in training. None for a denoiser without classes.
+
+        A held-out clip of a class that the denoiser doesn't know counts as one without a class.
+        """
         config = self.model.config
         if config["num_classes"] is None:
             return None
         none = int(config["num_classes"])
         number = {name: index for index, name in enumerate(config["class_names"])}
         unknown = sorted({name for name in classes or () if name is not None and name not in number})
-        if unknown:
+        if unknown and self.model.training:
             raise UserError(f"the data has classes that the denoiser doesn't know: {', '.join(unknown[:5])}")
-        labels = torch.tensor([none if name is None else number[name] for name in classes or [None] * clips])
+        labels = torch.tensor([number.get(name or "", none) for name in classes or [None] * clips])
         dropped = share.of(torch.rand(share.world * clips, generator=generator)) < self.class_dropout
         return labels.masked_fill(dropped, none) if self.model.training else labels
 
@@ -286,12 +291,12 @@ class DiffusionStage(Stage):
         mean, std = processes.on_main(lambda: latent_statistics.measure(latents, self.model.layout))
         self.model.register_to_config(latent_mean=mean, latent_std=std)
 
-    def score(self, videos: Iterable[Tensor]) -> dict[str, float]:
-        """``held_out_loss``: with the same noise every time, averaged over clips."""
+    def score(self, batches: Iterable[Labelled]) -> dict[str, float]:
+        """``held_out_loss``: with their classes, and with the same noise every time, averaged over clips."""
         generator = torch.Generator().manual_seed(0)
         losses, clips = 0.0, 0
-        for video in videos:
-            losses += self.loss(self.model, video, generator).item() * len(video)
+        for video, classes in batches:
+            losses += self.loss(self.model, video, generator, classes=classes).item() * len(video)
             clips += len(video)
         return {"held_out_loss": losses / clips}
 

@@ -31,7 +31,7 @@ from pvdm_fast.training.pace import Pace
 from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.scores import Best, score_text
 from pvdm_fast.training.sharding import load_model, load_optimizer, whole
-from pvdm_fast.training.stages import Stage
+from pvdm_fast.training.stages import Labelled, Stage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -142,7 +142,8 @@ class Trainer:
     def begin(self) -> None:
         """Get ready to take steps."""
         with torch.no_grad(), self.accelerator.autocast():
-            self.stage.before_training(self.clips("train", MEASURED_CLIPS), self.processes)
+            clips = (video for video, _ in self.clips("train", MEASURED_CLIPS))
+            self.stage.before_training(clips, self.processes)
         self.model.train()
         self.feed = Feed(self.batches(), self.options.accumulate, self.accelerator.device, self.stop)
 
@@ -293,17 +294,18 @@ class Trainer:
         )
         return iter(loader)
 
-    def held_out(self) -> Iterator[torch.Tensor]:
-        """Batches of held-out clips (B, 3, T, H, W) on the model's device, the same ones in every process."""
+    def held_out(self) -> Iterator[Labelled]:
+        """Held-out clips, the same ones in every process."""
         return self.clips("test", self.config.held_out_clips)
 
-    def clips(self, split: str, most: int) -> Iterator[torch.Tensor]:
-        """Batches of the first clips of a split, at ``most`` so many."""
+    def clips(self, split: str, most: int) -> Iterator[Labelled]:
+        """Batches of the first clips of a split, at ``most`` so many, on the model's device."""
         dataset = self.dataset(split)
         count = min(most, len(dataset))
         for first in range(0, count, self.options.batch_size):
-            clips = [dataset[draw]["video"] for draw in range(first, min(count, first + self.options.batch_size))]
-            yield torch.stack(clips).to(self.accelerator.device)
+            items = [dataset[draw] for draw in range(first, min(count, first + self.options.batch_size))]
+            video = torch.stack([item["video"] for item in items]).to(self.accelerator.device)
+            yield video, [item["label"] for item in items]
 
     @torch.no_grad()
     def score(self) -> None:

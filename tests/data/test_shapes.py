@@ -12,7 +12,7 @@ import torch
 
 from pvdm_fast.data import DataError, find_classes, open_dataset
 from pvdm_fast.data.draws import generator
-from pvdm_fast.data.shapes import BACKDROPS, COLOURS, KINDS, MAX_OBJECTS, PALETTE, draw_scene
+from pvdm_fast.data.shapes import BACKDROPS, COLOURS, KINDS, MAX_OBJECTS, PALETTE, RECIPE, draw_scene
 
 SIZE = {"frames": 8, "height": 32, "width": 32}
 
@@ -22,6 +22,21 @@ def test_length_and_description() -> None:
     test = open_dataset("synthetic:shapes", **SIZE, split="test")
     assert len(test) == 256
     assert "synthetic:shapes" in test.description
+
+
+def test_scenes_change_only_with_their_recipe() -> None:
+    """If this fails because you draw other scenes, raise RECIPE, which results and cached latents are kept by."""
+    drawn = [draw_scene(generator("pinned", number)) for number in range(4)]
+    assert RECIPE == 3
+    assert [scene.kind.tolist() for scene in drawn] == [[0, 0], [2], [1], [1, 1]]
+    assert [scene.colour.tolist() for scene in drawn] == [[0, 1], [3], [4], [0, 5]]
+    assert [scene.bounces.tolist() for scene in drawn] == [[False, True], [False], [False], [True, True]]
+    np.testing.assert_allclose([scene.radius[0] for scene in drawn], [0.238, 0.223, 0.254, 0.237], atol=6e-4)
+    np.testing.assert_allclose(drawn[1].start, [[0.351, 0.253]], atol=6e-4)
+    brightness = [scene.render(4, 32, 32).mean() for scene in drawn]
+    np.testing.assert_allclose(brightness, [70.31, 29.19, 63.45, 67.43], atol=0.02)
+    for split in ("train", "test"):
+        assert "recipe 3" in open_dataset("synthetic:shapes", **SIZE, split=split).description
 
 
 @pytest.mark.parametrize(

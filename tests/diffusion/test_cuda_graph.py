@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from pvdm_fast.analysis.recorder import Recorder
 from pvdm_fast.diffusion import sampling
 from pvdm_fast.diffusion.cuda_graph import WARM_UP_PASSES, GraphedPrediction, choose_prediction, difference
-from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_video
 from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
@@ -97,7 +97,7 @@ def test_replays_give_the_same_latents(taped: list[str], denoiser: Denoiser, sch
     conditions = [None, *torch.randn(2, 2, 4, denoiser.layout.num_tokens).tanh()]
     predict = GraphedPrediction()
     for condition in conditions:
-        expected = sample(denoiser, predict_noise, condition, 1.5, scheduler)
+        expected = sample(denoiser, guided_prediction, condition, 1.5, scheduler)
         assert torch.equal(sample(denoiser, predict, condition, 1.5, scheduler), expected)
     # One without and one with a condition. The second condition is another input of the same graph.
     assert [tape.replays for tape in Tape.made] == [4, 8]
@@ -112,9 +112,9 @@ def test_the_times_of_a_flow_reach_the_captured_pass(taped: list[str]) -> None:
     noise = torch.randn(2, 4, flow.layout.num_tokens)
     predict = GraphedPrediction()
     for time in (1000.0, 333.25, 0.5):
-        expected = predict_noise(flow.eval(), noise, time)
+        expected = guided_prediction(flow.eval(), noise, time)
         assert torch.equal(predict(flow, noise, time), expected)
-        assert not torch.equal(predict_noise(flow, noise, int(time)), expected) or time == 1000
+        assert not torch.equal(guided_prediction(flow, noise, int(time)), expected) or time == 1000
     assert [tape.replays for tape in Tape.made] == [3]
 
 
@@ -164,7 +164,7 @@ def test_without_a_good_graph_sampling_goes_on(
     name, stand_in, reason = FAULTS[fault]
     monkeypatch.setattr(torch.cuda, name, stand_in)
     predict = GraphedPrediction()
-    expected = sample(denoiser, predict_noise, None, 0.0)
+    expected = sample(denoiser, guided_prediction, None, 0.0)
     for _ in range(2):
         assert torch.equal(sample(denoiser, predict, None, 0.0), expected)
     (warning,) = [record.message for record in caplog.records]
@@ -220,7 +220,7 @@ def test_graphs_are_taken_on_a_gpu(wanted: bool | None, device: str, steps: int,
     there = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device(device, 0))]))
     predict = choose_prediction(there, wanted, steps)  # type: ignore[arg-type]
     assert isinstance(predict, GraphedPrediction) == graphed
-    assert predict is predict_noise if not graphed else predict.required == bool(wanted)  # type: ignore[attr-defined]
+    assert predict is guided_prediction if not graphed else predict.required == bool(wanted)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("frames", "conditioned", "steps"), [(2, False, 3), (2, True, 3), (6, False, 4), (6, True, 9)])
@@ -230,7 +230,7 @@ def test_the_first_clip_has_a_graph_of_its_own(
     """Without a condition: whether graphs are worth it depends on the steps of each."""
     asked: list[int] = []
     monkeypatch.setattr(
-        sampling, "choose_prediction", lambda model, wanted, steps: asked.append(steps) or predict_noise
+        sampling, "choose_prediction", lambda model, wanted, steps: asked.append(steps) or guided_prediction
     )
     autoencoder = Autoencoder.from_preset("tiny", frames=2, height=16, width=16, latent_channels=4).eval()
     condition = torch.zeros(1, 3, 2, 16, 16) if conditioned else None
@@ -241,7 +241,7 @@ def test_the_first_clip_has_a_graph_of_its_own(
 def test_a_sharded_denoiser_is_sampled_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DTensor, "device", torch.device("cuda", 0))
     there = SimpleNamespace(parameters=lambda: iter([torch.zeros(1).as_subclass(DTensor)]))
-    assert choose_prediction(there, None, 100) is predict_noise  # type: ignore[arg-type]
+    assert choose_prediction(there, None, 100) is guided_prediction  # type: ignore[arg-type]
     with pytest.raises(UserError, match="CUDA graphs need a whole denoiser, but this one is cut among processes"):
         choose_prediction(there, True, 100)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from pvdm_fast.diffusion.flow import interpolate, logit_normal_times, sampling_times, shifted
-from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.diffusion.noise import diffusion_loss
 from pvdm_fast.diffusion.sampling import (
     NoiseSource,
@@ -225,7 +225,7 @@ def test_the_network_tells_fractions_of_a_time_apart() -> None:
     model = filled(Denoiser(**FLOW, prediction="flow"))
     latent = torch.randn(1, 4, 12)
     times = (500, 500.0, 500.5)
-    whole, same, later = (predict_noise(model, latent, time) for time in times)
+    whole, same, later = (guided_prediction(model, latent, time) for time in times)
     assert torch.equal(whole, same)
     assert not torch.equal(whole, later)
 
@@ -234,8 +234,8 @@ def test_guidance_of_velocities_is_that_of_the_noise() -> None:
     """(1 + w) u(condition) - w u(none), which is the velocity of the guided noise at this time and latent."""
     model = filled(Denoiser(**FLOW, prediction="flow"))
     latent, condition, time = torch.randn(1, 4, 12), torch.rand(1, 4, 12), 400.0
-    guided = predict_noise(model, latent, time, condition, 1.5)
-    with_it, without = predict_noise(model, latent, time, condition), predict_noise(model, latent, time)
+    guided = guided_prediction(model, latent, time, condition, 1.5)
+    with_it, without = guided_prediction(model, latent, time, condition), guided_prediction(model, latent, time)
     noises = [latent + (1 - time / 1000) * velocity for velocity in (with_it, without)]
     noise = 2.5 * noises[0] - 1.5 * noises[1]
     assert torch.allclose((noise - latent) / (1 - time / 1000), guided, atol=1e-5)

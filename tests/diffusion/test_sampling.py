@@ -16,7 +16,7 @@ from golden_tools import GoldenCase, load_case
 from tolerances import GOLDEN_NETWORK
 from torch import Tensor, nn
 
-from pvdm_fast.diffusion.guidance import predict_noise
+from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.diffusion.sampling import NoiseSource, SamplingOptions, sample_latents, sample_video
 from pvdm_fast.diffusion.schedulers import OF_NOISE, make_scheduler, release_times
 from pvdm_fast.errors import UserError
@@ -168,10 +168,10 @@ def test_the_clean_prediction_is_clamped() -> None:
 def test_guidance_is_one_pass_over_both_and_follows_the_formula() -> None:
     denoiser = OracleDenoiser(torch.zeros(1, 4, 12))
     latent, condition = torch.randn(2, 4, 12), torch.rand(2, 4, 12)
-    conditional = predict_noise(denoiser, latent, 500, condition)  # type: ignore[arg-type]
-    unconditional = predict_noise(denoiser, latent, 500)  # type: ignore[arg-type]
+    conditional = guided_prediction(denoiser, latent, 500, condition)  # type: ignore[arg-type]
+    unconditional = guided_prediction(denoiser, latent, 500)  # type: ignore[arg-type]
     denoiser.batches.clear()
-    guided = predict_noise(denoiser, latent, 500, condition, 1.5)  # type: ignore[arg-type]
+    guided = guided_prediction(denoiser, latent, 500, condition, 1.5)  # type: ignore[arg-type]
     assert denoiser.batches == [4]
     assert torch.allclose(guided, 2.5 * conditional - 1.5 * unconditional, atol=1e-5)
 

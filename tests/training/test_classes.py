@@ -87,8 +87,22 @@ def test_a_share_of_the_labels_is_dropped_in_training_only() -> None:
     stage.model.eval()
     labels = stage._labels(names, 4000, generator)
     assert labels is not None and (labels[:3000] == 1).all()
+    held_out = stage._labels(["dim", "bright"], 2, generator)
+    assert held_out is not None and held_out.tolist() == [2, 1], "an unknown class ends no run at its first score"
+    stage.model.train()
     with pytest.raises(UserError, match="classes that the denoiser doesn't know: dim"):
         stage._labels(["dim"], 1, generator)
+
+
+def test_held_out_clips_are_scored_with_their_classes() -> None:
+    stage = make_stage()
+    randomised(stage.model).eval()  # its last layer is zero at first, and no class would tell
+    video = torch.rand(2, 3, 4, 8, 8)
+    with torch.no_grad():
+        scores = [stage.score([(video, names)])["held_out_loss"] for names in (NAMES, NAMES[::-1], None)]
+        expected = stage.loss(stage.model, video, torch.Generator().manual_seed(0), classes=NAMES).item()
+    assert scores[0] == pytest.approx(expected, abs=1e-6)
+    assert len(set(scores)) == 3
 
 
 def test_without_classes_nothing_is_drawn_or_passed() -> None:
