@@ -16,12 +16,15 @@ from pvdm_fast.jobs.command import run_command
 if TYPE_CHECKING:
     from pvdm_fast.training.options import Request
 
-# What messages of a training run call by names that this command doesn't have.
+# What messages of a training run call by names that this command doesn't have, or advise where it has no option.
 OWN_NAMES = {
     "--distillation-solver-steps": "--solver-steps",
     "--distillation-guidance": "--guidance",
     "--distillation-steps": "--steps",
     "--diffusion-steps": "--training-steps",
+    ", and --diffusion-accumulate larger by as much": "",
+    ", or start a new run with --mixed-precision bf16": "",
+    ", or take smaller clips or a smaller model": "",
     "--diffusion-batch-size": "--batch-size",
     "--diffusion-learning-rate": "--learning-rate",
     "--init-from": "RUN",
@@ -64,8 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str] | None = None) -> Request:
     """The training run that the command line asks for. Raises UserError where RUN is no run."""
-    from pvdm_fast.training.config import values_of
+    from pvdm_fast.training.config import TrainConfig, get, values_of
     from pvdm_fast.training.options import Request
+    from pvdm_fast.training.presets import SAMPLING_OPTIONS
     from pvdm_fast.training.run_folder import RunFolder
 
     given = vars(make_parser().parse_args(arguments))
@@ -79,8 +83,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "early_stop": None,
         "distillation.steps": 4,
         "distillation.guidance": None,
-        "diffusion.sampling_guidance": None,
-        "diffusion.sampling_scheduler": "auto",
+        **{key: get(TrainConfig(), key) for key in SAMPLING_OPTIONS},
         "diffusion.time_mean": 0.0,
         "diffusion.time_std": 1.0,
         "diffusion.steps": math.ceil(SHARE * trained.diffusion.steps),
@@ -98,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def distill() -> None:
         request = parse(arguments)
-        from pvdm_fast.training.session import run_training
+        from pvdm_fast.train import run
 
         try:
-            run_training(request)
+            run(request)
         except UserError as error:
             if error.exit_code != UserError.exit_code:  # it has a message and a code of its own
                 raise

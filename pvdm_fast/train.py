@@ -10,6 +10,7 @@ from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
 
 if TYPE_CHECKING:
+    from pvdm_fast.training.options import Request
     from pvdm_fast.training.session import StageTooLarge
 
 
@@ -19,15 +20,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def train() -> None:
         from pvdm_fast.training.options import parse
 
-        request = parse(arguments)
-        from pvdm_fast.training.session import StageTooLarge, run_training
-
-        try:
-            run_training(request)
-        except StageTooLarge as error:
-            raise UserError(with_estimate(error)) from error
+        run(parse(arguments))
 
     return run_command(train)
+
+
+def run(request: Request) -> None:
+    """Train what is asked for. Raises what `run_training` does; a stage without memory says what it would need."""
+    from pvdm_fast.training.session import StageTooLarge, run_training
+
+    try:
+        run_training(request)
+    except StageTooLarge as error:
+        raise UserError(with_estimate(error)) from error
 
 
 def with_estimate(error: StageTooLarge) -> str:

@@ -14,7 +14,8 @@ from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.diffusion.sampling import check_pair, fitting_guidance
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.processes import Processes
-from pvdm_fast.training.config import TrainConfig
+from pvdm_fast.training.config import TrainConfig, get
+from pvdm_fast.training.presets import SAMPLING_OPTIONS
 from pvdm_fast.training.stages import DiffusionStage
 
 if TYPE_CHECKING:
@@ -109,11 +110,13 @@ def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
             f"the denoiser in {place} predicts {teacher.config['prediction']}, and only a flow can be distilled: train "
             "one with --diffusion-prediction flow"
         )
-    if config.diffusion.sampling_guidance or config.diffusion.sampling_scheduler != "auto":
-        raise UserError(
-            "--diffusion-sampling-guidance and --diffusion-sampling-scheduler do nothing for a student, which has its "
-            "own way to be sampled: leave them out, and give guidance that it learns along with --distillation-guidance"
-        )
+    for key in SAMPLING_OPTIONS:
+        if get(config, key) not in (get(TrainConfig(), key), 0.0):
+            flag = "--" + key.replace(".", "-").replace("_", "-")
+            raise UserError(
+                f"{flag} does nothing for a student, which has its own way to be sampled: leave it out, and "
+                "give guidance that it learns along with --distillation-guidance"
+            )
     for name in TIMES:
         if getattr(config.diffusion, name) != getattr(type(config.diffusion), name):
             flag = f"--diffusion-{name.replace('_', '-')}"

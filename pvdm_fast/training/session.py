@@ -61,7 +61,9 @@ class StageTooLarge(UserError):
         if accelerator.mixed_precision == "no":
             weighed["mixed_precision"] = "no"
         self.stage, self.config, self.device = stage, replace(config, **weighed), accelerator.device
-        steps = [f"continue with --resume {run.path} --{stage}-checkpointing"] * (not options.checkpointing)
+        steps = [f"continue with python -m pvdm_fast.train --resume {run.path} --{stage}-checkpointing"] * (
+            not options.checkpointing
+        )
         if share.batch_size > 1:
             steps.append(
                 f"start a new run with a smaller --{stage}-batch-size, and --{stage}-accumulate larger by as much"

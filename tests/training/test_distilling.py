@@ -22,6 +22,7 @@ from pvdm_fast.evaluate import main as evaluate
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.sample import main as sample
 from pvdm_fast.train import main as train
+from pvdm_fast.training.trainer import Trainer
 
 FLOW = [
     *("--diffusion-prediction", "flow", "--diffusion-schedule", "constant", "--autoencoder-steps", "1"),
@@ -56,6 +57,23 @@ def test_a_student_is_a_run_that_knows_its_steps(teacher: Path, student: Path) -
     assert (student / "samples.mp4").stat().st_size > 0
 
 
+def test_out_of_memory_is_said_with_the_estimate_and_its_own_options(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    run = tmp_path / "run"
+    assert distill([str(teacher), "--out", str(run), "--training-steps", "1"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: the diffusion stage is out of memory: python -m pvdm_fast.estimate puts a step of")
+    assert line.partition("; ")[2] == (
+        f"continue with python -m pvdm_fast.train --resume {run} --diffusion-checkpointing, or start a new run with a "
+        "smaller --batch-size"
+    )
+
+
 def test_a_resumed_distillation_is_the_same(teacher: Path, student: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert distill([str(teacher), "--steps", "2", "--guidance", "1", "--training-steps", "2", "--out", str(run)]) == 0
@@ -75,7 +93,7 @@ def test_the_students_folder_stands_beside_the_teachers(teacher: Path, monkeypat
 
 def test_guidance_is_learned_along(teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = ["--diffusion-conditional-probability", "1"]
+    options = ["--diffusion-conditional-probability", "1", "--diffusion-sampling-steps", "50"]
     again = [
         *SMALL,
         *FLOW[:-2],
@@ -186,7 +204,8 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert "only a flow can be distilled" in capsys.readouterr().err
     assert distill([str(tmp_path / "nothing"), "--out", str(run)]) == 2
     assert "holds no run" in capsys.readouterr().err
-    flow, of_teacher = ["--diffusion-prediction", "flow"], ["--init-from", str(teacher)]
+    flow = ["--diffusion-prediction", "flow", "--diffusion-sampling-steps", "50"]  # as many as is usual
+    of_teacher = ["--init-from", str(teacher)]
     two = ["--distillation-steps", "2"]
     assert_refused([*flow, *two], "needs --stage diffusion and a trained flow", run, capsys)
     assert_refused([*flow, *two, *of_teacher], "needs --stage diffusion and a trained flow", run, capsys)
@@ -194,7 +213,9 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     guided = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-guidance", "1"]
     assert_refused([*flow, *guided], "learns along with --distillation-guidance", run, capsys)
     other = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-scheduler", "heun"]
-    assert_refused([*flow, *other], "--diffusion-sampling-scheduler do nothing for a student", run, capsys)
+    assert_refused([*flow, *other], "--diffusion-sampling-scheduler does nothing for a student", run, capsys)
+    more = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-steps", "7"]
+    assert_refused([*flow, *more], "--diffusion-sampling-steps does nothing for a student", run, capsys)
     times = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-time-mean", "1"]
     assert_refused([*flow, *times], "--diffusion-time-mean chooses the times of a flow", run, capsys)
     classes = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-class-conditional"]

@@ -39,7 +39,7 @@ def test_out_of_memory_is_one_sentence_with_the_estimate(
     assert line.startswith(f"error: the {stage} stage is out of memory: python -m pvdm_fast.estimate {needs} steps; ")
     remedies = line.partition("; ")[2].split(", or ")
     assert remedies == [
-        f"continue with --resume {run} --{stage}-checkpointing",
+        f"continue with python -m pvdm_fast.train --resume {run} --{stage}-checkpointing",
         f"start a new run with a smaller --{stage}-batch-size, and --{stage}-accumulate larger by as much",
         "start a new run with --mixed-precision bf16",
         "take smaller clips or a smaller model",
