@@ -16,7 +16,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "preview_every": 1000,
         "video": {"workers": 0},
         "autoencoder": {
-            "latent_channels": 12,
+            "depth": 2,
+            "latent_channels": 8,
             "steps": 5000,
             "batch_size": 4,
             "loss": "l2",
