@@ -29,7 +29,7 @@ from pvdm_fast.training.hyperparameters import (
 from pvdm_fast.training.presets import FLOW_OPTIONS, PRESETS, SAMPLING_OPTIONS, SIZES, preset_sizes
 
 STAGES = ("autoencoder", "diffusion")
-CLASS_GUIDANCE = 1.0  # of denoisers with classes; docs/notes/tiny_preset.md has what other weights gave
+CLASS_GUIDANCE = 0.5  # of denoisers with classes; docs/notes/tiny_preset.md has what other weights gave
 
 
 @dataclass
