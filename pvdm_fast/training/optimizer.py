@@ -43,7 +43,7 @@ class Muon(torch.optim.AdamW):
         chosen = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
         groups = [{"params": matrices, "turned": True}, {"params": rest, "turned": False}]
-        super().__init__([group for group in groups if group["params"]], foreach=True, **settings)
+        super().__init__([group for group in groups if group["params"]], fused=True, **settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -55,22 +55,26 @@ class Muon(torch.optim.AdamW):
         for parameter, gradient, _ in gradients:
             parameter.grad = gradient
         for alike in _alike(gradients):
-            updates = orthogonal(torch.stack([self._averaged(p, gradient) for p, gradient, _ in alike]))
-            for (parameter, _, group), update in zip(alike, updates, strict=True):
-                size = 0.2 * max(update.shape) ** 0.5  # the root mean square of AdamW's steps
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+            parameters, group = [parameter for parameter, _, _ in alike], alike[0][2]
+            updates = orthogonal(torch.stack(self._averaged(alike)))
+            size = 0.2 * max(updates.shape[1:]) ** 0.5  # the root mean square of AdamW's steps
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            steps = [update.view_as(parameter) for update, parameter in zip(updates, parameters, strict=True)]
+            torch._foreach_add_(parameters, steps, alpha=-group["lr"] * size)
         return loss
 
-    def _averaged(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient with Nesterov's momentum, as a matrix."""
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
-            state["momentum"] = torch.zeros_like(gradient)
-        state["step"] += 1
-        momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(momentum, MOMENTUM).flatten(1)
+    def _averaged(self, alike: list[Turned]) -> list[Tensor]:
+        """The gradients with Nesterov's momentum, as matrices."""
+        for parameter, gradient, _ in alike:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+                state["momentum"] = torch.zeros_like(gradient)
+            state["step"] += 1
+        momenta = [self.state[parameter]["momentum"] for parameter, _, _ in alike]
+        gradients = [gradient for _, gradient, _ in alike]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        return [average.flatten(1) for average in torch._foreach_lerp(gradients, momenta, MOMENTUM)]
 
 
 def hidden_matrices(model: nn.Module) -> Iterable[nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,12 +23,19 @@ from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
 pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
 ODD = TriplaneLayout(3, 5, 7)
+MANY = plane_conv.MANY
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": transposed,
     "channels first": lambda t: t.mT.contiguous().mT,
     "stride 0 tokens": lambda t: t[:, :1].expand_as(t),
     "all stride 0": lambda t: t[:1, :1, :1].expand_as(t),
 }
+
+
+@pytest.fixture(params=[0, math.inf], ids=["by convolution", "folded"], autouse=True)
+def gradient_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with both ways to the gradient of x, whatever the sizes would choose."""
+    monkeypatch.setattr(plane_conv, "MANY", request.param)
 
 
 def draw(layout: PlaneLayout, channels: int, written: int, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, ...]:
@@ -100,7 +108,10 @@ def test_only_what_is_needed(needs: tuple[bool, bool]) -> None:
     every = plane_conv.backward(grad, x, weight, ODD.sizes, [True, True])
     some = plane_conv.backward(grad, x, weight, ODD.sizes, needs)
     for needed, a, e in zip((*needs, True), some, every, strict=True):
-        assert torch.equal(a, e) if needed else a.shape == (0,)
+        if needed:  # the weight's gradient alone is never made from the unfolded gradient
+            assert_close(a, e, CONV_SUM[a.dtype], "gradient")
+        else:
+            assert a.shape == (0,)
 
 
 def test_weights_that_change() -> None:
@@ -203,3 +214,15 @@ def test_border_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             module.plane_conv_unfold(*arguments)
+
+
+def test_many_tokens_take_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the sizes alone: 4 tokens a channel or more. Nothing is folded then."""
+    monkeypatch.setattr(plane_conv, "MANY", MANY)
+    folded: list[int] = []
+    fold = plane_conv._input_gradient
+    monkeypatch.setattr(plane_conv, "_input_gradient", lambda *args: folded.append(1) or fold(*args))
+    for batch, times in ((2, 0), (1, 1)):  # 142 and 71 tokens of 32 channels
+        x, weight, _, grad = draw(ODD, 32, 5, torch.float32, batch)
+        plane_conv.backward(grad, x, weight, ODD.sizes, [True, True])
+        assert len(folded) == times
