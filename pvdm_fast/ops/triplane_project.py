@@ -26,9 +26,11 @@ from pvdm_fast.ops.registry import (
 OP = "triplane_project"
 
 # Wider than this and in bfloat16, the backward pass is no faster than that of the layers one by one: sums of weights'
-# gradients go through the third cache once for every tile of 384 rows, and AMX is done with it sooner. Both passes, one
-# thread of a Xeon with AMX: 1.11 times as fast at 192 channels, 0.89 to 0.98 times at 384 (float32: 1.5, 1.6 to 1.7).
-MOST_CHANNELS_IN_BFLOAT16 = 256
+# gradients go through the third cache once for every tile of 384 rows, which takes long beside products in bfloat16.
+# Both passes, times as fast as the layers: on a Zen 5 with 1 and 2 threads 1.1 and 1.4 at 64 channels, 0.96 and 0.97 at
+# 128, 0.85 and 0.88 at 192, 0.82 and 0.73 at 256. On one thread of a Xeon with AMX 1.11 at 192, 0.89 to 0.98 at 384
+# (float32: 1.5, 1.6 to 1.7).
+MOST_CHANNELS_IN_BFLOAT16 = 128
 
 # What autocast casts: the parameters of linear layers and convolutions, as it does in PyTorch's own.
 CAST = (*MATRICES, "out_bias", "up_bias", "down_bias", "latent_bias")
@@ -131,7 +133,7 @@ def fuses_projection(x: Tensor, weight: Tensor, layout: TriplaneLayout, plane: s
     """Whether `triplane_project` should take the projection of x (B, T H W, C) by layers of matrices like `weight`.
 
     So it should where a kernel serves it, and where that is the quicker way. On a CPU with a gradient in bfloat16 and
-    more than 256 channels it is not. On a GPU it is wherever Triton's kernels take the arguments, with a gradient too:
+    more than 128 channels it is not. On a GPU it is wherever Triton's kernels take the arguments, with a gradient too:
     full size, computed, 6 launches and 0.95 GB in place of 121 and 2.8. Nor is it used under torch.compile, which fuses
     by itself, nor where PyTorch must see every operation.
     """

@@ -121,7 +121,7 @@ def test_who_serves_it() -> None:
 @pytest.mark.skipif(choice.unavailable("cpu") is not None, reason="the CPU extension is not built")
 def test_where_the_layers_are_quicker() -> None:
     """Many channels in bfloat16 with a gradient, and only these."""
-    narrow, wide = torch.zeros(1, 12, 256), torch.zeros(1, 12, 264)
+    narrow, wide = torch.zeros(1, 12, 128), torch.zeros(1, 12, 136)
     trained = torch.zeros(8, 8, requires_grad=True)
     assert fuses(narrow.bfloat16(), trained.bfloat16())
     assert fuses(wide, trained)
