@@ -145,7 +145,8 @@ def sections(machines: Sequence[list[rows.Row]]) -> dict[str, str]:
         tables = []
         for stored in machines:
             if found := [row for row in stored if row["size"] == size]:
-                tables.append(f"{title(found[-1])}, torch {found[-1]['machine']['torch']}:\n\n{rows.markdown(found)}")
+                versions = " and ".join(sorted({row["machine"]["torch"] for row in found}))
+                tables.append(f"{title(found[-1])}, torch {versions}:\n\n{rows.markdown(found)}")
         if tables:
             texts[size] = "\n\n".join(tables)
     return texts

@@ -14,7 +14,8 @@ from pvdm_fast.diffusion.guidance import guided_prediction
 from pvdm_fast.diffusion.sampling import check_pair, fitting_guidance
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.processes import Processes
-from pvdm_fast.training.config import TrainConfig, get
+from pvdm_fast.training.config import OPTIONS, TrainConfig, get
+from pvdm_fast.training.options import flag
 from pvdm_fast.training.presets import SAMPLING_OPTIONS
 from pvdm_fast.training.stages import DiffusionStage
 
@@ -96,8 +97,8 @@ def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
     if options.steps is None:
         for name in ("solver_steps", "guidance"):
             if getattr(options, name) != getattr(type(options), name):
-                flag = f"--distillation-{name.replace('_', '-')}"
-                raise UserError(f"{flag} does nothing without --distillation-steps: give that too, or leave it out")
+                given = flag(OPTIONS[f"distillation.{name}"])
+                raise UserError(f"{given} does nothing without --distillation-steps: give that too, or leave it out")
         return
     if config.stage != "diffusion" or teacher is None:
         raise UserError(
@@ -112,15 +113,14 @@ def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
         )
     for key in SAMPLING_OPTIONS:
         if get(config, key) not in (get(TrainConfig(), key), 0.0):
-            flag = "--" + key.replace(".", "-").replace("_", "-")
             raise UserError(
-                f"{flag} does nothing for a student, which has its own way to be sampled: leave it out, and "
-                "give guidance that it learns along with --distillation-guidance"
+                f"{flag(OPTIONS[key])} does nothing for a student, which has its own way to be sampled: leave it out, "
+                "and give guidance that it learns along with --distillation-guidance"
             )
     for name in TIMES:
         if getattr(config.diffusion, name) != getattr(type(config.diffusion), name):
-            flag = f"--diffusion-{name.replace('_', '-')}"
-            raise UserError(f"{flag} chooses the times of a flow, and a student learns its own few: leave it out")
+            given = flag(OPTIONS[f"diffusion.{name}"])
+            raise UserError(f"{given} chooses the times of a flow, and a student learns its own few: leave it out")
     if config.diffusion.class_conditional != (teacher.config["num_classes"] is not None):
         have = "no classes" if teacher.config["num_classes"] is None else "classes"
         raise UserError(

@@ -44,6 +44,9 @@ class Muon(torch.optim.AdamW):
         rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
         groups = [{"params": matrices, "turned": True}, {"params": rest, "turned": False}]
         super().__init__([group for group in groups if group["params"]], fused=True, **settings)
+        # A fused AdamW takes the loss scale off by itself and passes over infinite gradients. The steps of matrices
+        # don't, so the scaler has to, as it does for every other optimizer.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

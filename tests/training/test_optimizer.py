@@ -104,6 +104,26 @@ def test_a_step_is_as_large_as_the_formula_says_and_the_rest_is_adamw() -> None:
     assert torch.allclose(model[0].bias, like[0].bias, rtol=1e-6, atol=1e-8)  # type: ignore[index]
 
 
+def test_a_scaled_loss_that_overflows_changes_nothing() -> None:
+    """float16: the loss scale comes off the gradients of all parameters, and a step with infinite ones is left out."""
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    plain, inputs = copy.deepcopy(model), torch.randn(8, 40)
+    optimizer, of_plain = Muon(model, **SETTINGS), Muon(plain, **SETTINGS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(inputs).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    plain(inputs).square().mean().backward()
+    of_plain.step()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.zero_grad()
+    scaler.scale(model(inputs).square().mean() * float("inf")).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_bytes_of_its_state() -> None:
     model = small()
     optimizer = Muon(model, **SETTINGS)

@@ -15,6 +15,11 @@ from pvdm_fast.backends.rows import rows_dense
 
 TAPS = 9
 WORKSPACE = 24 << 20  # bytes of unfolded rows at a time; from 2 to 31 MiB the size changes times by at most 10 %
+# The gradient of x is a convolution too, of the gradient with the turned weight. Its unfolded rows serve the weight's
+# gradient as well, and nothing is folded. But the weight is rearranged twice, which only many tokens pay for. On a
+# Zen 5, both gradients in bfloat16 by 1 and 2 threads: 1.2x and 1.2x as fast for 3072 tokens of 64 channels, 1.1x and
+# 1.2x for 2048 of 256, 1.2x and 1.1x for 2048 from 512 to 256, but 0.9x for 512 of 512 and 0.6x for 128 of 1024.
+MANY = 4  # tokens a channel
 _kept = threading.local()
 
 
@@ -46,6 +51,15 @@ def _unfold(x: Tensor, planes: list[int], first: int, rows: int) -> Tensor:
     return out
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum over chunks, in float32 where there is more than one."""
+    return part if total is None else total.float() + part
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
     """x: (B, N, C), weight: (C', C, 3, 3), bias: (C') -> (B, N, C')."""
     (batch, tokens, channels), planes = x.shape, list(planes)
@@ -55,7 +69,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> T
         linear(_unfold(wide, planes, first, rows), matrix, level).to(x.dtype)
         for first, rows in _chunks(batch * tokens, channels, dtype)
     ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(batch, tokens, -1)
+    return _joined(parts).view(batch, tokens, -1)
 
 
 def backward(
@@ -74,13 +88,6 @@ def backward(
     return dx, dweight, rows.sum((0, 1), dtype=torch.float32).to(grad.dtype)
 
 
-# The gradient of x is a convolution too, of the gradient with the turned weight. Its unfolded rows serve the weight's
-# gradient as well, and nothing is folded. But the weight is rearranged twice, which only many tokens pay for. On a
-# Zen 5, both gradients in bfloat16 by 1 and 2 threads: 1.2x and 1.2x as fast for 3072 tokens of 64 channels, 1.1x and
-# 1.2x for 2048 of 256, 1.2x and 1.1x for 2048 from 512 to 256, but 0.9x for 512 of 512 and 0.6x for 128 of 1024.
-MANY = 4  # tokens a channel
-
-
 def _many_tokens(x: Tensor) -> bool:
     return x.shape[0] * x.shape[1] >= MANY * x.shape[2]
 
@@ -96,9 +103,8 @@ def _gradients_by_convolution(
         unfolded = _unfold(grad, planes, first, rows)
         parts.append(linear(unfolded, turned).to(x.dtype))
         if weight_too:
-            part = weight_gradient(wide[first : first + rows], unfolded)
-            total = part if total is None else total.float() + part
-    dx = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
+            total = _added(total, weight_gradient(wide[first : first + rows], unfolded))
+    dx = _joined(parts).view(x.shape)
     if total is None:
         return dx, weight.new_empty(0)
     dweight = total.view(channels, outputs, TAPS).flip(2).transpose(0, 1)
@@ -120,7 +126,6 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, planes: list[int])
     wide = rows_dense(x.to(grad.dtype))
     total: Tensor | None = None
     for first, rows in _chunks(len(grad), x.shape[2], grad.dtype):
-        part = linear(grad[first : first + rows].t(), _unfold(wide, planes, first, rows).t())
-        total = part if total is None else total.float() + part
+        total = _added(total, linear(grad[first : first + rows].t(), _unfold(wide, planes, first, rows).t()))
     assert total is not None  # the public function refuses empty tensors
     return total.to(weight.dtype).view(weight.shape)
