@@ -15,18 +15,11 @@ from typing import Any
 import torch
 
 import pvdm_fast
+from pvdm_fast.analysis.machine import cpu_fields, cpu_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 # The CPU features that decide which kernels run, ours and oneDNN's.
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
-
-
-def _cpuinfo() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return {}
-    lines = path.read_text().split("\n\n")[0].splitlines()
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def _commit() -> str:
@@ -45,11 +38,9 @@ def _commit() -> str:
 @cache
 def facts() -> dict[str, Any]:
     """CPU or GPU, features, threads, versions and commit."""
-    info = _cpuinfo()
-    cpu = info.get("model name") or platform.processor() or platform.machine()
-    features = set((info.get("flags") or info.get("Features") or "").split())
+    info, features = cpu_fields(), cpu_flags()
     found: dict[str, Any] = {
-        "cpu": cpu,
+        "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "cpu_family": f"{info.get('cpu family', '?')}/{info.get('model', '?')}",
         "flags": [flag for flag in FLAGS if flag in features],
         "threads": torch.get_num_threads(),

@@ -64,3 +64,17 @@ def test_build_facts() -> None:
 def test_gpus_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
     assert "nvidia-ml-py is not installed" in machine.gpu_facts()["reason"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"model name": "AMD EPYC", "cpu family": "25", "model": "17"}, "AMD EPYC (family/model 25/17)"),
+        ({"model name": "AMD EPYC", "cpu family": "26", "model": "2"}, "AMD EPYC (family/model 26/2)"),
+        ({"model name": "Neoverse"}, "Neoverse"),
+    ],
+)
+def test_a_cpu_is_named_with_its_generation(fields: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clouds give a Zen 4 and a Zen 5 one name."""
+    monkeypatch.setattr(machine, "cpu_fields", lambda: fields)
+    assert machine.cpu_name() == machine.cpu_facts()["name"] == name

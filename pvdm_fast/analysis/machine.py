@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,37 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+@cache
+def cpu_fields() -> dict[str, str]:
+    """What Linux says about the first core, as it names it. Empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def cpu_name() -> str:
+    """The processor with its family and model, such as "AMD EPYC (family/model 26/2)".
+
+    Clouds give processors of several generations one name: a Zen 4 is 25/17, a Zen 5 is 26/2.
+    """
+    fields = cpu_fields()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    numbers = [fields[key] for key in ("cpu family", "model") if key in fields]
+    return f"{name} (family/model {'/'.join(numbers)})" if len(numbers) == 2 else name
+
+
+def cpu_flags() -> set[str]:
+    """All features that Linux names."""
+    fields = cpu_fields()
+    return set((fields.get("flags") or fields.get("Features") or "").split())
+
+
 def cpu_facts() -> dict[str, Any]:
     """The processor's name, its features that matter to kernels, and the instruction set in use."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", fields.get("Features", "")).split()
+    flags = cpu_flags()
     served = extensions.availability("cpu") is None
     return {
-        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "name": cpu_name(),
         "architecture": platform.machine(),
         "threads": torch.get_num_threads(),
         "flags": [flag for flag in CPU_FLAGS if flag in flags],

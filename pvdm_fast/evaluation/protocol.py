@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import pvdm_fast
-from pvdm_fast.analysis.machine import cpu_facts, installed_version
+from pvdm_fast.analysis.machine import cpu_name, installed_version
 from pvdm_fast.backends import choice
 from pvdm_fast.data import ClipDataset
 from pvdm_fast.data.clips import SYNTHETIC
@@ -216,7 +216,7 @@ def environment(processes: Processes) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: installed_version(name) for name in PACKAGES},
         },
-        "device": gpu or cpu_facts()["name"],
+        "device": gpu or cpu_name(),
         "processes": processes.share.world,
         "threads": torch.get_num_threads(),
         "cpu_cores": os.cpu_count(),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pvdm_fast.analysis.machine import cpu_name
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.precision import choose_precision
 from pvdm_fast.data import DataError, open_dataset
@@ -157,7 +158,7 @@ def _count(model: torch.nn.Module) -> str:
 
 
 def _machine(accelerator: Accelerator) -> str:
-    where = f"{torch.get_num_threads()} threads of {os.cpu_count()} CPU cores"
+    where = f"{cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     if accelerator.device.type == "cuda":
         where = torch.cuda.get_device_name(accelerator.device)
     if accelerator.num_processes > 1:

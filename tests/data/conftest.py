@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data import films
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from pvdm_fast.data import loader
 
 
 @pytest.fixture(scope="session")
@@ -28,5 +29,5 @@ def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch checks its workers every five seconds. These tests need not wait that long."""
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+    """Workers are looked at every five seconds. These tests need not wait that long."""
+    monkeypatch.setattr(loader, "POLL_SECONDS", 0.2)
