@@ -99,6 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> list[Request]:
     from pvdm_fast.errors import UserError
     from pvdm_fast.evaluation.comparing import names
     from pvdm_fast.evaluation.protocol import Request
+    from pvdm_fast.jobs.files import expect_folder
     from pvdm_fast.training.run_folder import RunFolder
 
     if "frames" in given:
@@ -106,6 +107,7 @@ def parse(arguments: Sequence[str] | None = None) -> list[Request]:
     runs = given.pop("run")
     labels, requests = names(runs), []
     for label, path in zip(labels, runs, strict=True):
+        expect_folder(path)
         run, options = RunFolder(path), dict(given)
         if run.config.is_file():
             config = run.read_config()

@@ -151,7 +151,9 @@ def load_models(run: Path, device: str, dtype: str) -> tuple[Autoencoder, Denois
     from pvdm_fast.backends.precision import announce, choose_precision
     from pvdm_fast.diffusion.pipeline import MODELS, load_part
     from pvdm_fast.jobs.devices import claim_device
+    from pvdm_fast.jobs.files import expect_folder
 
+    expect_folder(run)
     place = claim_device(device)
     precision = choose_precision(dtype, place)
     announce(dtype, precision, "--dtype")

@@ -17,6 +17,7 @@ THREADS_HELP = "CPU threads (default: as many as are quickest, found by the job'
 # What other programs call an option: the names that ours have, without a stage's before them.
 SYNONYMS = {
     "amp": ("mixed-precision", "dtype"),
+    "autoencoder": ("from",),
     "batch": ("batch-size",),
     "bf16": ("mixed-precision", "dtype"),
     "bs": ("batch-size",),

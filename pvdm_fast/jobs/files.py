@@ -10,9 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.arguments import did_you_mean
 
 TEMPORARY = ".writing-"
 ASIDE = f"{TEMPORARY}old-"
+
+
+def expect_folder(path: Path, remedy: str = "") -> None:
+    """Raises UserError where there is no folder ``path``. It names the neighbour spelt alike, and the remedy."""
+    if path.is_dir():
+        return
+    try:
+        there = sorted(item.name for item in path.parent.iterdir() if item.is_dir())
+    except OSError:
+        there = []
+    raise UserError(f"there is no folder {path}{did_you_mean(path.name, there)}{remedy}")
 
 
 def flush(path: Path) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pvdm_fast.errors import UserError
-from pvdm_fast.jobs.arguments import did_you_mean
 from pvdm_fast.jobs.checksums import NAME, write_checksums
-from pvdm_fast.jobs.files import share_as_usual
+from pvdm_fast.jobs.files import expect_folder, share_as_usual
 
 
 class InFolders:
@@ -34,11 +32,5 @@ class InFolders:
 
 def check_folder(path: str | Path) -> None:
     """Raises UserError for what is no folder here. Diffusers would look for a repository of that name on a hub."""
-    if Path(path).is_dir():
-        return
-    parent = Path(path).parent
-    there = sorted(item.name for item in parent.iterdir() if item.is_dir()) if parent.is_dir() else []
-    raise UserError(
-        f"there is no folder {path}{did_you_mean(Path(path).name, there)}; a repository of a hub is fetched first, by "
-        f"huggingface_hub.snapshot_download({str(path)!r})"
-    )
+    remedy = f"; a repository of a hub is fetched first, by huggingface_hub.snapshot_download({str(path)!r})"
+    expect_folder(Path(path), remedy)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvdm_fast.errors import UserError
+from pvdm_fast.jobs.files import expect_folder
 from pvdm_fast.jobs.reading import UnreadableFile, read_json_object
 from pvdm_fast.layout import PLANE_NAMES
 from pvdm_fast.training.config import OPTIONS, STAGES, TrainConfig, get, given, make_config
@@ -136,6 +137,7 @@ def find_autoencoder(place: Path, option: str = "--autoencoder-from") -> Autoenc
     from pvdm_fast.models import Autoencoder
     from pvdm_fast.models.release import is_saved, load_model
 
+    expect_folder(place)
     path = place / "autoencoder" if (place / "autoencoder").is_dir() else place
     if not is_saved(path):
         raise UserError(f"there is no autoencoder in {path}: train one first, or name one with {option}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvdm_fast.errors import UserError
-from pvdm_fast.jobs.files import clean_up, locked, whole_file
+from pvdm_fast.jobs.files import clean_up, expect_folder, locked, whole_file
 from pvdm_fast.jobs.reading import UnreadableFile, read_json_lines, read_json_object
 from pvdm_fast.training.config import STAGES, TrainConfig, make_config, read_changes, to_yaml
 
@@ -68,6 +68,7 @@ class RunFolder:
     def existing(path: Path) -> RunFolder:
         """The folder of an earlier run. Raises UserError if there is none."""
         run = RunFolder(path)
+        expect_folder(path)
         if not run.config.is_file():
             raise UserError(f"{path} holds no run: there is no {run.config}")
         return run

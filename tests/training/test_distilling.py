@@ -202,7 +202,7 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     run = tmp_path / "run"
     assert distill([str(finished), "--out", str(run)]) == 2  # it predicts v
     assert "only a flow can be distilled" in capsys.readouterr().err
-    assert distill([str(tmp_path / "nothing"), "--out", str(run)]) == 2
+    assert distill([str(tmp_path), "--out", str(run)]) == 2
     assert "holds no run" in capsys.readouterr().err
     flow = ["--diffusion-prediction", "flow", "--diffusion-sampling-steps", "50"]  # as many as is usual
     of_teacher = ["--init-from", str(teacher)]
