@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # What messages of a training run call by names that this command doesn't have, or advise where it has no option.
 OWN_NAMES = {
+    "--distillation-method": "--method",
     "--distillation-solver-steps": "--solver-steps",
     "--distillation-guidance": "--guidance",
     "--distillation-steps": "--steps",
@@ -25,12 +26,15 @@ OWN_NAMES = {
     ", and --diffusion-accumulate larger by as much": "",
     ", or start a new run with --mixed-precision bf16": "",
     ", or take smaller clips or a smaller model": "",
+    "choose --no-fsdp, or path": "choose --method path",
     "--diffusion-batch-size": "--batch-size",
     "--diffusion-learning-rate": "--learning-rate",
     "--init-from": "RUN",
     "--run ": "--out ",
 }
-SHARE = 1 / 3  # of the teacher's steps and learning rate, since the student starts from its weights
+# Of the teacher's steps and learning rate, since the student starts from its weights. With "distribution" it takes
+# every third step, the critic the others.
+SHARES = {"distribution": (1 / 2, 1 / 6), "path": (1 / 3, 1 / 3)}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,11 +55,18 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, dest=key, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
     add("--steps", "distillation.steps", "steps in which the student samples, each one pass (default: 4)")
+    parser.add_argument(
+        "--method",
+        dest="distillation.method",
+        choices=tuple(SHARES),
+        default=argparse.SUPPRESS,
+        help=f"{OPTIONS['distillation.method'].metadata['help']} (default: distribution)",
+    )
     add("--guidance", "distillation.guidance", "guidance that the student learns along (default: the run's)", "W")
-    add("--solver-steps", "distillation.solver_steps", "the teacher's, two passes each (default: 8)")
-    add("--training-steps", "diffusion.steps", "optimizer steps (default: a third of the run's)")
+    add("--solver-steps", "distillation.solver_steps", "path: the teacher's, two passes each (default: 8)")
+    add("--training-steps", "diffusion.steps", "optimizer steps (default: half of the run's; path: a third)")
     add("--batch-size", "diffusion.batch_size", "clips a step (default: the run's)")
-    add("--learning-rate", "diffusion.learning_rate", "the highest (default: a third of the run's)", "X")
+    add("--learning-rate", "diffusion.learning_rate", "the highest (default: a sixth of the run's; path: a third)", "X")
     add("--data", "data", "clips to learn from (default: the run's)", "DIR")
     add("--seed", "seed", "seed of clips and noise (default: the run's)")
     add("--device", "device", f"{MEANING} (default: the run's)", METAVAR)
@@ -73,6 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     from pvdm_fast.training.run_folder import RunFolder
 
     given = vars(make_parser().parse_args(arguments))
+    of_steps, of_rate = SHARES[given.get("distillation.method", "distribution")]
     place, out = given.pop("run"), given.pop("out")
     trained = RunFolder.existing(place).read_config()
     changes: dict[str, Any] = {
@@ -82,12 +94,13 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "autoencoder_from": None,
         "early_stop": None,
         "distillation.steps": 4,
+        "distillation.method": "distribution",
         "distillation.guidance": None,
         **{key: get(TrainConfig(), key) for key in SAMPLING_OPTIONS},
         "diffusion.time_mean": 0.0,
         "diffusion.time_std": 1.0,
-        "diffusion.steps": math.ceil(SHARE * trained.diffusion.steps),
-        "diffusion.learning_rate": SHARE * trained.diffusion.learning_rate,
+        "diffusion.steps": math.ceil(of_steps * trained.diffusion.steps),
+        "diffusion.learning_rate": of_rate * trained.diffusion.learning_rate,
         **given,
     }
     steps = changes["distillation.steps"]

@@ -1,7 +1,10 @@
-"""Distils a rectified flow into few steps, by piecewise rectified flow (PeRFlow, Yan et al. 2024).
+"""Distils a rectified flow into few steps. The times from noise to latent are cut into K windows, one a step.
 
-The times from noise to latent are cut into K windows. In each, the student learns the straight line between the two
+Piecewise rectified flow (PeRFlow, Yan et al. 2024): in each window the student learns the straight line between the two
 points at which the teacher's path enters and leaves it. Its K Euler steps then end where the teacher's many steps do.
+
+Distribution matching (DMD2, Yin et al. 2024): the clean latents that the student predicts at each of its own steps are
+to be distributed as the teacher's. A critic, a flow that learns the student's samples, knows how they are distributed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from torch.nn import functional as F
 
 from pvdm_fast.diffusion.flow import interpolate, shifted
 from pvdm_fast.models.noise_schedule import TRAIN_STEPS
+
+SMALLEST_SCALE = 1e-3  # of latents, whose deviation is about 1
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """Maps a latent (B, D, N) and times (B,) in [0, 1] to noise - latent (B, D, N), as expected there."""
@@ -77,6 +82,39 @@ def distillation_loss(
     with torch.no_grad():
         mean = (follow(teacher, latent, times, euler=euler) - latent) / (end - start).view(-1, 1, 1)
     return F.mse_loss(student(latent, start).float(), mean)
+
+
+def predicted_latent(latent: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
+    """The clean latent (B, D, N) in float32 that a velocity at ``time`` (B,) stands for."""
+    return latent.float() - time.view(-1, 1, 1) * velocity.float()
+
+
+def matching_gradient(
+    teacher: Velocity, critic: Velocity, sample: Tensor, noise: Tensor, time: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the student's samples should not go, and the critic's own error on them.
+
+    From the noisy samples, critic and teacher predict clean latents. Their difference is proportional to the gradient
+    of the Kullback-Leibler divergence between both distributions at that noise (Yin et al. 2024, DMD). Each clip's is
+    divided by the mean absolute distance of the teacher's prediction from the sample, as there.
+
+    Args:
+        teacher, critic: see `Velocity`. No gradient is taken of them.
+        sample: what the student predicts (B, D, N).
+        noise: standard normal (B, D, N).
+        time: (B,) in (0, 1).
+
+    Returns:
+        The gradient (B, D, N) at the samples, and the critic's mean squared error, a scalar. Both are float32.
+    """
+    sample = sample.detach().float()
+    latent = interpolate(sample, noise, time)
+    with torch.no_grad():
+        wanted, found = teacher(latent, time).float(), critic(latent, time).float()
+        right = predicted_latent(latent, wanted, time)
+        difference = predicted_latent(latent, found, time) - right
+        scale = (sample - right).abs().mean((1, 2), keepdim=True)
+        return difference / scale.clamp_min(SMALLEST_SCALE), F.mse_loss(found, noise - sample)
 
 
 def network_times(times: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pvdm_fast.losses.patchgan import Discriminators, frames_of
 from pvdm_fast.losses.psnr import psnr
 from pvdm_fast.training.config import TrainConfig
 from pvdm_fast.training.hyperparameters import AdversarialOptions
+from pvdm_fast.training.second_model import KnownGradient, SecondModel
 from pvdm_fast.training.stages import WHOLE, AutoencoderStage, Classes, Labelled
 
 if TYPE_CHECKING:
@@ -73,84 +74,32 @@ def check_second_phase(config: TrainConfig, height: int, width: int, accelerator
     return lines
 
 
-class _KnownGradient(torch.autograd.Function):
-    """The value of a loss whose gradient at ``sample`` is already known."""
+class Adversary(SecondModel):
+    """The discriminators, see `SecondModel`."""
 
-    @staticmethod
-    def forward(sample: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, gradient_output: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient_output * gradient, None, None
-
-
-class Adversary:
-    """The discriminators, their optimizer and, for float16, their loss scale."""
+    nets: Discriminators
 
     def __init__(self, options: AdversarialOptions, seed: int) -> None:
         self.options = options
         with torch.random.fork_rng(devices=[]):  # so that the run's other random numbers don't depend on them
             torch.manual_seed(seed)
-            self.nets = Discriminators(options.channels, options.norm)
+            nets = Discriminators(options.channels, options.norm)
+        settings: dict[str, Any] = {"lr": options.learning_rate, "betas": BETAS, "fused": True}
+        super().__init__(nets, lambda nets: torch.optim.AdamW(nets.parameters(), **settings))
 
     def prepare(self, accelerator: Accelerator) -> None:
-        """Move and wrap the discriminators. With data parallelism their gradients are averaged."""
-        self.accelerator = accelerator
+        """As of `SecondModel`. All processes share their batch statistics."""
         if self.options.norm == "batch" and accelerator.num_processes > 1:
             self.nets = nn.SyncBatchNorm.convert_sync_batchnorm(self.nets)
-        self.nets.to(accelerator.device)
-        self.prepared = accelerator.prepare_model(self.nets)
-        self.optimizer = torch.optim.AdamW(
-            self.nets.parameters(), lr=self.options.learning_rate, betas=BETAS, fused=True
-        )
-        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=accelerator.scaler is not None)
+        super().prepare(accelerator)
 
-    def backward(self, real: Tensor, fake: Tensor, frames: Tensor, share: float) -> dict[str, Tensor]:
+    def judge(self, real: Tensor, fake: Tensor, frames: Tensor, share: float) -> dict[str, Tensor]:
         """Add ``share`` of a batch's gradients. Returns what to record."""
         with self.accelerator.autocast():
             terms = self.prepared(real, fake, frames, self.options.r1)
-        self.scaler.scale(terms.loss * share).backward()
+        self.backward(terms.loss * share)
         values = {"d_loss": terms.loss.detach(), "d_real": terms.real, "d_fake": terms.fake}
         return values | ({"r1": terms.penalty} if self.options.r1 > 0 else {})
-
-    def clip(self) -> Tensor:
-        """Clip the gradients of each net; their norm, of both together."""
-        self.scaler.unscale_(self.optimizer)
-        nets = (self.nets.image, self.nets.clip)
-        norms = [nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM) for net in nets]
-        return torch.hypot(*norms)
-
-    def step(self, norm: float) -> None:
-        """One optimizer step with the clipped gradients, left out where their ``norm`` is not finite."""
-        if math.isfinite(norm) or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def abandon(self) -> None:
-        """Leave a step out whose gradients have been clipped."""
-        if self.scaler.is_enabled():
-            self.scaler.update(self.scaler.get_scale())  # as it was: else the next clipping would be refused
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "nets": self.nets.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.nets.load_state_dict(state["nets"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate
-        if self.scaler.is_enabled() and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
 
 
 class SecondPhaseStage(AutoencoderStage):
@@ -217,7 +166,7 @@ class SecondPhaseStage(AutoencoderStage):
             self._add({"g_loss": terms.hinge, "feature_matching": terms.feature_matching, "adversarial_weight": weight})
             if self.trains_adversary:
                 self._for_the_adversary = (video, leaf.detach(), frames)
-        loss: Tensor = _KnownGradient.apply(sample, gradient, value.detach())
+        loss: Tensor = KnownGradient.apply(sample, gradient, value.detach())
         return loss
 
     @torch.no_grad()
@@ -262,7 +211,7 @@ class SecondPhaseStage(AutoencoderStage):
 
     def after_backward(self) -> None:
         if self.adversary is not None and self._for_the_adversary is not None:
-            self._add(self.adversary.backward(*self._for_the_adversary, share=1 / self.options.accumulate))
+            self._add(self.adversary.judge(*self._for_the_adversary, share=1 / self.options.accumulate))
             self._for_the_adversary = None
 
     def measured(self) -> dict[str, Tensor]:
@@ -270,7 +219,8 @@ class SecondPhaseStage(AutoencoderStage):
             zip(self._sums, torch.stack(list(self._sums.values())).float() / self.options.accumulate, strict=True)
         )
         if self.adversary is not None and self.trains_adversary:
-            found["d_gradient_norm"] = self.adversary.clip()
+            nets = self.adversary.nets
+            found["d_gradient_norm"] = self.adversary.clip(CLIP_NORM, nets.image, nets.clip)
         return found
 
     def after_step(self, measured: Mapping[str, float]) -> None:

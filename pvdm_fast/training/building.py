@@ -21,6 +21,7 @@ from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import OPTIONS, STAGES, TrainConfig, get, make_config
 from pvdm_fast.training.distilling import DistillationStage
 from pvdm_fast.training.initialisation import HEADS, find_autoencoder, find_denoiser, initialise, read_source
+from pvdm_fast.training.matching import MatchingStage
 from pvdm_fast.training.options import flag
 from pvdm_fast.training.presets import (
     AUTOENCODER_SIZES,
@@ -128,7 +129,8 @@ def make_stage(
     if config.fsdp and accelerator.num_processes > 1:
         shard(model, accelerator.device, accelerator.num_processes)
     if teacher is not None:
-        return DistillationStage(config, autoencoder, denoiser, teacher)
+        kind = MatchingStage if config.distillation.method == "distribution" else DistillationStage
+        return kind(config, autoencoder, denoiser, teacher)
     if name == "diffusion":
         return DiffusionStage(config, autoencoder, denoiser)
     return (SecondPhaseStage if wants_second_phase(config) else AutoencoderStage)(config, autoencoder)

@@ -42,6 +42,7 @@ class DistillationStage(DiffusionStage):
         self.teacher_is_distilled = taught is not None
         wanted = self.distillation.solver_steps if taught is None else taught
         self.solver_steps = math.ceil(wanted / self.windows)
+        self.shift = float(student.config["time_shift"])
 
     def to(self, device: torch.device) -> None:
         super().to(device)
@@ -63,20 +64,14 @@ class DistillationStage(DiffusionStage):
         time: Tensor,
         labels: Tensor | None,
     ) -> Tensor:
-        classed = {} if labels is None else {"class_labels": labels}
-
-        def student(latent: Tensor, time: Tensor) -> Tensor:
-            sample: Tensor = model(latent, network_times(time), condition=condition, **classed).sample
-            return sample
-
         return distillation_loss(
-            student,
+            velocity_of(model, condition, labels),
             self._taught(condition, labels),
             target,
             noise,
             time,
             windows=self.windows,
-            shift=float(self.model.config["time_shift"]),
+            shift=self.shift,
             solver_steps=self.solver_steps,
             euler=self.teacher_is_distilled,
         )
@@ -91,11 +86,22 @@ class DistillationStage(DiffusionStage):
         return velocity
 
 
+def velocity_of(model: nn.Module, condition: Tensor, labels: Tensor | None) -> Velocity:
+    """A denoiser's velocity, given the clip before and the class numbers of each clip, if it has any."""
+    classed = {} if labels is None else {"class_labels": labels}
+
+    def velocity(latent: Tensor, time: Tensor) -> Tensor:
+        sample: Tensor = model(latent, network_times(time), condition=condition, **classed).sample
+        return sample
+
+    return velocity
+
+
 def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
     """Raises UserError where ``teacher``, the denoiser of --init-from, can't teach what the options ask for."""
     options = config.distillation
     if options.steps is None:
-        for name in ("solver_steps", "guidance"):
+        for name in ("method", "solver_steps", "guidance"):
             if getattr(options, name) != getattr(type(options), name):
                 given = flag(OPTIONS[f"distillation.{name}"])
                 raise UserError(f"{given} does nothing without --distillation-steps: give that too, or leave it out")
@@ -126,6 +132,14 @@ def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
         raise UserError(
             f"the denoiser in {place} has {have}, and its student can't differ: change --diffusion-class-conditional"
         )
+    if options.method == "path":
+        _check_path(config, teacher)
+    else:
+        _check_distribution(config, teacher)
+
+
+def _check_path(config: TrainConfig, teacher: Denoiser) -> None:
+    options, place = config.distillation, config.init_from
     taught, shift = teacher.config["distilled_steps"], config.diffusion.time_shift
     if taught is None:
         return
@@ -138,4 +152,20 @@ def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
         raise UserError(
             f"the denoiser in {place} was distilled for {taught} steps itself: take a number that divides it with "
             f"--distillation-steps, its --diffusion-time-shift {teacher.config['time_shift']:g}, and no guidance"
+        )
+
+
+def _check_distribution(config: TrainConfig, teacher: Denoiser) -> None:
+    if teacher.config["distilled_steps"] is not None:
+        raise UserError(
+            f"the denoiser in {config.init_from} was distilled itself, and knows its own steps only: "
+            "name the run of the flow that taught it, or choose --distillation-method path"
+        )
+    if config.distillation.solver_steps != type(config.distillation).solver_steps:
+        raise UserError(
+            "--distillation-solver-steps belongs to --distillation-method path: choose that too, or leave it out"
+        )
+    if config.fsdp:
+        raise UserError(
+            "--fsdp doesn't cut the critic of --distillation-method distribution: choose --no-fsdp, or path"
         )

@@ -267,9 +267,15 @@ class DistillationOptions:
         "train the flow itself",
         number=whole(1, 100),
     )
+    method: Literal["distribution", "path"] = option(
+        "distribution",
+        "distribution: the student's samples are to be distributed as the teacher's (Yin et al. 2024); path: its steps "
+        "are to end where the teacher's path does (PeRFlow, Yan et al. 2024)",
+    )
     solver_steps: int = option(
         8,
-        "the teacher's steps from noise to latent, two passes each (Heun's method), shared out among the student's",
+        "path: the teacher's steps from noise to latent, two passes each (Heun's method), shared out among the "
+        "student's",
         number=whole(1, 1000),
         resumable=True,
     )

@@ -100,17 +100,24 @@ def resumption(resume: Path, request: Request) -> Resumption:
 
 def _own_values(run: RunFolder) -> dict[str, Any]:
     """What config.yaml says. Earlier versions left sizes open: those of the run's own autoencoder fill them."""
-    values = given(read_changes(run.config))
+    values = _with_method(given(read_changes(run.config)))
     if not values.keys() >= SIZES and (run.autoencoder / "config.json").is_file():
         values = {**autoencoder_sizes(find_autoencoder(run.autoencoder).config), **values}
     return values
+
+
+def _with_method(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's options. Earlier versions distilled by one method, and didn't name it."""
+    if values.get("distillation.steps") is None:
+        return values
+    return {"distillation.method": "path", **values}
 
 
 def _values_at_checkpoint(run: RunFolder) -> dict[str, Any]:
     """Every option as it was at the newest checkpoint; nothing where none says it."""
     for place in reversed(checkpoint.found(run.checkpoints)):
         with suppress(UserError):  # an earlier version's, which has none, or a damaged one
-            return values_of(make_config(read_changes(place.path / checkpoint.CONFIG)))
+            return values_of(make_config(_with_method(read_changes(place.path / checkpoint.CONFIG))))
     return {}
 
 

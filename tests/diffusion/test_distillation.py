@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pvdm_fast.diffusion.distillation import distillation_loss, follow, window_ends
+from pvdm_fast.diffusion.distillation import (
+    distillation_loss,
+    follow,
+    matching_gradient,
+    predicted_latent,
+    window_ends,
+)
 from pvdm_fast.diffusion.flow import sampling_times
 
 MEAN, STD = 0.3, 0.15
@@ -137,3 +143,56 @@ def test_only_the_student_gets_gradients() -> None:
     distillation_loss(student, teacher, latent, noise, window, windows=2, shift=SHIFT, solver_steps=2).backward()  # type: ignore[no-untyped-call]
     assert student.slope.grad is not None and bool(student.slope.grad.isfinite().all())
     assert teacher.slope.grad is None
+
+
+def exact_velocity(mean: Tensor, deviation: Tensor) -> Any:
+    """The flow of latents N(mean, deviation^2)."""
+
+    def flow(latent: Tensor, time: Tensor) -> Tensor:
+        t = time.view(-1, 1, 1)
+        slope = (t - (1 - t) * deviation**2) / ((1 - t) ** 2 * deviation**2 + t**2)
+        return slope * (latent - (1 - t) * mean) - mean
+
+    return flow
+
+
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_matched_students_sample_the_teachers_distribution(windows: int) -> None:
+    """With a critic that knows the samples exactly, every window's prediction becomes N(MEAN, STD^2) to 1e-2.
+
+    A student that is affine has but one increasing map to that: the exact one.
+    """
+    student = Affine(windows)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    for step in range(1500):
+        generator = torch.Generator().manual_seed(step)
+        _, start = draw(64, seed=step)
+        with torch.no_grad():
+            for before in range(step % windows):
+                ends = window_ends(torch.full((64,), before), windows, SHIFT)
+                start = follow(student, start, ends, euler=True)
+        time = window_ends(torch.full((64,), step % windows), windows, SHIFT)[0]
+        sample = predicted_latent(start, student(start, time), time)
+        critic = exact_velocity(sample.detach().mean(), sample.detach().std())
+        noise, times = torch.randn(sample.shape, generator=generator), 0.05 + 0.9 * torch.rand(64, generator=generator)
+        gradient, _ = matching_gradient(velocity, critic, sample, noise, times)
+        optimizer.zero_grad()
+        sample.backward(gradient / gradient.numel())  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    _, noise = draw(256, seed=1)
+    error = (sampled(student, noise, windows) - (MEAN + STD * noise)).square().mean().sqrt()
+    assert error < 1e-2
+
+
+def test_no_gradient_where_the_samples_are_the_teachers() -> None:
+    latent, noise = draw(64)
+    time = torch.linspace(0.05, 0.95, 64)
+    gradient, error = matching_gradient(velocity, velocity, latent, noise, time)
+    assert not gradient.any()
+    assert error > 0, "even the exact flow cannot tell the noise"
+    higher = exact_velocity(torch.tensor(MEAN + 0.1), torch.tensor(STD))
+    gradient, _ = matching_gradient(velocity, higher, (latent + 0.1).requires_grad_(), noise, time)
+    assert bool((gradient > 0).all()), "samples that lie too high go down"
+    assert not gradient.requires_grad

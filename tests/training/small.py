@@ -55,10 +55,10 @@ def steps(number: int) -> list[str]:
     return ["--autoencoder-steps", str(number), "--diffusion-steps", str(number)]
 
 
-def losses(run: Path, stage: str) -> list[tuple[int, float, float]]:
-    """(step, loss, gradient norm) of every recorded step of a stage."""
+def losses(run: Path, stage: str) -> list[tuple[int, float, float | None]]:
+    """(step, loss, gradient norm, if the model was trained) of every recorded step of a stage."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"], r["gradient_norm"]) for r in records if r["stage"] == stage and "loss" in r]
+    return [(r["step"], r["loss"], r.get("gradient_norm")) for r in records if r["stage"] == stage and "loss" in r]
 
 
 def weights(run: Path, model: str) -> dict[str, torch.Tensor]:

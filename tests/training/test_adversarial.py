@@ -133,7 +133,7 @@ def test_discriminators_learn_from_every_batch_and_are_clipped_to_1() -> None:
         assert_close(gradient, parameter.grad, tolerances.SECOND_PHASE_GRADIENT)
         parameter.grad.mul_(1e6)
     before = [parameter.detach().clone() for parameter in parameters]
-    adversary.step(adversary.clip().item())
+    adversary.step(adversary.clip(1.0, adversary.nets.image, adversary.nets.clip).item())
     for net in (adversary.nets.image, adversary.nets.clip):
         norm = torch.stack([parameter.grad.norm() for parameter in net.parameters()]).norm()
         assert norm.item() == pytest.approx(1, rel=1e-4)

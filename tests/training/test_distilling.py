@@ -37,10 +37,22 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture(scope="module")
-def student(teacher: Path) -> Path:
+TWO = ("--steps", "2", "--guidance", "1")
+
+
+@pytest.fixture(scope="module", params=["distribution", "path"])
+def student(teacher: Path, request: pytest.FixtureRequest) -> Path:
     """Four steps of training, without interruption, to sample in two."""
-    assert distill([str(teacher), "--steps", "2", "--guidance", "1", "--training-steps", "4"]) == 0
+    run = teacher.with_name(request.param)
+    method = ["--method", request.param] if request.param == "path" else []
+    assert distill([str(teacher), *TWO, *method, "--training-steps", "4", "--out", str(run)]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def guide(teacher: Path) -> Path:
+    """A student that can teach: it follows its teacher's path."""
+    assert distill([str(teacher), *TWO, "--method", "path", "--training-steps", "1"]) == 0
     return teacher.with_name("run-2-steps")
 
 
@@ -75,8 +87,9 @@ def test_out_of_memory_is_said_with_the_estimate_and_its_own_options(
 
 
 def test_a_resumed_distillation_is_the_same(teacher: Path, student: Path, tmp_path: Path) -> None:
+    """Also between the critic's turns and the student's."""
     run = tmp_path / "run"
-    assert distill([str(teacher), "--steps", "2", "--guidance", "1", "--training-steps", "2", "--out", str(run)]) == 0
+    assert distill([str(teacher), *TWO, "--method", student.name, "--training-steps", "2", "--out", str(run)]) == 0
     assert train(["--resume", str(run), "--diffusion-steps", "4"]) == 0
     assert losses(run, "diffusion") == losses(student, "diffusion")
     assert same_weights(run, student, "denoiser")
@@ -91,24 +104,14 @@ def test_the_students_folder_stands_beside_the_teachers(teacher: Path, monkeypat
     assert parse(["."]).run == teacher.with_name("run-4-steps")
 
 
-def test_guidance_is_learned_along(teacher: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@pytest.mark.parametrize(("method", "steps"), [("distribution", 3), ("path", 1)])
+def test_guidance_is_learned_along(teacher: Path, tmp_path: Path, method: str, steps: int) -> None:
+    shared = [*SMALL, *FLOW[:-2], "--stage", "diffusion", "--init-from", str(teacher), "--diffusion-steps", str(steps)]
     options = ["--diffusion-conditional-probability", "1", "--diffusion-sampling-steps", "50"]
-    again = [
-        *SMALL,
-        *FLOW[:-2],
-        *options,
-        "--stage",
-        "diffusion",
-        "--init-from",
-        str(teacher),
-        "--diffusion-steps",
-        "1",
-    ]
-    for name, guidance in (("without", "0"), ("with", "2")):
-        more = ["--distillation-steps", "2", "--distillation-guidance", guidance]
-        assert train([*again, *more, "--run", str(run / name)]) == 0
-    assert losses(run / "without", "diffusion") != losses(run / "with", "diffusion")
+    for guidance in ("0", "2"):
+        more = ["--distillation-steps", "2", "--distillation-method", method, "--distillation-guidance", guidance]
+        assert train([*shared, *options, *more, "--run", str(tmp_path / guidance)]) == 0
+    assert not same_weights(tmp_path / "0", tmp_path / "2", "denoiser")
 
 
 def test_it_is_sampled_without_being_told(student: Path, tmp_path: Path) -> None:
@@ -170,10 +173,10 @@ def test_evaluation_takes_the_students_steps(student: Path, tmp_path: Path) -> N
     assert (sampling["steps"], sampling["scheduler"]) == (2, "euler")
 
 
-def test_a_student_teaches_in_its_own_steps(student: Path, tmp_path: Path) -> None:
+def test_a_student_teaches_in_its_own_steps(guide: Path, tmp_path: Path) -> None:
     """One pass for each of the two: the student's student is taught by Euler steps at the same times."""
     run = tmp_path / "one"
-    assert distill([str(student), "--steps", "1", "--training-steps", "1", "--out", str(run)]) == 0
+    assert distill([str(guide), "--steps", "1", "--method", "path", "--training-steps", "1", "--out", str(run)]) == 0
     assert Denoiser.load_config(run / "denoiser")["distilled_steps"] == 1
     assert Denoiser.load_config(run / "teacher")["distilled_steps"] == 2
 
@@ -181,16 +184,20 @@ def test_a_student_teaches_in_its_own_steps(student: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "3"], "was distilled for 2 steps itself: take a number that divides it with --steps"),
-        (["--steps", "1", "--guidance", "1"], "and no guidance"),
-        (["--steps", "1", "--solver-steps", "5"], "error: --solver-steps does nothing here"),
+        (
+            ["--steps", "1"],
+            "and knows its own steps only: name the run of the flow that taught it, or choose --method path",
+        ),
+        (["--method", "path", "--steps", "3"], "for 2 steps itself: take a number that divides it with --steps"),
+        (["--method", "path", "--steps", "1", "--guidance", "1"], "and no guidance"),
+        (["--method", "path", "--steps", "1", "--solver-steps", "5"], "error: --solver-steps does nothing here"),
     ],
 )
 def test_what_a_student_cannot_teach_is_refused(
-    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     run = tmp_path / "run"
-    assert distill([str(student), *options, "--out", str(run)]) == 2
+    assert distill([str(guide), *options, "--out", str(run)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
     assert not run.exists()
@@ -209,7 +216,13 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     two = ["--distillation-steps", "2"]
     assert_refused([*flow, *two], "needs --stage diffusion and a trained flow", run, capsys)
     assert_refused([*flow, *two, *of_teacher], "needs --stage diffusion and a trained flow", run, capsys)
-    assert_refused([*flow, "--distillation-guidance", "1"], "does nothing without --distillation-steps", run, capsys)
+    for name, value in (("guidance", "1"), ("method", "path")):
+        alone = [f"--distillation-{name}", value]
+        assert_refused([*flow, *alone], "does nothing without --distillation-steps", run, capsys)
+    assert distill([str(teacher), "--solver-steps", "4", "--out", str(run)]) == 2
+    assert "--solver-steps belongs to --method path" in capsys.readouterr().err
+    sharded = ["--stage", "diffusion", *of_teacher, *two, "--fsdp", "--optimizer", "adamw"]
+    assert_refused([*flow, *sharded], "--fsdp doesn't cut the critic", run, capsys)
     guided = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-guidance", "1"]
     assert_refused([*flow, *guided], "learns along with --distillation-guidance", run, capsys)
     other = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-scheduler", "heun"]
