@@ -12,7 +12,8 @@ estimate what fits no machine. For the time some steps are measured (`pvdm_fast.
 - checkpoint: weights, both moments of the optimizer, and for diffusion the averaged weights.
 
 Not counted: scratch memory inside kernels, fragmentation in the allocator, the program itself (about 0.6 GiB with
-PyTorch on a CPU, 0.5 to 1 GiB for a CUDA context), and the autoencoder's adversarial phase.
+PyTorch on a CPU, 0.5 to 1 GiB for a CUDA context), the autoencoder's adversarial phase, and what a distillation's
+teacher and critic compute (what stands of them is counted).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Estimate:
     """Bytes, and FLOPs of one optimizer step.
 
     batch: clips per forward pass. averaged: the EMA's weights. frozen: the autoencoder that the diffusion stage encodes
-    with. Its share of `flops` is `frozen_flops`. at_work: includes gradients.
+    with. Its share of `flops` is `frozen_flops`. teaching: a distillation's teacher, and its critic with its moments.
+    at_work: includes gradients.
     """
 
     stage: str
@@ -54,6 +56,7 @@ class Estimate:
     optimizer: int
     averaged: int
     frozen: int
+    teaching: int
     saved: int
     at_work: int
     flops: int
@@ -63,22 +66,25 @@ class Estimate:
     @property
     def standing(self) -> int:
         """Bytes that stay between steps."""
-        return self.weights + self.optimizer + self.averaged + self.frozen
+        return self.weights + self.optimizer + self.averaged + self.frozen + self.teaching
 
     @property
     def peak(self) -> int:
         return self.standing + max(self.at_work, self.gradients)
 
     def table(self) -> str:
-        parts = ("weights", "gradients", "optimizer", "averaged", "frozen", "saved", "at_work", "peak", "checkpoint")
+        parts = ("weights", "gradients", "optimizer", "averaged", "frozen", "teaching", "saved", "at_work", "peak")
         names = {
             "averaged": "averaged weights",
             "frozen": "frozen autoencoder",
+            "teaching": "teacher and critic",
             "saved": "saved for backward",
             "at_work": "at work, at most",
         }
         rows = [
-            (names.get(part, part), f"{getattr(self, part) / GIB:.3f} GiB") for part in parts if getattr(self, part)
+            (names.get(part, part), f"{getattr(self, part) / GIB:.3f} GiB")
+            for part in (*parts, "checkpoint")
+            if getattr(self, part)
         ]
         rows.append(("FLOPs a step", f"{self.flops / 1e12:.4g} T"))
         if self.frozen_flops:
@@ -133,6 +139,8 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
     trained = sum(parameter.nbytes for parameter in parameters)
     moments = state_bytes(config.optimizer, model)
     averaged = trained if stage == "diffusion" else 0
+    distils = stage == "diffusion" and config.distillation.steps is not None
+    critic = weights + moments if distils and config.distillation.method == "distribution" else 0
     options = getattr(config, stage)
     return Estimate(
         stage=stage,
@@ -143,11 +151,12 @@ def estimate(config: TrainConfig, stage: str) -> Estimate:
         optimizer=moments,
         averaged=averaged,
         frozen=_bytes(frozen) if frozen is not None else 0,
+        teaching=critic + (weights if distils else 0),
         saved=saved,
         at_work=live.peak,
         flops=count.total * options.accumulate,
         frozen_flops=encoding.total * options.accumulate,
-        checkpoint=weights + moments + averaged,
+        checkpoint=weights + moments + averaged + critic,
     )
 
 

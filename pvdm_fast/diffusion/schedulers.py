@@ -277,13 +277,14 @@ def scheduler_name(name: str, prediction: str, called: str = "the scheduler") ->
 
 def fitting_name(denoiser: Denoiser, name: str) -> str:
     """The name that "auto" stands for with this denoiser, any other as it is. Raises UserError if it doesn't fit."""
+    own = denoiser.config.get("sampling_scheduler", "auto")
     if not _distilled(denoiser):
-        own = denoiser.config.get("sampling_scheduler", "auto")
         return scheduler_name(own if name == "auto" else name, denoiser.config.get("prediction", "noise"))
     check_name(name)
-    if name not in ("auto", "euler"):
-        raise UserError(f"this denoiser was distilled for euler, not {name}: leave the scheduler out")
-    return "euler"
+    taught = "euler" if own == "auto" else own
+    if name not in ("auto", taught):
+        raise UserError(f"this denoiser was distilled for {taught}, not {name}: leave the scheduler out")
+    return str(taught)
 
 
 def _distilled(denoiser: Denoiser) -> bool:
@@ -301,9 +302,11 @@ def scheduler_of(denoiser: Denoiser, scheduler: str | Any) -> Any:
     if isinstance(scheduler, str):
         return make_scheduler(fitting_name(denoiser, scheduler), prediction, shift)
     kind = type(scheduler).__name__
-    plain = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.get("stochastic_sampling")
-    if _distilled(denoiser) and not plain:
-        raise UserError(f"this denoiser was distilled for euler, not {kind}: take the scheduler of scheduler_of")
+    if _distilled(denoiser):
+        taught = fitting_name(denoiser, "auto")
+        stochastic = bool(scheduler.config.get("stochastic_sampling")) == (taught == "stochastic")
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or not stochastic:
+            raise UserError(f"this denoiser was distilled for {taught}, not {kind}: take the scheduler of scheduler_of")
     if _takes_velocity(scheduler) != (prediction == "flow"):
         raise UserError(
             f"{kind} doesn't go with this denoiser, which predicts {prediction}: choose one of "

@@ -78,13 +78,16 @@ def _check_attention(attention_resolutions: Sequence[int]) -> None:
 
 
 def _check_sampling(steps: int | None, scheduler: str, guidance: float, distilled: bool) -> None:
-    """Raises ValueError for ways to sample that no denoiser has, or for any beside that of a distilled one."""
+    """Raises ValueError for ways to sample that no denoiser has, or that a distilled one can't have."""
     if steps is not None and steps < 1:
         raise ValueError(f"sampling_steps {steps} must be 1 or more.")
     if not math.isfinite(guidance) or guidance < 0:
         raise ValueError(f"sampling_guidance {guidance} must be 0 or more.")
-    if distilled and (steps, scheduler, guidance) != (None, "auto", 0):
-        raise ValueError("A distilled denoiser has its own way to be sampled: leave out what begins with sampling_.")
+    if distilled and (steps is not None or scheduler not in ("auto", "stochastic") or guidance != 0):
+        raise ValueError(
+            "A distilled denoiser has its own steps and guidance: leave out what begins with sampling_, but for "
+            "sampling_scheduler 'stochastic' where it was distilled for that."
+        )
 
 
 class PlanePositions(nn.Module):
@@ -132,7 +135,8 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
         class_names: their names, in the order of their numbers.
         sampling_steps, sampling_scheduler, sampling_guidance: how it is sampled where nothing else is asked for: the
             number of steps (None: 50), the name of the scheduler (`pvdm_fast.diffusion.schedulers`), and the weight of
-            classifier-free guidance (`pvdm_fast.diffusion.guidance`). Not for a distilled denoiser.
+            classifier-free guidance (`pvdm_fast.diffusion.guidance`). A distilled denoiser has but the scheduler that
+            it was distilled for: "auto" (which is "euler") or "stochastic".
 
     Raises:
         ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; a

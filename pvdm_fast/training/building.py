@@ -19,7 +19,7 @@ from pvdm_fast.jobs.processes import TIMEOUT, Processes
 from pvdm_fast.jobs.reading import read_json
 from pvdm_fast.training.adversarial import SecondPhaseStage, wants_second_phase
 from pvdm_fast.training.config import OPTIONS, STAGES, TrainConfig, get, make_config
-from pvdm_fast.training.distilling import DistillationStage
+from pvdm_fast.training.distilling import SAMPLERS, DistillationStage
 from pvdm_fast.training.initialisation import HEADS, find_autoencoder, find_denoiser, initialise, read_source
 from pvdm_fast.training.matching import MatchingStage
 from pvdm_fast.training.options import flag
@@ -189,9 +189,9 @@ def make_denoiser(config: TrainConfig, autoencoder: Autoencoder, names: Sequence
 
 
 def _sampling(config: TrainConfig) -> dict[str, Any]:
-    """How the denoiser is to be sampled, as its arguments. A student has its own way."""
+    """How the denoiser is to be sampled, as its arguments. A student has its method's way."""
     if config.distillation.steps is not None:
-        return {}
+        return {"sampling_scheduler": SAMPLERS[config.distillation.method]}
     return {key.rpartition(".")[2]: get(config, key) for key in SAMPLING_OPTIONS}
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
 
 
+SAMPLERS = {"distribution": "stochastic", "path": "auto"}  # by which a method's students are sampled
 TIMES = ("time_mean", "time_std")  # of the options: they would change nothing here
 
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from pvdm_fast.diffusion.distillation import (
     Velocity,
-    follow,
     matching_gradient,
     predicted_latent,
     window_ends,
@@ -41,8 +40,9 @@ LEAST_TIME, LARGEST_TIME = 0.02, 0.98  # of comparisons: at 0 nothing is left to
 class MatchingStage(DistillationStage):
     """The student's samples are to be distributed as the teacher's, see `pvdm_fast.diffusion.distillation`.
 
-    Student and critic begin with the teacher's weights, and take turns. In the student's turn its own Euler steps lead
-    from noise to a random one of its windows, whose prediction is judged. Clips give conditions and classes only.
+    Student and critic begin with the teacher's weights, and take turns. In the student's turn its own steps lead from
+    noise to a random one of its windows, whose prediction is judged. Between steps the prediction gets new noise, as in
+    sampling. Clips give conditions and classes only.
     """
 
     def __init__(self, config: TrainConfig, autoencoder: Autoencoder, student: Denoiser, teacher: Denoiser) -> None:
@@ -76,16 +76,17 @@ class MatchingStage(DistillationStage):
         """The critic's error on the student's samples. In the student's turn its gradient is that of the matching."""
         target, condition = self._latents(video, generator, share)
         clips, shape = share.world * len(target), target.shape[1:]
-        drawn = [share.of(torch.randn((clips, *shape), generator=generator)) for _ in range(2)]
+        window = int(torch.randint(self.windows, (), generator=generator))
+        drawn = [share.of(torch.randn((clips, *shape), generator=generator)) for _ in range(window + 2)]
         normal = share.of(torch.randn(clips, generator=generator))
         drawn.append(logit_normal_times(normal, 0.0, 1.0, self.shift).clamp(LEAST_TIME, LARGEST_TIME))
-        window = int(torch.randint(self.windows, (), generator=generator))
         labels = self._labels(classes, len(target), generator, share)
         drawn += [] if labels is None else [labels]
-        start, noise, time, *classed = to_device(drawn, target.device)
-        labels = classed[0] if classed else None
+        moved = to_device(drawn, target.device)
+        labels = None if labels is None else moved.pop()
+        *steps, noise, time = moved
         learns = self.trains_model and self.model.training
-        sample = self._sample(velocity_of(model, condition, labels), start, window, learns)
+        sample = self._sample(velocity_of(model, condition, labels), steps, learns)
         critic = velocity_of(self.critic.prepared, condition, labels)
         if self.model.training and not self.trains_model:
             error = F.mse_loss(critic(interpolate(sample, noise, time), time).float(), noise - sample)
@@ -96,18 +97,17 @@ class MatchingStage(DistillationStage):
         loss: Tensor = KnownGradient.apply(sample, gradient / gradient.numel(), error)
         return loss
 
-    def _sample(self, student: Velocity, noise: Tensor, window: int, learns: bool) -> Tensor:
-        """The clean latents (B, D, N) that the student predicts in a window, float32."""
-        with torch.no_grad():
-            for before in range(window):
-                noise = follow(student, noise, self._ends(noise, before), euler=True)
-        time = self._ends(noise, window)[0]
-        with torch.set_grad_enabled(learns):
-            return predicted_latent(noise, student(noise, time), time)
-
-    def _ends(self, latent: Tensor, window: int) -> Tensor:
-        number = torch.full((len(latent),), window, device=latent.device)
-        return window_ends(number, self.windows, self.shift)
+    def _sample(self, student: Velocity, noises: list[Tensor], learns: bool) -> Tensor:
+        """The clean latents (B, D, N) in float32 that the student predicts in the last of as many windows as there are
+        noises."""
+        clean = torch.zeros_like(noises[0])
+        for window, noise in enumerate(noises):
+            number = torch.full((len(noise),), window, device=noise.device)
+            start = window_ends(number, self.windows, self.shift)[0]
+            latent = interpolate(clean, noise, start)
+            with torch.set_grad_enabled(learns and window == len(noises) - 1):
+                clean = predicted_latent(latent, student(latent, start), start)
+        return clean
 
     def after_backward(self) -> None:
         if self._loss is not None:

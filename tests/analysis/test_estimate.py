@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import cost, floors
@@ -23,6 +24,8 @@ from pvdm_fast.models import Denoiser
 from pvdm_fast.training import checkpoint
 from pvdm_fast.training.building import make_autoencoder, make_denoiser
 from pvdm_fast.training.config import TrainConfig, make_config
+from pvdm_fast.training.distilling import DistillationStage
+from pvdm_fast.training.matching import MatchingStage
 from pvdm_fast.training.optimizer import make_optimizer
 from pvdm_fast.training.stages import AutoencoderStage, DiffusionStage
 
@@ -70,6 +73,30 @@ def test_the_estimate_is_what_a_step_takes(stage: str, precision: str, checkpoin
     state = {"model": trained.model.state_dict(), "optimizer": optimizer.state_dict(), "stage": trained.state()}
     path = checkpoint.save(tmp_path, stage, 1, state)
     assert found.checkpoint == pytest.approx((path / checkpoint.STATE).stat().st_size, rel=NEAR)
+
+
+@pytest.mark.parametrize("method", ["distribution", "path"])
+def test_a_distillation_keeps_a_teacher_and_perhaps_a_critic(method: str, tmp_path: Path) -> None:
+    plain = {"diffusion__class_conditional": False}
+    distils = config(**plain, distillation__steps=4, distillation__method=method)
+    found, without = estimate(distils, "diffusion"), estimate(config(**plain), "diffusion")
+    autoencoder = make_autoencoder(distils)
+    student, teacher = make_denoiser(distils, autoencoder), make_denoiser(config(**plain), autoencoder)
+    stage = {"distribution": MatchingStage, "path": DistillationStage}[method](distils, autoencoder, student, teacher)
+    weights = sum(tensor.nbytes for tensor in teacher.parameters())
+    critic = 0
+    if isinstance(stage, MatchingStage):
+        stage.critic.prepare(Accelerator(cpu=True))
+        for parameter in stage.critic.nets.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        stage.critic.step(0.0)
+        state = stage.critic.state()
+        path = checkpoint.save(tmp_path, "diffusion", 1, {name: state[name] for name in ("nets", "optimizer")})
+        critic = (path / checkpoint.STATE).stat().st_size
+        assert found.checkpoint - without.checkpoint == pytest.approx(critic, rel=NEAR)
+    assert found.teaching == pytest.approx(weights + critic, rel=NEAR)
+    assert found.peak - without.peak == found.teaching
+    assert "teacher and critic" in found.table()
 
 
 def test_the_release_s_denoiser_computes_in_float32() -> None:

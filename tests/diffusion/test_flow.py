@@ -278,12 +278,17 @@ def test_a_denoiser_s_own_way_to_be_sampled() -> None:
         with pytest.raises(ValueError, match="must be"):
             Denoiser(**FLOW, prediction="flow", **wrong)
     for own in ({"sampling_steps": 4}, {"sampling_guidance": 1.0}, {"sampling_scheduler": "euler"}):
-        with pytest.raises(ValueError, match="has its own way"):
+        with pytest.raises(ValueError, match="has its own steps and guidance"):
             Denoiser(**FLOW, prediction="flow", distilled_steps=4, **own)
     student = Denoiser(**FLOW, prediction="flow", distilled_steps=4)
     assert not scheduler_of(student, "auto").config["stochastic_sampling"]
     for other in ("stochastic", make_scheduler("stochastic", "flow")):
         with pytest.raises(UserError, match="was distilled for euler"):
+            scheduler_of(student, other)
+    student = Denoiser(**FLOW, prediction="flow", distilled_steps=4, sampling_scheduler="stochastic")
+    assert scheduler_of(student, "auto").config["stochastic_sampling"]
+    for other in ("euler", make_scheduler("euler", "flow")):
+        with pytest.raises(UserError, match="was distilled for stochastic"):
             scheduler_of(student, other)
 
 

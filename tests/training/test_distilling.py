@@ -14,7 +14,7 @@ from training.small import SMALL, assert_refused, losses, same_weights, weights
 
 from pvdm_fast import PVDMPipeline
 from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
-from pvdm_fast.diffusion.schedulers import FlowHeunScheduler, FlowUniPCScheduler
+from pvdm_fast.diffusion.schedulers import FlowEulerScheduler, FlowHeunScheduler, FlowUniPCScheduler
 from pvdm_fast.distill import main as distill
 from pvdm_fast.distill import parse
 from pvdm_fast.errors import UserError
@@ -37,6 +37,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+SAMPLER = {"distribution": "stochastic", "path": "euler"}
 TWO = ("--steps", "2", "--guidance", "1")
 
 
@@ -144,7 +145,7 @@ MODELS = ((Autoencoder, "autoencoder"), (Denoiser, "denoiser"))
     ("options", "message"),
     [
         (["--steps", "50"], "distilled to sample in 2 steps, not in 50"),
-        (["--scheduler", "unipc"], "distilled for euler, not unipc"),
+        (["--scheduler", "unipc"], "distilled for SAMPLER, not unipc"),
         (["--guidance", "1", "--frames", "8"], "can't be added to a distilled denoiser"),
         (["--eta", "0"], "--eta is DDIM's"),
     ],
@@ -155,14 +156,17 @@ def test_what_a_student_cannot_sample_is_refused(
     out = tmp_path / "out.npy"
     assert sample([str(student), "--out", str(out), "--device", "cpu", *options]) == 2
     error = capsys.readouterr().err
+    message = message.replace("SAMPLER", SAMPLER[student.name])
     assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
     assert not out.exists()
 
 
 def test_other_schedulers_are_refused_in_python(student: Path) -> None:
     models = [kind.from_pretrained(student / name).eval() for kind, name in MODELS]
-    for scheduler in (FlowUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), FlowHeunScheduler()):
-        with pytest.raises(UserError, match="distilled for euler"):
+    other = FlowEulerScheduler(stochastic_sampling=SAMPLER[student.name] == "euler")
+    unipc = FlowUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    for scheduler in (unipc, FlowHeunScheduler(), other):
+        with pytest.raises(UserError, match=f"distilled for {SAMPLER[student.name]}"):
             sample_video(*models, SamplingOptions(clips=1, frames=4, scheduler=scheduler))
 
 
@@ -170,7 +174,7 @@ def test_evaluation_takes_the_students_steps(student: Path, tmp_path: Path) -> N
     options = ["--clips", "4", "--samples", "2", "--frames", "4", "--nearest-among", "0", "--device", "cpu"]
     assert evaluate([str(student), *options, "--out", str(tmp_path)]) == 0
     sampling = json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["sampling"]
-    assert (sampling["steps"], sampling["scheduler"]) == (2, "euler")
+    assert (sampling["steps"], sampling["scheduler"]) == (2, SAMPLER[student.name])
 
 
 def test_a_student_teaches_in_its_own_steps(guide: Path, tmp_path: Path) -> None:
