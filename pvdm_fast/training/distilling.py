@@ -166,6 +166,11 @@ def _check_distribution(config: TrainConfig, teacher: Denoiser) -> None:
         raise UserError(
             "--distillation-solver-steps belongs to --distillation-method path: choose that too, or leave it out"
         )
+    if config.early_stop is not None:
+        raise UserError(
+            "--early-stop goes by the held-out loss, which in distribution matching is the critic's and says nothing of "
+            "the student: leave it out"
+        )
     if config.fsdp:
         raise UserError(
             "--fsdp doesn't cut the critic of --distillation-method distribution: choose --no-fsdp, or path"

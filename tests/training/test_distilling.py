@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tolerances import PROCESSES_RECORDS, PROCESSES_WEIGHTS
+from training.jobs import run_job
 from training.small import SMALL, assert_refused, losses, same_weights, weights
+from training.test_processes import distance
 
 from pvdm_fast import PVDMPipeline
 from pvdm_fast.diffusion.sampling import SamplingOptions, sample_video
@@ -22,6 +25,7 @@ from pvdm_fast.evaluate import main as evaluate
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.sample import main as sample
 from pvdm_fast.train import main as train
+from pvdm_fast.training import checkpoint
 from pvdm_fast.training.trainer import Trainer
 
 FLOW = [
@@ -94,6 +98,25 @@ def test_a_resumed_distillation_is_the_same(teacher: Path, student: Path, tmp_pa
     assert train(["--resume", str(run), "--diffusion-steps", "4"]) == 0
     assert losses(run, "diffusion") == losses(student, "diffusion")
     assert same_weights(run, student, "denoiser")
+
+
+@pytest.mark.slow
+def test_two_processes_match_as_one_does(teacher: Path, tmp_path: Path) -> None:
+    """Two turns of each: student and critic learn from the same samples, whatever the number of processes."""
+    job = [*SMALL, *FLOW[:-2], "--diffusion-sampling-steps", "50", "--stage", "diffusion", "--init-from", str(teacher)]
+    job += ["--distillation-steps", "2", "--distillation-guidance", "2", "--diffusion-steps", "6"]
+    assert train([*job, "--run", str(tmp_path / "one")]) == 0
+    run_job([*job, "--run", str(tmp_path / "two")], tmp_path / "log")
+    found, expected = (
+        [[value or 0.0 for value in record] for record in losses(tmp_path / name, "diffusion")]
+        for name in ("two", "one")
+    )
+    np.testing.assert_allclose(found, expected, rtol=PROCESSES_RECORDS)
+    ours, theirs = (checkpoint.load(checkpoint.found(tmp_path / name / "checkpoints")[-1]) for name in ("two", "one"))
+    for state in (ours, theirs):
+        state["critic"] = state["stage"]["critic"]["nets"]
+    for model in ("model", "critic"):
+        assert distance(list(ours[model].values()), list(theirs[model].values())) < PROCESSES_WEIGHTS, model
 
 
 def test_the_students_folder_stands_beside_the_teachers(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +250,8 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert "--solver-steps belongs to --method path" in capsys.readouterr().err
     sharded = ["--stage", "diffusion", *of_teacher, *two, "--fsdp", "--optimizer", "adamw"]
     assert_refused([*flow, *sharded], "--fsdp doesn't cut the critic", run, capsys)
+    early = ["--stage", "diffusion", *of_teacher, *two, "--early-stop", "3"]
+    assert_refused([*flow, *early], "--early-stop goes by the held-out loss", run, capsys)
     guided = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-guidance", "1"]
     assert_refused([*flow, *guided], "learns along with --distillation-guidance", run, capsys)
     other = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-scheduler", "heun"]
