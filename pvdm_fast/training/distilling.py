@@ -168,8 +168,8 @@ def _check_distribution(config: TrainConfig, teacher: Denoiser) -> None:
         )
     if config.early_stop is not None:
         raise UserError(
-            "--early-stop goes by the held-out loss, which in distribution matching is the critic's and says nothing of "
-            "the student: leave it out"
+            "--early-stop goes by the held-out loss, which in distribution matching is the critic's and says nothing "
+            "of the student: leave it out"
         )
     if config.fsdp:
         raise UserError(
