@@ -70,6 +70,7 @@ def test_a_batch_that_never_comes_is_one_sentence(monkeypatch: pytest.MonkeyPatc
     assert time.monotonic() - started < 30, "the stuck worker is not waited for"
 
 
+@pytest.mark.slow
 def test_a_file_in_hand_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     hurry(monkeypatch)
     batches = take(make_loader(Slow("reads"), batch_size=2, workers=1), 4)

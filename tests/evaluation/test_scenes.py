@@ -140,6 +140,7 @@ def test_kinds_right_counts_objects(judge: SceneJudge) -> None:
     assert math.isnan(judge_clips(empty, originals=empty, judge=judge)["kinds_right"])
 
 
+@pytest.mark.slow
 def test_the_distance_notices_kinds_colours_and_motion(judge: SceneJudge) -> None:
     scenes = held_out(240)
     clips = rendered(scenes, FRAMES)

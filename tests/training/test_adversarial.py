@@ -140,6 +140,7 @@ def test_discriminators_learn_from_every_batch_and_are_clipped_to_1() -> None:
     assert all(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
 
 
+@pytest.mark.slow
 def test_until_it_starts_nothing_is_different(finished: Path, uninterrupted: Path) -> None:
     """Losses and weights are bit-identical to those of a run without this phase."""
     assert losses(uninterrupted, "autoencoder")[:3] == losses(finished, "autoencoder")[:3]

@@ -117,6 +117,7 @@ def test_the_autoencoder_cannot_be_trained_on_latents(
     assert "serve --stage diffusion only" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_can_encode_its_clips_once(trained: Path, tmp_path: Path) -> None:
     """--diffusion-cached-clips trains as on a folder of latents of the same clips. Stopped, it goes on exactly. In the
     end the latents are removed."""

@@ -45,7 +45,7 @@ SAMPLER = {"distribution": "stochastic", "path": "euler"}
 TWO = ("--steps", "2", "--guidance", "1")
 
 
-@pytest.fixture(scope="module", params=["distribution", "path"])
+@pytest.fixture(scope="module", params=["distribution", pytest.param("path", marks=pytest.mark.slow)])
 def student(teacher: Path, request: pytest.FixtureRequest) -> Path:
     """Four steps of training, without interruption, to sample in two."""
     run = teacher.with_name(request.param)

@@ -59,6 +59,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_the_stage_ends_and_the_best_weights_are_kept(stopped: Path) -> None:
     assert result(stopped) == {
         "steps": 8,

@@ -29,6 +29,7 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_flow_is_the_same(flow: Path, tmp_path: Path) -> None:
     """Its latents' statistics too, though the clips that they were measured on are gone."""
     run = tmp_path / "run"

@@ -132,6 +132,7 @@ def test_bytes_of_its_state() -> None:
     assert state_bytes("muon", model) == sum(tensor.nbytes for tensor in held)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both stages by Muon in bf16 where the CPU has it, as the default preset does."""
     options = [*SMALL, "--optimizer", "muon", "--mixed-precision", "bf16", "--diffusion-prediction", "flow"]

@@ -198,6 +198,7 @@ def test_data_without_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert make_config({"preset": "release"}).diffusion.class_conditional is False
 
 
+@pytest.mark.slow
 def test_rendered_scenes_are_sampled_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The classes in turn, with the guidance that the run has, unless something else is asked for."""
     run = tmp_path / "run"
