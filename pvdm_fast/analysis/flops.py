@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from pvdm_fast.analysis.recorder import Recorder, own_operation
 from pvdm_fast.ops.registry import FLOPS
+
+# PyTorch's formulas are those of attention on GPUs. For a CPU's, which takes the same tensors, 2.14 for one has none.
+ON_GPUS = {
+    "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "_scaled_dot_product_flash_attention_backward",
+}
 
 
 def operation_flops(op: str, direction: str, inputs: Sequence[Any]) -> int:
@@ -38,5 +46,7 @@ def product_flops(function: Any, arguments: tuple[Any, ...], options: dict[str, 
     """FLOPs of one of PyTorch's own operations, by PyTorch's formula. 0 if it multiplies no matrices."""
     from torch.utils.flop_counter import flop_registry  # takes 0.15 s, and few importers of this module count FLOPs
 
-    formula = flop_registry.get(function._overloadpacket)
+    packet = function._overloadpacket
+    alike = ON_GPUS.get(packet.__name__)
+    formula = flop_registry.get(getattr(torch.ops.aten, alike) if alike else packet)
     return int(formula(*arguments, **options, out_val=result)) if formula else 0
