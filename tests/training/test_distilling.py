@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from pvdm_fast.distill import main as distill
 from pvdm_fast.distill import parse
 from pvdm_fast.errors import UserError
 from pvdm_fast.evaluate import main as evaluate
+from pvdm_fast.jobs.checksums import NAME, write_checksums
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.sample import main as sample
 from pvdm_fast.train import main as train
 from pvdm_fast.training import checkpoint
+from pvdm_fast.training.run_folder import RunFolder
 from pvdm_fast.training.trainer import Trainer
 
 FLOW = [
@@ -98,6 +101,22 @@ def test_a_resumed_distillation_is_the_same(teacher: Path, student: Path, tmp_pa
     assert train(["--resume", str(run), "--diffusion-steps", "4"]) == 0
     assert losses(run, "diffusion") == losses(student, "diffusion")
     assert same_weights(run, student, "denoiser")
+
+
+def test_runs_from_before_there_were_methods_go_on(guide: Path, tmp_path: Path) -> None:
+    """They followed a path, and their files don't say so."""
+    run = tmp_path / "run"
+    copytree(guide, run)
+    for file in (run / "config.yaml", *run.glob(f"checkpoints/*/{checkpoint.CONFIG}")):
+        lines = file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if "method: " not in line]
+        assert len(kept) == len(lines) - 1
+        file.write_text("".join(kept))
+    for sums in run.glob(f"checkpoints/*/{NAME}"):
+        write_checksums(sums.parent)
+    assert train(["--resume", str(run), "--diffusion-steps", "2"]) == 0
+    assert RunFolder(run).read_config().distillation.method == "path"
+    assert len(losses(run, "diffusion")) == 2
 
 
 @pytest.mark.slow
