@@ -42,7 +42,7 @@ from pvdm_fast.analysis.recorder import Recorder, name_of, own_operation
 from pvdm_fast.backends import choice
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
-from pvdm_fast.nn import recomputed
+from pvdm_fast.nn import recomputed, residual
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "gpu_traffic.md"
 MARKER = "traffic"
@@ -174,8 +174,9 @@ def shapes_alone() -> Iterator[None]:
         stack.enter_context(
             patch.object(choice, "serves", lambda backend, op, *_: backend == "triton" and op in choice.SERVED[backend])
         )
-        # Tensors here are the CPU's by name, but pieces are those of a GPU.
+        # Tensors here are the CPU's by name, but pieces, and whether products are joined, are those of a GPU.
         stack.enter_context(patch.object(recomputed, "PIECE_ON_CPU", recomputed.PIECE))
+        stack.enter_context(patch.object(residual, "JOINED", residual.JOINED | {"cpu"}))
         stack.enter_context(FakeTensorMode())
         yield
 

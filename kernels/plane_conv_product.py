@@ -144,12 +144,13 @@ def _taps_inside(token, exists, PLANES: tl.constexpr):
 
 @triton.jit
 def plane_conv_forward(
-    x, weight, bias, out, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows, channels,
-    written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, bias, residual, out, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows,
+    channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of out (parts, rows, written): one part's `steps` steps of the inner axis, 9 x channels / BLOCK_K.
 
+    bias (written) and residual (rows, written) are added where they are given: not to parts.
     weight_in, weight_tap, weight_out: strides of weight along x's channels, the taps and the written channels.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -173,16 +174,19 @@ def plane_conv_forward(
         total = tl.dot(a, b, total, input_precision=PRECISION)
     if bias is not None:
         total += tl.load(bias + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
-    at = out + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
     mask = (row < rows)[:, None] & (column < written)[None, :]
+    if residual is not None:
+        at = residual + row.to(tl.int64)[:, None] * written + column[None, :]
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    at = out + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def plane_conv_forward_add(
-    parts, bias, out, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    parts, bias, residual, out, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out = bias + the sum of parts (COUNT, elements), in float32, in order. elements = rows x written."""
+    """out = the sum of parts (COUNT, elements), bias and residual, in float32, in order. elements = rows x written."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
     total = tl.zeros([BLOCK], tl.float32)
@@ -190,6 +194,8 @@ def plane_conv_forward_add(
         total += tl.load(parts + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
     if bias is not None:
         total += tl.load(bias + at % written, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -200,8 +206,16 @@ ADD = ConfigTable(
 )
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[int], mirrored: bool) -> Tensor:
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    planes: Sequence[int],
+    mirrored: bool,
+    residual: Tensor | None = None,
+) -> Tensor:
     """x: (B, N, C), weight: (C', 9, C) contiguous -> (B, N, C'). mirrored: from a gradient (B, N, C') to that of x."""
+    residual = None if residual is None else residual.contiguous()
     (batch, tokens, channels), written = x.shape, weight.shape[2 if mirrored else 0]
     rows, x = batch * tokens, readable(x)
     config = CONV(x.device, shape_class(rows, channels, written, x.dtype), x.dtype)
@@ -214,7 +228,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
     launch(
         plane_conv_forward,
         (*grid, parts),
-        *(x, weight, bias if parts == 1 else None, to, *x.stride()),
+        *(x, weight, *((bias, residual) if parts == 1 else (None, None)), to, *x.stride()),
         *((outer, tap, inner) if mirrored else (inner, tap, outer)),
         *(rows, channels, written, triton.cdiv(steps, parts)),
         config=config,
@@ -226,7 +240,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
     if parts > 1:
         config = ADD(x.device, ANY, x.dtype)
         grid = (triton.cdiv(out.numel(), config.blocks["BLOCK"]),)
-        launch(plane_conv_forward_add, grid, to, bias, out, out.numel(), written, config=config, COUNT=parts)
+        launch(plane_conv_forward_add, grid, to, bias, residual, out, out.numel(), written, config=config, COUNT=parts)
     return out
 
 
