@@ -46,6 +46,7 @@ WEIGHT = ConfigTable(
         (ANY, "exact", ANY): tile(64, 64, 16, 4, 3),
         (ANY, "narrow in", ANY): tile(64, 16, 64, 4, 3),
         (ANY, "narrow out", ANY): tile(16, 64, 64, 4, 3),
+        ("sm100", "exact", ANY): tile(64, 64, 16, 8, 3),  # 4 warps spill
         ("sm120", "exact", ANY): tile(64, 64, 16, 8, 3),  # in tf32 4 warps spill
         ("sm120", "wide", ANY): tile(128, 128, 64, 8, 2),
         ("gfx942", "wide", ANY): tile(128, 128, 64, 8, 2),
@@ -104,10 +105,10 @@ def plane_conv_backward_dweight(
         level = tl.zeros([BLOCK_M], tl.float32)
         for step in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(rows, BLOCK_K))):
             row = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            at = (row // TOKENS).to(tl.int64) * grad_batch_stride + (row % TOKENS).to(tl.int64) * grad_stride
-            mask = (row < rows)[:, None] & (out < written)[None, :]
-            g = tl.load(grad + at[:, None] + (out * grad_channel_stride)[None, :], mask=mask, other=0.0)
-            level += tl.sum(g.to(tl.float32), 0)
+            place = (row // TOKENS).to(tl.int64) * grad_batch_stride + (row % TOKENS).to(tl.int64) * grad_stride
+            exists = (row < rows)[:, None] & (out < written)[None, :]
+            tile = tl.load(grad + place[:, None] + (out * grad_channel_stride)[None, :], mask=exists, other=0.0)
+            level += tl.sum(tile.to(tl.float32), 0)
         tl.store(levels + part * written + out, level, mask=out < written)
 
 
