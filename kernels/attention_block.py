@@ -1,9 +1,13 @@
-"""The cross-plane attention block for few tokens, for inference: three launches instead of six.
+"""The attention blocks, for inference: three launches across planes of few tokens, otherwise four instead of five.
+
+Of up to 128 tokens that all attend to each other:
 
 1. `attention_block_forward_qkv`: GroupNorm in the prologue of the qkv projection. A program holds all tokens and goes
    through the channels by whole groups. So the tile that it multiplies is also all that these groups' statistics need.
 2. The flash kernel of `segment_attention`.
 3. `attention_block_forward_projection`: the output projection, with bias and residual in the epilogue.
+
+Of more tokens, or inside planes, norm and qkv are `plane_norm` and the vendor's product, and the rest is the same.
 
 Why not one launch? Every output channel needs every head, and every head needs every channel of x. If programs don't
 wait for each other (which needs atomics, and all programs on the GPU at once), there can only be one per batch element.
@@ -13,21 +17,24 @@ GFLOP: about 200 us. The saved launches take 10 us.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pvdm_fast.backends.rows import rows_dense
-from pvdm_fast.kernels import segment_attention
+from pvdm_fast.kernels import plane_norm, segment_attention
 from pvdm_fast.kernels.attention_common import refuse_width
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision, sum_of_products
+from pvdm_fast.layout import PlaneLayout
 
-MOST_TOKENS = 128  # one program holds all tokens
+MOST_TOKENS = 128  # of one program, which holds all
 WIDEST_GROUP = 128  # channels: a step holds a whole group of all tokens
 # OUTPUTS: output channels per program. At batch 1 and C 1024, 96 programs read the weights of qkv, and 64 those of the
 # projection. CHANNELS: per step. Reasoned, not measured.
@@ -65,9 +72,7 @@ PROJECTION = ConfigTable(
 def refusal(*inputs: Any) -> str | None:
     """Why the kernels don't take these arguments, or None."""
     x, heads, groups = inputs[0], inputs[7], inputs[8]
-    (_, tokens, channels), per_group = x.shape, x.shape[2] // groups
-    if tokens > MOST_TOKENS:
-        return f"it takes at most {MOST_TOKENS} tokens, not {tokens}: use the separate operations."
+    channels, per_group = x.shape[2], x.shape[2] // groups
     if per_group > WIDEST_GROUP:
         return f"it takes groups of at most {WIDEST_GROUP} channels, not {per_group}: use more groups."
     return refuse_width(channels // heads)
@@ -150,26 +155,18 @@ def forward(
     heads: int,
     groups: int,
     eps: float,
+    planes: Sequence[int],
 ) -> Tensor:
     """x: (B, N, C) -> (B, N, C), in the dtype of the weights. See `pvdm_fast.ops.attention_block`."""
     x = rows_dense(x)
     batch, tokens, channels = x.shape
-    constants = {"C": channels, "PRECISION": dot_precision(x)}
-    qkv = torch.empty(batch, tokens, 3 * channels, dtype=x.dtype, device=x.device)
-    config = QKV(x.device, "any", x.dtype)
-    launch(
-        attention_block_forward_qkv,
-        (triton.cdiv(3 * channels, config.blocks["OUTPUTS"]), batch),
-        *(x, norm_weight.contiguous(), norm_bias.contiguous(), qkv_weight.contiguous(), qkv_bias.contiguous(), qkv),
-        *(tokens, eps, *x.stride()[:2]),
-        config=config,
-        GROUPS=groups,
-        TOKENS=max(16, triton.next_power_of_2(tokens)),
-        WIDTH=triton.next_power_of_2(channels // groups),
-        **constants,
-    )
+    if tokens <= MOST_TOKENS and len(planes) == 2:
+        qkv = _normed_product(x, norm_weight, norm_bias, qkv_weight, qkv_bias, groups, eps)
+    else:
+        normed, _, _ = plane_norm.forward(x, norm_weight, norm_bias, None, planes, groups, eps, False, 0)
+        qkv = F.linear(normed, qkv_weight, qkv_bias)
     qkv = qkv.view(batch, tokens, heads, 3, channels // heads).transpose(2, 3)
-    attended, _ = segment_attention.forward(qkv, [0, tokens], (channels // heads) ** -0.5)
+    attended, _ = segment_attention.forward(qkv, PlaneLayout.from_sizes(planes).offsets, (channels // heads) ** -0.5)
     out = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     config = PROJECTION(x.device, "any", x.dtype)
     launch(
@@ -178,6 +175,29 @@ def forward(
         *(attended, proj_weight.contiguous(), proj_bias.contiguous(), x, out, batch * tokens, tokens),
         *x.stride()[:2],
         config=config,
-        **constants,
+        C=channels,
+        PRECISION=dot_precision(x),
     )
     return out
+
+
+def _normed_product(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tensor:
+    """x: (B, N, C), one plane of up to MOST_TOKENS -> (B, N, 3 C), the projection of its norm."""
+    batch, tokens, channels = x.shape
+    qkv = torch.empty(batch, tokens, 3 * channels, dtype=x.dtype, device=x.device)
+    config = QKV(x.device, "any", x.dtype)
+    launch(
+        attention_block_forward_qkv,
+        (triton.cdiv(3 * channels, config.blocks["OUTPUTS"]), batch),
+        *(x, norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous(), bias.contiguous(), qkv),
+        *(tokens, eps, *x.stride()[:2]),
+        config=config,
+        GROUPS=groups,
+        TOKENS=max(16, triton.next_power_of_2(tokens)),
+        WIDTH=triton.next_power_of_2(channels // groups),
+        C=channels,
+        PRECISION=dot_precision(x),
+    )
+    return qkv

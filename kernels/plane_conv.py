@@ -13,8 +13,9 @@ from pvdm_fast.kernels.plane_conv_product import convolve, convolve_by_vendor, p
 __all__ = ["backward", "forward"]
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
-    """x: (B, N, C), weight: (C', C, 3, 3), bias: (C') -> (B, N, C')."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int], residual: Tensor | None = None) -> Tensor:
+    """x: (B, N, C), weight: (C', C, 3, 3), bias: (C'), residual: (B, N, C') or None -> (B, N, C')."""
     if vendor_is_chosen(x, weight.shape[0]):
-        return convolve_by_vendor(x, weight, bias, planes)
-    return convolve(x, packed(weight), rows_dense(bias), planes, mirrored=False)
+        out = convolve_by_vendor(x, weight, bias, planes)
+        return out if residual is None else out.add_(residual)
+    return convolve(x, packed(weight), rows_dense(bias), planes, mirrored=False, residual=residual)

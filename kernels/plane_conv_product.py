@@ -42,7 +42,7 @@ def shape_class(rows: int, channels: int, written: int, dtype: torch.dtype) -> s
 
     "exact": float32; "narrow in", "narrow out": at most 16 channels (the denoiser's first and last convolution);
     "short": at most 64 rows, bound by reading the weight; "large": at least 128 tiles of 128 x 128, bound by
-    arithmetic; else "medium".
+    arithmetic; "one wave": about as many tiles of 64 x 64 as a large GPU has multiprocessors; else "medium".
     """
     if dtype == torch.float32:
         return "exact"
@@ -52,7 +52,9 @@ def shape_class(rows: int, channels: int, written: int, dtype: torch.dtype) -> s
         return "narrow out"
     if rows <= 64:
         return "short"
-    return "large" if -(-rows // 128) * -(-written // 128) >= 128 else "medium"
+    if -(-rows // 128) * -(-written // 128) >= 128:
+        return "large"
+    return "one wave" if 96 <= -(-rows // 64) * -(-written // 64) <= 132 else "medium"
 
 
 def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
@@ -64,6 +66,9 @@ def tile(m: int, n: int, k: int, warps: int, stages: int) -> Config:
 # stages fit 163 or 227 KiB, and three (sm120) 99. AMD keeps one stage in registers: of two, 32 KiB of its 64.
 # float32 takes twice the bytes, and where PyTorch's switch for convolutions forbids tf32 no tensor cores: 64 x 64, 8 to
 # 16 accumulators a thread.
+# "one wave" (2048 tokens of 256 channels): tiles of 128 x 64 would be half as many, and share the inner axis by two.
+# Smaller ones read a third more from the L2 cache (2.4 GFLOP at 32 FLOP a byte and 5.5 TB/s: 14 us in place of 10), but
+# need no second launch, nor its 8 MB. Reasoned, not measured.
 CONV = ConfigTable(
     "plane_conv",
     {
@@ -73,6 +78,7 @@ CONV = ConfigTable(
         (ANY, "narrow out", ANY): tile(64, 16, 64, 4, 4),
         (ANY, "short", ANY): tile(32, 64, 128, 8, 4),
         (ANY, "large", ANY): tile(128, 128, 64, 8, 4),
+        (ANY, "one wave", ANY): tile(64, 64, 64, 4, 4),
         ("sm90", "large", ANY): tile(128, 256, 64, 8, 4),
         ("sm100", "large", ANY): tile(128, 256, 64, 8, 4),
         ("sm120", ANY, ANY): tile(128, 64, 64, 4, 3),
@@ -81,6 +87,7 @@ CONV = ConfigTable(
         ("sm120", "narrow out", ANY): tile(64, 16, 64, 4, 3),
         ("sm120", "short", ANY): tile(32, 64, 128, 8, 3),
         ("sm120", "large", ANY): tile(128, 128, 64, 8, 2),
+        ("sm120", "one wave", ANY): tile(64, 64, 64, 4, 3),
         ("gfx942", ANY, ANY): tile(128, 64, 64, 4, 2),
         ("gfx942", "exact", ANY): tile(64, 64, 32, 4, 2),
         ("gfx942", "narrow in", ANY): tile(64, 64, 16, 4, 2),
@@ -144,12 +151,13 @@ def _taps_inside(token, exists, PLANES: tl.constexpr):
 
 @triton.jit
 def plane_conv_forward(
-    x, weight, bias, out, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows, channels,
-    written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, bias, residual, out, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows,
+    channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of out (parts, rows, written): one part's `steps` steps of the inner axis, 9 x channels / BLOCK_K.
 
+    bias (written) and residual (rows, written) are added where they are given: not to parts.
     weight_in, weight_tap, weight_out: strides of weight along x's channels, the taps and the written channels.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -173,16 +181,19 @@ def plane_conv_forward(
         total = tl.dot(a, b, total, input_precision=PRECISION)
     if bias is not None:
         total += tl.load(bias + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
-    at = out + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
     mask = (row < rows)[:, None] & (column < written)[None, :]
+    if residual is not None:
+        at = residual + row.to(tl.int64)[:, None] * written + column[None, :]
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    at = out + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def plane_conv_forward_add(
-    parts, bias, out, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
+    parts, bias, residual, out, elements, written, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out = bias + the sum of parts (COUNT, elements), in float32, in order. elements = rows x written."""
+    """out = the sum of parts (COUNT, elements), bias and residual, in float32, in order. elements = rows x written."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < elements
     total = tl.zeros([BLOCK], tl.float32)
@@ -190,6 +201,8 @@ def plane_conv_forward_add(
         total += tl.load(parts + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
     if bias is not None:
         total += tl.load(bias + at % written, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -200,8 +213,16 @@ ADD = ConfigTable(
 )
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[int], mirrored: bool) -> Tensor:
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    planes: Sequence[int],
+    mirrored: bool,
+    residual: Tensor | None = None,
+) -> Tensor:
     """x: (B, N, C), weight: (C', 9, C) contiguous -> (B, N, C'). mirrored: from a gradient (B, N, C') to that of x."""
+    residual = None if residual is None else residual.contiguous()
     (batch, tokens, channels), written = x.shape, weight.shape[2 if mirrored else 0]
     rows, x = batch * tokens, readable(x)
     config = CONV(x.device, shape_class(rows, channels, written, x.dtype), x.dtype)
@@ -214,7 +235,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
     launch(
         plane_conv_forward,
         (*grid, parts),
-        *(x, weight, bias if parts == 1 else None, to, *x.stride()),
+        *(x, weight, *((bias, residual) if parts == 1 else (None, None)), to, *x.stride()),
         *((outer, tap, inner) if mirrored else (inner, tap, outer)),
         *(rows, channels, written, triton.cdiv(steps, parts)),
         config=config,
@@ -225,8 +246,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planes: Sequence[in
     )
     if parts > 1:
         config = ADD(x.device, ANY, x.dtype)
-        grid = (triton.cdiv(out.numel(), config.blocks["BLOCK"]),)
-        launch(plane_conv_forward_add, grid, to, bias, out, out.numel(), written, config=config, COUNT=parts)
+        programs = triton.cdiv(out.numel(), config.blocks["BLOCK"])
+        launch(
+            plane_conv_forward_add,
+            (programs,),
+            *(to, bias, residual, out, out.numel(), written),
+            config=config,
+            COUNT=parts,
+        )
     return out
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pvdm_fast.backends.rows import rows_dense
-from pvdm_fast.kernels.configs import ANY, ConfigTable
+from pvdm_fast.kernels.configs import ANY, ConfigTable, architecture
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import silu, sum_of_products
 from pvdm_fast.kernels.plane_norm_backward import backward
@@ -47,8 +47,9 @@ __all__ = ["backward", "forward", "refusal"]
 
 WIDEST_GROUP = 1024  # channels: with wider groups, 16 tokens don't fit a program's registers
 LARGEST_BATCH = 65535  # the limit of a grid's third axis
-# The largest tile that holds a plane's tokens, in elements: 64 float32 per thread at 16 warps.
-WHOLE_TILE = 32768
+# The largest tile that holds a plane's tokens, in elements: 64 float32 per thread at 16 warps. On sm100 float32 spills
+# there, at 32 warps too: of all tokens of 16 channels, without activation.
+WHOLE_TILE, WHOLE_TILE_SM100 = 32768, 16384
 # Whole planes: 8 to 32 values per thread (64 in the largest tile), and several loads of 16 bytes in flight. They are
 # bound by latency, and larger planes have enough values for more warps.
 WHOLE = ConfigTable(
@@ -59,7 +60,6 @@ WHOLE = ConfigTable(
         (ANY, "tile2048", ANY): Config(num_warps=4),
         (ANY, "tile4096", ANY): Config(num_warps=4),
         (ANY, "tile8192", ANY): Config(num_warps=8),
-        ("sm100", "tile32768", "float32"): Config(num_warps=32),  # 16 spill
         ("gfx942", ANY, ANY): Config(num_warps=8),  # of 64 threads
         ("gfx942", "tile1024", ANY): Config(num_warps=1),
         ("gfx942", "tile2048", ANY): Config(num_warps=2),
@@ -241,7 +241,8 @@ def forward(
     rstd = torch.empty_like(mean)
     x, scale_shift = rows_dense(x), None if scale_shift is None else rows_dense(scale_shift)
     constants = constants_of(planes, channels, groups)
-    blocks = whole_blocks(x, planes, groups, WHOLE_TILE)
+    narrow = x.dtype == torch.float32 and architecture(x.device) == "sm100"
+    blocks = whole_blocks(x, planes, groups, WHOLE_TILE_SM100 if narrow else WHOLE_TILE)
     if blocks is not None:
         config = replace(WHOLE(x.device, tile_class(math.prod(blocks.values())), x.dtype), blocks=blocks)
         partials, chunks, size, own = None, 0, 1, 1

@@ -160,10 +160,17 @@ def plane_norm(
     return Case("plane_norm", shapes, run)
 
 
-def plane_conv(layout: PlaneLayout, channels: int, outputs: int, batch: int = BATCH) -> Case:
+def plane_conv(layout: PlaneLayout, channels: int, outputs: int, batch: int = BATCH, *, residual: bool = False) -> Case:
+    shapes: dict[str, tuple[int, ...]]
     shapes = {"x": (batch, layout.num_tokens, channels), "weight": (outputs, channels, 3, 3), "bias": (outputs,)}
     products = costs.conv(batch * layout.num_tokens, channels, outputs)
-    return Case("plane_conv", shapes, lambda x, weight, bias: ops.plane_conv(x, layout, weight, bias), products)
+    if residual:
+        shapes["residual"] = (batch, layout.num_tokens, outputs)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.plane_conv(x, layout, weight, bias, residual)
+
+    return Case("plane_conv", shapes, run, products)
 
 
 def triplane_slice(layout: TriplaneLayout, plane: str, channels: int, batch: int = BATCH) -> Case:
@@ -219,6 +226,7 @@ SMALL = {
     "plane_norm-up": plane_norm(LAYOUT, 12, modulated=True, activation=True, resample="up"),
     "plane_norm-down": plane_norm(EVEN_LAYOUT, 12, activation=True, resample="down"),
     "plane_conv": plane_conv(LAYOUT, 5, 6),
+    "plane_conv-residual": plane_conv(LAYOUT, 5, 6, residual=True),
     **{f"triplane_slice-{plane}": triplane_slice(LAYOUT, plane, 12) for plane in PLANE_NAMES},
     "triplane_expand": triplane_expand(LAYOUT, 4, 12),
     "geglu": geglu((BATCH, 9), 12),
@@ -238,6 +246,7 @@ USUAL = {
     "plane_norm-joint": plane_norm(PlaneLayout(((_TOKENS, 1),)), 128),
     "plane_norm-down": plane_norm(_EVEN, 32, modulated=True, activation=True, resample="down"),
     "plane_conv": plane_conv(_EVEN, _CHANNELS, _CHANNELS + 1),
+    "plane_conv-residual": plane_conv(_EVEN, _CHANNELS, _CHANNELS + 1, residual=True),
     **{f"triplane_slice-{plane}": triplane_slice(_EVEN, plane, _CHANNELS) for plane in PLANE_NAMES},
     "triplane_expand": triplane_expand(_EVEN, 4, _CHANNELS),
     "geglu": geglu((BATCH, _TOKENS), _CHANNELS),

@@ -34,8 +34,13 @@ _WIDTH, _HEADS, _GROUPS = 384, 8, 32
 _SITES = _VIDEO.height * _VIDEO.width
 
 
-def attention_block(tokens: int, channels: int, batch: int, heads: int = _HEADS) -> Case:
+def _joint(tokens: int) -> PlaneLayout:
+    return PlaneLayout(((tokens, 1),))
+
+
+def attention_block(layout: PlaneLayout, channels: int, batch: int, heads: int = _HEADS) -> Case:
     """The fused block, which has a forward pass alone."""
+    tokens = layout.num_tokens
     shapes: dict[str, tuple[int, ...]] = {
         "x": (batch, tokens, channels),
         "weight": (channels,),
@@ -52,8 +57,9 @@ def attention_block(tokens: int, channels: int, batch: int, heads: int = _HEADS)
     ) -> Tensor:  # fmt: skip
         scale = 2.0 ** -(channels.bit_length() // 2)  # nearly unit variance goes through; exact in every dtype
         return ops.attention_block(
-            x, weight, bias, qkv_weight * scale, qkv_bias, proj_weight * scale, proj_bias, heads=heads, groups=_GROUPS
-        )
+            x, weight, bias, qkv_weight * scale, qkv_bias, proj_weight * scale, proj_bias, heads=heads, groups=_GROUPS,
+            layout=layout,
+        )  # fmt: skip
 
     return Case("attention_block", shapes, run)
 
@@ -98,11 +104,14 @@ FULL = {
     },
     "geglu": geglu((1, _VIDEO.num_lattice_tokens), 4 * _WIDTH),
     "add_layer_norm": add_layer_norm((1, _VIDEO.num_lattice_tokens), _WIDTH),
-    "attention_block-128": attention_block(128, 1024, 1),
-    "attention_block-32": attention_block(32, 1024, 2),
+    "attention_block-2048": attention_block(_joint(2048), 256, 1),
+    "attention_block-planes": attention_block(_FINEST, 256, 1),
+    "attention_block-128": attention_block(_joint(128), 1024, 1),
+    "attention_block-32": attention_block(_joint(32), 1024, 2),
 }
 # For the fused operation, which the other tables don't hold: sizes that no block divides.
 FUSED = {
-    "attention_block-odd": attention_block(35, 96, 2, heads=3),
-    "attention_block-one": attention_block(1, 96, 1, heads=3),
+    "attention_block-odd": attention_block(_joint(35), 96, 2, heads=3),
+    "attention_block-one": attention_block(_joint(1), 96, 1, heads=3),
+    "attention_block-planes": attention_block(TriplaneLayout(3, 5, 7), 96, 2, heads=3),
 }

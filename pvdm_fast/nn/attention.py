@@ -93,10 +93,13 @@ class TriplaneAttention(nn.Module):
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """x: (B, N, C) packed channels-last tokens -> (B, N, C)."""
-        fused = self._attend_fused(x)
-        return checkpointing.run(self, self._attend, x, PlaneLayout(((x.shape[1], 1),))) if fused is None else fused
+        return self._run(x, PlaneLayout(((x.shape[1], 1),)))
 
-    def _attend_fused(self, x: Tensor) -> Tensor | None:
+    def _run(self, x: Tensor, segments: PlaneLayout) -> Tensor:
+        fused = self._attend_fused(x, segments)
+        return checkpointing.run(self, self._attend, x, segments) if fused is None else fused
+
+    def _attend_fused(self, x: Tensor, segments: PlaneLayout) -> Tensor | None:
         """What `_attend` computes, in one operation. None if there is no such operation for x, or a layer isn't
         plain."""
         like = self.qkv.__dict__["_parameters"].get("weight")
@@ -117,6 +120,7 @@ class TriplaneAttention(nn.Module):
             heads=self.num_heads,
             groups=NORM_GROUPS,
             eps=self.norm.eps,
+            layout=segments,
         )
 
     def _attend(self, x: Tensor, segments: PlaneLayout) -> Tensor:
@@ -133,7 +137,7 @@ class PlaneAttention(TriplaneAttention):
 
     def forward(self, x: Tensor, layout: PlaneLayout) -> Tensor:  # type: ignore[override]
         """x: (B, N, C) packed tokens of `layout` -> (B, N, C)."""
-        return checkpointing.run(self, self._attend, x, layout)
+        return self._run(x, layout)
 
 
 def pointwise(layer: nn.Module, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.nn import copies
 from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.plain import POINTWISE_2D, THREE_BY_THREE, is_plain, readable, shape_of, weights_of
+from pvdm_fast.ops.derivatives import autocast_dtype
 
 NORM_GROUPS = 32
 STEPS = {None: 0, "up": 1, "down": -1}
@@ -105,9 +106,19 @@ def norm(
     return resample_planes(F.silu(x) if activation else x, layout, STEPS[resample])
 
 
-def conv(layer: nn.Module, x: Tensor, layout: PlaneLayout) -> Tensor:
-    """Applies a PlaneConv, or what replaces it, to packed tokens x (B, N, C) of `layout`: (B, N, C')."""
-    return layer(x, layout) if isinstance(layer, PlaneConv) else by_pictures(layer, x, layout)
+def conv(layer: nn.Module, x: Tensor, layout: PlaneLayout, residual: Tensor | None = None) -> Tensor:
+    """Applies a PlaneConv, or what replaces it, to packed tokens x (B, N, C) of `layout`: (B, N, C').
+
+    Args:
+        residual: (B, N, C'), added to the result: in one operation if the layer is plain and the dtypes are the same.
+    """
+    if residual is None:
+        return layer(x, layout) if isinstance(layer, PlaneConv) else by_pictures(layer, x, layout)
+    if residual.dtype == (autocast_dtype(x.device.type) or x.dtype):
+        weights = weights_of(layer, PlaneConv, THREE_BY_THREE)
+        if weights is not None:
+            return ops.plane_conv(x, layout, *weights, residual)
+    return residual + conv(layer, x, layout)
 
 
 def pointwise(layer: nn.Module, x: Tensor, layout: PlaneLayout) -> Tensor:

@@ -105,7 +105,6 @@ class ResidualBlock(nn.Module):
         h = planes.norm(first["0"], x, layout, activation=True, resample=self.resample)
         h = planes.conv(first["2"], h, after)
         h = planes.norm(last["0"], h, after, scale_shift=scale_shift, activation=True)
-        h = planes.conv(last["3"], h, after)
         if self.resample is not None:
             x = resample_planes(x, layout, planes.STEPS[self.resample])
-        return planes.pointwise(self.skip_connection, x, after) + h
+        return planes.conv(last["3"], h, after, residual=planes.pointwise(self.skip_connection, x, after))

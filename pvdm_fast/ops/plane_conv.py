@@ -14,13 +14,17 @@ from pvdm_fast.ops import costs
 from pvdm_fast.ops.registry import autocast, expect_dtype, expect_real, expect_shapes, register, tokens_of_planes
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int], residual: Tensor | None) -> None:
     _check_weight(x, weight, bias.dtype, planes)
     expect_real("plane_conv", x, bias)
     if bias.shape != weight.shape[:1]:
         raise ValueError(
             f"plane_conv: bias must be ({weight.shape[0]},) as weight's first axis, not {tuple(bias.shape)}."
         )
+    if residual is not None:
+        expect_real("plane_conv", x, residual)
+        expect_dtype("plane_conv", x.dtype, residual=residual)
+        expect_shapes("plane_conv", residual=(residual, (*x.shape[:2], weight.shape[0])))
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: torch.dtype, planes: Sequence[int]) -> None:
@@ -54,7 +58,7 @@ def _flops(direction: str, *inputs: Any) -> int:
     return forward if direction == "forward" else forward * sum(inputs[-1])
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int], residual: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
 
 
@@ -67,19 +71,20 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.planes, ctx.backend = inputs
+    x, weight, _, ctx.planes, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:2])
     dx, dweight, dbias = _backwards(grad, *ctx.saved_tensors, ctx.planes, needs, ctx.backend)
-    return dx if needs[0] else None, dweight if needs[1] else None, dbias, None, None
+    residual = grad if ctx.needs_input_grad[4] else None
+    return dx if needs[0] else None, dweight if needs[1] else None, dbias, None, residual, None
 
 
 _forwards, _backwards = register(
     "plane_conv",
-    schema="(Tensor x, Tensor weight, Tensor bias, int[] planes, str backend) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor bias, int[] planes, Tensor? residual, str backend) -> Tensor",
     backward_schema="(Tensor grad, Tensor x, Tensor weight, int[] planes, bool[2] needs,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     check=_check,
@@ -92,12 +97,13 @@ _forwards, _backwards = register(
 )
 
 
-def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor) -> Tensor:
-    """3 x 3 convolution of each plane with shared weights.
+def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """3 x 3 convolution of each plane with shared weights, and the sum with a residual.
 
     Args:
-        x: (B, N, C) packed tokens of `layout`. Differentiable, as are the next two.
-        weight: (C', C, 3, 3), bias: (C'), in the dtype of x (autocast casts all three).
+        x: (B, N, C) packed tokens of `layout`. Differentiable, as are the next three.
+        weight: (C', C, 3, 3), bias: (C'), in the dtype of x (autocast casts all).
+        residual: (B, N, C'), added to the result, in the dtype of x. None: nothing is added.
 
     Returns:
         (B, N, C'), contiguous.
@@ -113,5 +119,8 @@ def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor) -> 
     """
     if x.dim() == 3 and x.numel() > 0:
         layout.check(x)
-    x, weight, bias = autocast(x, weight, bias)
-    return _forwards(x, weight, bias, layout.sizes, choice.requested())
+    if residual is None:
+        x, weight, bias = autocast(x, weight, bias)
+    else:
+        x, weight, bias, residual = autocast(x, weight, bias, residual)
+    return _forwards(x, weight, bias, layout.sizes, residual, choice.requested())

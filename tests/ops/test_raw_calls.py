@@ -79,7 +79,7 @@ def test_planes_whose_product_wraps() -> None:
         x, weight, bias = (torch.ones(s, device=device) for s in ((1, 4, 5), (6, 5, 3, 3), (6,)))
         expand = torch.ones(3, 2, 5, device=device)
         calls = (
-            lambda x=x, w=weight, b=bias: torch.ops.pvdm_fast.plane_conv(x, w, b, planes, "auto"),
+            lambda x=x, w=weight, b=bias: torch.ops.pvdm_fast.plane_conv(x, w, b, planes, None, "auto"),
             lambda x=x, b=bias[:5]: torch.ops.pvdm_fast.plane_norm(x, b, b, None, planes, 5, 1e-5, True, 0, "auto"),
             lambda x=x, w=expand: torch.ops.pvdm_fast.triplane_expand(x, w, w[..., 0], HUGE, 2, 6, "auto"),
         )

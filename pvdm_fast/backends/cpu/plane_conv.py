@@ -60,15 +60,18 @@ def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.float() + part
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
-    """x: (B, N, C), weight: (C', C, 3, 3), bias: (C') -> (B, N, C')."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int], residual: Tensor | None = None) -> Tensor:
+    """x: (B, N, C), weight: (C', C, 3, 3), bias: (C'), residual: (B, N, C') or None -> (B, N, C')."""
     (batch, tokens, channels), planes = x.shape, list(planes)
     dtype = compute_dtype(x.dtype)
     wide, matrix, level = rows_dense(x.to(dtype)), weight.to(dtype).flatten(1), bias.to(dtype)
-    parts = [
-        linear(_unfold(wide, planes, first, rows), matrix, level).to(x.dtype)
-        for first, rows in _chunks(batch * tokens, channels, dtype)
-    ]
+    added = None if residual is None else residual.flatten(0, 1)
+    parts = []
+    for first, rows in _chunks(batch * tokens, channels, dtype):
+        part = linear(_unfold(wide, planes, first, rows), matrix, level)
+        if added is not None:  # the product is still in a cache
+            part += added[first : first + rows]
+        parts.append(part.to(x.dtype))
     return _joined(parts).view(batch, tokens, -1)
 
 

@@ -1,11 +1,14 @@
-"""PVDM's cross-plane attention block: GroupNorm, qkv, attention over all tokens, output projection, residual."""
+"""PVDM's attention blocks: GroupNorm, qkv, attention across planes or inside each, output projection, residual."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvdm_fast.backends.reference import segment_attention, wide
+from pvdm_fast.backends.reference import plane_norm, segment_attention, wide
+from pvdm_fast.layout import PlaneLayout
 
 
 def forward(
@@ -19,13 +22,14 @@ def forward(
     heads: int,
     groups: int,
     eps: float,
+    planes: Sequence[int],
 ) -> Tensor:
-    """x: (B, N, C) -> (B, N, C)."""
+    """x: (B, N, C) -> (B, N, C). Tokens of one of `planes` share statistics, and attend to each other."""
     x_, gain, shift, qkv_w, qkv_b, proj_w, proj_b = wide(
         x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias
     )
     batch, tokens, channels = x.shape
-    normed = F.group_norm(x_.transpose(1, 2), groups, gain, shift, eps).transpose(1, 2)
+    normed, _, _ = plane_norm.forward(x_, gain, shift, None, planes, groups, eps, False, 0)
     qkv = F.linear(normed, qkv_w, qkv_b).view(batch, tokens, heads, 3, channels // heads).transpose(2, 3)
-    attended, _ = segment_attention.forward(qkv, [0, tokens], (channels // heads) ** -0.5)
+    attended, _ = segment_attention.forward(qkv, PlaneLayout.from_sizes(planes).offsets, (channels // heads) ** -0.5)
     return (x_ + F.linear(attended.flatten(2), proj_w, proj_b)).to(x.dtype).contiguous()

@@ -22,10 +22,11 @@ def _pack(images: Sequence[Tensor]) -> Tensor:
     return torch.cat([rearrange(image, "b c h w -> b (h w) c") for image in images], dim=1)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int]) -> Tensor:
-    """x: (B, N, C), weight: (C', C, 3, 3), bias: (C') -> (B, N, C')."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor, planes: Sequence[int], residual: Tensor | None = None) -> Tensor:
+    """x: (B, N, C), weight: (C', C, 3, 3), bias: (C'), residual: (B, N, C') or None -> (B, N, C')."""
     layout = PlaneLayout.from_sizes(planes)
-    return _pack([F.conv2d(image, weight, bias, padding=1) for image in _images(x, layout)])
+    out = _pack([F.conv2d(image, weight, bias, padding=1) for image in _images(x, layout)])
+    return out if residual is None else out + residual
 
 
 def backward(

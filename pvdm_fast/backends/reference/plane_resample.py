@@ -10,7 +10,8 @@ from pvdm_fast.layout import PlaneLayout
 
 def _double(plane: Tensor) -> Tensor:
     """(B, h, w, C) -> (B, 2h, 2w, C), each token repeated."""
-    return plane.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    twice = plane[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+    return twice.flatten(1, 2).flatten(2, 3)  # one copy
 
 
 def _halve(plane: Tensor) -> Tensor:

@@ -94,6 +94,21 @@ def test_chunks_change_rounding_only(monkeypatch: pytest.MonkeyPatch, dtype: tor
     check(*draw(ODD, 20, 6, dtype), ODD)
 
 
+@pytest.mark.usefixtures("isa", "poisoned")
+@pytest.mark.parametrize("form", ["transposed", "all stride 0"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, form: str) -> None:
+    """Of any strides, over several chunks. It is left as it is."""
+    monkeypatch.setattr(plane_conv, "WORKSPACE", 1)
+    x, weight, bias, grad = draw(ODD, 20, 6, dtype)
+    residual = FORMS[form](grad)
+    before = residual.clone()
+    out = plane_conv.forward(x, weight, bias, ODD.sizes, residual)
+    wide = (t.double() for t in (x, weight, bias))
+    assert_close(out, reference.forward(*wide, ODD.sizes, before.double()), OPERATION[dtype])
+    assert torch.equal(residual, before)
+
+
 def test_workspace_is_bounded() -> None:
     for rows, channels in ((16384, 2048), (2048, 512), (100, 3)):
         chunks = list(plane_conv._chunks(rows, channels, torch.float32))

@@ -115,5 +115,5 @@ def test_nan_in_a_block() -> None:
         torch.randn(32, 32),
         torch.zeros(32),
     )
-    out = attention_block.forward(x, *weights, 2, 4, 1e-5)
+    out = attention_block.forward(x, *weights, 2, 4, 1e-5, (x.shape[1], 1))
     assert out[0].isnan().all() and out[1].isfinite().all()

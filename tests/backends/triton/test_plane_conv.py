@@ -85,6 +85,34 @@ def test_parts_are_added_in_order(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def check_residual(dtype: torch.dtype, form: Callable[[Tensor], Tensor], channels: int = 20) -> None:
+    """Forward with a residual of any strides, which is left as it is."""
+    x, weight, bias, grad = draw(ODD, channels, 12, dtype)
+    residual = form(grad)
+    before = residual.clone()
+    out = plane_conv.forward(x, weight, bias, ODD.sizes, residual)
+    wide = (t.double() for t in (x, weight, bias))
+    assert out.dtype == dtype and out.is_contiguous()
+    assert_close(out, reference.forward(*wide, ODD.sizes, before.double()), OPERATION[dtype])
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("form", ["transposed", "all stride 0"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual(dtype: torch.dtype, form: str) -> None:
+    check_residual(dtype, FORMS[form])
+
+
+@pytest.mark.usefixtures("parts")
+def test_residual_is_added_to_the_sum_of_parts() -> None:
+    check_residual(torch.bfloat16, FORMS["channels first"])
+
+
+def test_residual_of_the_vendors_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(monkeypatch, plane_conv_product.CHOICE, plane_conv_product.ALWAYS)
+    check_residual(torch.float32, FORMS["transposed"])
+
+
 @pytest.mark.slow
 def test_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many programs and steps, planes of several tiles."""
@@ -137,8 +165,11 @@ def test_only_what_is_needed(needs: tuple[bool, bool]) -> None:
     x, weight, _, grad = draw(ODD, 5, 6, torch.float32)
     every = plane_conv.backward(grad, x, weight, ODD.sizes, [True, True])
     some = plane_conv.backward(grad, x, weight, ODD.sizes, needs)
-    for needed, a, e in zip((*needs, True), some, every, strict=True):
+    for needed, a, e in zip(needs, some, every, strict=False):
         assert torch.equal(a, e) if needed else a.shape == (0,)
+    if needs[1]:  # the bias's is made on the way
+        assert torch.equal(some[2], every[2])
+    assert_close(some[2], every[2], OPERATION[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
