@@ -101,7 +101,7 @@ def _latents(
     for first in tl.range(0, latents, OUTPUTS, num_stages=1, disable_licm=True):
         output = first + tl.arange(0, OUTPUTS)
         sums = product(
-            narrow, rows, limit, weight, output, c, narrow_stride, latents, PRECISION, ROWS, OUTPUTS, CHANNELS
+            narrow, rows, limit, weight, output, c, narrow_stride, c, latents, PRECISION, ROWS, OUTPUTS, CHANNELS
         )  # fmt: skip
         sums += tl.load(bias + output, mask=output < latents, other=0.0).to(tl.float32)[None, :]
         inside = (rows < limit)[:, None] & (output < latents)[None, :]

@@ -62,7 +62,7 @@ def hidden_back(
         rows = tile_rows(first, ROWS, 1)
         output = first + tl.arange(0, OUTPUTS)
         sums = product(
-            narrow, rows, limit, up_weight, output, c, narrow_stride, hidden, PRECISION, ROWS, OUTPUTS, CHANNELS
+            narrow, rows, limit, up_weight, output, c, narrow_stride, c, hidden, PRECISION, ROWS, OUTPUTS, CHANNELS
         )  # fmt: skip
         sums += tl.load(up_bias + output, mask=output < hidden, other=0.0).to(tl.float32)[None, :]
         cdf, density = normal(sums)
@@ -205,7 +205,7 @@ def rest_of_layer_kept(
     Of `stream` and `attended` it takes rows SPACING apart, `count` of them. The others have only those.
     """
     add(
-        attended, stream, limit, limit, out_weight, out_bias, width, width, c,
+        attended, stream, limit, limit, out_weight, out_bias, width, width, width, c,
         PRECISION, SPACING, SPACING, ROWS, OUTPUTS, CHANNELS,
     )  # fmt: skip
     norm(
@@ -217,7 +217,7 @@ def rest_of_layer_kept(
         PRECISION, 1, ROWS, OUTPUTS, CHANNELS,
     )  # fmt: skip
     add(
-        gelu, stream, count, limit, down_weight, down_bias, hidden, hidden, c,
+        gelu, stream, count, limit, down_weight, down_bias, hidden, hidden, hidden, c,
         PRECISION, 1, SPACING, ROWS, OUTPUTS, CHANNELS,
     )  # fmt: skip
 
@@ -243,7 +243,7 @@ def latents_back(
     incoming = grad + sequence // sites * grad_batch + sequence % sites * grad_site
     for first in tl.range(0, latents, OUTPUTS, num_stages=1, disable_licm=True):
         output = first + tl.arange(0, OUTPUTS)
-        sums = product(kept, rows, count, weight, output, c, c, latents, PRECISION, ROWS, OUTPUTS, CHANNELS)
+        sums = product(kept, rows, count, weight, output, c, c, c, latents, PRECISION, ROWS, OUTPUTS, CHANNELS)
         sums += tl.load(bias + output, mask=output < latents, other=0.0).to(tl.float32)[None, :]
         inside = (rows < count)[:, None] & (output < latents)[None, :]
         g = tl.load(incoming[:, None] + output[None, :], mask=inside, other=0.0).to(tl.float32)

@@ -25,17 +25,18 @@ def tile_rows(step, ROWS: tl.constexpr, SPACING: tl.constexpr):
 
 @triton.jit
 def product(
-    left, rows, limit, weight, output, depth, stride, written,
+    left, rows, limit, weight, output, depth, stride, weight_stride, written,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Rows, `stride` apart, times some outputs of a weight (written, depth): (ROWS, OUTPUTS) in float32."""
+    """Rows, `stride` apart, times some outputs of a weight (written, depth), whose rows are `weight_stride` apart:
+    (ROWS, OUTPUTS) in float32."""
     sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for first in range(0, depth, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)[None, :]
         inside = (rows < limit)[:, None] & (channel < depth)
         a = tl.load(left + rows[:, None] * stride + channel, mask=inside, other=0.0)
         inside = (output < written)[:, None] & (channel < depth)
-        w = tl.load(weight + output[:, None] * depth + channel, mask=inside, other=0.0)
+        w = tl.load(weight + output[:, None] * weight_stride + channel, mask=inside, other=0.0)
         sums = tl.dot(a, tl.trans(w), sums, input_precision=PRECISION)
     return sums
 
@@ -90,7 +91,7 @@ def widen(
         rows = tile_rows(first, ROWS, SPACING)
         output = first + tl.arange(0, OUTPUTS)
         sums = product(
-            narrow, rows, limit, weight, output, c, narrow_stride, written, PRECISION, ROWS, OUTPUTS, CHANNELS
+            narrow, rows, limit, weight, output, c, narrow_stride, c, written, PRECISION, ROWS, OUTPUTS, CHANNELS
         )  # fmt: skip
         if bias is not None:
             sums += tl.load(bias + output, mask=output < written, other=0.0).to(tl.float32)[None, :]
@@ -103,18 +104,19 @@ def widen(
 
 @triton.jit
 def add(
-    left, stream, left_limit, limit, weight, bias, depth, stride, c, PRECISION: tl.constexpr,
+    left, stream, left_limit, limit, weight, bias, depth, stride, weight_stride, c, PRECISION: tl.constexpr,
     LEFT: tl.constexpr, SPACING: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """stream += left weight' + bias, of rows LEFT apart to rows SPACING apart."""
+    """stream += left weight' + bias, if there is one, of rows LEFT apart to rows SPACING apart."""
     for first in tl.range(0, c, OUTPUTS, num_stages=1, disable_licm=True):
         rows = tile_rows(first, ROWS, SPACING)
         output = first + tl.arange(0, OUTPUTS)
         sums = product(
-            left, tile_rows(first, ROWS, LEFT), left_limit, weight, output, depth, stride, c,
+            left, tile_rows(first, ROWS, LEFT), left_limit, weight, output, depth, stride, weight_stride, c,
             PRECISION, ROWS, OUTPUTS, CHANNELS,
         )  # fmt: skip
-        sums += tl.load(bias + output, mask=output < c, other=0.0).to(tl.float32)[None, :]
+        if bias is not None:
+            sums += tl.load(bias + output, mask=output < c, other=0.0).to(tl.float32)[None, :]
         inside = (rows < limit)[:, None] & (output < c)[None, :]
         place = stream + rows[:, None] * c + output[None, :]
         tl.store(place, sums + tl.load(place, mask=inside, other=0.0), mask=inside)
@@ -170,8 +172,8 @@ def rest_of_layer(
     """What follows attention: output projection, norm, feed-forward, and both residuals."""
     of_c = layer * c
     add(
-        narrow, stream, limit, limit, out_weight + of_c * width, out_bias + of_c, width, narrow_stride, c,
-        PRECISION, SPACING, SPACING, ROWS, OUTPUTS, CHANNELS,
+        narrow, stream, limit, limit, out_weight + of_c * width, out_bias + of_c, width, narrow_stride,
+        width, c, PRECISION, SPACING, SPACING, ROWS, OUTPUTS, CHANNELS,
     )  # fmt: skip
     rows = tile_rows(step, ROWS, SPACING)
     norm(
@@ -183,8 +185,8 @@ def rest_of_layer(
         PRECISION, SPACING, ROWS, OUTPUTS, CHANNELS,
     )  # fmt: skip
     add(
-        wide, stream, limit, limit, down_weight + of_c * hidden, down_bias + of_c, hidden, wide_stride, c,
-        PRECISION, SPACING, SPACING, ROWS, OUTPUTS, CHANNELS,
+        wide, stream, limit, limit, down_weight + of_c * hidden, down_bias + of_c, hidden, wide_stride,
+        hidden, c, PRECISION, SPACING, SPACING, ROWS, OUTPUTS, CHANNELS,
     )  # fmt: skip
 
 

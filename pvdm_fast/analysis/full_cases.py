@@ -64,6 +64,30 @@ def attention_block(layout: PlaneLayout, channels: int, batch: int, heads: int =
     return Case("attention_block", shapes, run)
 
 
+def feed_forward_block(tokens: int, channels: int, inner: int, hidden: int, batch: int) -> Case:
+    """What follows attention in a layer, fused, which has a forward pass alone."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (batch, tokens, channels),
+        "attended": (batch, tokens, inner),
+        "out_weight": (channels, inner),
+        "out_bias": (channels,),
+        "weight": (channels,),
+        "bias": (channels,),
+        "up_weight": (2 * hidden, channels),
+        "up_bias": (2 * hidden,),
+        "down_weight": (channels, hidden),
+        "down_bias": (channels,),
+    }
+
+    def run(**tensors: Tensor) -> Tensor:
+        for name in ("out_weight", "up_weight", "down_weight"):
+            scale = 2.0 ** -(tensors[name].shape[1].bit_length() // 2)  # as above
+            tensors[name] = tensors[name] * scale
+        return ops.feed_forward_block(*tensors.values())
+
+    return Case("feed_forward_block", shapes, run)
+
+
 def _norm(layout: PlaneLayout, channels: int, resample: str | None = None) -> Case:
     return plane_norm(
         layout, channels, groups=_GROUPS, modulated=resample is None, activation=True, resample=resample, batch=1
@@ -108,10 +132,13 @@ FULL = {
     "attention_block-planes": attention_block(_FINEST, 256, 1),
     "attention_block-128": attention_block(_joint(128), 1024, 1),
     "attention_block-32": attention_block(_joint(32), 1024, 2),
+    "feed_forward_block": feed_forward_block(_VIDEO.num_lattice_tokens, _WIDTH, 64 * _HEADS, 4 * _WIDTH, 1),
 }
-# For the fused operation, which the other tables don't hold: sizes that no block divides.
+# For the fused operations, which the other tables don't hold: sizes that no block divides.
 FUSED = {
     "attention_block-odd": attention_block(_joint(35), 96, 2, heads=3),
     "attention_block-one": attention_block(_joint(1), 96, 1, heads=3),
     "attention_block-planes": attention_block(TriplaneLayout(3, 5, 7), 96, 2, heads=3),
+    "feed_forward_block-odd": feed_forward_block(35, 40, 24, 150, 2),
+    "feed_forward_block-one": feed_forward_block(1, 24, 8, 17, 1),
 }

@@ -44,11 +44,14 @@ PACKAGE = {
     "cuda": "pvdm_fast.backends.cuda",
 }
 BACKENDS = tuple(PACKAGE)
-# Not in OPERATIONS: it has no gradient, and is used only if a kernel exists for it (pvdm_fast/ops/attention_block.py).
-FUSED = ("attention_block",)
+# Not in OPERATIONS: they have no gradient, and are used only if a kernel exists for them
+# (pvdm_fast/ops/attention_block.py, feed_forward_block.py).
+FUSED = ("attention_block", "feed_forward_block")
 # Nor this one: it is used only where a kernel serves it, which CPUs and Triton have for both directions. Elsewhere its
 # parts are used (pvdm_fast/ops/triplane_project.py).
 FUSED_PROJECTION = ("triplane_project",)
+# A program's threads hand each other values through memory, behind a barrier. On AMD's GPUs it doesn't wait for stores.
+THROUGH_MEMORY = ("feed_forward_block", *FUSED_PROJECTION)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
     "cpu": (*OPERATIONS, *FUSED_PROJECTION),
@@ -184,7 +187,7 @@ def why_not(backend: str, op: str, tensor: Tensor | None = None) -> str | None:
         return f"it has no kernel for {op} yet: use another backend, or auto."
     if reason := unavailable(backend):
         return reason
-    if backend == "triton" and op in FUSED_PROJECTION and torch.version.hip:
+    if backend == "triton" and op in THROUGH_MEMORY and torch.version.hip:
         return "on AMD's GPUs its threads wouldn't see what others of their program have stored: use another backend."
     if tensor is None or backend == "reference":
         return None

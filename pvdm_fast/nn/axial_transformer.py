@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +73,13 @@ class PreNorm(nn.Module):
 
     def forward(self, stream: Tensor, branch: Tensor | None, *arguments: object) -> tuple[Tensor, Tensor]:
         """stream, branch: (..., C) -> the stream plus `branch`, and fn of its norm."""
-        norm, fn = self.norm, self.fn
+        return self.of_norm(self.fn, stream, branch, *arguments)
+
+    def of_norm(
+        self, fn: Callable[..., Tensor], stream: Tensor, branch: Tensor | None, *arguments: object
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, where `fn` is self.fn or a method of it."""
+        norm = self.norm
         weights = weights_of(norm, nn.LayerNorm)
         if weights is None:
             stream = stream if branch is None else stream + branch
@@ -81,7 +89,7 @@ class PreNorm(nn.Module):
             stream, values = ops.add_layer_norm(stream, None, *parameters)
         else:
             stream, values = ops.add_layer_norm(branch, stream, *parameters)
-        x = Normed(values, stream, *parameters) if is_plain(fn, self._kind) else values
+        x = Normed(values, stream, *parameters) if is_plain(self.fn, self._kind) else values
         return stream, fn(x, *arguments)
 
 
@@ -98,11 +106,15 @@ class AxialAttention(nn.Module):
 
     def forward(self, x: Normed | Tensor, layout: TriplaneLayout, rotation: Tables) -> Tensor:
         """x: (B, T H W, C) -> (B, T H W, C)."""
+        return self.to_out["0"](self.attend(x, layout, rotation))
+
+    def attend(self, x: Normed | Tensor, layout: TriplaneLayout, rotation: Tables) -> Tensor:
+        """x: (B, T H W, C) -> the heads' results (B, T H W, inner)."""
         batch, sites = len(values_of(x)), layout.height * layout.width
         frames = (batch * layout.time, 1) if self.axis == "space" else (batch, layout.time)
         sequences = Sequences(*frames, sites, self.axis)
         attended = attention(x, self.to_qkv, self.num_heads, sequences, rotation)
-        return self.to_out["0"](attended.view(batch, layout.num_lattice_tokens, -1))
+        return attended.view(batch, layout.num_lattice_tokens, -1)
 
 
 @readable
@@ -170,15 +182,41 @@ class AxialTransformer(nn.Module):
 
 
 def _run_layer(
-    layer: nn.ModuleList,
+    layer: Any,
     x: Tensor,
     branch: Tensor | None,
     layout: TriplaneLayout,
     time_tables: Tables,
     space_tables: Tables,
-) -> tuple[Tensor, Tensor]:
-    """Runs one layer. Returns the stream, and what is still to be added to it."""
+) -> tuple[Tensor, Tensor | None]:
+    """Runs one layer. Returns the stream, and what is still to be added to it.
+
+    What follows the heads of space attention is one operation where a kernel serves it and its layers are plain.
+    """
     time_attention, space_attention, feed_forward = layer
     x, branch = time_attention(x, branch, layout, time_tables)
+    weights = _weights_behind_the_heads(space_attention, feed_forward, x)
+    if weights is not None:
+        attend = space_attention.fn.attend
+        x, attended = space_attention.of_norm(attend, x, branch, layout, space_tables)
+        return ops.feed_forward_block(x, attended, *weights, eps=feed_forward.norm.eps), None
     x, branch = space_attention(x, branch, layout, space_tables)
     return feed_forward(x, branch)
+
+
+def _weights_behind_the_heads(space_attention: Any, feed_forward: Any, x: Tensor) -> tuple[Tensor, ...] | None:
+    """What `ops.feed_forward_block` takes, in its order. None where it shouldn't be used, or a layer isn't plain."""
+    if not ops.fuses_feed_forward_block(x):
+        return None
+    parts = ((space_attention, PreNorm), (feed_forward, PreNorm))
+    if not all(is_plain(*part) for part in parts):
+        return None
+    attention, gated = space_attention.fn, feed_forward.fn
+    if not (is_plain(attention, AxialAttention) and is_plain(gated, GatedFeedForward)):
+        return None
+    norm = weights_of(feed_forward.norm, nn.LayerNorm)
+    out, up, down = (weights_of(one, Linear) for one in (attention.to_out["0"], gated.net["0"], gated.net["3"]))
+    if norm is None or out is None or up is None or down is None:
+        return None
+    weights = (*out, *norm, *up, *down)
+    return weights if ops.fuses_feed_forward_block(x, weights) else None

@@ -3,6 +3,7 @@
 from pvdm_fast.ops.add_layer_norm import add_layer_norm
 from pvdm_fast.ops.attention_block import attention_block, fuses_attention_block
 from pvdm_fast.ops.axial_attention import axial_attention
+from pvdm_fast.ops.feed_forward_block import feed_forward_block, fuses_feed_forward_block
 from pvdm_fast.ops.geglu import geglu
 from pvdm_fast.ops.plane_conv import plane_conv
 from pvdm_fast.ops.plane_norm import plane_norm
@@ -16,7 +17,9 @@ __all__ = [
     "add_layer_norm",
     "attention_block",
     "axial_attention",
+    "feed_forward_block",
     "fuses_attention_block",
+    "fuses_feed_forward_block",
     "fuses_projection",
     "geglu",
     "plane_conv",

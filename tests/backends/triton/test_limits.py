@@ -43,6 +43,13 @@ def block(channels: int, heads: int, groups: int) -> Tensor:
         return ops.attention_block(draw(1, 3, c), *weights, heads=heads, groups=groups)
 
 
+def feed_forward(channels: int, hidden: int) -> Tensor:
+    c = channels
+    weights = draw(c, 1), draw(c), draw(c), draw(c), draw(2 * hidden, c), draw(2 * hidden), draw(c, hidden), draw(c)
+    with torch.no_grad():
+        return ops.feed_forward_block(draw(1, 3, c), draw(1, 3, 1), *weights)
+
+
 LONG = Projection((64, 1, 2), "xy", channels=8, heads=2, head_width=4)
 BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
     ("segment_attention", WIDE_HEADS, lambda: ops.segment_attention(draw(1, 4, 3, 1, 257))),
@@ -71,6 +78,7 @@ BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
         lambda: LONG.run(*(tensor.float() for tensor in LONG.tensors().values())),
     ),
     ("attention_block", WIDE_HEADS, lambda: block(257, 1, 257)),
+    ("feed_forward_block", r"at most 32768 channels, inner or hidden, not 32769", lambda: feed_forward(2, 32769)),
     ("attention_block", r"groups of at most 128 channels, not 129: use more groups", lambda: block(129, 1, 1)),
 ]
 UNLIMITED = ("geglu", "plane_conv", "triplane_slice")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-from pvdm_fast.kernels import configs, plane_norm_tiles  # noqa: E402
+from pvdm_fast.kernels import configs, feed_forward_block, plane_norm_tiles  # noqa: E402
 from pvdm_fast.kernels.launch import Config  # noqa: E402
 
 # How much larger tiles are than in the operations' own tests, by the start of the table's name. The interpreter's time
@@ -83,3 +84,19 @@ def test_autoencoder() -> None:
     assert_close(frames, case.tensors["output.reconstruction"], GOLDEN_NETWORK)
     frames.backward(case.draw("grad_output", tuple(frames.shape)))
     check_gradients(case, model, {"video": video}, GOLDEN_NETWORK)
+
+
+@torch.no_grad()
+def test_autoencoder_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what follows the heads in each layer is one operation, if there are enough tokens."""
+    calls, forward = [], feed_forward_block.forward
+    monkeypatch.setattr(feed_forward_block, "forward", lambda *a: calls.append(a) or forward(*a))
+    monkeypatch.setattr(import_module("pvdm_fast.ops.feed_forward_block"), "LEAST_TOKENS", 1)
+    case = load_case("autoencoder_small")
+    config = case.meta["ddconfig"]
+    model = load_release_autoencoder(case.parameters(), frames=config["timesteps"], resolution=config["resolution"])
+    latent = model.encode(case.draw("input.video", (1, 3, 16, 48, 48)).tanh()).latent
+    assert_close(latent, case.tensors["output.latent"], GOLDEN_NETWORK)
+    frames = model.decode(latent).sample.transpose(1, 2).flatten(0, 1)
+    assert_close(frames, case.tensors["output.reconstruction"], GOLDEN_NETWORK)
+    assert len(calls) == len(model.encoder.layers) + len(model.decoder.layers)
