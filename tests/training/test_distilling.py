@@ -147,7 +147,7 @@ def test_the_students_folder_stands_beside_the_teachers(teacher: Path, monkeypat
     assert parse(["."]).run == teacher.with_name("run-4-steps")
 
 
-@pytest.mark.parametrize(("method", "steps"), [("distribution", 3), ("path", 1)])
+@pytest.mark.parametrize(("method", "steps"), [("distribution", 3), pytest.param("path", 1, marks=pytest.mark.slow)])
 def test_guidance_is_learned_along(teacher: Path, tmp_path: Path, method: str, steps: int) -> None:
     shared = [*SMALL, *FLOW[:-2], "--stage", "diffusion", "--init-from", str(teacher), "--diffusion-steps", str(steps)]
     options = ["--diffusion-conditional-probability", "1", "--diffusion-sampling-steps", "50"]

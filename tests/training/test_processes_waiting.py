@@ -17,6 +17,8 @@ from training.small import SMALL, checkpoint_names, losses, steps
 from pvdm_fast.data import DataError
 from pvdm_fast.training import trainer
 
+pytestmark = pytest.mark.slow
+
 
 def _after_two_batches(then: Callable[[], object]) -> None:
     """In the second process ``then`` is called in place of a third batch."""
@@ -60,13 +62,7 @@ def assert_two_steps_are_saved(run: Path) -> None:
     assert [step for step, _, _ in losses(run, "autoencoder")] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    "to",
-    [
-        pytest.param((0, 1), id="to both", marks=pytest.mark.slow),
-        pytest.param((1,), id="to the one that waits"),
-    ],
-)
+@pytest.mark.parametrize("to", [(0, 1), (1,)], ids=["to both", "to the one that waits"])
 def test_a_signal_saves_and_stops_all(to: tuple[int, ...], tmp_path: Path) -> None:
     processes = begin(tmp_path, wait_for_ever)
     for rank in to:
