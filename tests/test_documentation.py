@@ -42,6 +42,7 @@ NOT_IN_EXAMPLE = {
     "csrc/cpu/vec.h",
     "csrc/bindings_cuda.cpp",
     "pvdm_fast/ops/operation.py",  # names no operation
+    "tests/analysis/test_workload.py",  # named for what has no gradient
     "pvdm_fast/analysis/flops.py",  # geglu multiplies no matrices
     "tests/tolerances.py",
     "benchmarks/cases_networks.py",

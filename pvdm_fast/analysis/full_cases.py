@@ -6,6 +6,8 @@ programs share, sequences that are read in pieces.
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from pvdm_fast import ops
@@ -88,6 +90,28 @@ def feed_forward_block(tokens: int, channels: int, inner: int, hidden: int, batc
     return Case("feed_forward_block", shapes, run)
 
 
+def time_attention_block(lattice: tuple[int, int, int], channels: int, heads: int, width: int, batch: int) -> Case:
+    """Time attention with its norm and residual, fused, which has a forward pass alone."""
+    (time, *_), inner = lattice, heads * width
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (batch, prod(lattice), channels),
+        "weight": (channels,),
+        "bias": (channels,),
+        "qkv_weight": (3 * inner, channels),
+        "out_weight": (channels, inner),
+        "out_bias": (channels,),
+    }
+
+    def run(**tensors: Tensor) -> Tensor:
+        for name in ("qkv_weight", "out_weight"):
+            scale = 2.0 ** -(tensors[name].shape[1].bit_length() // 2)  # as above
+            tensors[name] = tensors[name] * scale
+        tables = (t.to(tensors["x"].device) for t in rotation(time, width))
+        return ops.time_attention_block(*tensors.values(), *tables, time=time, heads=heads)
+
+    return Case("time_attention_block", shapes, run)
+
+
 def _norm(layout: PlaneLayout, channels: int, resample: str | None = None) -> Case:
     return plane_norm(
         layout, channels, groups=_GROUPS, modulated=resample is None, activation=True, resample=resample, batch=1
@@ -133,6 +157,7 @@ FULL = {
     "attention_block-128": attention_block(_joint(128), 1024, 1),
     "attention_block-32": attention_block(_joint(32), 1024, 2),
     "feed_forward_block": feed_forward_block(_VIDEO.num_lattice_tokens, _WIDTH, 64 * _HEADS, 4 * _WIDTH, 1),
+    "time_attention_block": time_attention_block(_LATTICE, _WIDTH, _HEADS, 64, 1),
 }
 # For the fused operations, which the other tables don't hold: sizes that no block divides.
 FUSED = {
@@ -141,4 +166,6 @@ FUSED = {
     "attention_block-planes": attention_block(TriplaneLayout(3, 5, 7), 96, 2, heads=3),
     "feed_forward_block-odd": feed_forward_block(35, 40, 24, 150, 2),
     "feed_forward_block-one": feed_forward_block(1, 24, 8, 17, 1),
+    "time_attention_block-odd": time_attention_block((9, 5, 7), 40, 3, 12, 2),
+    "time_attention_block-one": time_attention_block((1, 1, 1), 24, 1, 8, 1),
 }

@@ -14,7 +14,7 @@ from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.nn import checkpointing
 from pvdm_fast.nn.constants import constant
 from pvdm_fast.nn.linear import Linear
-from pvdm_fast.nn.plain import is_plain, readable, weights_of
+from pvdm_fast.nn.plain import is_plain, readable, weight_of, weights_of
 from pvdm_fast.nn.recomputed import Normed, Sequences, attention, feed_forward, values_of
 
 Tables = tuple[Tensor, Tensor]
@@ -191,10 +191,12 @@ def _run_layer(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs one layer. Returns the stream, and what is still to be added to it.
 
-    What follows the heads of space attention is one operation where a kernel serves it and its layers are plain.
+    Time attention, and what follows the heads of space attention, are one operation each where a kernel serves it and
+    its layers are plain.
     """
     time_attention, space_attention, feed_forward = layer
-    x, branch = time_attention(x, branch, layout, time_tables)
+    summed = _attend_along_time(time_attention, x, branch, layout, time_tables)
+    x, branch = time_attention(x, branch, layout, time_tables) if summed is None else (summed, None)
     weights = _weights_behind_the_heads(space_attention, feed_forward, x)
     if weights is not None:
         attend = space_attention.fn.attend
@@ -202,6 +204,22 @@ def _run_layer(
         return ops.feed_forward_block(x, attended, *weights, eps=feed_forward.norm.eps), None
     x, branch = space_attention(x, branch, layout, space_tables)
     return feed_forward(x, branch)
+
+
+def _attend_along_time(
+    step: Any, x: Tensor, branch: Tensor | None, layout: TriplaneLayout, tables: Tables
+) -> Tensor | None:
+    """The stream after time attention, in one operation. None where it shouldn't be used, or a layer isn't plain."""
+    time = layout.time
+    if not (ops.fuses_time_attention_block(x, time) and is_plain(step, PreNorm) and is_plain(step.fn, AxialAttention)):
+        return None
+    norm, qkv = weights_of(step.norm, nn.LayerNorm), weight_of(step.fn.to_qkv, Linear)
+    out = weights_of(step.fn.to_out["0"], Linear)
+    if norm is None or qkv is None or out is None or not ops.fuses_time_attention_block(x, time, (*norm, qkv, *out)):
+        return None
+    x = x if branch is None else x + branch
+    heads, eps = step.fn.num_heads, step.norm.eps
+    return ops.time_attention_block(x, *norm, qkv, *out, *tables, time=time, heads=heads, eps=eps)
 
 
 def _weights_behind_the_heads(space_attention: Any, feed_forward: Any, x: Tensor) -> tuple[Tensor, ...] | None:

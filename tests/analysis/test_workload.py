@@ -10,7 +10,8 @@ import torch
 from pvdm_fast.analysis.workload import Call, TensorSpec, calls
 from pvdm_fast.backends.choice import FUSED, FUSED_PROJECTION, OPERATIONS
 
-feed_forward_block = import_module("pvdm_fast.ops.feed_forward_block")  # the package has a function of that name
+# The package has functions of these names.
+BLOCKS = [import_module(f"pvdm_fast.ops.{name}") for name in ("feed_forward_block", "time_attention_block")]
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
@@ -20,7 +21,8 @@ def dtypes(found: list[Call], op: str) -> set[torch.dtype]:
 
 @pytest.mark.slow
 def test_every_operation_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_forward_block, "LEAST_TOKENS", 1)
+    for module in BLOCKS:
+        monkeypatch.setattr(module, "LEAST_TOKENS", 1)
     found = {(call.op, call.direction) for call in calls("small", HALF)}
     training = {(op, direction) for op in OPERATIONS for direction in ("forward", "backward")}
     both = {(op, direction) for op in FUSED_PROJECTION for direction in ("forward", "backward")}

@@ -50,6 +50,15 @@ def feed_forward(channels: int, hidden: int) -> Tensor:
         return ops.feed_forward_block(draw(1, 3, c), draw(1, 3, 1), *weights)
 
 
+def time_attention(time: int, channels: int) -> Tensor:
+    c = channels
+    weights = draw(c), draw(c), draw(6, c), draw(c, 2), draw(c)
+    with torch.no_grad():
+        return ops.time_attention_block(
+            draw(1, time, c), *weights, draw(time, 2).detach(), draw(time, 2).detach(), time=time, heads=1
+        )
+
+
 LONG = Projection((64, 1, 2), "xy", channels=8, heads=2, head_width=4)
 BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
     ("segment_attention", WIDE_HEADS, lambda: ops.segment_attention(draw(1, 4, 3, 1, 257))),
@@ -79,6 +88,8 @@ BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
     ),
     ("attention_block", WIDE_HEADS, lambda: block(257, 1, 257)),
     ("feed_forward_block", r"at most 32768 channels, inner or hidden, not 32769", lambda: feed_forward(2, 32769)),
+    ("time_attention_block", r"at most 16384 channels or inner, not 16385", lambda: time_attention(2, 16385)),
+    ("time_attention_block", r"sequences of at most 64 tokens, not 65", lambda: time_attention(65, 4)),
     ("attention_block", r"groups of at most 128 channels, not 129: use more groups", lambda: block(129, 1, 1)),
 ]
 UNLIMITED = ("geglu", "plane_conv", "triplane_slice")

@@ -27,7 +27,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-from pvdm_fast.kernels import configs, feed_forward_block, plane_norm_tiles  # noqa: E402
+from pvdm_fast.kernels import configs, feed_forward_block, plane_norm_tiles, time_attention_block  # noqa: E402
 from pvdm_fast.kernels.launch import Config  # noqa: E402
 
 # How much larger tiles are than in the operations' own tests, by the start of the table's name. The interpreter's time
@@ -88,10 +88,17 @@ def test_autoencoder() -> None:
 
 @torch.no_grad()
 def test_autoencoder_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where what follows the heads in each layer is one operation, if there are enough tokens."""
-    calls, forward = [], feed_forward_block.forward
-    monkeypatch.setattr(feed_forward_block, "forward", lambda *a: calls.append(a) or forward(*a))
-    monkeypatch.setattr(import_module("pvdm_fast.ops.feed_forward_block"), "LEAST_TOKENS", 1)
+    """Where time attention and what follows the heads of space attention are one operation each, if there are enough
+    tokens."""
+    calls: list[str] = []
+
+    def counted(name: str, module: Any) -> None:
+        forward = module.forward
+        monkeypatch.setattr(module, "forward", lambda *a: calls.append(name) or forward(*a))
+        monkeypatch.setattr(import_module(f"pvdm_fast.ops.{name}"), "LEAST_TOKENS", 1)
+
+    counted("feed_forward_block", feed_forward_block)
+    counted("time_attention_block", time_attention_block)
     case = load_case("autoencoder_small")
     config = case.meta["ddconfig"]
     model = load_release_autoencoder(case.parameters(), frames=config["timesteps"], resolution=config["resolution"])
@@ -99,4 +106,5 @@ def test_autoencoder_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(latent, case.tensors["output.latent"], GOLDEN_NETWORK)
     frames = model.decode(latent).sample.transpose(1, 2).flatten(0, 1)
     assert_close(frames, case.tensors["output.reconstruction"], GOLDEN_NETWORK)
-    assert len(calls) == len(model.encoder.layers) + len(model.decoder.layers)
+    layers = len(model.encoder.layers) + len(model.decoder.layers)
+    assert calls == layers * ["time_attention_block", "feed_forward_block"]
