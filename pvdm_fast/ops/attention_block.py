@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.derivatives import autocasts, transforming
+from pvdm_fast.ops.derivatives import infers
 from pvdm_fast.ops.registry import expect_real, register_by_reference, tokens_of_planes
 
 # Up to here launches take the time, not bytes or products: the output projection of 2048 tokens of 256 channels
@@ -99,13 +98,10 @@ def fuses_attention_block(x: Tensor, weight: Tensor, *, heads: int, groups: int 
     gradient, a kernel serves it at these sizes, and N <= 2048, B <= 2. Above 128 tokens only where Triton computes
     attention anyway. Not under torch.compile, which fuses by itself."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and not transforming()
+        infers(x.device.type)
         and x.shape[0] <= MOST_CLIPS
         and x.shape[1] <= MOST_TOKENS
         and x.dtype == weight.dtype
-        and not autocasts(x.device.type)
         and choice.serves("triton", "attention_block", choice.requested(), x.device.type, x.dtype)
         and (
             x.shape[1] <= FEW_TOKENS

@@ -29,6 +29,12 @@ log = logging.getLogger("pvdm_fast")
 Formula = Callable[..., tuple[Any, ...]]
 
 
+def infers(device: str) -> bool:
+    """Whether operations for inference alone may be used: nothing wants a gradient, traces, transforms or casts."""
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming()
+    return not watched and not autocasts(device)
+
+
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device. (PyTorch raises if asked for the device of tensors without
     memory.)"""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.derivatives import autocasts, transforming
+from pvdm_fast.ops.derivatives import infers
 from pvdm_fast.ops.registry import expect_real, register_by_reference
 
 OP = "feed_forward_block"
@@ -79,11 +78,8 @@ def fuses_feed_forward_block(x: Tensor, weights: tuple[Tensor, ...] = ()) -> boo
     whether it is worth collecting them.
     """
     return (
-        not torch.is_grad_enabled()
+        infers(x.device.type)
         and x.shape[0] * x.shape[1] >= LEAST_TOKENS
-        and not torch.compiler.is_compiling()
-        and not transforming()
-        and not autocasts(x.device.type)
         and choice.serves("triton", OP, choice.requested(), x.device.type, x.dtype)
         and all(weight.dtype == x.dtype for weight in weights)
         and (not weights or choice.refusal("triton", OP, (x, x, *weights)) is None)

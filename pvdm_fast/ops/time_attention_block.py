@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.derivatives import autocasts, transforming
+from pvdm_fast.ops.derivatives import infers
 from pvdm_fast.ops.registry import expect_dtype, expect_real, expect_shapes, register_by_reference
 
 OP = "time_attention_block"
@@ -80,11 +80,8 @@ def fuses_time_attention_block(x: Tensor, time: int, weights: tuple[Tensor, ...]
     whether it is worth collecting them.
     """
     return (
-        not torch.is_grad_enabled()
+        infers(x.device.type)
         and x.shape[0] * x.shape[1] >= LEAST_TOKENS
-        and not torch.compiler.is_compiling()
-        and not transforming()
-        and not autocasts(x.device.type)
         and choice.serves("triton", OP, choice.requested(), x.device.type, x.dtype)
         and all(weight.dtype == x.dtype for weight in weights)
         and (not weights or choice.refusal("triton", OP, (x, *weights, None, None, time)) is None)
