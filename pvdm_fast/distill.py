@@ -84,7 +84,8 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     from pvdm_fast.training.run_folder import RunFolder
 
     given = vars(make_parser().parse_args(arguments))
-    of_steps, of_rate = SHARES[given.get("distillation.method", "distribution")]
+    method = given.get("distillation.method", "distribution")
+    of_steps, of_rate = SHARES[method]
     place, out = given.pop("run"), given.pop("out")
     trained = RunFolder.existing(place).read_config()
     changes: dict[str, Any] = {
@@ -94,7 +95,8 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
         "autoencoder_from": None,
         "early_stop": None,
         "distillation.steps": 4,
-        "distillation.method": "distribution",
+        "distillation.method": method,
+        **({"fsdp": False} if method == "distribution" else {}),
         "distillation.guidance": None,
         **{key: get(TrainConfig(), key) for key in SAMPLING_OPTIONS},
         "diffusion.time_mean": 0.0,

@@ -92,7 +92,7 @@ def predicted_latent(latent: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
 def matching_gradient(
     teacher: Velocity, critic: Velocity, sample: Tensor, noise: Tensor, time: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Where the student's samples should not go, and the critic's own error on them.
+    """The direction in which samples become less likely for the teacher than for the critic, and the critic's error.
 
     From the noisy samples, critic and teacher predict clean latents. Their difference is proportional to the gradient
     of the Kullback-Leibler divergence between both distributions at that noise (Yin et al. 2024, DMD). Each clip's is

@@ -159,7 +159,7 @@ class SamplingOptions:
         steps: number of denoising steps per clip, 1 to 1000. None: the denoiser's own, or as many as it was distilled
             for, else 50.
         scheduler: a name of `pvdm_fast.diffusion.schedulers.make_scheduler`, or a scheduler. "auto" is the denoiser's
-            own, else "ddim", or "unipc" where it predicts the velocity, or "euler" where it was distilled.
+            own, else "ddim", or "unipc" where it predicts the velocity, or what it was distilled for.
         guidance: weight w of `pvdm_fast.diffusion.guidance`. 0 turns it off. None: the denoiser's own.
         eta: DDIM only: 0 adds no noise, 1 as much as the DDPM posterior.
         seed: the same seed gives the same videos on the same machine. Each has noise of its own

@@ -306,6 +306,7 @@ def scheduler_of(denoiser: Denoiser, scheduler: str | Any) -> Any:
         taught = fitting_name(denoiser, "auto")
         stochastic = bool(scheduler.config.get("stochastic_sampling")) == (taught == "stochastic")
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or not stochastic:
+            kind += "" if stochastic else f" with stochastic_sampling={taught != 'stochastic'}"
             raise UserError(f"this denoiser was distilled for {taught}, not {kind}: take the scheduler of scheduler_of")
     if _takes_velocity(scheduler) != (prediction == "flow"):
         raise UserError(

@@ -85,8 +85,8 @@ def _check_sampling(steps: int | None, scheduler: str, guidance: float, distille
         raise ValueError(f"sampling_guidance {guidance} must be 0 or more.")
     if distilled and (steps is not None or scheduler not in ("auto", "stochastic") or guidance != 0):
         raise ValueError(
-            "A distilled denoiser has its own steps and guidance: leave out what begins with sampling_, but for "
-            "sampling_scheduler 'stochastic' where it was distilled for that."
+            "A distilled denoiser has its own steps and guidance: leave out what begins with sampling_. Only "
+            "sampling_scheduler may be 'stochastic'."
         )
 
 
@@ -135,8 +135,8 @@ class Denoiser(InFolders, ModelMixin, ConfigMixin):
         class_names: their names, in the order of their numbers.
         sampling_steps, sampling_scheduler, sampling_guidance: how it is sampled where nothing else is asked for: the
             number of steps (None: 50), the name of the scheduler (`pvdm_fast.diffusion.schedulers`), and the weight of
-            classifier-free guidance (`pvdm_fast.diffusion.guidance`). A distilled denoiser has but the scheduler that
-            it was distilled for: "auto" (which is "euler") or "stochastic".
+            classifier-free guidance (`pvdm_fast.diffusion.guidance`). A distilled denoiser has only its own
+            scheduler: "auto" (which is "euler") or "stochastic".
 
     Raises:
         ValueError: sizes that don't divide; a downsampling factor that is no power of two; an unknown prediction; a

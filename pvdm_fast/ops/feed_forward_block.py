@@ -111,6 +111,7 @@ def feed_forward_block(
         norm_weight, norm_bias: (C).
         up_weight, up_bias: (2 hidden, C), (2 hidden): values, then gates.
         down_weight, down_bias: (C, hidden), (C).
+        eps: of the norm.
 
     Returns:
         (B, N, C), contiguous.

@@ -112,7 +112,7 @@ def time_attention_block(
         qkv_weight: (3 inner, C): queries, keys, values, each of all heads.
         out_weight, out_bias: (C, inner), (C).
         sin, cos: (T, inner / heads), float32: the rotation of queries and keys.
-        time: T. heads: of which inner is an even multiple.
+        time: T. heads: of which inner is an even multiple. eps: of the norm.
 
     Returns:
         (B, T H W, C), contiguous.
@@ -120,7 +120,8 @@ def time_attention_block(
     Raises:
         ValueError: shapes or dtypes don't fit.
 
-    Precision: statistics, the softmax and sums are in float32 at least.
+    Precision: statistics, the softmax and sums are in float32 at least. In Triton a value that isn't finite also makes
+        neighbouring sequences NaN, those of its tile, be they another clip's.
     Derivatives: every kind, computed by the reference: there is no kernel for a gradient. `vmap` runs the operation for
         each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.

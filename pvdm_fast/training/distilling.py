@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pvdm_fast.models import Autoencoder, Denoiser
 
 
+TURNS = 3  # of distribution matching: the critic's, the critic's, the student's
 SAMPLERS = {"distribution": "stochastic", "path": "auto"}  # by which a method's students are sampled
 TIMES = ("time_mean", "time_std")  # of the options: they would change nothing here
 
@@ -144,6 +145,11 @@ def _check_path(config: TrainConfig, teacher: Denoiser) -> None:
     taught, shift = teacher.config["distilled_steps"], config.diffusion.time_shift
     if taught is None:
         return
+    if teacher.config["sampling_scheduler"] != SAMPLERS["path"]:
+        raise UserError(
+            f"the denoiser in {place} was distilled by distribution matching, and follows no path that it could show: "
+            "name the run of the flow that taught it"
+        )
     if options.solver_steps != type(options).solver_steps:
         raise UserError(
             f"--distillation-solver-steps does nothing here, because the denoiser in {place} was distilled itself and "
@@ -159,8 +165,19 @@ def _check_path(config: TrainConfig, teacher: Denoiser) -> None:
 def _check_distribution(config: TrainConfig, teacher: Denoiser) -> None:
     if teacher.config["distilled_steps"] is not None:
         raise UserError(
-            f"the denoiser in {config.init_from} was distilled itself, and knows its own steps only: "
-            "name the run of the flow that taught it, or choose --distillation-method path"
+            f"the denoiser in {config.init_from} was distilled itself, and knows its own steps only: name the run of "
+            "the flow that taught it"
+        )
+
+
+def check_matching(config: TrainConfig) -> None:
+    """Raises UserError for options that distribution matching can't follow, in new runs and in those that go on."""
+    if config.distillation.steps is None or config.distillation.method != "distribution":
+        return
+    if config.diffusion.steps < TURNS:
+        raise UserError(
+            f"--diffusion-steps must be {TURNS} at least with --distillation-method distribution: the student takes "
+            "every third step"
         )
     if config.distillation.solver_steps != type(config.distillation).solver_steps:
         raise UserError(

@@ -20,7 +20,7 @@ from pvdm_fast.diffusion.flow import interpolate, logit_normal_times
 from pvdm_fast.jobs.share import Share
 from pvdm_fast.jobs.transfer import to_device
 from pvdm_fast.training.config import TrainConfig
-from pvdm_fast.training.distilling import DistillationStage, velocity_of
+from pvdm_fast.training.distilling import TURNS, DistillationStage, velocity_of
 from pvdm_fast.training.optimizer import make_optimizer
 from pvdm_fast.training.second_model import KnownGradient, SecondModel
 from pvdm_fast.training.stages import WHOLE, Classes
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
     from pvdm_fast.models import Autoencoder, Denoiser
 
-# In trials with `tiny`, two turns of the critic were as good as three, and so was three times the student's rate.
-TURNS = 3  # the critic's, the critic's, the student's
-CRITIC_RATE = 3.0  # times the student's learning rate
+CRITIC_RATE = 3.0  # times the student's learning rate, as in all trials (docs/notes/tiny_preset.md)
 LEAST_TIME, LARGEST_TIME = 0.02, 0.98  # of comparisons: at 0 nothing is left to predict, at 1 nothing is known
 
 
 class MatchingStage(DistillationStage):
     """The student's samples are to be distributed as the teacher's, see `pvdm_fast.diffusion.distillation`.
 
-    Student and critic begin with the teacher's weights, and take turns. In the student's turn its own steps lead from
-    noise to a random one of its windows, whose prediction is judged. Between steps the prediction gets new noise, as in
-    sampling. Clips give conditions and classes only.
+    Student and critic begin with the teacher's weights. After two turns of the critic the student has one. In both, the
+    student's own steps lead from noise to a random one of its windows, whose prediction is judged. Between steps the
+    prediction gets new noise, as in sampling. Clips give conditions and classes only.
     """
+
+    ranks = False  # the loss is the critic's
 
     def __init__(self, config: TrainConfig, autoencoder: Autoencoder, student: Denoiser, teacher: Denoiser) -> None:
         super().__init__(config, autoencoder, student, teacher)

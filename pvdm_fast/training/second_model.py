@@ -12,6 +12,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+SETTINGS = ("lr", "betas", "weight_decay")
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -63,11 +64,12 @@ class SecondModel:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The rate stays that of now."""
-        rate = self.optimizer.param_groups[0]["lr"]
+        """The settings of the optimizer stay those of now."""
+        settings = [{name: group[name] for name in SETTINGS} for group in self.optimizer.param_groups]
         self.nets.load_state_dict(state["nets"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.set_rate(rate)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

@@ -45,7 +45,8 @@ STATISTICS = ("latent_mean", "latent_std")
 class Stage(ABC):
     """What the training loop needs to know of a stage.
 
-    ``trains_model``: whether the step that is being taken changes the model. ``in_float32``: whether the stage computes
+    ``trains_model``: whether the step that is being taken changes the model. ``ranks``: whether a better held-out score
+    means a better model. ``in_float32``: whether the stage computes
     in float32 whatever the run's precision, but for what it casts itself. ``pad_short``: whether half of a clip may be
     padding.
     """
@@ -57,6 +58,7 @@ class Stage(ABC):
     height: int
     width: int
     trains_model = True
+    ranks = True
     in_float32 = False
     pad_short = False
     data: str | None = None  # what it reads in place of --data

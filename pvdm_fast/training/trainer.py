@@ -323,8 +323,8 @@ class Trainer:
         self.progress.best = vars(best)
         if self.processes.main:
             self.run.append_metrics({"stage": self.stage.name, "step": step, **scores})
-            note = "" if first else ", the best so far"
-            if not is_best:
+            note = "" if first or not self.stage.ranks else ", the best so far"
+            if not is_best and self.stage.ranks:
                 note = f" (best: {score_text(before.scores)} at step {before.step})"
             say(f"{self.stage.name} step {step}: held-out {score_text(scores)}{note}")
         if is_best and self.config.early_stop is not None:

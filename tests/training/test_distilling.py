@@ -50,10 +50,18 @@ TWO = ("--steps", "2", "--guidance", "1")
 
 @pytest.fixture(scope="module", params=["distribution", pytest.param("path", marks=pytest.mark.slow)])
 def student(teacher: Path, request: pytest.FixtureRequest) -> Path:
-    """Four steps of training, without interruption, to sample in two."""
+    """Six steps of training, without interruption, to sample in two."""
     run = teacher.with_name(request.param)
     method = ["--method", request.param] if request.param == "path" else []
-    assert distill([str(teacher), *TWO, *method, "--training-steps", "4", "--out", str(run)]) == 0
+    assert distill([str(teacher), *TWO, *method, "--training-steps", "6", "--out", str(run)]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def matched(teacher: Path) -> Path:
+    """A student by distribution matching."""
+    run = teacher.with_name("matched")
+    assert distill([str(teacher), *TWO, "--training-steps", "3", "--out", str(run)]) == 0
     return run
 
 
@@ -85,7 +93,7 @@ def test_out_of_memory_is_said_with_the_estimate_and_its_own_options(
 
     monkeypatch.setattr(Trainer, "train_step", step)
     run = tmp_path / "run"
-    assert distill([str(teacher), "--out", str(run), "--training-steps", "1"]) == 2
+    assert distill([str(teacher), "--out", str(run), "--training-steps", "3"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: the diffusion stage is out of memory: python -m pvdm_fast.estimate puts a step of")
     assert line.partition("; ")[2] == (
@@ -95,10 +103,10 @@ def test_out_of_memory_is_said_with_the_estimate_and_its_own_options(
 
 
 def test_a_resumed_distillation_is_the_same(teacher: Path, student: Path, tmp_path: Path) -> None:
-    """Also between the critic's turns and the student's."""
+    """Also between two of the critic's turns."""
     run = tmp_path / "run"
-    assert distill([str(teacher), *TWO, "--method", student.name, "--training-steps", "2", "--out", str(run)]) == 0
-    assert train(["--resume", str(run), "--diffusion-steps", "4"]) == 0
+    assert distill([str(teacher), *TWO, "--method", student.name, "--training-steps", "4", "--out", str(run)]) == 0
+    assert train(["--resume", str(run), "--diffusion-steps", "6"]) == 0
     assert losses(run, "diffusion") == losses(student, "diffusion")
     assert same_weights(run, student, "denoiser")
 
@@ -232,7 +240,7 @@ def test_a_student_teaches_in_its_own_steps(guide: Path, tmp_path: Path) -> None
     [
         (
             ["--steps", "1"],
-            "and knows its own steps only: name the run of the flow that taught it, or choose --method path",
+            "and knows its own steps only: name the run of the flow that taught it",
         ),
         (["--method", "path", "--steps", "3"], "for 2 steps itself: take a number that divides it with --steps"),
         (["--method", "path", "--steps", "1", "--guidance", "1"], "and no guidance"),
@@ -265,7 +273,9 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     for name, value in (("guidance", "1"), ("method", "path")):
         alone = [f"--distillation-{name}", value]
         assert_refused([*flow, *alone], "does nothing without --distillation-steps", run, capsys)
-    assert distill([str(teacher), "--solver-steps", "4", "--out", str(run)]) == 2
+    assert distill([str(teacher), "--training-steps", "2", "--out", str(run)]) == 2
+    assert "--training-steps must be 3 at least with --method distribution" in capsys.readouterr().err
+    assert distill([str(teacher), "--training-steps", "3", "--solver-steps", "4", "--out", str(run)]) == 2
     assert "--solver-steps belongs to --method path" in capsys.readouterr().err
     sharded = ["--stage", "diffusion", *of_teacher, *two, "--fsdp", "--optimizer", "adamw"]
     assert_refused([*flow, *sharded], "--fsdp doesn't cut the critic", run, capsys)
@@ -283,6 +293,36 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert_refused([*flow, *classes], "has no classes", run, capsys)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--early-stop", "3"], "--early-stop goes by the held-out loss"),
+        (["--fsdp", "--optimizer", "adamw"], "--fsdp doesn't cut the critic"),
+        (["--distillation-solver-steps", "4"], "belongs to --distillation-method path"),
+    ],
+)
+def test_nor_on_resuming(matched: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (matched / "config.yaml").read_bytes()
+    assert train(["--resume", str(matched), "--diffusion-steps", "9", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert (matched / "config.yaml").read_bytes() == before
+
+
+def test_a_matched_student_shows_no_path(matched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill([str(matched), "--steps", "1", "--method", "path", "--out", str(tmp_path / "run")]) == 2
+    assert "was distilled by distribution matching, and follows no path" in capsys.readouterr().err
+
+
+def test_a_sharded_run_can_be_distilled(teacher: Path, tmp_path: Path) -> None:
+    """One process has nothing to shard, and the critic isn't sharded."""
+    run = tmp_path / "run"
+    copytree(teacher, run)
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("fsdp: false", "fsdp: true"))
+    assert parse([str(run)]).changes["fsdp"] is False
+    assert parse([str(run), "--method", "path"]).changes["fsdp"] is True
+
+
 @pytest.mark.slow
 def test_the_page_s_commands_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -290,7 +330,7 @@ def test_the_page_s_commands_run(teacher: Path, tmp_path: Path, monkeypatch: pyt
     commands = [shlex.split(line)[2:] for line in re.findall(r"^python -m .*$", page, re.MULTILINE)]
     run = {"pvdm_fast.distill": distill, "pvdm_fast.sample": sample, "pvdm_fast.evaluate": evaluate}
     few = {
-        "pvdm_fast.distill": ["--training-steps", "1"],
+        "pvdm_fast.distill": ["--training-steps", "3"],
         "pvdm_fast.evaluate": ["--clips", "2", "--samples", "1", "--frames", "4", "--nearest-among", "0"],
     }
     for module, *words in commands:
