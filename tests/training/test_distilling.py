@@ -277,9 +277,10 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
     assert "--training-steps must be 3 at least with --method distribution" in capsys.readouterr().err
     assert distill([str(teacher), "--training-steps", "3", "--solver-steps", "4", "--out", str(run)]) == 2
     assert "--solver-steps belongs to --method path" in capsys.readouterr().err
-    sharded = ["--stage", "diffusion", *of_teacher, *two, "--fsdp", "--optimizer", "adamw"]
+    longer = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-steps", "3"]
+    sharded = [*longer, "--fsdp", "--optimizer", "adamw"]
     assert_refused([*flow, *sharded], "--fsdp doesn't cut the critic", run, capsys)
-    early = ["--stage", "diffusion", *of_teacher, *two, "--early-stop", "3"]
+    early = [*longer, "--early-stop", "3"]
     assert_refused([*flow, *early], "--early-stop goes by the held-out loss", run, capsys)
     guided = ["--stage", "diffusion", *of_teacher, *two, "--diffusion-sampling-guidance", "1"]
     assert_refused([*flow, *guided], "learns along with --distillation-guidance", run, capsys)
