@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import pvdm_fast
-from pvdm_fast.analysis.machine import cpu_fields, cpu_flags
+from pvdm_fast.analysis.machine import cpu_fields, cpu_flags, model_name
 
 ROOT = Path(__file__).resolve().parents[1]
 # The CPU features that decide which kernels run, ours and oneDNN's.
@@ -40,7 +40,7 @@ def facts() -> dict[str, Any]:
     """CPU or GPU, features, threads, versions and commit."""
     info, features = cpu_fields(), cpu_flags()
     found: dict[str, Any] = {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "cpu": model_name(),
         "cpu_family": f"{info.get('cpu family', '?')}/{info.get('model', '?')}",
         "flags": [flag for flag in FLAGS if flag in features],
         "threads": torch.get_num_threads(),

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.launch import Config, launch, programs_for
 from pvdm_fast.kernels.math import dot_precision, normal
 from pvdm_fast.kernels.triplane_project_steps import add, norm, product, tile_rows
 
@@ -168,8 +168,7 @@ def forward(x: Tensor, attended: Tensor, *arguments: Any) -> Tensor:
     config = FORWARD(x.device, "any", x.dtype)
     rows, part = config.blocks["ROWS"], config.blocks["PART"]
     tiles = triton.cdiv(batch * tokens, rows)
-    # No more than it takes to be done at the same time: each has memory of its own.
-    programs = triton.cdiv(tiles, triton.cdiv(tiles, config.blocks["PROGRAMS"]))
+    programs = programs_for(tiles, config)
     memory = [
         torch.empty(programs, rows, size, dtype=dtype, device=x.device)
         for size, dtype in ((c, torch.float32), (c, x.dtype), (part, x.dtype))

@@ -89,6 +89,13 @@ def run(
     compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
 
 
+def programs_for(tiles: int, config: Config) -> int:
+    """How many programs share tiles where each has memory of its own: no more than it takes to be done at the same
+    time, and at most the configuration's PROGRAMS."""
+    rounds = -(-tiles // config.blocks["PROGRAMS"])
+    return -(-tiles // rounds)
+
+
 def constants_in_order(kernel: Any, given: int, config: Config, constants: dict[str, Any]) -> tuple[Any, ...]:
     """The compile-time constants as a compiled kernel takes them, after the `given` arguments: in its signature's
     order."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pvdm_fast.kernels.attention_common import padded
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.launch import Config, launch, programs_for
 from pvdm_fast.kernels.math import dot_precision, sum_of_products
 from pvdm_fast.kernels.rotation import rotate
 from pvdm_fast.kernels.triplane_project_steps import attend, product, tile_rows
@@ -214,8 +214,7 @@ def forward(x: Tensor, *arguments: Any) -> Tensor:
     together = min(heads, max(1, config.blocks["OUTPUTS"] // head))
     sites = tokens // time
     tiles = triton.cdiv(batch * sites, rows // time)
-    # No more than it takes to be done at the same time: each has memory of its own.
-    programs = triton.cdiv(tiles, triton.cdiv(tiles, config.blocks["PROGRAMS"]))
+    programs = programs_for(tiles, config)
     wide, attended = (
         torch.empty(programs, rows, size, dtype=x.dtype, device=x.device) for size in (3 * together * head, inner)
     )

@@ -36,7 +36,7 @@ from pvdm_fast.backends.projection_layers import NAMES
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.attention_common import padded
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.launch import Config, launch, programs_for
 from pvdm_fast.kernels.math import dot_precision, tanh
 from pvdm_fast.kernels.triplane_project_backward import backward
 from pvdm_fast.kernels.triplane_project_steps import attend, gather, norm, product, rest_of_layer, tile_rows, widen
@@ -186,8 +186,7 @@ def forward(x: Tensor, *arguments: Any) -> Tensor:
     rows = config.blocks["ROWS"]
     packed = rows // length
     tiles = triton.cdiv(batch * sites, packed)
-    # No more than it takes to be done at the same time: each has memory of its own.
-    programs = triton.cdiv(tiles, triton.cdiv(tiles, config.blocks["PROGRAMS"]))
+    programs = programs_for(tiles, config)
     narrow, wide = max(channels, inner), max(3 * inner, hidden)
     memory = [
         torch.empty(programs, rows, size, dtype=kind, device=device)

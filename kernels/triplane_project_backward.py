@@ -29,7 +29,7 @@ from pvdm_fast.backends.projection_layers import NAMES
 from pvdm_fast.backends.rows import rows_dense
 from pvdm_fast.kernels.attention_common import padded
 from pvdm_fast.kernels.configs import ConfigTable
-from pvdm_fast.kernels.launch import Config, launch
+from pvdm_fast.kernels.launch import Config, launch, programs_for
 from pvdm_fast.kernels.math import dot_precision
 from pvdm_fast.kernels.partials import sum_partials
 from pvdm_fast.kernels.triplane_project_backward_steps import (
@@ -329,10 +329,7 @@ def backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     packed = config.blocks["ROWS"] // sizes.length
     parts = pieces(sizes, sequences, packed, matrix.dtype.itemsize)
     operands = sizes.operands(parts[0][1], matrix.dtype, x.device)
-    programs = []
-    for _, count in parts:
-        tiles = triton.cdiv(count, packed)
-        programs.append(triton.cdiv(tiles, triton.cdiv(tiles, config.blocks["PROGRAMS"])))
+    programs = [programs_for(triton.cdiv(count, packed), config) for _, count in parts]
     memory = _memory(max(programs), config.blocks["ROWS"], sizes, matrix)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     vectors = torch.empty(

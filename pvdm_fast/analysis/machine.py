@@ -34,13 +34,17 @@ def cpu_fields() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def model_name() -> str:
+    """The processor's name as it says it itself, which may be that of several generations."""
+    return cpu_fields().get("model name") or platform.processor() or platform.machine()
+
+
 def cpu_name() -> str:
     """The processor with its family and model, such as "AMD EPYC (family/model 26/2)".
 
     Clouds give processors of several generations one name: a Zen 4 is 25/17, a Zen 5 is 26/2.
     """
-    fields = cpu_fields()
-    name = fields.get("model name") or platform.processor() or platform.machine()
+    fields, name = cpu_fields(), model_name()
     numbers = [fields[key] for key in ("cpu family", "model") if key in fields]
     return f"{name} (family/model {'/'.join(numbers)})" if len(numbers) == 2 else name
 

@@ -42,10 +42,17 @@ def expected(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float) -> dic
     return {"output": out, "lse": lse, "gradient": segment_reference.backward(grad, qkv, out, lse, offsets, scale)}
 
 
+def exponents(lse: Tensor) -> Tensor:
+    """What to compare of a log-sum-exp, whose absolute error is the relative one of what it stands for: beside ones, so
+    that a single value near 0 isn't compared relative to itself."""
+    return torch.stack([lse, torch.ones_like(lse)])
+
+
 def check(qkv: Tensor, grad: Tensor, offsets: list[int], scale: float, tolerance: float = 1e-5) -> dict[str, Tensor]:
     actual = run(qkv, grad, offsets, scale)
     for name, tensor in expected(qkv, grad, offsets, scale).items():
-        assert_close(actual[name], tensor, tolerance, name)
+        found, wanted = (exponents(t) if name == "lse" else t for t in (actual[name], tensor))
+        assert_close(found, wanted, tolerance, name)
     assert actual["gradient"].stride() == torch.empty_like(qkv).stride()
     again = run(qkv, grad, offsets, scale)
     assert all(torch.equal(actual[name], again[name]) for name in actual), "differs on a second run"
@@ -165,6 +172,7 @@ def test_threads(isa: str, offsets: list[int]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 80), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 40), st.integers(1, 3))
 def test_any_shape(segments: list[int], heads: int, width: int, batch: int) -> None:
+    torch.manual_seed(0)  # the same numbers when Hypothesis comes back to a shape
     offsets = [sum(segments[:i]) for i in range(len(segments) + 1)]
     qkv = by_head(offsets[-1], heads, width, batch)
     check(qkv, torch.randn(batch, offsets[-1], heads, width), offsets, width**-0.5)
