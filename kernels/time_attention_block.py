@@ -24,17 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvdm_fast.kernels.attention_common import padded
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch, programs_for
 from pvdm_fast.kernels.math import dot_precision, sum_of_products
 from pvdm_fast.kernels.rotation import rotate
-from pvdm_fast.kernels.triplane_project_steps import attend, product, tile_rows
+from pvdm_fast.kernels.triplane_project_steps import attend, product, tile_rows, width_of_a_step
 
 LONGEST = 64  # tokens of a sequence: a tile of 64 rows holds one
 WIDEST = 16384  # the weight of qkv then has at most 3 * 2^28 values, whose offsets fit 32 bits
-# Channels in a step of attention, by the bytes of a value, as in `triplane_project`.
-MOST_OF_A_HEAD = {4: 16, 2: 64}
 # ROWS: of a tile. OUTPUTS, CHANNELS: of a step of a product. As many heads at a time as OUTPUTS hold, so that a product
 # for q, k or v is one step. PROGRAMS: the most there are, one for each multiprocessor.
 FORWARD = ConfigTable(
@@ -225,6 +222,6 @@ def forward(x: Tensor, *arguments: Any) -> Tensor:
         *(t.contiguous() for t in (x, *tensors)),
         *(wide, attended, out, batch * sites, sites, c, heads, head, together, eps, head**-0.5),
         config=config,
-        **dict(LENGTH=time, WIDTH=min(MOST_OF_A_HEAD[x.dtype.itemsize], padded(head)), PRECISION=dot_precision(x)),
+        **dict(LENGTH=time, WIDTH=width_of_a_step(head, x.dtype), PRECISION=dot_precision(x)),
     )
     return out

@@ -39,15 +39,22 @@ from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch, programs_for
 from pvdm_fast.kernels.math import dot_precision, tanh
 from pvdm_fast.kernels.triplane_project_backward import backward
-from pvdm_fast.kernels.triplane_project_steps import attend, gather, norm, product, rest_of_layer, tile_rows, widen
+from pvdm_fast.kernels.triplane_project_steps import (
+    attend,
+    gather,
+    norm,
+    product,
+    rest_of_layer,
+    tile_rows,
+    widen,
+    width_of_a_step,
+)
 from pvdm_fast.kernels.triplane_slice import gather_of
 
 __all__ = ["backward", "forward", "refusal"]
 
 LONGEST = 64  # elements of a sequence, the appended token among them: a tile of 64 rows holds one
 MOST_LATENTS = 32  # in a step of the last product
-# Channels in a step of attention, by the bytes of a value: operands in float32 without TF32 are held in registers.
-MOST_OF_A_HEAD = {4: 16, 2: 64}
 # ROWS: of a tile. OUTPUTS, CHANNELS: of a step of a product. PROGRAMS: the most there are, one for each multiprocessor.
 # At 255 registers a thread no second one fits.
 FORWARD = ConfigTable(
@@ -201,6 +208,6 @@ def forward(x: Tensor, *arguments: Any) -> Tensor:
         *(eps, head**-0.5, layers, channels, heads, head, hidden, latent, narrow, wide),
         config=config,
         **dict(LENGTH=length, FIRST=padded(packed), LATENTS=min(MOST_LATENTS, padded(latent))),
-        **dict(WIDTH=min(MOST_OF_A_HEAD[dtype.itemsize], padded(head)), PRECISION=dot_precision(matrix)),
+        **dict(WIDTH=width_of_a_step(head, dtype), PRECISION=dot_precision(matrix)),
     )
     return out

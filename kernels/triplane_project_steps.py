@@ -6,11 +6,20 @@ threads, after which they see each other's values.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from pvdm_fast.kernels.attention_common import LOG2_E
+from pvdm_fast.kernels.attention_common import LOG2_E, padded
 from pvdm_fast.kernels.math import normal, sum_of_products
+
+# Channels in a step of `attend`, by the bytes of a value: operands in float32 without TF32 are held in registers.
+MOST_OF_A_HEAD = {4: 16, 2: 64}
+
+
+def width_of_a_step(head_width: int, dtype: torch.dtype) -> int:
+    """The WIDTH with which to call `attend`."""
+    return min(MOST_OF_A_HEAD[dtype.itemsize], padded(head_width))
 
 
 @triton.jit
