@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> Request:
     from pvdm_fast.training.run_folder import RunFolder
 
     given = vars(make_parser().parse_args(arguments))
-    method = given.get("distillation.method", "distribution")
+    method = given.get("distillation.method", TrainConfig().distillation.method)
     of_steps, of_rate = SHARES[method]
     place, out = given.pop("run"), given.pop("out")
     trained = RunFolder.existing(place).read_config()

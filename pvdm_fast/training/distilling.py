@@ -100,7 +100,8 @@ def velocity_of(model: nn.Module, condition: Tensor, labels: Tensor | None) -> V
 
 
 def check_distillation(config: TrainConfig, teacher: Denoiser | None) -> None:
-    """Raises UserError where ``teacher``, the denoiser of --init-from, can't teach what the options ask for."""
+    """Raises UserError where a student can't follow the options, or ``teacher``, the denoiser of --init-from, can't
+    teach them. For new runs, and for changes of those that go on."""
     options = config.distillation
     if options.steps is None:
         for name in ("method", "solver_steps", "guidance"):
@@ -168,12 +169,6 @@ def _check_distribution(config: TrainConfig, teacher: Denoiser) -> None:
             f"the denoiser in {config.init_from} was distilled itself, and knows its own steps only: name the run of "
             "the flow that taught it"
         )
-
-
-def check_matching(config: TrainConfig) -> None:
-    """Raises UserError for options that distribution matching can't follow, in new runs and in those that go on."""
-    if config.distillation.steps is None or config.distillation.method != "distribution":
-        return
     if config.diffusion.steps < TURNS:
         raise UserError(
             f"--diffusion-steps must be {TURNS} at least with --distillation-method distribution: the student takes "

@@ -17,7 +17,6 @@ from pvdm_fast.errors import BackendError, UserError, printable
 from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import asks_for_other_sizes, check_latents, empty_denoiser
 from pvdm_fast.training.config import STAGES, TrainConfig
-from pvdm_fast.training.distilling import check_matching
 from pvdm_fast.training.initialisation import Source, differences
 from pvdm_fast.training.optimizer import adamw8bit
 from pvdm_fast.training.presets import DENOISER_SIZES
@@ -108,9 +107,7 @@ def make_plan(
                 "--early-stop, or --adversarial-start"
             )
         lines += check_second_phase(config, height, width, accelerator)
-    if "diffusion" in stages:
-        check_matching(config)
-    else:
+    if "diffusion" not in stages:
         lines += check_later_denoiser(config, autoencoder)
     return Plan(stages, lines)
 

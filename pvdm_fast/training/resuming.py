@@ -24,7 +24,8 @@ from pvdm_fast.training.config import (
     values_of,
     with_absolute_places,
 )
-from pvdm_fast.training.initialisation import find_autoencoder
+from pvdm_fast.training.distilling import check_distillation
+from pvdm_fast.training.initialisation import find_autoencoder, find_denoiser
 from pvdm_fast.training.options import Request, flag
 from pvdm_fast.training.presets import SIZES, autoencoder_sizes
 from pvdm_fast.training.run_folder import RunFolder
@@ -95,6 +96,8 @@ def resumption(resume: Path, request: Request) -> Resumption:
                 f"{what} cannot change when a run is resumed; start a new run for that, with --init-from {resume} if "
                 "its weights should be kept"
             )
+    if changed:
+        check_distillation(config, find_denoiser(run.teacher) if config.distillation.steps else None)
     return Resumption(resume, config, changed, asked)
 
 

@@ -46,9 +46,8 @@ class Stage(ABC):
     """What the training loop needs to know of a stage.
 
     ``trains_model``: whether the step that is being taken changes the model. ``ranks``: whether a better held-out score
-    means a better model. ``in_float32``: whether the stage computes
-    in float32 whatever the run's precision, but for what it casts itself. ``pad_short``: whether half of a clip may be
-    padding.
+    means a better model. ``in_float32``: whether the stage computes in float32 whatever the run's precision, but for
+    what it casts itself. ``pad_short``: whether half of a clip may be padding.
     """
 
     name: str

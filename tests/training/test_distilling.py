@@ -300,6 +300,9 @@ def test_what_cannot_be_distilled_is_refused_before_there_is_a_folder(
         (["--early-stop", "3"], "--early-stop goes by the held-out loss"),
         (["--fsdp", "--optimizer", "adamw"], "--fsdp doesn't cut the critic"),
         (["--distillation-solver-steps", "4"], "belongs to --distillation-method path"),
+        (["--diffusion-sampling-steps", "7"], "--diffusion-sampling-steps does nothing for a student"),
+        (["--diffusion-sampling-scheduler", "heun"], "--diffusion-sampling-scheduler does nothing for a student"),
+        (["--diffusion-time-mean", "1"], "--diffusion-time-mean chooses the times of a flow"),
     ],
 )
 def test_nor_on_resuming(matched: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,6 +310,22 @@ def test_nor_on_resuming(matched: Path, options: list[str], message: str, capsys
     assert train(["--resume", str(matched), "--diffusion-steps", "9", *options]) == 2
     assert message in capsys.readouterr().err
     assert (matched / "config.yaml").read_bytes() == before
+
+
+def test_solver_steps_are_a_paths_on_resuming_too(
+    teacher: Path, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flow's students alone have them."""
+    more = ["--distillation-solver-steps", "4", "--diffusion-steps", "3"]
+    assert train(["--resume", str(teacher), *more]) == 2
+    assert "--distillation-solver-steps does nothing without --distillation-steps" in capsys.readouterr().err
+    one, again = tmp_path / "one", tmp_path / "again"
+    assert distill([str(guide), "--steps", "1", "--method", "path", "--training-steps", "1", "--out", str(one)]) == 0
+    capsys.readouterr()
+    assert train(["--resume", str(one), *more]) == 2
+    assert "--distillation-solver-steps does nothing here" in capsys.readouterr().err
+    copytree(guide, again)
+    assert train(["--resume", str(again), *more]) == 0
 
 
 def test_a_matched_student_shows_no_path(matched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
