@@ -71,6 +71,7 @@ __device__ __forceinline__ void attend(const Head<T>& head, int first, float sca
       const auto& tile = score[2 * j + i / 2];
       weights[j][i] = pack_pair<T>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
     }
+  const float inverse[2] = {1.0f / total[0], 1.0f / total[1]};
 #pragma unroll 1
   for (int c = 0; c < head.width; c += 16) {
     float sum[2][4] = {};
@@ -87,7 +88,7 @@ __device__ __forceinline__ void attend(const Head<T>& head, int first, float sca
       const int half = i / 2, n = i % 2, query = first + lane_row(half);
       if (query < head.queries)
         *reinterpret_cast<uint32_t*>(head.at + query * head.stride + c + lane_column(n, 0)) =
-            pack_pair<T>(sum[n][2 * half] / total[half], sum[n][2 * half + 1] / total[half]);
+            pack_pair<T>(sum[n][2 * half] * inverse[half], sum[n][2 * half + 1] * inverse[half]);
     }
   }
 }

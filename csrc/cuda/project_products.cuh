@@ -17,6 +17,13 @@ constexpr bool matrix_units = sizeof(T) == 2;
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
 
+// Hides a number from the compiler, so that what is made of it is computed here. Otherwise the addresses of all rows are
+// computed ahead of the loops around, and are held in registers: some hundred a thread.
+__device__ __forceinline__ int here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Rows of a tile: 0, spacing, 2 spacing, ...
 struct Some {
   int count, spacing;
@@ -51,7 +58,7 @@ struct Feed {
   unsigned char* memory;
   const Weight<T>& weight;
   int share;  // outputs that all warps take at once
-  int output, channel = 0, stage = 0;
+  int output, channel = 0;
   const T* row[outputs_each / 8];  // null where there is no such output
 
   __device__ __forceinline__ Feed(unsigned char* own, const Weight<T>& of, int warps)
@@ -65,7 +72,7 @@ struct Feed {
       row[i] = at < weight.outputs ? weight.row(at) : nullptr;
     }
   }
-  __device__ __forceinline__ void fetch() {
+  __device__ __forceinline__ void fetch(int stage) {
     if (output < weight.outputs) {
       const int part = lane_index() % 4, c = channel + part * pack<T>;
 #pragma unroll
@@ -74,7 +81,6 @@ struct Feed {
         unsigned char* to = place_of(memory + stage * stage_bytes, 8 * i + lane_index() / 4, part);
         copy_async(to, valid ? row[i] + c : weight.at, valid);
       }
-      stage = stage + 1 == stages ? 0 : stage + 1;
       channel += stage_channels<T>;
       if (channel >= weight.depth) {
         channel = 0, output += share;
@@ -102,42 +108,41 @@ struct Sums {
   }
   // Adds the products of channels `first` ... of the rows with a stage.
   __device__ __forceinline__ void add(const T* left, int stride, Some rows, int first, int depth, unsigned char* stage) {
-    const int lane = lane_index();
+    const int lane = lane_index(), apart = here(16 * stride);
     left += offset_of<blocks>(lane % 16, rows, stride) + first + lane / 16 * 8;
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       if (first + 16 * k >= depth) return;
-      uint32_t a[blocks][4];
+      uint32_t w[2][4];
 #pragma unroll
-      for (int b = 0; b < blocks; b++) ldmatrix_x4(a[b], left + b * 16 * stride + 16 * k);
+      for (int n = 0; n < 2; n++)
+        ldmatrix_x4(w[n], place_of(stage, 16 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        uint32_t w[4];
-        ldmatrix_x4(w, place_of(stage, 16 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      for (int b = 0; b < blocks; b++) {
+        uint32_t a[4];
+        ldmatrix_x4(a, left + b * apart + 16 * k);
 #pragma unroll
-        for (int b = 0; b < blocks; b++) {
-          mma_16x8x16<T>(of[b][2 * n], a[b], w[0], w[1]);
-          mma_16x8x16<T>(of[b][2 * n + 1], a[b], w[2], w[3]);
-        }
+        for (int n = 0; n < 4; n++) mma_16x8x16<T>(of[b][n], a, w[n / 2][n % 2 * 2], w[n / 2][n % 2 * 2 + 1]);
       }
     }
   }
-  // take(i, output, values) for each row i and the lane's outputs.
+  // take(output)(i, values) for each row i and the lane's outputs.
   template <class Take>
   __device__ __forceinline__ void give(int first, int outputs, int count, const Take& take) const {
 #pragma unroll
-    for (int b = 0; b < blocks; b++)
+    for (int n = 0; n < 4; n++) {
+      const int output = first + lane_column(n, 0);
+      if (output >= outputs) continue;
+      const auto put = take(output);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int i = 16 * b + lane_row(half);
-        if (i >= count) continue;
+      for (int b = 0; b < blocks; b++)
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
+        for (int half = 0; half < 2; half++) {
           const float values[2] = {of[b][n][2 * half], of[b][n][2 * half + 1]};
-          const int output = first + lane_column(n, 0);
-          if (output < outputs) take(i, output, values);
+          const int i = here(16 * b + lane_row(half));
+          if (i < count) put(i, values);
         }
-      }
+    }
   }
 };
 
@@ -150,29 +155,34 @@ struct Sums<float, blocks> {
 #pragma unroll
     for (int r = 0; r < rows; r++) of[r] = 0.0f;
   }
-  __device__ __forceinline__ void add(const float* left, int stride, Some some, int first, int depth, unsigned char* stage) {
+  // Both sides of a stage have 16 channels, if need be zeros.
+  __device__ __forceinline__ void add(const float* left, int stride, Some some, int first, int, unsigned char* stage) {
+    float w[16];
 #pragma unroll
     for (int part = 0; part < 4; part++) {
-      if (first + 4 * part >= depth) return;
-      float w[4], a[4];
-      load_floats(reinterpret_cast<const float*>(place_of(stage, lane_index(), part)), w);
+      const float* at = reinterpret_cast<const float*>(place_of(stage, lane_index(), part));
+      const float4 four = *reinterpret_cast<const float4*>(at);
+      w[4 * part] = four.x, w[4 * part + 1] = four.y, w[4 * part + 2] = four.z, w[4 * part + 3] = four.w;
+    }
+    stride = here(stride);
 #pragma unroll
-      for (int r = 0; r < rows; r++) {
-        load_floats(left + offset_of<blocks>(r, some, stride) + first + 4 * part, a);
-        of[r] += a[0] * w[0];
-        of[r] += a[1] * w[1];
-        of[r] += a[2] * w[2];
-        of[r] += a[3] * w[3];
-      }
+    for (int r = 0; r < rows; r++) {
+      float a[16];
+      load_floats(left + offset_of<blocks>(r, some, stride) + first, a);
+#pragma unroll
+      for (int c = 0; c < 16; c++) of[r] += a[c] * w[c];
     }
   }
   template <class Take>
   __device__ __forceinline__ void give(int first, int outputs, int count, const Take& take) const {
     const int output = first + lane_index();
+    if (output >= outputs) return;
+    const auto put = take(output);
 #pragma unroll
     for (int r = 0; r < rows; r++) {
       const float values[1] = {of[r]};
-      if (r < count && output < outputs) take(r, output, values);
+      const int i = here(r);
+      if (i < count) put(i, values);
     }
   }
 };
@@ -185,8 +195,8 @@ __device__ __forceinline__ void product(unsigned char* memory, int warps, const 
   unsigned char* own = memory + warp_index() * warp_bytes;
   const int depth = weight.depth;
   Feed<T> feed(own, weight, warps);
-  feed.fetch();
-  feed.fetch();
+  feed.fetch(0);
+  feed.fetch(1);
   int stage = 0;
 #pragma unroll 1
   for (int output = warp_index() * outputs_each; output < weight.outputs; output += feed.share) {
@@ -196,7 +206,7 @@ __device__ __forceinline__ void product(unsigned char* memory, int warps, const 
     for (int channel = 0; channel < depth; channel += stage_channels<T>) {
       wait_copies<1>();
       __syncwarp();  // all lanes see the stage, and none still reads the one that is copied to next
-      feed.fetch();
+      feed.fetch(stage ? stage - 1 : stages - 1);
       sums.add(left, stride, rows, channel, depth, own + stage * stage_bytes);
       stage = stage + 1 == stages ? 0 : stage + 1;
     }

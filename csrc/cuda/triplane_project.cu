@@ -153,8 +153,23 @@ struct Tile {
     for (int i = 0; i < rows.count; i += 16) {
       const Some some{rows.count - i < 16 ? rows.count - i : 16, rows.spacing};
       product<T, 1>(memory, s.warps, left + i * rows.spacing * stride, stride, some, weight,
-                    [&](int row, int output, const auto& values) { take(i + row, output, values); });
+                    [&](int output) {
+                      const auto put = take(output);
+                      return [=](int row, const auto& values) { put(i + row, values); };
+                    });
     }
+  }
+
+  // What a vector has for a lane's neighbouring outputs; zeros where there is no vector.
+  static constexpr int neighbours = Sums<T, 1>::width;
+  struct Shift {
+    float of[neighbours];
+  };
+  __device__ __forceinline__ static Shift shift_of(const float* vector, int output, int end) {
+    Shift found;
+#pragma unroll
+    for (int k = 0; k < neighbours; k++) found.of[k] = vector && output + k < end ? vector[output + k] : 0.0f;
+    return found;
   }
 
   // Neighbouring values to `wide`.
@@ -177,8 +192,8 @@ struct Tile {
       const T* at = weight + (column ? s.inner : 0) * int64_t{s.channels};
       const Some rows = queries ? kept : all;
       const Weight<T> some{at, s.channels, s.inner - width, outputs, s.channels, width};
-      multiply<blocks>(normed, s.normed_stride, rows, some, [&](int i, int output, const auto& values) {
-        keep(i * rows.spacing, column + output, values);
+      multiply<blocks>(normed, s.normed_stride, rows, some, [&](int output) {
+        return [=](int i, const auto& values) { keep(i * rows.spacing, column + output, values); };
       });
     }
   }
@@ -195,28 +210,31 @@ struct Tile {
   // wide = GELU(normed weight' + bias)
   template <int blocks>
   __device__ __forceinline__ void activate(Some rows, const Weight<T>& weight, const float* bias) const {
-    multiply<blocks>(normed, s.normed_stride, rows, weight, [&](int i, int output, const auto& sums) {
-      constexpr int count = Sums<T, 1>::width;
-      float values[count];
+    multiply<blocks>(normed, s.normed_stride, rows, weight, [&](int output) {
+      const Shift shift = shift_of(bias, output, s.hidden);
+      return [=](int i, const auto& sums) {
+        float values[neighbours];
 #pragma unroll
-      for (int k = 0; k < count; k++) {
-        const float h = sums[k] + bias[output + k];
-        values[k] = h * normal_cdf(h);
-      }
-      keep(i * rows.spacing, output, values);
+        for (int k = 0; k < neighbours; k++) {
+          const float h = sums[k] + shift.of[k];
+          values[k] = h * normal_cdf(h);
+        }
+        keep(i * rows.spacing, output, values);
+      };
     });
   }
 
   // stream += wide weight' + bias, if there is one
   template <int blocks>
   __device__ __forceinline__ void add(Some rows, const Weight<T>& weight, const float* bias) const {
-    multiply<blocks>(wide, s.wide_stride, rows, weight, [&](int i, int output, const auto& sums) {
-      constexpr int count = Sums<T, 1>::width;
-      float* to = stream + i * rows.spacing * s.channels + output;
-      float values[count];
+    multiply<blocks>(wide, s.wide_stride, rows, weight, [&](int output) {
+      const Shift shift = shift_of(bias, output, s.channels);
+      return [=](int i, const auto& sums) {
+        float values[neighbours];
 #pragma unroll
-      for (int k = 0; k < count; k++) values[k] = sums[k] + (bias ? bias[output + k] : 0.0f);
-      increase(to, values);
+        for (int k = 0; k < neighbours; k++) values[k] = sums[k] + shift.of[k];
+        increase(stream + i * rows.spacing * s.channels + output, values);
+      };
     });
   }
   __device__ __forceinline__ static void increase(float* to, const float (&by)[1]) { *to += by[0]; }
@@ -268,12 +286,13 @@ struct Tile {
     }
     __syncthreads();
     const Weight<T> weight{p.latent_weight, s.channels, 0, s.latents, s.channels, s.latents};
-    multiply<1>(normed, s.normed_stride, {sequences, s.length}, weight, [&](int i, int output, const auto& sums) {
-      constexpr int count = Sums<T, 1>::width;
+    multiply<1>(normed, s.normed_stride, {sequences, s.length}, weight, [&](int output) {
+      const Shift shift = shift_of(p.latent_bias, output, s.latents);
+      return [=](int i, const auto& sums) {
 #pragma unroll
-      for (int k = 0; k < count; k++)
-        if (output + k < s.latents)
-          narrow(tanhf(sums[k] + p.latent_bias[output + k]), out[(first + i) * s.latents + output + k]);
+        for (int k = 0; k < neighbours; k++)
+          if (output + k < s.latents) narrow(tanhf(sums[k] + shift.of[k]), out[(first + i) * s.latents + output + k]);
+      };
     });
   }
 };
