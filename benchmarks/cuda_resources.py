@@ -180,16 +180,18 @@ def code_of(library: Path) -> Iterator[tuple[str, str, list[tuple[int, str, str]
 
 
 def main_loop(code: list[tuple[int, str, str]]) -> Counter[str]:
-    """Instructions by kind (HMMA, LDSM, ...) of the shortest loop with the most matrix instructions."""
-    best: Counter[str] = Counter()
+    """Instructions by kind (HMMA, LDSM, ...) of the innermost loop with the most matrix instructions."""
+    loops: list[tuple[int, int, Counter[str]]] = []
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
-        if kind_of(name) != "BRA" or not target or int(target[1], 16) > address:
-            continue
-        kinds = Counter(kind_of(n) for at, n, _ in code if int(target[1], 16) <= at <= address)
-        if (kinds["HMMA"], -kinds.total()) > (best["HMMA"], -best.total() if best else -sys.maxsize):
-            best = kinds
-    return best
+        if kind_of(name) == "BRA" and target and (start := int(target[1], 16)) <= address:
+            loops.append((start, address, Counter(kind_of(n) for at, n, _ in code if start <= at <= address)))
+    multiplying = sorted((loop for loop in loops if loop[2]["HMMA"]), key=lambda loop: loop[1] - loop[0])
+    innermost: list[tuple[int, int, Counter[str]]] = []
+    for loop in multiplying:
+        if not any(loop[0] <= inner[0] and inner[1] <= loop[1] for inner in innermost):
+            innermost.append(loop)
+    return max((loop[2] for loop in innermost), key=lambda kinds: kinds["HMMA"], default=Counter())
 
 
 def kind_of(instruction: str) -> str:

@@ -39,7 +39,7 @@ void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const Te
 void plane_norm_backward(const PlaneNormInputs& in, const PlaneNormGradients& gradients, const TensorView& workspace,
                          const LaunchTarget& target);
 
-// How triplane_project is cut: rows of a tile (32, 64; of 16-bit matrices also 96 or 128), a block's warps, heads and
+// How triplane_project is cut: rows of a tile (32, 64; of 16-bit matrices also 96 or 112), a block's warps, heads and
 // channels of the hidden layer at a time (a multiple of 16). And the scale of scores.
 struct ProjectTile {
   int rows, warps, heads, hidden;

@@ -36,13 +36,13 @@ __device__ __forceinline__ int offset_of(int i, Some rows, int stride) {
   return blocks > 1 ? i * stride : (i < rows.count ? i : rows.count - 1) * rows.spacing * stride;
 }
 
-// Some outputs of a weight (.., depth): after every `split` of them, `jump` rows are left out.
+// Some outputs of a weight (.., depth): after every `split` of them, `jump` rows are left out. From `at` on it has fewer
+// than 2^31 elements.
 template <class T>
 struct Weight {
   const T* at;
-  int64_t stride, jump;
-  int outputs, depth, split;
-  __device__ __forceinline__ const T* row(int output) const { return at + (output + output / split * jump) * stride; }
+  int stride, jump, outputs, depth, split;
+  __device__ __forceinline__ int row(int output) const { return (output + output / split * jump) * stride; }
 };
 
 // 16 bytes of a row of a stage. Which of the four places they take depends on the row, so that eight rows of ldmatrix, or
@@ -59,7 +59,7 @@ struct Feed {
   const Weight<T>& weight;
   int share;  // outputs that all warps take at once
   int output, channel = 0;
-  const T* row[outputs_each / 8];  // null where there is no such output
+  int row[outputs_each / 8];  // where it begins; -1 where there is no such output
 
   __device__ __forceinline__ Feed(unsigned char* own, const Weight<T>& of, int warps)
       : memory(own), weight(of), share(warps * outputs_each), output(warp_index() * outputs_each) {
@@ -69,7 +69,7 @@ struct Feed {
 #pragma unroll
     for (int i = 0; i < outputs_each / 8; i++) {
       const int at = output + 8 * i + lane_index() / 4;
-      row[i] = at < weight.outputs ? weight.row(at) : nullptr;
+      row[i] = at < weight.outputs ? weight.row(at) : -1;
     }
   }
   __device__ __forceinline__ void fetch(int stage) {
@@ -77,9 +77,9 @@ struct Feed {
       const int part = lane_index() % 4, c = channel + part * pack<T>;
 #pragma unroll
       for (int i = 0; i < outputs_each / 8; i++) {
-        const bool valid = row[i] && c < weight.depth;
+        const bool valid = row[i] >= 0 && c < weight.depth;
         unsigned char* to = place_of(memory + stage * stage_bytes, 8 * i + lane_index() / 4, part);
-        copy_async(to, valid ? row[i] + c : weight.at, valid);
+        copy_async(to, valid ? weight.at + (row[i] + c) : weight.at, valid);
       }
       channel += stage_channels<T>;
       if (channel >= weight.depth) {

@@ -8,8 +8,8 @@
 //   wide    queries, keys and values of some heads, then the heads' results in place of the queries; or a part of the
 //           hidden layer
 //
-// and the stages through which weights come (project_products.cuh). The residual stream in float32 (128 rows of 384
-// channels: 192 KiB) lies in memory of the block's own, which is written and read again so soon that it stays in the L2.
+// and the stages through which weights come (project_products.cuh). The residual stream in float32 (112 rows of 384
+// channels: 168 KiB) lies in memory of the block's own, which is written and read again so soon that it stays in the L2.
 // Of the last layer, from attention on, only element 0 of each sequence is computed. The launcher chooses how large a
 // tile is, and how much of `wide` there is at a time (pvdm_fast/backends/cuda/triplane_project.py).
 #include "axis.cuh"
@@ -378,7 +378,7 @@ void triplane_project_forward(const TensorView& x, const ProjectTensors& p, cons
     if (tile.rows == 64) run = project::launch<T, 4>;
     if constexpr (project::matrix_units<T>) {
       if (tile.rows == 96) run = project::launch<T, 6>;
-      if (tile.rows == 128) run = project::launch<T, 8>;
+      if (tile.rows == 112) run = project::launch<T, 7>;
     }
     const int64_t bytes = triplane_project_shared(p.qkv_weight.dtype, s.channels, s.head, tile);
     run(lattice, p, s, stream, out, static_cast<size_t>(bytes), target);

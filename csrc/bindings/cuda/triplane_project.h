@@ -16,13 +16,13 @@ inline void check_tile(const TensorView& x, const ProjectTensors& p, const Tenso
   require(out.dtype == p.qkv_weight.dtype, "The output must have the dtype of the matrices.");
   require(channels % 8 == 0 && hidden % 16 == 0 && inner / options.heads % 16 == 0,
           "Channels must be a multiple of 8, a head's and those of the hidden layer of 16.");
-  for (int64_t size : {channels, inner, hidden, p.latent_weight.size[0], p.up_weight.size[0]})
-    require(size < 1 << 24, "A layer is too wide.");
+  for (int64_t size : {product({3, inner}), hidden, p.latent_weight.size[0], p.up_weight.size[0]})
+    require(product({size, channels}) <= INT32_MAX, "A matrix has more than 2^31 - 1 elements.");
   for (const auto* t : {&p.token, &p.positions, &p.norm1_weight, &p.norm1_bias, &p.norm2_weight, &p.norm2_bias,
                         &p.qkv_weight, &p.out_weight, &p.up_weight, &p.down_weight, &p.latent_weight})
     require(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, "A parameter must start at 16 bytes.");
-  require(tile.rows == 32 || tile.rows == 64 || (half && (tile.rows == 96 || tile.rows == 128)),
-          "A tile must have 32 or 64 rows, or of 16-bit matrices 96 or 128.");
+  require(tile.rows == 32 || tile.rows == 64 || (half && (tile.rows == 96 || tile.rows == 112)),
+          "A tile must have 32 or 64 rows, or of 16-bit matrices 96 or 112.");
   require(length <= 64 && length <= tile.rows, "A tile must hold a sequence, of at most 64 elements.");
   require(tile.warps > 0 && tile.warps <= 8 && tile.heads > 0 && tile.heads <= options.heads && tile.hidden > 0 &&
               tile.hidden <= hidden && tile.hidden % 16 == 0,

@@ -24,7 +24,7 @@ from pvdm_fast.layout import PLANE_NAMES
 LONGEST = 64  # elements of a sequence, the appended token among them: a warp holds all scores of 16 queries
 UNIT = 16  # channels of heads and of the hidden layer: narrower ones are padded with zeros
 # Rows of a tile, by the bytes of a matrix's number: as many as there are registers for their sums.
-ROWS = {2: (32, 64, 96, 128), 4: (32, 64)}
+ROWS = {2: (32, 64, 96, 112), 4: (32, 64)}
 # Warps of a block. The stages of four take half the shared memory, for GPUs that have little. But then each quarter of
 # a multiprocessor has one, with nothing to do where it waits: by the rule half as long again. Reasoned, not measured.
 WARPS = {8: 2, 4: 3}

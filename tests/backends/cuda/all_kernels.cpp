@@ -120,7 +120,7 @@ int main(int count, char** arguments) {
     project(dtype, {3, 2, 33}, 2, {64, 2, 2, 48, 0.3f}, 2);
     if (dtype == f32) continue;
     project(dtype, {2, 17, 6}, 1, {96, 4, 2, 16, 0.3f}, 3);
-    project(dtype, {1, 9, 9}, 0, {128, 2, 1, 48, 0.3f}, 1);
+    project(dtype, {1, 9, 9}, 0, {112, 2, 1, 48, 0.3f}, 1);
     attention(dtype, {0, 3, 70}, 24, false, false, true);
     attention(dtype, {0, 80}, 64, true, false, true);
     attention(dtype, {0, 40}, 104, false, false, true);

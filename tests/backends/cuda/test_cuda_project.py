@@ -96,7 +96,7 @@ def test_matrices_in_bfloat16_of_parameters_in_float32(device: ModuleType, x_dty
     ("dtype", "tile"),
     [
         *((torch.float32, Tile(rows, warps, 1, 16)) for rows, warps in ((32, 8), (64, 1))),
-        *((torch.bfloat16, Tile(rows, warps, 3, 32)) for rows, warps in ((32, 3), (64, 4), (96, 8), (128, 8))),
+        *((torch.bfloat16, Tile(rows, warps, 3, 32)) for rows, warps in ((32, 3), (64, 4), (96, 8), (112, 8))),
         (torch.float16, Tile(96, 2, 1, 48)),
     ],
 )
