@@ -99,7 +99,7 @@ def limits(device: torch.device) -> tuple[int, int]:
     stand-in."""
     if device.type != "cuda":
         return 3, 227 << 10
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 

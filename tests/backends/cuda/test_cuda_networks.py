@@ -36,7 +36,7 @@ def device(emulated_device: ModuleType) -> Iterator[ModuleType]:
 
 
 def served() -> dict[str, str]:
-    return {op: choice.automatic(op, "cpu", torch.float32) for op in choice.OPERATIONS}
+    return {op: choice.automatic(op, "cpu", torch.float32) for op in (*choice.OPERATIONS, *choice.FUSED_PROJECTION)}
 
 
 def test_automatic_choice_keeps_to_the_limits() -> None:
