@@ -145,10 +145,14 @@ struct Tile {
   template <int blocks, class Take>
   __device__ __forceinline__ void multiply(const T* left, int stride, Some rows, const Weight<T>& weight,
                                            const Take& take) const {
-    if (rows.spacing == 1) {
+    if (rows.spacing == 1)
       product<T, blocks>(memory, s.warps, left, stride, rows, weight, take);
-      return;
-    }
+    else
+      multiply_few(left, stride, rows, weight, take);
+  }
+  template <class Take>
+  __device__ __forceinline__ void multiply_few(const T* left, int stride, Some rows, const Weight<T>& weight,
+                                               const Take& take) const {
 #pragma unroll 1
     for (int i = 0; i < rows.count; i += 16) {
       const Some some{rows.count - i < 16 ? rows.count - i : 16, rows.spacing};
@@ -180,22 +184,22 @@ struct Tile {
     *reinterpret_cast<uint32_t*>(wide + row * s.wide_stride + column) = pack_pair<T>(values[0], values[1]);
   }
 
-  // Queries, keys and values of some heads, of the last layer's queries only those of element 0.
+  // wide = normed weight', and with a bias the GELU of the sum, from `column` on.
   template <int blocks>
-  __device__ __forceinline__ void widen(const T* weight, int heads, Some all, Some kept) const {
-    const int width = heads * s.head;
-    const bool apart = kept.spacing > 1;
-#pragma unroll 1
-    for (int part = apart ? 0 : 2; part < 3; part += 2) {
-      const bool queries = part == 0;
-      const int column = queries || !apart ? 0 : width, outputs = queries ? width : 3 * width - column;
-      const T* at = weight + (column ? s.inner : 0) * int64_t{s.channels};
-      const Some rows = queries ? kept : all;
-      const Weight<T> some{at, s.channels, s.inner - width, outputs, s.channels, width};
-      multiply<blocks>(normed, s.normed_stride, rows, some, [&](int output) {
-        return [=](int i, const auto& values) { keep(i * rows.spacing, column + output, values); };
-      });
-    }
+  __device__ __forceinline__ void widen(Some rows, const Weight<T>& weight, const float* bias, int column) const {
+    multiply<blocks>(normed, s.normed_stride, rows, weight, [&](int output) {
+      const Shift shift = shift_of(bias, output, weight.outputs);
+      const bool activates = bias;
+      return [=](int i, const auto& sums) {
+        float values[neighbours];
+#pragma unroll
+        for (int k = 0; k < neighbours; k++) {
+          values[k] = sums[k] + shift.of[k];
+          if (activates) values[k] *= normal_cdf(values[k]);
+        }
+        keep(i * rows.spacing, column + output, values);
+      };
+    });
   }
 
   __device__ __forceinline__ void attend_heads(int heads, int queries) const {
@@ -205,23 +209,6 @@ struct Tile {
       attend(Head<T>{at, width, 2 * width, s.wide_stride, s.head, s.length, queries, zeros}, unit % pieces * query_rows,
              s.scale);
     }
-  }
-
-  // wide = GELU(normed weight' + bias)
-  template <int blocks>
-  __device__ __forceinline__ void activate(Some rows, const Weight<T>& weight, const float* bias) const {
-    multiply<blocks>(normed, s.normed_stride, rows, weight, [&](int output) {
-      const Shift shift = shift_of(bias, output, s.hidden);
-      return [=](int i, const auto& sums) {
-        float values[neighbours];
-#pragma unroll
-        for (int k = 0; k < neighbours; k++) {
-          const float h = sums[k] + shift.of[k];
-          values[k] = h * normal_cdf(h);
-        }
-        keep(i * rows.spacing, output, values);
-      };
-    });
   }
 
   // stream += wide weight' + bias, if there is one
@@ -243,34 +230,39 @@ struct Tile {
     *pair = make_float2(pair->x + by[0], pair->y + by[1]);
   }
 
+  // The first half of a layer, attention, or the second, the feed-forward: one piece of code, which has all products but
+  // the last. So there is half as much to compile, and to fetch. In parts, of some heads or hidden channels.
   template <int blocks>
-  __device__ __forceinline__ void layer(int l) const {
-    const int c = s.channels;
-    const Some all{sequences * s.length, 1}, kept = l == s.depth - 1 ? Some{sequences, s.length} : all;
+  __device__ __forceinline__ void half_of_layer(int l, bool attention) const {
+    const bool last = l == s.depth - 1;
+    const Some all{sequences * s.length, 1}, kept = last ? Some{sequences, s.length} : all;
+    const int c = s.channels, total = attention ? s.inner : s.hidden;
+    const int most = attention ? s.heads_at_once * s.head : s.hidden_at_once;
     const int64_t square = int64_t{l} * c;  // times a width: where a layer's matrix starts
-    norm(all, p.norm1_weight + square, p.norm1_bias + square);
+    norm(attention ? all : kept, (attention ? p.norm1_weight : p.norm2_weight) + square,
+         (attention ? p.norm1_bias : p.norm2_bias) + square);
     __syncthreads();
 #pragma unroll 1
-    for (int head = 0; head < s.heads; head += s.heads_at_once) {
-      const int heads = s.heads - head < s.heads_at_once ? s.heads - head : s.heads_at_once, width = heads * s.head;
-      widen<blocks>(p.qkv_weight + square * (3 * s.inner) + int64_t{head} * s.head * c, heads, all, kept);
-      __syncthreads();
-      attend_heads(heads, kept.spacing > 1 ? 1 : s.length);
-      __syncthreads();
-      add<blocks>(kept, {p.out_weight + square * s.inner + head * s.head, s.inner, 0, c, width, c},
-                  head ? nullptr : p.out_bias + square);
-      __syncthreads();
-    }
-    norm(kept, p.norm2_weight + square, p.norm2_bias + square);
-    __syncthreads();
+    for (int at = 0; at < total; at += most) {
+      const int width = total - at < most ? total - at : most;
+      const T* into = (attention ? p.qkv_weight + 3 * square * total : p.up_weight + square * total) + int64_t{at} * c;
+      // Queries, keys and values are one product, but in the last layer, where only element 0 has a query.
+      const bool apart = attention && last;
 #pragma unroll 1
-    for (int at = 0; at < s.hidden; at += s.hidden_at_once) {
-      const int width = s.hidden - at < s.hidden_at_once ? s.hidden - at : s.hidden_at_once;
-      activate<blocks>(kept, {p.up_weight + square * s.hidden + int64_t{at} * c, c, 0, width, c, width},
-                       p.up_bias + int64_t{l} * s.hidden + at);
+      for (int part = apart ? 0 : 1; part < 2; part++) {
+        const bool behind = apart && part;  // keys and values, which lie behind the queries
+        const Weight<T> weight{into + (behind ? int64_t{total} * c : 0), c, attention ? total - width : 0,
+                               attention && !apart ? 3 * width : behind ? 2 * width : width, c, width};
+        widen<blocks>(behind ? all : kept, weight, attention ? nullptr : p.up_bias + int64_t{l} * total + at,
+                      behind ? width : 0);
+      }
       __syncthreads();
-      add<blocks>(kept, {p.down_weight + square * s.hidden + at, s.hidden, 0, c, width, c},
-                  at ? nullptr : p.down_bias + square);
+      if (attention) {
+        attend_heads(width / s.head, last ? 1 : s.length);
+        __syncthreads();
+      }
+      add<blocks>(kept, {(attention ? p.out_weight : p.down_weight) + square * total + at, total, 0, c, width, c},
+                  at ? nullptr : (attention ? p.out_bias : p.down_bias) + square);
       __syncthreads();
     }
   }
@@ -286,7 +278,7 @@ struct Tile {
     }
     __syncthreads();
     const Weight<T> weight{p.latent_weight, s.channels, 0, s.latents, s.channels, s.latents};
-    multiply<1>(normed, s.normed_stride, {sequences, s.length}, weight, [&](int output) {
+    multiply_few(normed, s.normed_stride, {sequences, s.length}, weight, [&](int output) {
       const Shift shift = shift_of(p.latent_bias, output, s.latents);
       return [=](int i, const auto& sums) {
 #pragma unroll
@@ -315,7 +307,7 @@ __global__ void __launch_bounds__(most_threads, 1)
     tile.gather(lattice);
     __syncthreads();
 #pragma unroll 1
-    for (int l = 0; l < s.depth; l++) tile.template layer<blocks>(l);
+    for (int half = 0; half < 2 * s.depth; half++) tile.template half_of_layer<blocks>(half / 2, half % 2 == 0);
     tile.finish(out);
   }
 }
