@@ -8,7 +8,7 @@ PVDM_CAST_TENSORS(pvdm::ProjectTensors)
 namespace pvdm::bindings {
 
 // Beyond check_project: what the kernel's 16-byte copies and its products ask for.
-inline void check_tile(const TensorView& x, const ProjectTensors& p, const TensorView& out, const TensorView& stream,
+inline void check_tile(const ProjectTensors& p, const TensorView& out, const TensorView& stream,
                        const ProjectOptions& options, const cuda::ProjectTile& tile) {
   const int64_t channels = p.token.size[0], length = p.positions.size[0], hidden = p.up_weight.size[1];
   const int64_t inner = p.out_weight.size[2];
@@ -44,7 +44,7 @@ inline void bind_triplane_project(pybind11::module_& m) {
           const auto [rows, warps, some_heads, hidden] = cut;
           const cuda::ProjectTile tile{rows, warps, some_heads, hidden, static_cast<float>(scale)};
           check_project(x, parameters, out, options);
-          check_tile(x, parameters, out, stream, options, tile);
+          check_tile(parameters, out, stream, options, tile);
           const pybind11::gil_scoped_release release;
           cuda::triplane_project_forward(x, parameters, out, stream, options, tile, target(device, queue));
         });
