@@ -157,6 +157,13 @@ def _lacks_gradient(backend: str) -> bool:
     return not hasattr(choice.implementation(backend, OP), "backward")
 
 
+def _expect_gradient(backend: str) -> None:
+    """Raise BackendError, before anything is computed, if the backward pass would."""
+    if _lacks_gradient(backend):
+        reason = choice.implementation(backend, OP).NO_GRADIENT
+        raise BackendError(f"Backend {backend!r} was asked for, but cannot serve {OP}: {reason}")
+
+
 def _stacked(layers: Sequence[ProjectionLayer]) -> dict[str, Tensor]:
     """The parameters of all layers by name, (layers, ...): views of one copy for each dtype, which is one launch."""
     kinds = {name: [getattr(layer, name) for layer in layers] for name in ProjectionLayer._fields}
@@ -225,8 +232,6 @@ def triplane_project(
     tensors |= dict(zip(CAST, autocast(*(tensors[name] for name in CAST)), strict=True))
     where = (plane, layout.time, layout.height, layout.width, heads, eps)
     asked = choice.requested()
-    # Said here, not when the backward pass has begun.
-    if asked != "auto" and records(x, *tensors.values()) and _lacks_gradient(asked):
-        reason = choice.implementation(asked, OP).NO_GRADIENT
-        raise BackendError(f"Backend {asked!r} was asked for, but cannot serve {OP}: {reason}")
-    return _forwards(x, *(tensors[name] for name in NAMES), *where, choice.requested())
+    if asked != "auto" and not torch.compiler.is_compiling() and records(x, *tensors.values()):
+        _expect_gradient(asked)
+    return _forwards(x, *(tensors[name] for name in NAMES), *where, asked)

@@ -1,7 +1,9 @@
 """`triplane_project` on a GPU, forward: one launch in CUDA C++, a tile of sequences at a time through all layers.
 
-Here is decided how large a tile is, and how much of a layer lies in shared memory at a time. There is no backward pass:
-Triton's kernel computes the gradient.
+Here is decided how large a tile is, and how much of a layer lies in shared memory at a time. At full size in bf16 on an
+H100, along time, 103 blocks take 205 tiles of five sequences, two heads and all of the hidden layer at a time. Their
+residual streams are 15 MB, which stay in the L2 (computed). There is no backward pass: Triton's kernel computes the
+gradient.
 """
 
 from __future__ import annotations
