@@ -1,9 +1,9 @@
 """`python -m benchmarks.cuda_resources`: what each CUDA C++ kernel uses on each GPU that it was built for.
 
 Reads the machine code of the built extension `pvdm_fast._cuda` and checks it against a budget: no spilled registers,
-and no more shared memory than the GPU has. Attention's main loops must use tensor cores, asynchronous copies and matrix
-loads. Kernels bound by memory must use 16-byte loads. The exit code is 1 if something is over its budget. It says
-nothing about speed.
+and no more shared memory than the GPU has. Main loops of attention and projection must use tensor cores, asynchronous
+copies and matrix loads. Kernels bound by memory must use 16-byte loads. The exit code is 1 if something is over its
+budget. It says nothing about speed.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ GPUS = {
     "sm_120": Gpu(48, 24, 100),
 }
 MATRIX = ("matrix_forward", "matrix_dq", "matrix_dkv")
+TILES = ("sequences_to_latents",)  # their launchers fit a tile into the shared memory that there is
 # Kernels without 16-byte loads, and why.
 NARROW = {
     "add_parts": "partial sums, a 32nd of what was read before",
@@ -179,16 +180,18 @@ def code_of(library: Path) -> Iterator[tuple[str, str, list[tuple[int, str, str]
 
 
 def main_loop(code: list[tuple[int, str, str]]) -> Counter[str]:
-    """Instructions by kind (HMMA, LDSM, ...) of the shortest loop with the most matrix instructions."""
-    best: Counter[str] = Counter()
+    """Instructions by kind (HMMA, LDSM, ...) of the innermost loop with the most matrix instructions."""
+    loops: list[tuple[int, int, Counter[str]]] = []
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands)
-        if kind_of(name) != "BRA" or not target or int(target[1], 16) > address:
-            continue
-        kinds = Counter(kind_of(n) for at, n, _ in code if int(target[1], 16) <= at <= address)
-        if (kinds["HMMA"], -kinds.total()) > (best["HMMA"], -best.total() if best else -sys.maxsize):
-            best = kinds
-    return best
+        if kind_of(name) == "BRA" and target and (start := int(target[1], 16)) <= address:
+            loops.append((start, address, Counter(kind_of(n) for at, n, _ in code if start <= at <= address)))
+    multiplying = sorted((loop for loop in loops if loop[2]["HMMA"]), key=lambda loop: loop[1] - loop[0])
+    innermost: list[tuple[int, int, Counter[str]]] = []
+    for loop in multiplying:
+        if not any(loop[0] <= inner[0] and inner[1] <= loop[1] for inner in innermost):
+            innermost.append(loop)
+    return max((loop[2] for loop in innermost), key=lambda kinds: kinds["HMMA"], default=Counter())
 
 
 def kind_of(instruction: str) -> str:
@@ -209,17 +212,30 @@ def resources(library: Path) -> list[Resources]:
             Resources(
                 *(kernel, variant, gpu, threads[name], registers),
                 spilled=kinds["STL"] + kinds["LDL"] + (stack > 0),
-                shared=shared + dynamic_shared(kernel, variant),
+                shared=shared + dynamic_shared(kernel, variant, gpu),
                 loads=len(loads),
                 wide_loads=sum(".128" in load for load in loads),
-                step=main_loop(code) if kernel in MATRIX else Counter(),
+                step=main_loop(code) if multiplies(kernel, variant) else Counter(),
             )
         )
     return found
 
 
-def dynamic_shared(kernel: str, variant: str) -> int:
+def multiplies(kernel: str, variant: str) -> bool:
+    """Whether a kernel should use tensor cores."""
+    return kernel in MATRIX or (kernel in TILES and not variant.startswith("float"))
+
+
+def least_shared(gpu: str) -> int:
+    """Shared memory in KiB on the GPU that has least of it. Code for sm_80 also runs on sm_86 and sm_89, which have
+    less."""
+    return min(known.shared for name, known in GPUS.items() if name[:-1] == gpu[:-1])
+
+
+def dynamic_shared(kernel: str, variant: str, gpu: str) -> int:
     """The most dynamic shared memory that a launch asks for, in bytes."""
+    if kernel in TILES:
+        return (least_shared(gpu) << 10) - RESERVED
     if not kernel.startswith(("matrix_", "vector_")):
         return 0
     matrix = kernel in MATRIX
@@ -233,11 +249,10 @@ def over_budget(found: Resources) -> list[str]:
     problems = []
     if found.spilled:
         problems.append(f"{where} spills registers.")
-    # Code for sm_80 also runs on sm_86 and sm_89, which have less.
-    least = min(gpu.shared for name, gpu in GPUS.items() if name[:-1] == found.gpu[:-1])
+    least = least_shared(found.gpu)
     if found.shared + RESERVED > least << 10:
         problems.append(f"{where} takes {found.shared} bytes of shared memory, more than the {least} KiB there are.")
-    if found.kernel in MATRIX:
+    if multiplies(found.kernel, found.variant):
         for kind, what in (("HMMA", "tensor cores"), ("LDSM", "ldmatrix"), ("LDGSTS", "asynchronous copies")):
             if not found.step[kind]:
                 problems.append(f"{where} has no {kind} in its main loop: it should use {what}.")
@@ -260,7 +275,8 @@ def table(rows: Iterable[Resources]) -> list[str]:
         group = groups[kernel, gpu]
         worst = max(group, key=lambda row: (row.registers, row.variant))
         fewest = min(row.blocks for row in group)
-        step = ", ".join(str(worst.step[kind]) for kind in ("HMMA", "LDSM", "LDGSTS")) if kernel in MATRIX else ""
+        step = ", ".join(str(worst.step[kind]) for kind in ("HMMA", "LDSM", "LDGSTS"))
+        step = step if multiplies(kernel, worst.variant) else ""
         wide = [row.wide_loads for row in group if "false" not in row.variant]
         lines.append(
             f"| {kernel} | {gpu} | {len(group)} | {worst.registers} | {max(row.shared for row in group) / 1024:.1f} | "

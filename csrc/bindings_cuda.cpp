@@ -10,6 +10,7 @@
 #include "bindings/cuda/attention.h"
 #include "bindings/cuda/plane_norm.h"
 #include "bindings/cuda/triplane_expand.h"
+#include "bindings/cuda/triplane_project.h"
 #include "bindings/cuda/triplane_slice.h"
 
 namespace py = pybind11;
@@ -33,5 +34,6 @@ PYBIND11_MODULE(_cuda, m) {
   pvdm::bindings::bind_attention(m);
   pvdm::bindings::bind_plane_norm(m);
   pvdm::bindings::bind_triplane_expand(m);
+  pvdm::bindings::bind_triplane_project(m);
   pvdm::bindings::bind_triplane_slice(m);
 }

@@ -11,8 +11,6 @@
 namespace pvdm::cuda {
 namespace {
 
-constexpr unsigned whole_warp = 0xffffffffu;
-
 // Rows of the other side per stage. Two stages of 64 rows x 128 channels would take 70 KiB, or 104 with the block's own
 // rows.
 template <int depth>
@@ -22,8 +20,6 @@ template <int depth>
 constexpr int backward_rows = depth <= 64 ? 32 : 16;
 
 __device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 16; }
-__device__ __forceinline__ int lane_row(int half) { return static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half; }
-__device__ __forceinline__ int lane_column(int n, int i) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
 
 // Two tensors of one side that are staged together. The first one is rotated.
 template <class T, int depth, int rows>

@@ -10,7 +10,6 @@ namespace {
 
 constexpr int threads = 128, own = 32, packs = own / 8;
 constexpr int shared_floats = 10 << 10;  // just below 48 KiB with the block's table; more would need permission
-constexpr unsigned whole_warp = 0xffffffffu;
 
 // How a block's threads are laid out.
 struct Shape {

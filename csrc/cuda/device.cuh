@@ -5,6 +5,12 @@
 
 namespace pvdm::cuda {
 
+constexpr unsigned whole_warp = 0xffffffffu;
+
+// Row and column of a lane's value i of a 16 x 8 result of mma, the n-th to the right: `half` is i / 2.
+__device__ __forceinline__ int lane_row(int half) { return static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half; }
+__device__ __forceinline__ int lane_column(int n, int i) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; }
+
 #ifdef PVDM_EMULATE
 inline float emulated_bf16(uint16_t bits) { return __bfloat162float({bits}); }
 inline float emulated_f16(uint16_t bits) {
@@ -112,6 +118,27 @@ __device__ __forceinline__ float fast_exp2(float x) {
 
 // 2^x for x of at most 0: a probability from its logarithm. Rounding must not make it more than 1. NaN stays NaN.
 __device__ __forceinline__ float probability(float x) { return fast_exp2(x > 0.0f ? 0.0f : x); }
+
+// 1 / x, within 1 ulp; without the branches for the smallest and largest numbers.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#ifdef PVDM_EMULATE
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// The standard normal distribution function. Abramowitz and Stegun 7.1.26, within 2.8e-7, as in kernels/math.py.
+__device__ __forceinline__ float normal_cdf(float x) {
+  const float t = fast_reciprocal(1.0f + 0.23164188821f * fabsf(x));
+  float tail = 0.5307027145f * t - 0.7265760135f;
+  tail = tail * t + 0.7107068705f;
+  tail = tail * t - 0.142248368f;
+  tail = (tail * t + 0.127414796f) * t * fast_exp2(-0.7213475204444817f * x * x);
+  return x < 0.0f ? tail : 1.0f - tail;
+}
 
 // A score times its scale, rounded by itself. Fused with the subtraction of the (rounded) maximum, the largest score's
 // probability would not be 1: at scores of 1e6 it would be 1.04.

@@ -2,6 +2,7 @@
 // waits.
 #pragma once
 #include "../ops/plane_norm.h"
+#include "../ops/triplane_project.h"
 
 namespace pvdm::cuda {
 struct LaunchTarget;
@@ -37,4 +38,20 @@ void plane_norm_forward(const PlaneNormInputs& in, const TensorView& y, const Te
                         const LaunchTarget& target);
 void plane_norm_backward(const PlaneNormInputs& in, const PlaneNormGradients& gradients, const TensorView& workspace,
                          const LaunchTarget& target);
+
+// How triplane_project is cut: rows of a tile (32, 64; of 16-bit matrices also 96 or 112), a block's warps, heads and
+// channels of the hidden layer at a time (a multiple of 16). And the scale of scores.
+struct ProjectTile {
+  int rows, warps, heads, hidden;
+  float scale;
+};
+
+// Bytes of shared memory of a block, with matrices of this dtype and heads of `head` channels.
+int64_t triplane_project_shared(Dtype dtype, int64_t channels, int64_t head, const ProjectTile& tile);
+
+// x (B, T H W, C) -> out (B, sites, D) in the matrices' dtype. stream (blocks of the grid, rows of a tile, C) f32 is
+// workspace. C is a multiple of 8, heads and hidden layer are of 16, parameters start at 16 bytes.
+void triplane_project_forward(const TensorView& x, const ProjectTensors& parameters, const TensorView& out,
+                              const TensorView& stream, const ProjectOptions& options, const ProjectTile& tile,
+                              const LaunchTarget& target);
 }  // namespace pvdm::cuda

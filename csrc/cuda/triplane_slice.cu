@@ -3,28 +3,13 @@
 //
 // A thread has one pack of channels. Everything is read and written once. The positions' gradient is summed in a fixed
 // order: a thread sums `sites_each` sites, and a second kernel adds these sums.
+#include "axis.cuh"
 #include "kernels.h"
-#include "launch.cuh"
 
 namespace pvdm::cuda {
 namespace {
 
 constexpr int block_threads = 256, sites_each = 32;
-
-// Where sequences lie: x[b, site, i] is row b * tokens + row(site, i).
-struct Axis {
-  int64_t length, sites, step, inner, inner_stride, outer_stride, tokens;
-  __device__ int64_t row(int64_t site, int64_t i) const {
-    return site / inner * outer_stride + site % inner * inner_stride + i * step;
-  }
-};
-
-Axis axis_of(int plane, const Layout& l) {
-  const int64_t t = l.time, h = l.height, w = l.width, all = t * h * w;
-  if (plane == 0) return {t, h * w, h * w, h * w, 1, 0, all};
-  if (plane == 1) return {h, t * w, w, w, 1, h * w, all};
-  return {w, t * h, 1, t * h, w, 0, all};
-}
 
 template <class T, bool aligned>
 __global__ void __launch_bounds__(block_threads)

@@ -47,8 +47,8 @@ inline void check_project(const TensorView& x, const ProjectTensors& p, const Te
   check("latent_weight", p.latent_weight, {latent, channels});
   check("latent_bias", p.latent_bias, {latent});
   for (const auto* t : {&p.token, &p.positions, &p.norm1_weight, &p.norm1_bias, &p.out_bias, &p.norm2_weight,
-                        &p.norm2_bias, &p.up_bias, &p.down_bias, &p.latent_bias, &out})
-    check_float("A vector or the output", *t);
+                        &p.norm2_bias, &p.up_bias, &p.down_bias, &p.latent_bias})
+    check_float("A vector", *t);
   const Dtype dtype = p.qkv_weight.dtype;
   for (const auto* t : {&p.qkv_weight, &p.out_weight, &p.up_weight, &p.down_weight, &p.latent_weight})
     require(t->dtype == dtype && dtype != Dtype::f64, "The matrices must share a dtype of at most 32 bits.");
@@ -64,6 +64,7 @@ inline void check_project_gradients(const TensorView& grad, const TensorView& x,
                                     const TensorView& dx, const ProjectTensors& gradients,
                                     const ProjectOptions& options) {
   check_project(x, parameters, grad, options);
+  check_float("grad", grad);
   check_project(dx, gradients, grad, options);
   check_float("A gradient", gradients.qkv_weight);
   for (const auto& [a, b] : {std::pair{&parameters.up_weight, &gradients.up_weight},

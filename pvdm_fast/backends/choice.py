@@ -47,8 +47,8 @@ BACKENDS = tuple(PACKAGE)
 # Not in OPERATIONS: they have no gradient, and are used only if a kernel exists for them
 # (pvdm_fast/ops/attention_block.py, feed_forward_block.py, time_attention_block.py).
 FUSED = ("attention_block", "feed_forward_block", "time_attention_block")
-# Nor this one: it is used only where a kernel serves it, which CPUs and Triton have for both directions. Elsewhere its
-# parts are used (pvdm_fast/ops/triplane_project.py).
+# Nor this one: it is used only where a kernel serves it, which CPUs and Triton have for both directions, CUDA C++ for
+# forward alone. Elsewhere its parts are used (pvdm_fast/ops/triplane_project.py).
 FUSED_PROJECTION = ("triplane_project",)
 # A program's threads hand each other values through memory, behind a barrier. On AMD's GPUs it doesn't wait for stores.
 THROUGH_MEMORY = ("feed_forward_block", "time_attention_block", *FUSED_PROJECTION)
@@ -56,7 +56,14 @@ SERVED: dict[str, tuple[str, ...]] = {
     "reference": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
     "cpu": (*OPERATIONS, *FUSED_PROJECTION),
     "triton": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
-    "cuda": ("segment_attention", "axial_attention", "plane_norm", "triplane_slice", "triplane_expand"),
+    "cuda": (
+        "segment_attention",
+        "axial_attention",
+        "plane_norm",
+        "triplane_slice",
+        "triplane_expand",
+        *FUSED_PROJECTION,
+    ),
 }
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -80,6 +87,10 @@ def triton_first(op: str, dtype: torch.dtype, capability: tuple[int, int], tf32:
         # twice the rate of mma.sync, which the CUDA kernels use, and which is the best on 8.x and 12.x. Triton also
         # uses TF32, where the CUDA kernels compute float32 without tensor cores.
         return capability[0] in (9, 10) or (dtype == torch.float32 and tf32)
+    if op in FUSED_PROJECTION:
+        # It has both directions, tiles of 128 rows on every GPU, and those matrix instructions. CUDA C++ serves where
+        # there is no Triton, without a gradient.
+        return True
     # One launch forward and two backward, against three and four. At one clip these tensors take microseconds.
     return op == "plane_norm"
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # Raise it with every change of a binding's arguments. The build reads it here, and the extensions contain it.
-ABI = 6
+ABI = 7
 REINSTALL = "install pvdm_fast again (pip install -e . in its source folder)"
 
 

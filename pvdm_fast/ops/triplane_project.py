@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.projection_layers import MATRICES, NAMES, ProjectionLayer
+from pvdm_fast.errors import BackendError
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.ops import costs
 from pvdm_fast.ops.derivatives import autocast_dtype, records, transforming
@@ -134,8 +135,9 @@ def fuses_projection(x: Tensor, weight: Tensor, layout: TriplaneLayout, plane: s
 
     So it should where a kernel serves it, and where that is the quicker way. On a CPU with a gradient in bfloat16 and
     more than 128 channels it is not. On a GPU it is wherever Triton's kernels take the arguments, with a gradient too:
-    full size, computed, 6 launches and 0.95 GB in place of 121 and 2.8. Nor is it used under torch.compile, which fuses
-    by itself, nor where PyTorch must see every operation.
+    full size, computed, 6 launches and 0.95 GB in place of 121 and 2.8. Where there is no Triton, and where CUDA C++
+    was asked for, it is with gradients disabled. Nor is it used under torch.compile, which fuses by itself, nor where
+    PyTorch must see every operation.
     """
     if torch.compiler.is_compiling() or transforming() or x.is_meta:
         return False
@@ -143,10 +145,23 @@ def fuses_projection(x: Tensor, weight: Tensor, layout: TriplaneLayout, plane: s
     if choice.serves("cpu", OP, asked, device, x.dtype):
         dtype = autocast_dtype(device) or weight.dtype
         return not (dtype == torch.bfloat16 and x.shape[-1] > MOST_CHANNELS_IN_BFLOAT16 and records(x, weight))
-    if not choice.serves("triton", OP, asked, device, x.dtype):
-        return False
-    sizes = (plane, layout.time, layout.height, layout.width)
-    return choice.refusal("triton", OP, (x, *sizes, 1, 0.0)) is None
+    for backend in ("triton", "cuda"):
+        if choice.serves(backend, OP, asked, device, x.dtype):
+            alone = (x, plane, layout.time, layout.height, layout.width, 1, 0.0)
+            fits = choice.refusal(backend, OP, alone) is None
+            return fits and not (torch.is_grad_enabled() and _lacks_gradient(backend))
+    return False
+
+
+def _lacks_gradient(backend: str) -> bool:
+    return not hasattr(choice.implementation(backend, OP), "backward")
+
+
+def _expect_gradient(backend: str) -> None:
+    """Raise BackendError, before anything is computed, if the backward pass would."""
+    if _lacks_gradient(backend):
+        reason = choice.implementation(backend, OP).NO_GRADIENT
+        raise BackendError(f"Backend {backend!r} was asked for, but cannot serve {OP}: {reason}")
 
 
 def _stacked(layers: Sequence[ProjectionLayer]) -> dict[str, Tensor]:
@@ -193,6 +208,7 @@ def triplane_project(
 
     Raises:
         ValueError: shapes or dtypes that don't fit, an unknown plane, no layer.
+        BackendError: the backend asked for can't serve, such as "cuda" with a gradient.
 
     Precision: sums and the residual stream are in float32 at least. Matrices in bfloat16 are multiplied with rows that
         are rounded to bfloat16 where the CPU multiplies it, and on a GPU.
@@ -201,7 +217,8 @@ def triplane_project(
         clip). Forward mode (jvp), double backward, Hessian-vector products and `torch.func` are right on every backend,
         through the reference, which a log line says once. `vmap` runs the operation for each element in turn.
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
-    Backends: reference, cpu, triton (at most 63 tokens along the axis; not on AMD's GPUs).
+    Backends: reference, cpu, triton (at most 63 tokens along the axis; not on AMD's GPUs), cuda (at most 63 tokens,
+        channels in multiples of 8, no gradient; by itself only where there is no Triton).
     """
     if not layers:
         raise ValueError(f"{OP}: there must be at least one layer.")
@@ -214,4 +231,7 @@ def triplane_project(
     }
     tensors |= dict(zip(CAST, autocast(*(tensors[name] for name in CAST)), strict=True))
     where = (plane, layout.time, layout.height, layout.width, heads, eps)
-    return _forwards(x, *(tensors[name] for name in NAMES), *where, choice.requested())
+    asked = choice.requested()
+    if asked != "auto" and not torch.compiler.is_compiling() and records(x, *tensors.values()):
+        _expect_gradient(asked)
+    return _forwards(x, *(tensors[name] for name in NAMES), *where, asked)

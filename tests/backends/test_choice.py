@@ -220,6 +220,7 @@ def test_served_operations_exist() -> None:
         ("segment_attention", torch.float32, (8, 6), True, "triton"),
         ("plane_norm", torch.float32, (8, 0), False, "triton"),
         ("triplane_expand", torch.float32, (9, 0), True, "cuda"),
+        ("triplane_project", torch.bfloat16, (8, 6), False, "triton"),
         ("geglu", torch.float32, (8, 0), False, "triton"),
     ],
 )

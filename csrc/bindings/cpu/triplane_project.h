@@ -13,6 +13,7 @@ inline void bind_triplane_project(pybind11::module_& m) {
            int64_t height, int64_t width, int64_t heads, double eps, int threads) {
           const ProjectOptions options{layout_of(time, height, width), plane, heads, eps, threads};
           check_project(x, parameters, out, options);
+          check_float("out", out);
           const pybind11::gil_scoped_release release;
           choose_triplane_project_forward()(x, parameters, out, options);
         });

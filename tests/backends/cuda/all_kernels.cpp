@@ -88,6 +88,17 @@ void attention(Dtype dtype, std::vector<int64_t> offsets, int64_t width, bool ro
       in, {make(dtype, {1, 1, queries, 2, width}), out, lse, make(f32, {1, 1, 2, queries}), dqkv, queried()}, here);
 }
 
+// Two layers over the sequences of a plane, on two blocks.
+void project(Dtype dtype, const Layout& l, int plane, const cuda::ProjectTile& tile, int64_t heads) {
+  const int64_t lattice = l.time * l.height * l.width, length = l.length(plane), c = 24, inner = 16 * heads, hidden = 48;
+  const ProjectTensors p{make(f32, {c}), make(f32, {length + 1, c}), make(f32, {2, c}), make(f32, {2, c}),
+                         make(dtype, {2, 3 * inner, c}), make(dtype, {2, c, inner}), make(f32, {2, c}), make(f32, {2, c}),
+                         make(f32, {2, c}), make(dtype, {2, hidden, c}), make(f32, {2, hidden}),
+                         make(dtype, {2, c, hidden}), make(f32, {2, c}), make(dtype, {3, c}), make(f32, {3})};
+  cuda::triplane_project_forward(make(f32, {1, lattice, c}), p, make(dtype, {1, lattice / length, 3}),
+                                 make(f32, {2, tile.rows, c}), {l, plane, heads, 1e-5, 0}, tile, here);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -105,7 +116,11 @@ int main(int count, char** arguments) {
     attention(dtype, {0, 3, 40}, 8, false, false, false);
     attention(dtype, {0, 20}, 72, true, false, false);
     attention(dtype, {0, 7}, 48, false, true, false);
+    project(dtype, {3, 5, 4}, 0, {32, 3, 1, 32, 0.3f}, 2);
+    project(dtype, {3, 2, 33}, 2, {64, 2, 2, 48, 0.3f}, 2);
     if (dtype == f32) continue;
+    project(dtype, {2, 17, 6}, 1, {96, 4, 2, 16, 0.3f}, 3);
+    project(dtype, {1, 9, 9}, 0, {112, 2, 1, 48, 0.3f}, 1);
     attention(dtype, {0, 3, 70}, 24, false, false, true);
     attention(dtype, {0, 80}, 64, true, false, true);
     attention(dtype, {0, 40}, 104, false, false, true);

@@ -14,7 +14,7 @@ import pybind11
 import pytest
 
 from pvdm_fast.backends import choice
-from pvdm_fast.backends.cuda import attention, plane_norm, triplane_expand, triplane_slice
+from pvdm_fast.backends.cuda import attention, plane_norm, triplane_expand, triplane_project, triplane_slice
 
 ROOT = Path(__file__).resolve().parents[3]
 CUDA_SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
@@ -53,7 +53,7 @@ def load(path: Path) -> ModuleType:
 
 def replace_device(patch: pytest.MonkeyPatch, module: ModuleType) -> None:
     """Replace `pvdm_fast._cuda` by the stand-in, with the host as its device."""
-    for launcher in (attention, plane_norm, triplane_expand, triplane_slice):
+    for launcher in (attention, plane_norm, triplane_expand, triplane_project, triplane_slice):
         patch.setattr(launcher, "extension", lambda name: module)
         patch.setattr(launcher, "launch_target", lambda tensor: (0, 0))
 
@@ -65,11 +65,13 @@ def registered(module: ModuleType) -> Iterator[None]:
     You can ask for it with `use_backend("cuda-emulated")`. Automatic choice takes it if possible, otherwise the
     reference.
     """
-    unavailable = choice.unavailable
+    unavailable, serves = choice.unavailable, choice.serves
     with pytest.MonkeyPatch.context() as patch:
         replace_device(patch, module)
         patch.setattr(choice, "BACKENDS", (*choice.BACKENDS, BACKEND))
         patch.setattr(choice, "unavailable", lambda name: None if name == BACKEND else unavailable(name))
+        # Who asks whether "cuda" serves (`fuses_projection`) hears of this one.
+        patch.setattr(choice, "serves", lambda name, *rest: serves(BACKEND if name == "cuda" else name, *rest))
         patch.setitem(choice.PACKAGE, BACKEND, choice.PACKAGE["cuda"])
         patch.setitem(choice.SERVED, BACKEND, choice.SERVED["cuda"])
         patch.setitem(choice.DEVICE, BACKEND, "cpu")

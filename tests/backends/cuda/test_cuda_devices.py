@@ -45,7 +45,8 @@ def test_every_binding_refuses_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatc
     calls = [call for call in arguments.recorded(dtype) if call.op in choice.SERVED["cuda"]]
     assert {call.direction for call in calls} == {"forward", "backward"}
     for call in calls:
-        with pytest.raises(Refused):
-            getattr(choice.implementation("cuda", call.op), call.direction)(*call.arguments)
+        if function := getattr(choice.implementation("cuda", call.op), call.direction, None):
+            with pytest.raises(Refused):
+                function(*call.arguments)
     kernels = {name for name in dir(counted.module) if name.endswith(("_forward", "_backward", "_sums"))}
     assert counted.refused == kernels

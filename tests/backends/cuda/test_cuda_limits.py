@@ -22,8 +22,10 @@ def meta(*shape: int) -> Any:
 def test_every_module_says_what_it_refuses() -> None:
     """And they refuse none of the usual calls, in either direction."""
     for call in arguments.recorded(torch.float32):
-        if call.op in choice.SERVED["cuda"]:
-            assert choice.implementation("cuda", call.op).refusal(*call.arguments) is None, call
+        if call.op not in choice.SERVED["cuda"]:
+            continue
+        module = choice.implementation("cuda", call.op)
+        assert (module.refusal(*call.arguments) is None) == hasattr(module, call.direction), call
 
 
 MANY, SIDE = 2**31, 2**16
@@ -37,6 +39,7 @@ BEYOND = {
     "batches": ("plane_norm", (meta(MANY, 1, 8), *(None,) * 3, [1, 1], 2, 1e-5, False, 0), "2147483647 blocks"),
     "groups": ("plane_norm", (meta(2**26, 1, 64), *(None,) * 3, [1, 1], 64, 1e-5, False, 0), "2147483647 blocks"),
     "slices": ("triplane_slice", (meta(1, MANY, 8), None, None, "xy", 2, SIDE, SIDE // 4), "2147483647 blocks"),
+    "elements": ("triplane_project", (meta(1, 64, 8), "xy", 64, 1, 1, 1, 0.0), "at most 64 elements, not 65"),
     "lattice": ("triplane_expand", (meta(1, 1, 8), meta(3, 64, 8), meta(3, 64), 1, SIDE, SIDE), "2147483647 blocks"),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tolerances import GOLDEN_NETWORK, NETWORK_16_BIT
 from pvdm_fast import TriplaneLayout, ops, use_backend
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import SERVED, BackendError
-from pvdm_fast.backends.cuda import attention
+from pvdm_fast.backends.cuda import attention, triplane_project
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.models import Autoencoder, Denoiser
 from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
@@ -35,7 +36,7 @@ def device(emulated_device: ModuleType) -> Iterator[ModuleType]:
 
 
 def served() -> dict[str, str]:
-    return {op: choice.automatic(op, "cpu", torch.float32) for op in choice.OPERATIONS}
+    return {op: choice.automatic(op, "cpu", torch.float32) for op in (*choice.OPERATIONS, *choice.FUSED_PROJECTION)}
 
 
 def test_automatic_choice_keeps_to_the_limits() -> None:
@@ -89,6 +90,26 @@ def test_autoencoder() -> None:
     assert_close(frames, case.tensors["output.reconstruction"], GOLDEN_NETWORK)
     frames.backward(case.draw("grad_output", tuple(frames.shape)))
     check_gradients(case, model, {"video": video}, GOLDEN_NETWORK)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_autoencoder_without_a_gradient(monkeypatch: pytest.MonkeyPatch, device: ModuleType) -> None:
+    """Each projection is one operation then: its float32 products, and in float16 those by tensor cores."""
+    calls: list[Any] = []
+    forward = triplane_project.forward
+    monkeypatch.setattr(triplane_project, "forward", lambda *a: calls.append(a) or forward(*a))
+    case, model = autoencoder()
+    video = case.draw("input.video", (1, 3, 16, 48, 48)).tanh()
+    expected = case.tensors["output.latent"]
+    assert_close(model.encode(video).latent, expected, GOLDEN_NETWORK)
+    assert len(calls) == 3
+    model.half()
+    with use_backend("reference"):
+        rival = relative_error(model.encode(video.half()).latent, expected)
+    device.counts()
+    assert relative_error(model.encode(video.half()).latent, expected) <= NETWORK_16_BIT * rival
+    assert len(calls) == 6 and device.counts()["mma"] > 0
 
 
 @pytest.mark.exhaustive

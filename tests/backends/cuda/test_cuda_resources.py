@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cuda_resources
-from benchmarks.cuda_resources import GPUS, MATRIX, Resources, main_loop, over_budget
+from benchmarks.cuda_resources import GPUS, MATRIX, TILES, Resources, main_loop, multiplies, over_budget
 from pvdm_fast.backends import extensions
 from pvdm_fast.errors import UserError
 
@@ -43,6 +43,11 @@ def test_main_loops_do_what_was_planned(rows: list[Resources]) -> None:
 
     The loop also copies all of the next step, and there is no separate loop for copies.
     """
+    for row in (row for row in rows if row.kernel in TILES and multiplies(row.kernel, row.variant)):
+        blocks = int(row.variant.split(", ")[1])  # of 16 rows, times 32 outputs and 32 channels of a weight
+        assert row.step["HMMA"] == 2 * 4 * blocks, row
+        assert row.step["LDSM"] == 2 * (blocks + 2), row
+        assert row.step["LDGSTS"] == 4, row
     for row in (row for row in rows if row.kernel in MATRIX):
         depth = int(row.variant.split(", ")[1])
         steps = ROWS.get(row.kernel, ROWS["matrix_dq"])[depth]
