@@ -56,8 +56,8 @@ def _along_time(qkv: Tensor) -> Tensor:
 def calls() -> list[Call]:
     """Every operation that PyTorch has something near to, on planes of 4 x 4, 2 x 4 and 2 x 4 tokens.
 
-    The fused ones are left out: `attention_block`, `feed_forward_block` and `time_attention_block` have no kernel on a
-    CPU, and `triplane_project` stands for a whole transformer.
+    The fused ones are left out: `attention_block`, `feed_forward_block`, `space_attention_heads` and
+    `time_attention_block` have no kernel on a CPU, and `triplane_project` stands for a whole transformer.
     """
     layout = TriplaneLayout(2, 4, 4)
     joint = PlaneLayout(((layout.num_tokens, 1),))

@@ -45,8 +45,8 @@ PACKAGE = {
 }
 BACKENDS = tuple(PACKAGE)
 # Not in OPERATIONS: they have no gradient, and are used only if a kernel exists for them
-# (pvdm_fast/ops/attention_block.py, feed_forward_block.py, time_attention_block.py).
-FUSED = ("attention_block", "feed_forward_block", "time_attention_block")
+# (pvdm_fast/ops/attention_block.py and fusing.py).
+FUSED = ("attention_block", "feed_forward_block", "space_attention_heads", "time_attention_block")
 # Nor this one: it is used only where a kernel serves it, which CPUs and Triton have for both directions. Elsewhere its
 # parts are used (pvdm_fast/ops/triplane_project.py).
 FUSED_PROJECTION = ("triplane_project",)
