@@ -40,6 +40,7 @@ _ELSEWHERE = {
         "geglu",
         "plane_conv",
         "plane_norm",
+        "plane_resample",
         "segment_attention",
         "space_attention_heads",
         "time_attention_block",

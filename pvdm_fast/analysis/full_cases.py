@@ -18,6 +18,7 @@ from pvdm_fast.analysis.cases import (
     geglu,
     plane_conv,
     plane_norm,
+    plane_resample,
     rotation,
     segment_attention,
     single_query,
@@ -154,6 +155,8 @@ FULL = {
     "plane_norm-joint": plane_norm(PlaneLayout(((_FINEST.num_tokens, 1),)), 256, groups=_GROUPS, batch=1),
     "plane_norm-down": _norm(_FINEST, 256, "down"),
     "plane_norm-up": _norm(_COARSEST, 1024, "up"),
+    "plane_resample-down": plane_resample(_FINEST, 256, "down", batch=1),
+    "plane_resample-up": plane_resample(_COARSEST, 1024, "up", batch=1),
     **{
         f"plane_conv-{layout.num_tokens}": plane_conv(layout, channels, channels, batch=1)
         for layout, channels in _LEVELS

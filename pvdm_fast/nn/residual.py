@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvdm_fast.backends.reference.plane_resample import resample_planes
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.nn import checkpointing, planes
 from pvdm_fast.nn.plain import Weights, is_plain, readable, weights_of
@@ -106,5 +105,5 @@ class ResidualBlock(nn.Module):
         h = planes.conv(first["2"], h, after)
         h = planes.norm(last["0"], h, after, scale_shift=scale_shift, activation=True)
         if self.resample is not None:
-            x = resample_planes(x, layout, planes.STEPS[self.resample])
+            x = planes.resampled(x, layout, self.resample)
         return planes.conv(last["3"], h, after, residual=planes.pointwise(self.skip_connection, x, after))

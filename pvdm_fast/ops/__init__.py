@@ -7,6 +7,7 @@ from pvdm_fast.ops.feed_forward_block import feed_forward_block, fuses_feed_forw
 from pvdm_fast.ops.geglu import geglu
 from pvdm_fast.ops.plane_conv import plane_conv
 from pvdm_fast.ops.plane_norm import plane_norm
+from pvdm_fast.ops.plane_resample import plane_resample
 from pvdm_fast.ops.segment_attention import segment_attention
 from pvdm_fast.ops.space_attention_heads import fuses_space_attention_heads, space_attention_heads
 from pvdm_fast.ops.time_attention_block import fuses_time_attention_block, time_attention_block
@@ -28,6 +29,7 @@ __all__ = [
     "geglu",
     "plane_conv",
     "plane_norm",
+    "plane_resample",
     "segment_attention",
     "space_attention_heads",
     "time_attention_block",

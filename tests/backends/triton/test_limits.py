@@ -105,7 +105,7 @@ BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
     ("time_attention_block", r"sequences of at most 64 tokens, not 65", lambda: time_attention(65, 4)),
     ("attention_block", r"groups of at most 128 channels, not 129: use more groups", lambda: block(129, 1, 1)),
 ]
-UNLIMITED = ("geglu", "plane_conv", "triplane_slice")
+UNLIMITED = ("geglu", "plane_conv", "plane_resample", "triplane_slice")
 
 
 @pytest.fixture
@@ -152,6 +152,10 @@ def run_largest() -> None:
     both: list[tuple[str, list[Any], list[Any]]] = [
         ("geglu", [meta(70_000, 1 << 18)], [meta(70_000, 1 << 17), meta(70_000, 1 << 18)]),
         ("geglu", [meta(1 << 22, 6)], [meta(1 << 22, 3), meta(1 << 22, 6)]),
+        *(
+            ("plane_resample", [meta(batch, 4, c), [2, 2], 1], [meta(batch, 16, c), [2, 2], 1])
+            for batch, c in ((1 << 22, 8), (1, 1 << 22))
+        ),
         *(
             (
                 "plane_conv",
