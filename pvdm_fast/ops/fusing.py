@@ -22,7 +22,7 @@ def fuses(op: str, x: Tensor, weights: tuple[Tensor, ...], *inputs: Any) -> bool
     whether it is worth collecting them.
 
     Args:
-        inputs: what the kernel sees before it refuses anything, if there are weights.
+        inputs: of the operation, as many as the kernel's `refusal` looks at. They count if there are weights.
     """
     return (
         infers(x.device.type)
