@@ -56,8 +56,8 @@ def _along_time(qkv: Tensor) -> Tensor:
 def calls() -> list[Call]:
     """Every operation that PyTorch has something near to, on planes of 4 x 4, 2 x 4 and 2 x 4 tokens.
 
-    The fused ones are left out: `attention_block`, `feed_forward_block` and `time_attention_block` have no kernel on a
-    CPU, and `triplane_project` stands for a whole transformer.
+    The fused ones are left out: `attention_block`, `feed_forward_block`, `space_attention_heads` and
+    `time_attention_block` have no kernel on a CPU, and `triplane_project` stands for a whole transformer.
     """
     layout = TriplaneLayout(2, 4, 4)
     joint = PlaneLayout(((layout.num_tokens, 1),))
@@ -75,6 +75,13 @@ def calls() -> list[Call]:
         )
         return torch.cat([F.conv2d(p, weight, bias, padding=1).flatten(2) for p in pictures], 2).transpose(1, 2)
 
+    def shrink(x: Tensor) -> Tensor:
+        pictures = (
+            plane.transpose(1, 2).reshape(1, -1, *size)
+            for plane, size in zip(x.split([16, 8, 8], 1), ((4, 4), (2, 4), (2, 4)), strict=True)
+        )
+        return torch.cat([F.avg_pool2d(p, 2).flatten(2) for p in pictures], 2).transpose(1, 2)
+
     def cut(x: Tensor, token: Tensor, positions: Tensor) -> Tensor:
         sites = x.view(1, 2, 16, 32).transpose(1, 2)
         return torch.cat([sites, token.expand(1, 16, 1, 32)], 2) + positions
@@ -89,6 +96,7 @@ def calls() -> list[Call]:
         Call("geglu", "gelu", ops.geglu, F.gelu, (wide,)),
         Call("plane_norm", "group_norm", lambda a, w, c: ops.plane_norm(a, joint, w, c),
              lambda a, w, c: F.group_norm(a.transpose(1, 2), 32, w, c), (x, scale, shift)),
+        Call("plane_resample", "three avg_pool2d, cat", lambda a: ops.plane_resample(a, layout, "down"), shrink, (x,)),
         Call("segment_attention", "scaled_dot_product_attention", ops.segment_attention, _pair, (qkv,)),
         Call("axial_attention", "scaled_dot_product_attention", lambda a: ops.axial_attention(a, "time"), _along_time,
              (sequences,)),

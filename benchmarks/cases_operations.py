@@ -218,6 +218,24 @@ def plane_norm_up(setting: Setting) -> Prepared:
     return _plane_norm(setting, joint=False, scaled=False, resample="up")
 
 
+@REGISTRY.add("plane_resample/down", "operation")
+def plane_resample_down(setting: Setting) -> Prepared:
+    """As on the skip of a down-sampling residual block."""
+    layout, channels = setting.layout, setting.denoiser["model_channels"]
+    case = cases.plane_resample(layout, channels, "down", setting.clips)
+    tokens = _draw(setting, case)["x"]
+    forms = {
+        "ours": Form(case.run, [tokens]),
+        "eager": Form(
+            lambda *planes: [eager.resample(plane, "down") for plane in planes],
+            tokens_to_planes(tokens, layout),
+            planes_to_tokens,
+            planes_to_tokens,
+        ),
+    }
+    return assemble(setting, f"B{setting.clips} N{layout.num_tokens} C{channels}", forms, {}, 0)
+
+
 @REGISTRY.add("plane_conv/3x3", "operation")
 def plane_conv(setting: Setting) -> Prepared:
     layout, channels = setting.layout, setting.denoiser["model_channels"]

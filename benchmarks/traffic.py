@@ -7,6 +7,8 @@ rules apply to both sides:
 - **Launches.** Each ATen operation that computes or copies is one launch. Views and allocations are none. Some ATen
   operations really launch several kernels (a group norm three), so the release's count is a lower bound. On our side,
   each kernel launch counts as one, and so does each ATen operation in a launcher.
+- **Passes.** A forward pass is one of sampling's, without a gradient, after the first: what the first keeps for the
+  others (the joined weights of the time embedding's layers) is there.
 - **Bytes.** A launch reads each of its tensors once and writes each result once. What a kernel reads again is assumed
   to come from a cache. A tensor expanded by stride 0 counts as what is in memory.
 - **Least bytes** (of operations and blocks): inputs, weights, results and their gradients once each, as if everything
@@ -42,7 +44,7 @@ from pvdm_fast.analysis.recorder import Recorder, name_of, own_operation
 from pvdm_fast.backends import choice
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
-from pvdm_fast.nn import recomputed, residual
+from pvdm_fast.nn import copies, recomputed, residual
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "gpu_traffic.md"
 MARKER = "traffic"
@@ -185,7 +187,10 @@ def count_runner(runner: Runner, direction: str) -> Total:
     """What one direction of a runner launches, and the bytes it moves."""
     if direction != "forward":
         runner.gradients = [torch.empty_like(result) for result in runner.run()]
-    return Total.of(count(runner.step(direction)))
+        return Total.of(count(runner.step(direction)))
+    with copies.kept():
+        runner.infer()
+        return Total.of(count(runner.step(direction)))
 
 
 @dataclass(frozen=True)

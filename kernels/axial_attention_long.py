@@ -64,6 +64,38 @@ def axial_attention_rotate(
 
 
 @triton.jit
+def attend_to_keys(
+    q_tile, k, v, k_stride, v_stride, length, scale,
+    HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Queries (BLOCK_M, WIDTH) over all keys and values of a head: its first rows, (length, HEAD) by strides.
+
+    Returns the weighted sums of values, and what they are to be divided by: total weight, with the highest score.
+    """
+    columns = tl.arange(0, WIDTH)[None, :]
+    keys = tl.arange(0, BLOCK_N)
+    row = keys.to(tl.int64)[:, None]
+    k_pointers = k + row * k_stride + columns
+    v_pointers = v + row * v_stride + columns
+    k_step = BLOCK_N * tl.cast(k_stride, tl.int64)
+    v_step = BLOCK_N * tl.cast(v_stride, tl.int64)
+    highest, total = no_softmax(BLOCK_M)
+    sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    for start in range(0, length, BLOCK_N):
+        present = (start + keys < length)[:, None] & (columns < HEAD)
+        k_tile = tl.load(k_pointers, mask=present, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = where_present(scores, (start + keys < length)[None, :], float("-inf"), EVEN)
+        weights, decay, highest, total = softmax_step(scores, 1.0, highest, total, 1)
+        v_tile = tl.load(v_pointers, mask=present, other=0.0)
+        sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums * decay[:, None], input_precision=PRECISION)
+        k_pointers += k_step
+        v_pointers += v_step
+    return sums, highest, total
+
+
+@triton.jit
 def axial_attention_long_forward(
     q, k, v, sin, cos, out, lse, q_strides, k_strides, v_strides, out_strides, sites, length, heads, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
@@ -87,24 +119,11 @@ def axial_attention_long_forward(
         sin_tile = tl.load(sin + table, mask=inside, other=0.0)
         cos_tile = tl.load(cos + table, mask=inside, other=0.0)
         q_tile = rotate(q_tile, sin_tile, cos_tile).to(k.dtype.element_ty)
-    keys = tl.arange(0, BLOCK_N)
-    row = keys.to(tl.int64)[:, None]
-    k_pointers = k + sequence_offset(sequence, head, sites, k_strides) + row * k_strides[2] + columns
-    v_pointers = v + sequence_offset(sequence, head, sites, v_strides) + row * v_strides[2] + columns
-    k_step = BLOCK_N * k_strides[2].to(tl.int64)
-    v_step = BLOCK_N * v_strides[2].to(tl.int64)
-    highest, total = no_softmax(BLOCK_M)
-    sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    for start in range(0, length, BLOCK_N):
-        present = (start + keys < length)[:, None] & (columns < HEAD)
-        k_tile = tl.load(k_pointers, mask=present, other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2_E)
-        scores = where_present(scores, (start + keys < length)[None, :], float("-inf"), EVEN)
-        weights, decay, highest, total = softmax_step(scores, 1.0, highest, total, 1)
-        v_tile = tl.load(v_pointers, mask=present, other=0.0)
-        sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums * decay[:, None], input_precision=PRECISION)
-        k_pointers += k_step
-        v_pointers += v_step
+    sums, highest, total = attend_to_keys(
+        q_tile, k + sequence_offset(sequence, head, sites, k_strides),
+        v + sequence_offset(sequence, head, sites, v_strides), k_strides[2], v_strides[2], length, scale,
+        HEAD, WIDTH, PRECISION, EVEN, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     offsets = (
         sequence_offset(sequence, head, sites, out_strides) + rows.to(tl.int64)[:, None] * out_strides[2] + columns
     )

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from pvdm_fast.kernels.configs import ConfigTable
 from pvdm_fast.kernels.launch import Config, launch, programs_for
-from pvdm_fast.kernels.math import dot_precision, sum_of_products
+from pvdm_fast.kernels.math import dot_precision
+from pvdm_fast.kernels.normed_product import WIDEST, normed_product, statistics
 from pvdm_fast.kernels.rotation import rotate
 from pvdm_fast.kernels.triplane_project_steps import attend, product, tile_rows, width_of_a_step
 
 LONGEST = 64  # tokens of a sequence: a tile of 64 rows holds one
-WIDEST = 16384  # the weight of qkv then has at most 3 * 2^28 values, whose offsets fit 32 bits
 # ROWS: of a tile. OUTPUTS, CHANNELS: of a step of a product. As many heads at a time as OUTPUTS hold, so that a product
 # for q, k or v is one step. PROGRAMS: the most there are, one for each multiprocessor.
 FORWARD = ConfigTable(
@@ -81,44 +81,6 @@ def _sources(tile, step, sites, LENGTH: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _statistics(x, rows, source, limit, eps, c, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Mean and 1 / std of each row. The variance is summed in a pass of its own, around the mean."""
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in tl.range(0, c, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)[None, :]
-        inside = (rows < limit)[:, None] & (channel < c)
-        total += tl.sum(tl.load(x + source[:, None] * c + channel, mask=inside, other=0.0).to(tl.float32), 1)
-    mean = total / c
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in tl.range(0, c, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)[None, :]
-        inside = (rows < limit)[:, None] & (channel < c)
-        value = tl.load(x + source[:, None] * c + channel, mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(inside, value - mean[:, None], 0.0)
-        total += sum_of_products(value, value, 1)
-    return mean, tl.rsqrt(total / c + eps)
-
-
-@triton.jit
-def _normed_product(
-    x, rows, source, limit, mean, rstd, gains, shifts, weight, output, exists, c,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """LayerNorm of the tile's rows, times rows `output` of a weight: (ROWS, OUTPUTS) in float32."""
-    sums = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    for first in range(0, c, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)[None, :]
-        inside = (rows < limit)[:, None] & (channel < c)
-        value = tl.load(x + source[:, None] * c + channel, mask=inside, other=0.0).to(tl.float32)
-        gain = tl.load(gains + channel, mask=channel < c, other=0.0).to(tl.float32)
-        shift = tl.load(shifts + channel, mask=channel < c, other=0.0).to(tl.float32)
-        value = (value - mean[:, None]) * rstd[:, None] * gain + shift
-        w = tl.load(weight + output[:, None] * c + channel, mask=exists[:, None] & (channel < c), other=0.0)
-        sums = tl.dot(value.to(w.dtype), tl.trans(w), sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
 def _heads(
     x, wide, tile, sites, limit, mean, rstd, norm_weight, norm_bias, weight, sin, cos, start, part, c, inner,
     head_width, wide_stride, LENGTH: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -130,7 +92,7 @@ def _heads(
         place = first + tl.arange(0, OUTPUTS)
         which, channel = place // part, place % part
         output = which * inner + start + channel
-        sums = _normed_product(
+        sums = normed_product(
             x, rows, _sources(tile, first, sites, LENGTH, ROWS), limit, mean, rstd, norm_weight, norm_bias, weight,
             output, place < 3 * part, c, PRECISION, ROWS, OUTPUTS, CHANNELS,
         )  # fmt: skip
@@ -185,7 +147,7 @@ def time_attention_block_forward(
     ):
         limit = tl.minimum(sequences - tile * PACKED, PACKED) * LENGTH  # rows behind it don't exist
         source = _sources(tile, tile, sites, LENGTH, ROWS)
-        mean, rstd = _statistics(x, tile_rows(tile, ROWS, 1), source, limit, eps, c, ROWS, CHANNELS)
+        mean, rstd = statistics(x, tile_rows(tile, ROWS, 1), source, limit, eps, c, ROWS, CHANNELS)
         for head in tl.range(0, heads, together, num_stages=1, disable_licm=True):
             some, start = tl.minimum(heads - head, together), head * head_width
             _heads(

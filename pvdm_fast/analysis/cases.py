@@ -160,6 +160,11 @@ def plane_norm(
     return Case("plane_norm", shapes, run)
 
 
+def plane_resample(layout: PlaneLayout, channels: int, resample: str, batch: int = BATCH) -> Case:
+    shapes = {"x": (batch, layout.num_tokens, channels)}
+    return Case("plane_resample", shapes, lambda x: ops.plane_resample(x, layout, resample))
+
+
 def plane_conv(layout: PlaneLayout, channels: int, outputs: int, batch: int = BATCH, *, residual: bool = False) -> Case:
     shapes: dict[str, tuple[int, ...]]
     shapes = {"x": (batch, layout.num_tokens, channels), "weight": (outputs, channels, 3, 3), "bias": (outputs,)}
@@ -225,6 +230,8 @@ SMALL = {
     "plane_norm-film": plane_norm(LAYOUT, 12, modulated=True, activation=True),
     "plane_norm-up": plane_norm(LAYOUT, 12, modulated=True, activation=True, resample="up"),
     "plane_norm-down": plane_norm(EVEN_LAYOUT, 12, activation=True, resample="down"),
+    "plane_resample-up": plane_resample(LAYOUT, 5, "up"),
+    "plane_resample-down": plane_resample(EVEN_LAYOUT, 5, "down"),
     "plane_conv": plane_conv(LAYOUT, 5, 6),
     "plane_conv-residual": plane_conv(LAYOUT, 5, 6, residual=True),
     **{f"triplane_slice-{plane}": triplane_slice(LAYOUT, plane, 12) for plane in PLANE_NAMES},
@@ -245,6 +252,8 @@ USUAL = {
     "plane_norm-film": plane_norm(_EVEN, _CHANNELS, modulated=True, activation=True),
     "plane_norm-joint": plane_norm(PlaneLayout(((_TOKENS, 1),)), 128),
     "plane_norm-down": plane_norm(_EVEN, 32, modulated=True, activation=True, resample="down"),
+    "plane_resample-up": plane_resample(_EVEN, _CHANNELS, "up"),
+    "plane_resample-down": plane_resample(_EVEN, _CHANNELS, "down"),
     "plane_conv": plane_conv(_EVEN, _CHANNELS, _CHANNELS + 1),
     "plane_conv-residual": plane_conv(_EVEN, _CHANNELS, _CHANNELS + 1, residual=True),
     **{f"triplane_slice-{plane}": triplane_slice(_EVEN, plane, _CHANNELS) for plane in PLANE_NAMES},
@@ -261,6 +270,7 @@ ONE_TOKEN = {
     "axial_attention-query": single_query((1, 1, 1), 2, 8, batch=1),
     "plane_norm": plane_norm(_POINT, 12, activation=True, batch=1),
     "plane_norm-up": plane_norm(_POINT, 12, activation=True, resample="up", batch=1),
+    "plane_resample": plane_resample(_POINT, 5, "up", batch=1),
     "plane_conv": plane_conv(_POINT, 5, 6, batch=1),
     "triplane_slice": triplane_slice(_ONE, "yt", 12, batch=1),
     "triplane_expand": triplane_expand(_ONE, 4, 12, batch=1),

@@ -18,6 +18,7 @@ from pvdm_fast.analysis.cases import (
     geglu,
     plane_conv,
     plane_norm,
+    plane_resample,
     rotation,
     segment_attention,
     single_query,
@@ -90,6 +91,24 @@ def feed_forward_block(tokens: int, channels: int, inner: int, hidden: int, batc
     return Case("feed_forward_block", shapes, run)
 
 
+def space_attention_heads(lattice: tuple[int, int, int], channels: int, heads: int, width: int, batch: int) -> Case:
+    """Norm and heads of space attention, fused, which have a forward pass alone."""
+    sites, inner = lattice[1] * lattice[2], heads * width
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (batch, prod(lattice), channels),
+        "weight": (channels,),
+        "bias": (channels,),
+        "qkv_weight": (3 * inner, channels),
+    }
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, qkv_weight: Tensor) -> Tensor:
+        scale = 2.0 ** -(channels.bit_length() // 2)  # as above
+        tables = (t.to(x.device) for t in rotation(sites, width))
+        return ops.space_attention_heads(x, weight, bias, qkv_weight * scale, *tables, sites=sites, heads=heads)
+
+    return Case("space_attention_heads", shapes, run)
+
+
 def time_attention_block(lattice: tuple[int, int, int], channels: int, heads: int, width: int, batch: int) -> Case:
     """Time attention with its norm and residual, fused, which has a forward pass alone."""
     (time, *_), inner = lattice, heads * width
@@ -136,6 +155,8 @@ FULL = {
     "plane_norm-joint": plane_norm(PlaneLayout(((_FINEST.num_tokens, 1),)), 256, groups=_GROUPS, batch=1),
     "plane_norm-down": _norm(_FINEST, 256, "down"),
     "plane_norm-up": _norm(_COARSEST, 1024, "up"),
+    "plane_resample-down": plane_resample(_FINEST, 256, "down", batch=1),
+    "plane_resample-up": plane_resample(_COARSEST, 1024, "up", batch=1),
     **{
         f"plane_conv-{layout.num_tokens}": plane_conv(layout, channels, channels, batch=1)
         for layout, channels in _LEVELS
@@ -157,6 +178,7 @@ FULL = {
     "attention_block-128": attention_block(_joint(128), 1024, 1),
     "attention_block-32": attention_block(_joint(32), 1024, 2),
     "feed_forward_block": feed_forward_block(_VIDEO.num_lattice_tokens, _WIDTH, 64 * _HEADS, 4 * _WIDTH, 1),
+    "space_attention_heads": space_attention_heads(_LATTICE, _WIDTH, _HEADS, 64, 1),
     "time_attention_block": time_attention_block(_LATTICE, _WIDTH, _HEADS, 64, 1),
 }
 # For the fused operations, which the other tables don't hold: sizes that no block divides.
@@ -166,6 +188,8 @@ FUSED = {
     "attention_block-planes": attention_block(TriplaneLayout(3, 5, 7), 96, 2, heads=3),
     "feed_forward_block-odd": feed_forward_block(35, 40, 24, 150, 2),
     "feed_forward_block-one": feed_forward_block(1, 24, 8, 17, 1),
+    "space_attention_heads-odd": space_attention_heads((2, 9, 15), 40, 3, 12, 2),
+    "space_attention_heads-one": space_attention_heads((1, 1, 1), 24, 1, 8, 1),
     "time_attention_block-odd": time_attention_block((9, 5, 7), 40, 3, 12, 2),
     "time_attention_block-one": time_attention_block((1, 1, 1), 24, 1, 8, 1),
 }

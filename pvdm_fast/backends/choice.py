@@ -31,6 +31,7 @@ OPERATIONS = (
     "segment_attention",
     "axial_attention",
     "plane_norm",
+    "plane_resample",
     "plane_conv",
     "triplane_slice",
     "triplane_expand",
@@ -45,8 +46,8 @@ PACKAGE = {
 }
 BACKENDS = tuple(PACKAGE)
 # Not in OPERATIONS: they have no gradient, and are used only if a kernel exists for them
-# (pvdm_fast/ops/attention_block.py, feed_forward_block.py, time_attention_block.py).
-FUSED = ("attention_block", "feed_forward_block", "time_attention_block")
+# (pvdm_fast/ops/attention_block.py and fusing.py).
+FUSED = ("attention_block", "feed_forward_block", "space_attention_heads", "time_attention_block")
 # Nor this one: it is used only where a kernel serves it, which CPUs and Triton have for both directions, CUDA C++ for
 # forward alone. Elsewhere its parts are used (pvdm_fast/ops/triplane_project.py).
 FUSED_PROJECTION = ("triplane_project",)
@@ -54,7 +55,8 @@ FUSED_PROJECTION = ("triplane_project",)
 THROUGH_MEMORY = ("feed_forward_block", "time_attention_block", *FUSED_PROJECTION)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
-    "cpu": (*OPERATIONS, *FUSED_PROJECTION),
+    # On a CPU networks resample in plain PyTorch, which is as fast: it is a copy, or a mean of four.
+    "cpu": (*(op for op in OPERATIONS if op != "plane_resample"), *FUSED_PROJECTION),
     "triton": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
     "cuda": (
         "segment_attention",

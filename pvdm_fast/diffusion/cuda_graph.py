@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pvdm_fast.diffusion.guidance import guided_prediction, times_of
 from pvdm_fast.errors import UserError
+from pvdm_fast.nn import joined
 from pvdm_fast.ops.derivatives import autocast_dtype
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class _Captured:
     condition: Tensor | None
     labels: Tensor | None
     predicted: Tensor
+    read: list[joined.Joined]
 
     def __call__(self, latent: Tensor, timestep: float, condition: Tensor | None, labels: Tensor | None) -> Tensor:
         """The prediction for these arguments, in memory of its own."""
@@ -50,6 +52,7 @@ class _Captured:
             self.condition.copy_(condition)
         if self.labels is not None and labels is not None:
             self.labels.copy_(labels)
+        joined.renew(self.read)
         self.graph.replay()
         return self.predicted.clone()
 
@@ -136,12 +139,12 @@ def _capture(
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on, such as the one that pins the trainer's next batches: only this one is watched.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with joined.read_by_a_graph() as read, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             predicted = guided_prediction(denoiser, static, times, kept, guidance, classes)
     graph.replay()
     if reason := difference(predicted, expected):
         raise GraphDiffers(reason)
-    return _Captured(graph, static, times, kept, classes, predicted)
+    return _Captured(graph, static, times, kept, classes, predicted, read)
 
 
 @contextmanager

@@ -119,7 +119,8 @@ def sample_latents(
     with plain_defaults():  # diffusers' schedulers compute with these
         scheduler.set_timesteps(steps, device=device)
     latent = noise.on(device, shape)
-    with copies.kept():  # under autocast the weights are cast once, not in each step (each CUDA graph casts them)
+    # Once, not in each step, weights are joined, and under autocast cast (a CUDA graph casts them in each step).
+    with copies.kept():
         for index, timestep in enumerate(scheduler.timesteps.tolist()):
             with threads.unit("denoising step"):
                 predicted = predict(denoiser, latent, timestep, condition, guidance, labels).float()

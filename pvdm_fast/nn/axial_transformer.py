@@ -191,19 +191,22 @@ def _run_layer(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs one layer. Returns the stream, and what is still to be added to it.
 
-    Time attention, and what follows the heads of space attention, are one operation each where a kernel serves it and
-    its layers are plain.
+    Time attention, the heads of space attention, and what follows them are one operation each where a kernel serves it
+    and its layers are plain.
     """
     time_attention, space_attention, feed_forward = layer
     summed = _attend_along_time(time_attention, x, branch, layout, time_tables)
     x, branch = time_attention(x, branch, layout, time_tables) if summed is None else (summed, None)
+    attended = _attend_inside_frames(space_attention, x, branch, layout, space_tables)
     weights = _weights_behind_the_heads(space_attention, feed_forward, x)
-    if weights is not None:
-        attend = space_attention.fn.attend
-        x, attended = space_attention.of_norm(attend, x, branch, layout, space_tables)
-        return ops.feed_forward_block(x, attended, *weights, eps=feed_forward.norm.eps), None
-    x, branch = space_attention(x, branch, layout, space_tables)
-    return feed_forward(x, branch)
+    if attended is None and weights is None:
+        return feed_forward(*space_attention(x, branch, layout, space_tables))
+    if attended is None:
+        attended = space_attention.of_norm(space_attention.fn.attend, x, branch, layout, space_tables)
+    x, heads = attended
+    if weights is None:
+        return feed_forward(x, space_attention.fn.to_out["0"](heads))
+    return ops.feed_forward_block(x, heads, *weights, eps=feed_forward.norm.eps), None
 
 
 def _attend_along_time(
@@ -220,6 +223,22 @@ def _attend_along_time(
     x = x if branch is None else x + branch
     heads, eps = step.fn.num_heads, step.norm.eps
     return ops.time_attention_block(x, *norm, qkv, *out, *tables, time=time, heads=heads, eps=eps)
+
+
+def _attend_inside_frames(
+    step: Any, x: Tensor, branch: Tensor | None, layout: TriplaneLayout, tables: Tables
+) -> tuple[Tensor, Tensor] | None:
+    """The stream before space attention, and its heads' results, in one operation. None as above."""
+    if not (is_plain(step, PreNorm) and is_plain(step.fn, AxialAttention)):
+        return None
+    sites, heads = layout.height * layout.width, step.fn.num_heads
+    if not ops.fuses_space_attention_heads(x, sites, heads):
+        return None
+    norm, qkv = weights_of(step.norm, nn.LayerNorm), weight_of(step.fn.to_qkv, Linear)
+    if norm is None or qkv is None or not ops.fuses_space_attention_heads(x, sites, heads, (*norm, qkv)):
+        return None
+    x = x if branch is None else x + branch
+    return x, ops.space_attention_heads(x, *norm, qkv, *tables, sites=sites, heads=heads, eps=step.norm.eps)
 
 
 def _weights_behind_the_heads(space_attention: Any, feed_forward: Any, x: Tensor) -> tuple[Tensor, ...] | None:

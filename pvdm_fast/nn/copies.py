@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +41,19 @@ class _Kept(NamedTuple):
     copy: Tensor
 
 
+@dataclass
+class Kept:
+    """What `kept` keeps: copies, by the weight and their dtype, and what `pvdm_fast.nn.joined` made, by its weights."""
+
+    copies: dict[tuple[int, torch.dtype], _Kept] = field(default_factory=dict)
+    joined: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+
 # Each thread has its own: a network can run in two of them, under autocast in one alone.
 _current: ContextVar[Copies | None] = ContextVar("copies", default=None)
 active = _current.get  # None, where each weight stands for itself
-_kept: ContextVar[dict[tuple[int, torch.dtype], _Kept] | None] = ContextVar("kept_copies", default=None)
+_kept: ContextVar[Kept | None] = ContextVar("kept_copies", default=None)
+kept_now = _kept.get  # None outside of `kept`
 
 
 def of(weight: Tensor) -> Tensor:
@@ -71,12 +81,12 @@ def carried(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Until its end, copies that are made without a gradient are kept for the passes to come.
+    """Until its end, copies that are made without a gradient, and joined weights, are kept for the passes to come.
 
     A weight is cast again where it is another tensor or has been written to, by its `_version`. PyTorch doesn't count
     what is written through `weight.data`: don't do that inside.
     """
-    token = _kept.set({})
+    token = _kept.set(Kept())
     try:
         yield
     finally:
@@ -99,15 +109,16 @@ def make(device: str, dtype: torch.dtype, weights: Sequence[Tensor]) -> Copies:
 
 def _without_gradient(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     store = _kept.get()
-    if store is None or not all(map(_can_be_kept, weights)):
+    if store is None or not all(map(can_be_kept, weights)):
         return _cast(weights, dtype)
-    stale = [weight for weight in weights if not _is_current(store.get((id(weight), dtype)), weight)]
+    found = store.copies
+    stale = [weight for weight in weights if not _is_current(found.get((id(weight), dtype)), weight)]
     for weight, copy in zip(stale, _cast(stale, dtype), strict=True):
-        store[id(weight), dtype] = _Kept(weight, weight._version, copy)
-    return [store[id(weight), dtype].copy for weight in weights]
+        found[id(weight), dtype] = _Kept(weight, weight._version, copy)
+    return [found[id(weight), dtype].copy for weight in weights]
 
 
-def _can_be_kept(weight: Tensor) -> bool:
+def can_be_kept(weight: Tensor) -> bool:
     """Not where nothing counts what is written to it, nor in a CUDA graph, which is replayed when the copy is gone."""
     return not weight.is_inference() and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 

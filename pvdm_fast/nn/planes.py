@@ -11,15 +11,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pvdm_fast import ops
+from pvdm_fast.backends import choice
 from pvdm_fast.backends.reference.plane_resample import resample_planes
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.nn import copies
 from pvdm_fast.nn.linear import linear
 from pvdm_fast.nn.plain import POINTWISE_2D, THREE_BY_THREE, is_plain, readable, shape_of, weights_of
 from pvdm_fast.ops.derivatives import autocast_dtype
+from pvdm_fast.ops.plane_resample import STEPS
 
 NORM_GROUPS = 32
-STEPS = {None: 0, "up": 1, "down": -1}
 
 
 @readable
@@ -103,7 +104,18 @@ def norm(
     if scale_shift is not None:
         scale, shift = scale_shift[:, None].chunk(2, dim=-1)
         x = x * (1 + scale) + shift
-    return resample_planes(F.silu(x) if activation else x, layout, STEPS[resample])
+    x = F.silu(x) if activation else x
+    return x if resample is None else resampled(x, layout, resample)
+
+
+def resampled(x: Tensor, layout: PlaneLayout, resample: str) -> Tensor:
+    """`ops.plane_resample` where Triton serves it. Elsewhere in PyTorch's own operations, which are as fast, and which
+    torch.compile fuses with others."""
+    if torch.compiler.is_compiling() or not choice.serves(
+        "triton", "plane_resample", choice.requested(), x.device.type, x.dtype
+    ):
+        return resample_planes(x, layout, STEPS[resample])
+    return ops.plane_resample(x, layout, resample)
 
 
 def conv(layer: nn.Module, x: Tensor, layout: PlaneLayout, residual: Tensor | None = None) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pvdm_fast.backends.reference.plane_resample import resample_planes
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.nn import checkpointing, planes
+from pvdm_fast.nn.joined import join
 from pvdm_fast.nn.plain import Weights, is_plain, readable, weights_of
 from pvdm_fast.nn.planes import PlaneConv, PlaneNorm
 
@@ -34,7 +33,7 @@ def embedded(layers: nn.Module, x: Tensor) -> Tensor:
 def scale_shifts(modules: Iterable[nn.Module], embedding: Tensor) -> dict[nn.Module, Tensor]:
     """What the `emb_layers` of all plain residual blocks among `modules` make of one embedding (B, E), by the block.
 
-    They share the activation, and on a GPU the product.
+    They share the activation, and on a GPU the product, whose weights are joined once while sampling.
     """
     found = [(module, _embedding_weights(module)) for module in modules]
     layers = {block: weights for block, weights in found if weights is not None}
@@ -44,7 +43,7 @@ def scale_shifts(modules: Iterable[nn.Module], embedding: Tensor) -> dict[nn.Mod
     if x.device.type not in JOINED:
         return {block: F.linear(x, *weights) for block, weights in layers.items()}
     weights, biases = zip(*layers.values(), strict=True)
-    parts = F.linear(x, torch.cat(weights), torch.cat(biases)).split([len(bias) for bias in biases], dim=1)
+    parts = F.linear(x, join(weights), join(biases)).split([len(bias) for bias in biases], dim=1)
     return dict(zip(layers, parts, strict=True))
 
 
@@ -106,5 +105,5 @@ class ResidualBlock(nn.Module):
         h = planes.conv(first["2"], h, after)
         h = planes.norm(last["0"], h, after, scale_shift=scale_shift, activation=True)
         if self.resample is not None:
-            x = resample_planes(x, layout, planes.STEPS[self.resample])
+            x = planes.resampled(x, layout, self.resample)
         return planes.conv(last["3"], h, after, residual=planes.pointwise(self.skip_connection, x, after))

@@ -8,13 +8,10 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.derivatives import infers
+from pvdm_fast.ops.fusing import fuses
 from pvdm_fast.ops.registry import expect_real, register_by_reference
 
 OP = "feed_forward_block"
-# From here on the kernel's tiles of 128 rows occupy half the multiprocessors of an H100. A tile takes the same time
-# however few there are, while the separate steps' products spread over the whole GPU. Reasoned, not measured.
-LEAST_TOKENS = 8192
 
 
 def _check(
@@ -71,19 +68,9 @@ _forwards = register_by_reference(
 
 
 def fuses_feed_forward_block(x: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
-    """Whether `feed_forward_block` should take x (B, N, C) with its `weights`, in order.
-
-    So it should where nothing wants a gradient, a kernel serves it at these sizes, all have one dtype, and there are at
-    least 8192 tokens. Not under autocast, nor under torch.compile, which fuses by itself. Without the weights you learn
-    whether it is worth collecting them.
-    """
-    return (
-        infers(x.device.type)
-        and x.shape[0] * x.shape[1] >= LEAST_TOKENS
-        and choice.serves("triton", OP, choice.requested(), x.device.type, x.dtype)
-        and all(weight.dtype == x.dtype for weight in weights)
-        and (not weights or choice.refusal("triton", OP, (x, x, *weights)) is None)
-    )
+    """Whether `feed_forward_block` should take x (B, N, C) with its `weights`, in order, by the rule of
+    `pvdm_fast.ops.fusing`: without a gradient, from 8192 tokens on."""
+    return fuses(OP, x, weights, x, x, *weights)
 
 
 def feed_forward_block(

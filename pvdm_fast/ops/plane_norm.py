@@ -11,9 +11,8 @@ from torch import Tensor
 from pvdm_fast.backends import choice
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.ops import costs
+from pvdm_fast.ops.plane_resample import STEPS, expect_resample, resampled
 from pvdm_fast.ops.registry import expect_dtype, expect_real, expect_shapes, register, statistic, tokens_of_planes
-
-_RESAMPLE = {None: 0, "up": 1, "down": -1}
 
 
 def _check(
@@ -40,11 +39,7 @@ def _check(
         raise ValueError(f"plane_norm: scale_shift must be ({batch}, {2 * channels}), not {tuple(scale_shift.shape)}.")
     if tokens_of_planes("plane_norm", planes) != tokens:
         raise ValueError(f"plane_norm: x has {tokens} tokens, which planes of sizes {list(planes)} don't hold.")
-    if resample not in (-1, 0, 1) or (resample < 0 and any(size % 2 for size in planes)):
-        raise ValueError(
-            f"plane_norm: resample must be 0, 1 (up) or, where all sizes are even, -1 (down); got {resample} for "
-            f"planes of sizes {list(planes)}."
-        )
+    expect_resample("plane_norm", planes, resample)
 
 
 def _backward_check(
@@ -68,14 +63,10 @@ def _backward_check(
     statistics = (batch, len(planes) // 2, groups)
     expect_shapes(
         "plane_norm",
-        grad=(grad, (batch, _resampled(x.shape[1], resample), channels)),
+        grad=(grad, (batch, resampled(x.shape[1], resample), channels)),
         mean=(mean, statistics),
         rstd=(rstd, statistics),
     )
-
-
-def _resampled(tokens: int, resample: int) -> int:
-    return tokens * 4 if resample > 0 else tokens // 4 if resample < 0 else tokens
 
 
 def _fake(
@@ -91,7 +82,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, channels = x.shape
     mean = x.new_empty(batch, len(planes) // 2, groups, dtype=statistic(x.dtype))
-    return x.new_empty(batch, _resampled(tokens, resample), channels), mean, torch.empty_like(mean)
+    return x.new_empty(batch, resampled(tokens, resample), channels), mean, torch.empty_like(mean)
 
 
 def _backward_fake(
@@ -168,7 +159,7 @@ def plane_norm(
     Determinism: repeated calls give the same bits, on one machine with one number of threads.
     Backends: reference, cpu, triton, cuda.
     """
-    if resample not in _RESAMPLE:
+    if resample is not None and resample not in STEPS:
         raise ValueError(f"plane_norm: resample must be None, 'up' or 'down', not {resample!r}.")
     if not isinstance(groups, (int, torch.SymInt)):
         raise ValueError(f"plane_norm: groups must be a whole number that divides the channels, not {groups!r}.")
@@ -178,5 +169,6 @@ def plane_norm(
         for size in layout.sizes:
             if size % 2:
                 layout.downsample(2)  # says which size it is
-    arguments = (layout.sizes, groups, eps, activation, _RESAMPLE[resample], choice.requested())
+    step = 0 if resample is None else STEPS[resample]
+    arguments = (layout.sizes, groups, eps, activation, step, choice.requested())
     return _forwards(x, weight, bias, scale_shift, *arguments)[0]

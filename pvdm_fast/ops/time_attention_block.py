@@ -9,12 +9,10 @@ from torch import Tensor
 
 from pvdm_fast.backends import choice
 from pvdm_fast.ops import costs
-from pvdm_fast.ops.derivatives import infers
+from pvdm_fast.ops.fusing import fuses
 from pvdm_fast.ops.registry import expect_dtype, expect_real, expect_shapes, register_by_reference
 
 OP = "time_attention_block"
-# As for `feed_forward_block`: fewer tiles of 128 rows leave most of an H100 idle. Reasoned, not measured.
-LEAST_TOKENS = 8192
 
 
 def _check(
@@ -73,19 +71,9 @@ _forwards = register_by_reference(
 
 
 def fuses_time_attention_block(x: Tensor, time: int, weights: tuple[Tensor, ...] = ()) -> bool:
-    """Whether `time_attention_block` should take x (B, T H W, C) with its `weights`, in order.
-
-    So it should where nothing wants a gradient, a kernel serves it at these sizes, all have one dtype, and there are at
-    least 8192 tokens. Not under autocast, nor under torch.compile, which fuses by itself. Without the weights you learn
-    whether it is worth collecting them.
-    """
-    return (
-        infers(x.device.type)
-        and x.shape[0] * x.shape[1] >= LEAST_TOKENS
-        and choice.serves("triton", OP, choice.requested(), x.device.type, x.dtype)
-        and all(weight.dtype == x.dtype for weight in weights)
-        and (not weights or choice.refusal("triton", OP, (x, *weights, None, None, time)) is None)
-    )
+    """Whether `time_attention_block` should take x (B, T H W, C) with its `weights`, in order, by the rule of
+    `pvdm_fast.ops.fusing`: without a gradient, from 8192 tokens on."""
+    return fuses(OP, x, weights, x, *weights, None, None, time)
 
 
 def time_attention_block(

@@ -9,9 +9,9 @@ import torch
 
 from pvdm_fast.analysis.workload import Call, TensorSpec, calls
 from pvdm_fast.backends.choice import FUSED, FUSED_PROJECTION, OPERATIONS
+from pvdm_fast.ops import fusing
 
-# The package has functions of these names.
-BLOCKS = [import_module(f"pvdm_fast.ops.{name}") for name in ("feed_forward_block", "time_attention_block")]
+space_rule = import_module("pvdm_fast.ops.space_attention_heads")  # the package has a function of that name
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
@@ -21,8 +21,8 @@ def dtypes(found: list[Call], op: str) -> set[torch.dtype]:
 
 @pytest.mark.slow
 def test_every_operation_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in BLOCKS:
-        monkeypatch.setattr(module, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(fusing, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(space_rule, "LEAST_SITES", 1)
     found = {(call.op, call.direction) for call in calls("small", HALF)}
     training = {(op, direction) for op in OPERATIONS for direction in ("forward", "backward")}
     both = {(op, direction) for op in FUSED_PROJECTION for direction in ("forward", "backward")}

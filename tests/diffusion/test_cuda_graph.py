@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from streams import replace_streams
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from pvdm_fast.analysis.recorder import Recorder
+from pvdm_fast.analysis.recorder import Recorder, name_of
 from pvdm_fast.diffusion import sampling
 from pvdm_fast.diffusion.cuda_graph import WARM_UP_PASSES, GraphedPrediction, choose_prediction, difference
 from pvdm_fast.diffusion.guidance import guided_prediction
@@ -23,6 +24,7 @@ from pvdm_fast.diffusion.sampling import NoiseSource, sample_latents, sample_vid
 from pvdm_fast.diffusion.schedulers import make_scheduler
 from pvdm_fast.errors import UserError
 from pvdm_fast.models import Autoencoder, Denoiser
+from pvdm_fast.nn import residual
 from pvdm_fast.sample import main
 
 
@@ -130,6 +132,31 @@ def test_captured_once_a_shape_after_warming_up_aside(taped: list[str], denoiser
     predict(denoiser, latent[:1], 900)
     predict(denoiser, latent, 900)
     assert [tape.replays for tape in Tape.made] == [3, 1]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_joined_weights_are_current_in_replays(
+    taped: list[str], denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, counted: bool
+) -> None:
+    """A graph reads what was joined before, in the same memory: renewed where a weight has changed, and for each clip
+    where PyTorch doesn't count the change."""
+    monkeypatch.setattr(residual, "JOINED", frozenset({"cpu"}))
+    model, predict = copy.deepcopy(denoiser), GraphedPrediction()
+    weight = model.middle_block[0].emb_layers[1].weight
+    rows = sum(len(m.emb_layers[1].weight) for m in model.modules() if isinstance(m, residual.ResidualBlock))
+    for _ in range(3):
+        expected = sample(model, guided_prediction, None, 0.0)
+        assert torch.equal(sample(model, predict, None, 0.0), expected)
+        with torch.no_grad():
+            (weight if counted else weight.data).mul_(3)
+    (tape,) = Tape.made
+    assert tape.replays == 12
+    assert not any(name_of(step) == "cat" and len(made[0]) == rows for step, _, _, made in tape.steps)
+    latent = torch.randn(2, 4, model.layout.num_tokens)
+    predict(model, latent, 5)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(predict(model, latent, 5), guided_prediction(model, latent, 5)), "outside of sampling too"
 
 
 class Broken(Tape):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,13 @@ def resample_planes_transposed(grad: Tensor, layout: PlaneLayout, resample: int)
     if resample > 0:
         return 4 * resample_planes(grad, layout.upsample(2), -1)
     return resample_planes(grad, layout.downsample(2), 1) / 4
+
+
+def forward(x: Tensor, planes: Sequence[int], resample: int) -> Tensor:
+    """x: (B, N, C) -> (B, N', C)."""
+    return resample_planes(x, PlaneLayout.from_sizes(planes), resample).contiguous()
+
+
+def backward(grad: Tensor, planes: Sequence[int], resample: int) -> Tensor:
+    """The gradient of x, which has `planes`, from grad: (B, N', C)."""
+    return resample_planes_transposed(grad, PlaneLayout.from_sizes(planes), resample).contiguous()

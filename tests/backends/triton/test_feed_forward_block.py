@@ -1,8 +1,7 @@
-"""`feed_forward_block` in Triton's interpreter, against the float64 reference, and where the autoencoder uses it."""
+"""`feed_forward_block` in Triton's interpreter, against the float64 reference. Layers: see test_fused_layer.py."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,15 +14,12 @@ from comparison import assert_close, relative_error
 from tolerances import BFLOAT16_FACTOR, OPERATION
 from torch import Tensor
 
-from pvdm_fast import TriplaneLayout, ops, use_backend
-from pvdm_fast.backends import choice
+from pvdm_fast import ops, use_backend
 from pvdm_fast.backends.reference import feed_forward_block as reference
 from pvdm_fast.kernels import configs, feed_forward_block
 from pvdm_fast.kernels.configs import assume
 from pvdm_fast.kernels.launch import Config, watch
-from pvdm_fast.nn import AxialTransformer
-
-rule = import_module("pvdm_fast.ops.feed_forward_block")  # the package has a function of that name
+from pvdm_fast.ops import fusing
 
 
 def inputs(
@@ -100,53 +96,15 @@ def test_one_launch() -> None:
     launched: list[tuple[str, tuple[int, ...], int]] = []
 
     def watcher(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], *_: Any) -> None:
-        launched.append((kernel.fn.__name__, grid, sum(a.nbytes for a in arguments[10:13])))
+        launched.append((kernel.fn.__name__, grid, sum(a.nbytes for a in arguments[10:12])))
 
     for batch in (1, 32):
         arguments = [t.to("meta") for t in inputs(batch, 16, 384, 512, 1536, torch.bfloat16)]
         x, attended = (t[:, :1].expand(-1, 16384, -1) for t in arguments[:2])
         with watch(watcher), assume("sm90"):
             feed_forward_block.forward(x, attended, *arguments[2:], 1e-5)
-    rows = 128 * (4 * 384 + 2 * 384 + 2 * 512)
+    rows = 128 * (4 * 384 + 2 * 512)
     assert launched == 2 * [("feed_forward_block_forward", (128,), 128 * rows)]  # 1 tile and 32 for each
-
-
-LAYOUT = TriplaneLayout(3, 4, 5)
-
-
-def network() -> AxialTransformer:
-    return AxialTransformer(24, 2, 2, 8)
-
-
-def calls_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    calls: list[Any] = []
-    forward = feed_forward_block.forward
-    monkeypatch.setattr(feed_forward_block, "forward", lambda *a: calls.append(a) or forward(*a))
-    monkeypatch.setattr(rule, "LEAST_TOKENS", 120)
-    return calls
-
-
-@torch.no_grad()
-def test_a_network_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, transformer, x = calls_of_the_kernel(monkeypatch), network().double(), torch.randn(2, 60, 24)
-    expected = transformer(x.double(), LAYOUT)
-    transformer.float()
-    with use_backend("triton"):
-        assert_close(transformer(x, LAYOUT), expected, OPERATION[torch.float32])
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize("why", ["gradient", "tokens", "autocast", "backend"])
-def test_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    calls, transformer = calls_of_the_kernel(monkeypatch), network()
-    x = torch.randn(1 if why == "tokens" else 2, 60, 24)
-    with (
-        use_backend("auto" if why == "backend" else "triton"),
-        torch.set_grad_enabled(why == "gradient"),
-        torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"),
-    ):
-        transformer(x, LAYOUT)
-    assert not calls
 
 
 @torch.no_grad()
@@ -154,27 +112,11 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _, *weights = inputs(1, 4, 24, 16, 40)
     with use_backend("triton"):
         assert not ops.fuses_feed_forward_block(x)
-        monkeypatch.setattr(rule, "LEAST_TOKENS", 4)
+        monkeypatch.setattr(fusing, "LEAST_TOKENS", 4)
         assert ops.fuses_feed_forward_block(x)
         assert ops.fuses_feed_forward_block(x, tuple(weights))
         assert not ops.fuses_feed_forward_block(x, (*weights[:-1], weights[-1].half()))
         assert not ops.fuses_feed_forward_block(x, tuple(inputs(1, 1, 1, 1, feed_forward_block.WIDEST + 1)[2:]))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("place", ["1", "1.fn", "1.fn.to_out.0", "2", "2.fn", "2.norm", "2.fn.net.0", "2.fn.net.3"])
-def test_layers_with_hooks_are_called(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    calls, transformer, seen = calls_of_the_kernel(monkeypatch), network(), []
-    transformer.layers[0].get_submodule(place).register_forward_hook(lambda *_: seen.append(place))
-    with use_backend("triton"):
-        transformer(torch.randn(2, 60, 24), LAYOUT)
-    assert seen == [place]
-    assert len(calls) == 1, "the other layer is plain"
-
-
-def test_not_on_gpus_of_amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "AMD" in str(choice.why_not("triton", "feed_forward_block"))
 
 
 def test_parts_are_whole_steps() -> None:

@@ -59,6 +59,13 @@ def time_attention(time: int, channels: int) -> Tensor:
         )
 
 
+def space_attention(channels: int, outputs: int) -> Tensor:
+    c = channels
+    tables = draw(2, outputs // 3).detach(), draw(2, outputs // 3).detach()
+    with torch.no_grad():
+        return ops.space_attention_heads(draw(1, 4, c), draw(c), draw(c), draw(outputs, c), *tables, sites=2, heads=1)
+
+
 LONG = Projection((64, 1, 2), "xy", channels=8, heads=2, head_width=4)
 BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
     ("segment_attention", WIDE_HEADS, lambda: ops.segment_attention(draw(1, 4, 3, 1, 257))),
@@ -88,11 +95,17 @@ BEYOND: list[tuple[str, str, Callable[[], Tensor]]] = [
     ),
     ("attention_block", WIDE_HEADS, lambda: block(257, 1, 257)),
     ("feed_forward_block", r"at most 32768 channels, inner or hidden, not 32769", lambda: feed_forward(2, 32769)),
+    ("space_attention_heads", r"at most 16384 channels or inner, not 16385", lambda: space_attention(16385, 6)),
+    (
+        "space_attention_heads",
+        r"heads of at most 64 channels, not 66: use more heads",
+        lambda: space_attention(2, 198),
+    ),
     ("time_attention_block", r"at most 16384 channels or inner, not 16385", lambda: time_attention(2, 16385)),
     ("time_attention_block", r"sequences of at most 64 tokens, not 65", lambda: time_attention(65, 4)),
     ("attention_block", r"groups of at most 128 channels, not 129: use more groups", lambda: block(129, 1, 1)),
 ]
-UNLIMITED = ("geglu", "plane_conv", "triplane_slice")
+UNLIMITED = ("geglu", "plane_conv", "plane_resample", "triplane_slice")
 
 
 @pytest.fixture
@@ -139,6 +152,10 @@ def run_largest() -> None:
     both: list[tuple[str, list[Any], list[Any]]] = [
         ("geglu", [meta(70_000, 1 << 18)], [meta(70_000, 1 << 17), meta(70_000, 1 << 18)]),
         ("geglu", [meta(1 << 22, 6)], [meta(1 << 22, 3), meta(1 << 22, 6)]),
+        *(
+            ("plane_resample", [meta(batch, 4, c), [2, 2], 1], [meta(batch, 16, c), [2, 2], 1])
+            for batch, c in ((1 << 22, 8), (1, 1 << 22))
+        ),
         *(
             (
                 "plane_conv",

@@ -20,6 +20,7 @@ from tolerances import GOLDEN_NETWORK
 from pvdm_fast import TriplaneLayout, use_backend
 from pvdm_fast.backends import choice
 from pvdm_fast.models.release import load_release_autoencoder, load_release_denoiser
+from pvdm_fast.ops import fusing
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -27,7 +28,13 @@ pytestmark = [
 ]
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-from pvdm_fast.kernels import configs, feed_forward_block, plane_norm_tiles, time_attention_block  # noqa: E402
+from pvdm_fast.kernels import (  # noqa: E402
+    configs,
+    feed_forward_block,
+    plane_norm_tiles,
+    space_attention_heads,
+    time_attention_block,
+)
 from pvdm_fast.kernels.launch import Config  # noqa: E402
 
 # How much larger tiles are than in the operations' own tests, by the start of the table's name. The interpreter's time
@@ -88,16 +95,18 @@ def test_autoencoder() -> None:
 
 @torch.no_grad()
 def test_autoencoder_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where time attention and what follows the heads of space attention are one operation each, if there are enough
-    tokens."""
+    """Where time attention, the heads of space attention and what follows them are one operation each, if there are
+    enough tokens."""
     calls: list[str] = []
+    monkeypatch.setattr(fusing, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(import_module("pvdm_fast.ops.space_attention_heads"), "LEAST_SITES", 1)
 
     def counted(name: str, module: Any) -> None:
         forward = module.forward
         monkeypatch.setattr(module, "forward", lambda *a: calls.append(name) or forward(*a))
-        monkeypatch.setattr(import_module(f"pvdm_fast.ops.{name}"), "LEAST_TOKENS", 1)
 
     counted("feed_forward_block", feed_forward_block)
+    counted("space_attention_heads", space_attention_heads)
     counted("time_attention_block", time_attention_block)
     case = load_case("autoencoder_small")
     config = case.meta["ddconfig"]
@@ -107,4 +116,4 @@ def test_autoencoder_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = model.decode(latent).sample.transpose(1, 2).flatten(0, 1)
     assert_close(frames, case.tensors["output.reconstruction"], GOLDEN_NETWORK)
     layers = len(model.encoder.layers) + len(model.decoder.layers)
-    assert calls == layers * ["time_attention_block", "feed_forward_block"]
+    assert calls == layers * ["time_attention_block", "space_attention_heads", "feed_forward_block"]

@@ -1,8 +1,7 @@
-"""`time_attention_block` in Triton's interpreter, against the float64 reference, and where the autoencoder uses it."""
+"""`time_attention_block` in Triton's interpreter, against the float64 reference. Layers: see test_fused_layer.py."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,18 +12,15 @@ import torch
 import torch.nn.functional as F
 from comparison import assert_close, relative_error
 from tolerances import BFLOAT16_FACTOR, OPERATION
-from torch import Tensor, nn
+from torch import Tensor
 
-from pvdm_fast import TriplaneLayout, ops, use_backend
-from pvdm_fast.backends import choice
+from pvdm_fast import ops, use_backend
 from pvdm_fast.backends.reference import time_attention_block as reference
 from pvdm_fast.kernels import time_attention_block
 from pvdm_fast.kernels.configs import assume
 from pvdm_fast.kernels.launch import Config, watch
-from pvdm_fast.nn import AxialTransformer
 from pvdm_fast.nn.axial_transformer import time_rotation
-
-rule = import_module("pvdm_fast.ops.time_attention_block")  # the package has a function of that name
+from pvdm_fast.ops import fusing
 
 
 def inputs(
@@ -126,86 +122,18 @@ def test_one_launch() -> None:
     assert launched == 2 * [("time_attention_block_forward", (128,), 128 * rows)]  # 1 tile and 32 for each
 
 
-LAYOUT = TriplaneLayout(3, 4, 5)
-
-
-def network() -> AxialTransformer:
-    return AxialTransformer(24, 2, 2, 8)
-
-
-def calls_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    calls: list[Any] = []
-    forward = time_attention_block.forward
-    monkeypatch.setattr(time_attention_block, "forward", lambda *a: calls.append(a) or forward(*a))
-    monkeypatch.setattr(rule, "LEAST_TOKENS", 120)
-    return calls
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("branch", [True, False], ids=["branch", "sum"])
-def test_a_network_without_gradient(monkeypatch: pytest.MonkeyPatch, branch: bool) -> None:
-    """After a feed-forward that is an operation of its own, and after one that hands over what is to be added."""
-    monkeypatch.setattr(import_module("pvdm_fast.ops.feed_forward_block"), "LEAST_TOKENS", 121 if branch else 120)
-    calls, transformer, x = calls_of_the_kernel(monkeypatch), network().double(), torch.randn(2, 60, 24)
-    expected = transformer(x.double(), LAYOUT)
-    transformer.float()
-    before = x.clone()
-    with use_backend("triton"):
-        assert_close(transformer(x, LAYOUT), expected, OPERATION[torch.float32])
-    assert len(calls) == 2
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("why", ["gradient", "tokens", "autocast", "backend"])
-def test_when_it_is_not_used(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    calls, transformer = calls_of_the_kernel(monkeypatch), network()
-    x = torch.randn(1 if why == "tokens" else 2, 60, 24)
-    with (
-        use_backend("auto" if why == "backend" else "triton"),
-        torch.set_grad_enabled(why == "gradient"),
-        torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"),
-    ):
-        transformer(x, LAYOUT)
-    assert not calls
-
-
 @torch.no_grad()
 def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     x, *weights = inputs((1, 4, 1), 24, 2, 8)[:6]
     with use_backend("triton"):
         assert not ops.fuses_time_attention_block(x, 4)
-        monkeypatch.setattr(rule, "LEAST_TOKENS", 4)
+        monkeypatch.setattr(fusing, "LEAST_TOKENS", 4)
         assert ops.fuses_time_attention_block(x, 4)
         assert ops.fuses_time_attention_block(x, 4, tuple(weights))
         assert not ops.fuses_time_attention_block(x, time_attention_block.LONGEST + 1, tuple(weights))
         assert not ops.fuses_time_attention_block(x, 4, (*weights[:-1], weights[-1].half()))
         wide = inputs((1, 4, 1), 1, 1, time_attention_block.WIDEST + 2)[1:6]
         assert not ops.fuses_time_attention_block(x, 4, tuple(wide))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("place", ["0", "0.norm", "0.fn", "0.fn.to_qkv", "0.fn.to_out.0"])
-def test_layers_with_hooks_are_called(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
-    calls, transformer, seen = calls_of_the_kernel(monkeypatch), network(), []
-    transformer.layers[0].get_submodule(place).register_forward_hook(lambda *_: seen.append(place))
-    with use_backend("triton"):
-        transformer(torch.randn(2, 60, 24), LAYOUT)
-    assert seen == [place]
-    assert len(calls) == 1, "the other layer is plain"
-
-
-@torch.no_grad()
-def test_a_bias_of_qkv_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, transformer = calls_of_the_kernel(monkeypatch), network()
-    transformer.layers[0][0].fn.to_qkv.bias = nn.Parameter(torch.randn(48))
-    with use_backend("triton"):
-        transformer(torch.randn(2, 60, 24), LAYOUT)
-    assert len(calls) == 1
-
-
-def test_not_on_gpus_of_amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "AMD" in str(choice.why_not("triton", "time_attention_block"))
 
 
 def test_errors() -> None:
