@@ -1,4 +1,7 @@
-"""The second half of a sum over programs without atomics: each program writes a row, this adds the rows in order."""
+"""The second half of a sum over programs without atomics: each program writes a row, this adds the rows in order.
+
+These rows are megabytes at full size. The last program to arrive (`arrivals.py`) would take far longer to read them.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ Weights are read with dense input channels, which is PyTorch's channels_last for
 it could become stale.
 
 If there are too few programs for a GPU (lower levels of a U-Net: few tokens, large weights), programs share the inner
-axis, and a second kernel adds their parts in order.
+axis. The last of those that share a tile adds their parts in order (`arrivals.py`), otherwise a second kernel does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.kernels.arrivals import counters_for, is_last, most_parts
 from pvdm_fast.kernels.configs import ANY, ConfigTable, architecture
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import dot_precision
@@ -81,7 +82,7 @@ CONV = ConfigTable(
         (ANY, "one wave", ANY): tile(64, 64, 64, 4, 4),
         ("sm90", "large", ANY): tile(128, 256, 64, 8, 4),
         ("sm100", "large", ANY): tile(128, 256, 64, 8, 4),
-        ("sm120", ANY, ANY): tile(128, 64, 64, 4, 3),
+        ("sm120", ANY, ANY): tile(128, 64, 64, 8, 3),  # 4 warps spill
         ("sm120", "exact", ANY): tile(64, 64, 32, 8, 3),
         ("sm120", "narrow in", ANY): tile(64, 64, 16, 4, 3),
         ("sm120", "narrow out", ANY): tile(64, 16, 64, 4, 3),
@@ -121,9 +122,9 @@ CHOICE = ConfigTable(
 )
 
 
-def parts_of(device: torch.device, programs: int, steps: int) -> int:
-    """How many programs share the steps of a product with `programs` tiles: a power of two."""
-    wanted = min(MOST_PARTS, MULTIPROCESSORS[architecture(device)] // programs, steps // LEAST_STEPS)
+def parts_of(device: torch.device, programs: int, steps: int, most: int = MOST_PARTS) -> int:
+    """How many programs share the steps of a product with `programs` tiles: a power of two, at most `most`."""
+    wanted = min(MOST_PARTS, most, MULTIPROCESSORS[architecture(device)] // programs, steps // LEAST_STEPS)
     return 1 << (max(1, wanted).bit_length() - 1)
 
 
@@ -150,14 +151,48 @@ def _taps_inside(token, exists, PLANES: tl.constexpr):
 
 
 @triton.jit
-def plane_conv_forward(
-    x, weight, bias, residual, out, batch_stride, stride, channel_stride, weight_in, weight_tap, weight_out, rows,
-    channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of out (parts, rows, written): one part's `steps` steps of the inner axis, 9 x channels / BLOCK_K.
+def _add_parts(parts, bias, residual, out, at, column, mask, elements, count, AT_ONCE: tl.constexpr):
+    """out[at] = the sum of parts (count, elements), bias and residual, in float32, in order."""
+    total = tl.zeros(at.shape, tl.float32)
+    for first in range(0, count, AT_ONCE):
+        for part in tl.static_range(AT_ONCE):
+            source = parts + tl.cast(first + part, tl.int64) * elements + at
+            total += tl.load(source, mask=mask & (first + part < count), other=0.0, cache_modifier=".cg")
+    if bias is not None:
+        total += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
-    bias (written) and residual (rows, written) are added where they are given: not to parts.
+
+@triton.jit
+def _add_tile(
+    parts, bias, residual, out, counters, rows, written, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADDED: tl.constexpr,
+):  # fmt: skip
+    """The last program of a tile adds its parts (programs along axis 2, rows, written), ADDED rows at a time."""
+    tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    if is_last(counters + tile, tl.num_programs(2)):
+        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        for first in range(0, BLOCK_M, ADDED):
+            row = tl.program_id(0) * BLOCK_M + first + tl.arange(0, ADDED)[:, None]
+            mask = (row < rows) & (column < written)
+            at = row.to(tl.int64) * written + column
+            elements = tl.cast(rows, tl.int64) * written
+            _add_parts(parts, bias, residual, out, at, column, mask, elements, tl.num_programs(2), 4)
+
+
+@triton.jit
+def plane_conv_forward(
+    x, weight, bias, residual, parts, out, counters, batch_stride, stride, channel_stride, weight_in, weight_tap,
+    weight_out, rows, channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr, MIRRORED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    """One tile of out (rows, written), or of parts (programs along axis 2, rows, written), each of which takes `steps`
+    steps of the inner axis, 9 x channels / BLOCK_K.
+
+    parts: None if there is one. counters: of tiles; None: another kernel adds the parts. bias (written) and residual
+    (rows, written) are added to the sum where they are given.
     weight_in, weight_tap, weight_out: strides of weight along x's channels, the taps and the written channels.
     """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -179,14 +214,18 @@ def plane_conv_forward(
         mask = (channel < channels)[:, None] & (column < written)[None, :]
         b = tl.load(weight_columns[None, :] + (channel * weight_in + place * weight_tap)[:, None], mask=mask, other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    if bias is not None:
-        total += tl.load(bias + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
     mask = (row < rows)[:, None] & (column < written)[None, :]
-    if residual is not None:
-        at = residual + row.to(tl.int64)[:, None] * written + column[None, :]
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    at = out + (part.to(tl.int64) * rows + row)[:, None] * written + column[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=mask)
+    at = row.to(tl.int64)[:, None] * written + column[None, :]
+    if parts is not None:
+        tl.store(parts + part.to(tl.int64) * rows * written + at, total, mask=mask)
+        if counters is not None:
+            _add_tile(parts, bias, residual, out, counters, rows, written, BLOCK_M, BLOCK_N, ADDED)
+    else:
+        if bias is not None:
+            total += tl.load(bias + column, mask=column < written, other=0.0).to(tl.float32)[None, :]
+        if residual is not None:
+            total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -195,15 +234,7 @@ def plane_conv_forward_add(
 ):  # fmt: skip
     """out = the sum of parts (COUNT, elements), bias and residual, in float32, in order. elements = rows x written."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < elements
-    total = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(COUNT):
-        total += tl.load(parts + tl.full([], part, tl.int64) * elements + at, mask=mask, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + at % written, mask=mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        total += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    _add_parts(parts, bias, residual, out, at, at % written, at < elements, elements, COUNT, COUNT)
 
 
 ADD = ConfigTable(
@@ -228,31 +259,39 @@ def convolve(
     config = CONV(x.device, shape_class(rows, channels, written, x.dtype), x.dtype)
     grid = (triton.cdiv(rows, config.blocks["BLOCK_M"]), triton.cdiv(written, config.blocks["BLOCK_N"]))
     steps = TAPS * triton.cdiv(channels, config.blocks["BLOCK_K"])
-    parts = parts_of(x.device, grid[0] * grid[1], steps)
+    size = config.blocks["BLOCK_M"] * config.blocks["BLOCK_N"] * 4
+    count = parts_of(x.device, grid[0] * grid[1], steps, most_parts(x.device, size))
     out = x.new_empty(batch, tokens, written)
-    to = out if parts == 1 else x.new_empty(parts, rows, written, dtype=torch.float32)
+    parts = counters = None
+    if count > 1:
+        parts = x.new_empty(count, rows, written, dtype=torch.float32)
+        counters = counters_for(x, grid[0] * grid[1], count * size)
+    later = parts is not None and counters is None
     outer, tap, inner = weight.stride()
     launch(
         plane_conv_forward,
-        (*grid, parts),
-        *(x, weight, *((bias, residual) if parts == 1 else (None, None)), to, *x.stride()),
+        (*grid, count),
+        *(x, weight, *((None,) * 2 if later else (bias, residual)), parts, None if later else out, counters),
+        *x.stride(),
         *((outer, tap, inner) if mirrored else (inner, tap, outer)),
-        *(rows, channels, written, triton.cdiv(steps, parts)),
+        *(rows, channels, written, triton.cdiv(steps, count)),
         config=config,
         PLANES=tuple(planes),
         TOKENS=tokens,
         MIRRORED=mirrored,
         PRECISION=dot_precision(x, "convolution"),
+        # A thread adds 16 values at a time, of 4 parts: 64 registers.
+        ADDED=min(config.blocks["BLOCK_M"], 512 * config.num_warps // config.blocks["BLOCK_N"]),
     )
-    if parts > 1:
+    if later:
         config = ADD(x.device, ANY, x.dtype)
         programs = triton.cdiv(out.numel(), config.blocks["BLOCK"])
         launch(
             plane_conv_forward_add,
             (programs,),
-            *(to, bias, residual, out, out.numel(), written),
+            *(parts, bias, residual, out, out.numel(), written),
             config=config,
-            COUNT=parts,
+            COUNT=count,
         )
     return out
 

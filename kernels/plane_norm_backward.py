@@ -7,8 +7,8 @@ Both averages, and the gradients of weight, bias and FiLM, follow from two sums 
 n. Each program writes them for its tile. The gradient is read at its own resolution. As in forward, planes are whole or
 in chunks:
 
-- whole: `plane_norm_backward_dx` (sums and dx from one reading of x and the gradient), then
-  `plane_norm_backward_parameters`.
+- whole: `plane_norm_backward_dx` (sums and dx from one reading of x and the gradient). The last program of each group
+  adds the sums (`arrivals.py`); otherwise `plane_norm_backward_parameters` does.
 - in chunks: `plane_norm_backward_sums`, then `plane_norm_backward_dx` (reads again and joins the chunks' sums), then
   `plane_norm_backward_parameters`.
 """
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.kernels.arrivals import counters_for, is_last
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
 from pvdm_fast.kernels.math import rounded_product, silu_derivative, sum_of_products
@@ -41,6 +42,10 @@ from pvdm_fast.kernels.plane_norm_tiles import (
 )  # fmt: skip
 from pvdm_fast.kernels.planes import chunk_of, chunks_of
 
+# The last program adds the sums of BATCHES batch elements at a time. Those of more than MOST_BATCHES are left to
+# another kernel: four rounds of loads take 1.5 us. Reasoned, not measured.
+BATCHES = tl.constexpr(4)
+MOST_BATCHES = 16
 # The largest tile that holds a plane's tokens, in elements: n and dz take 64 registers per thread at 16 warps.
 WHOLE_TILE = 16384
 
@@ -52,6 +57,9 @@ WHOLE = ConfigTable(
         (ANY, "tile1024", ANY): Config(num_warps=2),
         (ANY, "tile2048", ANY): Config(num_warps=4),
         (ANY, "tile4096", ANY): Config(num_warps=8),
+        ("sm80", "tile8192", "float32"): Config(num_warps=8),  # 16 spill
+        ("sm100", "tile1024", ANY): Config(num_warps=4),  # 2 spill
+        ("sm120", "tile4096", ANY): Config(num_warps=16),  # 8 spill
         ("gfx942", ANY, ANY): Config(num_warps=8),  # of 64 threads
         ("gfx942", "tile1024", ANY): Config(num_warps=1),
         ("gfx942", "tile2048", ANY): Config(num_warps=2),
@@ -177,16 +185,68 @@ def _join_sums(group_sums, b, plane, chunks, group, PLANES: tl.constexpr, GROUPS
 
 
 @triton.jit
+def _add_sums(
+    sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels, channel,
+    inside, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Adds sums (2, B, chunks, C) over chunks and, for weight and bias, over the batch. Always in the same order."""
+    w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    dweight_sum, dbias_sum = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    for begin in range(0, batch, BLOCK_B):
+        b = (begin + tl.arange(0, BLOCK_B)).to(tl.int64)
+        level, tilt = tl.zeros([BLOCK_B, BLOCK_C], tl.float32), tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+        for chunk in range(0, chunks, BLOCK_K):
+            k = chunk + tl.arange(0, BLOCK_K)
+            mask = (b < batch)[:, None, None] & (k < chunks)[None, :, None] & inside[None, None, :]
+            at = sums + (b[:, None, None] * chunks + k[None, :, None]) * channels + channel[None, None, :]
+            level += tl.sum(tl.load(at, mask=mask, other=0.0, cache_modifier=".cg"), 1)
+            second = at + tl.cast(batch, tl.int64) * chunks * channels
+            tilt += tl.sum(tl.load(second, mask=mask, other=0.0, cache_modifier=".cg"), 1)
+        if scale_shift is not None:
+            mask = (b < batch)[:, None] & inside[None, :]
+            at = dscale_shift + b[:, None] * 2 * channels + channel[None, :]
+            tl.store(at, (tilt * w[None, :] + level * shift[None, :]).to(dscale_shift.dtype.element_ty), mask=mask)
+            tl.store(at + channels, level.to(dscale_shift.dtype.element_ty), mask=mask)
+            source = scale_shift + b[:, None] * scale_shift_stride + channel[None, :]
+            scale = 1.0 + tl.load(source, mask=mask, other=0.0).to(tl.float32)
+            level, tilt = rounded_product(level, scale), rounded_product(tilt, scale)
+        dweight_sum += tl.sum(tilt, 0)
+        dbias_sum += tl.sum(level, 0)
+    tl.store(dweight + channel, dweight_sum.to(dweight.dtype.element_ty), mask=inside)
+    tl.store(dbias + channel, dbias_sum.to(dbias.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_own_sums(
+    sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, counters, scale_shift_stride, chunks,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, OWN: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The last of the programs with these groups adds their sums, those of OWN planes at a time."""
+    batch = tl.num_programs(2)
+    if is_last(counters + tl.program_id(1), tl.num_programs(0) * batch):
+        place = tl.arange(0, BLOCK_G * BLOCK_W)
+        group, place = tl.program_id(1) * BLOCK_G + place // BLOCK_W, place % BLOCK_W
+        _add_sums(
+            sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks,
+            GROUPS * WIDTH, group * WIDTH + place, (group < GROUPS) & (place < WIDTH),
+            BATCHES, OWN, BLOCK_G * BLOCK_W,
+        )  # fmt: skip
+
+
+@triton.jit
 def plane_norm_backward_dx(
-    x, grad, weight, bias, scale_shift, mean, rstd, sums, group_sums, dx,
+    x, grad, weight, bias, scale_shift, mean, rstd, sums, group_sums, dx, counters, dweight, dbias, dscale_shift,
     batch_stride, stride, grad_batch_stride, grad_stride, scale_shift_stride, dx_batch_stride, chunks,
     PLANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr, RESAMPLE: tl.constexpr, SIZE: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Writes one tile of dx. If group_sums is None, the tile is a whole plane, and its sums are written too.
+    """Writes one tile of dx. If group_sums is None, the tile is a whole plane, and its sums are written too. With
+    counters, one for each block of groups, these are added for dweight, dbias and dscale_shift.
 
     chunks, SIZE, OWN describe group_sums: number of chunks in all, tokens per chunk, most chunks of a plane (padded).
+    Without it there is a chunk for each plane, and OWN of them are added at a time.
     """
     b = tl.program_id(2).to(tl.int64)
     plane, first, rows, columns, start = chunk_of(tl.program_id(0), PLANES, BLOCK_N)
@@ -209,6 +269,11 @@ def plane_norm_backward_dx(
     result = dz * (r[:, None] * gain)[None, :, :] - ((scale * level)[None, :, None] + n * (scale * tilt)[None, :, None])
     at = dx + b * dx_batch_stride + (first + token).to(tl.int64)[:, None, None] * (GROUPS * WIDTH) + channel[None, :, :]
     tl.store(at, result.to(dx.dtype.element_ty), mask=mask)
+    if counters is not None:
+        _add_own_sums(
+            sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, counters, scale_shift_stride, chunks,
+            GROUPS, WIDTH, OWN, BLOCK_G, BLOCK_W,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -216,34 +281,12 @@ def plane_norm_backward_parameters(
     sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Adds sums (2, B, chunks, C) over chunks and, for weight and bias, over the batch. Always in the same order."""
+    """Adds all sums, in blocks of BLOCK_C channels."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < channels
-    w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    dweight_sum, dbias_sum = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    for begin in range(0, batch, BLOCK_B):
-        b = (begin + tl.arange(0, BLOCK_B)).to(tl.int64)
-        level, tilt = tl.zeros([BLOCK_B, BLOCK_C], tl.float32), tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-        for chunk in range(0, chunks, BLOCK_K):
-            k = chunk + tl.arange(0, BLOCK_K)
-            mask = (b < batch)[:, None, None] & (k < chunks)[None, :, None] & inside[None, None, :]
-            at = sums + (b[:, None, None] * chunks + k[None, :, None]) * channels + channel[None, None, :]
-            level += tl.sum(tl.load(at, mask=mask, other=0.0), 1)
-            second = at + tl.full([], batch, tl.int64) * chunks * channels
-            tilt += tl.sum(tl.load(second, mask=mask, other=0.0), 1)
-        if scale_shift is not None:
-            mask = (b < batch)[:, None] & inside[None, :]
-            at = dscale_shift + b[:, None] * 2 * channels + channel[None, :]
-            tl.store(at, (tilt * w[None, :] + level * shift[None, :]).to(dscale_shift.dtype.element_ty), mask=mask)
-            tl.store(at + channels, level.to(dscale_shift.dtype.element_ty), mask=mask)
-            source = scale_shift + b[:, None] * scale_shift_stride + channel[None, :]
-            scale = 1.0 + tl.load(source, mask=mask, other=0.0).to(tl.float32)
-            level, tilt = rounded_product(level, scale), rounded_product(tilt, scale)
-        dweight_sum += tl.sum(tilt, 0)
-        dbias_sum += tl.sum(level, 0)
-    tl.store(dweight + channel, dweight_sum.to(dweight.dtype.element_ty), mask=inside)
-    tl.store(dbias + channel, dbias_sum.to(dbias.dtype.element_ty), mask=inside)
+    _add_sums(
+        sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels,
+        channel, channel < channels, BLOCK_B, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
 
 
 def backward(
@@ -259,7 +302,7 @@ def backward(
     activation: bool,
     resample: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and scale_shift (empty if there is none). Two or three launches."""
+    """Gradients of x, weight, bias and scale_shift (empty if there is none). One to three launches."""
     batch, _, channels = x.shape
     dx, dweight, dbias = x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     dscale_shift = x.new_empty(0) if scale_shift is None else scale_shift.new_empty(scale_shift.shape)
@@ -272,7 +315,8 @@ def backward(
     blocks = whole_blocks(x, planes, groups, WHOLE_TILE)
     if blocks is not None:
         config = replace(WHOLE(x.device, tile_class(math.prod(blocks.values())), x.dtype), blocks=blocks)
-        chunks, size, own = len(planes) // 2, 1, 1
+        chunks = len(planes) // 2
+        size, own = 1, min(16, triton.next_power_of_2(chunks))
         group_sums = None
         sums = x.new_empty(2, batch, chunks, channels, dtype=torch.float32)
     else:
@@ -296,21 +340,29 @@ def backward(
             TILES=tiles,
             **constants,
         )
-    grid = (sum(count_chunks(planes, config.blocks["BLOCK_N"])), -(-groups // config.blocks["BLOCK_G"]), batch)
+    across = -(-groups // config.blocks["BLOCK_G"])
+    counters = None
+    if group_sums is None and batch <= MOST_BATCHES:
+        width = config.blocks["BLOCK_G"] * config.blocks["BLOCK_W"]
+        counters = counters_for(x, across, 2 * batch * chunks * width * 4)
+    results = (dweight, dbias, dscale_shift)
     launch(
         plane_norm_backward_dx,
-        grid,
-        *(x, *inputs, sums, group_sums, dx, *strides, dx.stride(0), chunks),
+        (sum(count_chunks(planes, config.blocks["BLOCK_N"])), across, batch),
+        *(x, *inputs, sums, group_sums, dx, counters, *(results if counters is not None else (None,) * 3)),
+        *(*strides, dx.stride(0), chunks),
         config=config,
         SIZE=size,
         OWN=own,
         **constants,
     )
+    if counters is not None:
+        return dx, *results
     config = PARAMETERS(x.device, ANY, x.dtype)
     launch(
         plane_norm_backward_parameters,
         (-(-channels // config.blocks["BLOCK_C"]),),
-        *(sums, weight, bias, scale_shift, dweight, dbias, dscale_shift, scale_shift_stride, batch, chunks, channels),
+        *(sums, weight, bias, scale_shift, *results, scale_shift_stride, batch, chunks, channels),
         config=config,
     )
-    return dx, dweight, dbias, dscale_shift
+    return dx, *results

@@ -9,14 +9,16 @@
   view don't belong to it.
 - **Races.** No two programs may store, or store and load, one address without atomics. No single store may put two
   values there. Programs run one after another here, so results alone wouldn't show it. And a program that loads what
-  it has stored needs a `tl.debug_barrier` between the two: on a GPU other threads may load.
+  it has stored needs a `tl.debug_barrier` between the two: on a GPU other threads may load. A program may load what
+  another has stored before a barrier and then an acq_rel atomic, if its own such atomic at that address came later.
+- **Order.** Inside `arriving(order)` the programs of a launch run in an order of yours, as they may on a GPU.
 - **Undefined values.** Lanes that a mask leaves out, and memory that a launcher allocates without filling it, are NaN
   (for integers the largest number).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -31,6 +33,7 @@ from triton.runtime import interpreter
 from pvdm_fast.backends import choice
 
 NOBODY, SEVERAL = -1, -2  # in place of a program's number
+NEVER = -1  # in place of a time
 # The parts of the interpreter that are changed or used here. It promises none of them.
 NEEDED = {
     "": ("GridExecutor", "InterpreterBuilder", "ReduceScanOpInterface", "TensorHandle", "_get_np_dtype", "_patch_lang"),
@@ -39,7 +42,7 @@ NEEDED = {
     "InterpreterBuilder": (
         *("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"),
         *("create_barrier", "create_dot", "cast_impl", "binary_op", "unary_op", "ternary_op", "create_fma"),
-        *("create_rsqrt", "create_erf"),
+        *("create_rsqrt", "create_erf", "set_grid_idx"),
     ),
     "ReduceScanOpInterface": ("check_tensor",),
 }
@@ -62,7 +65,7 @@ class Memory:
         self.given = given.numpy()
         self.writer = np.full(self.given.shape, NOBODY, dtype=np.int32)
         self.reader = np.full(self.given.shape, NOBODY, dtype=np.int32)
-        self.fresh = np.zeros(self.given.shape, dtype=np.bool_)  # stored by the running program since its last barrier
+        self.stored = np.full(self.given.shape, NEVER, dtype=np.int64)  # the launch's clock at the last store
 
     def elements(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Indices into the arrays above for `addresses` of `size` bytes each."""
@@ -82,18 +85,28 @@ class Launch:
         self.kernel = kernel
         self.patched: set[int] = set()
         self.running = NOBODY
+        self.clock = 0
+        self.fenced = 0  # the running program's last barrier
+        self.seen: dict[int, int] = {}  # by program: of its stores, the running one may load those up to this time
+        self.released: dict[int, dict[int, int]] = {}  # by address of an atomic: what the next one there sees
         by_storage: dict[int, list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors:
             if tensor.numel():
                 by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
         self.memories = [Memory([t for _, t in group], [n for n, _ in group]) for group in by_storage.values()]
 
-    def access(self, kind: str, builder: Any, pointers: Any, mask: np.ndarray | None) -> None:
-        """Check one load, store or atomic operation of the running program, and record it."""
+    def access(self, kind: str, builder: Any, pointers: Any, mask: np.ndarray | None, orders: bool = False) -> None:
+        """Check one load, store or atomic operation of the running program, and record it.
+
+        orders: it is an acq_rel atomic.
+        """
         addresses = pointers.data.astype(np.int64)
         if mask is not None:
             shape = np.broadcast_shapes(addresses.shape, mask.shape)
             addresses = np.broadcast_to(addresses, shape)[np.broadcast_to(mask, shape).astype(bool)]
+        self._let_run(builder)
+        if orders:
+            self._hand_over(addresses.ravel())
         rest, size = addresses.ravel(), interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
         for memory in self.memories:
             inside = (rest >= memory.base) & (rest < memory.end)
@@ -128,29 +141,48 @@ class Launch:
     def _note(self, kind: str, builder: Any, memory: Memory, elements: np.ndarray) -> None:
         if kind == "atomic":
             return
-        (x, y, z), (nx, ny, _) = builder.grid_idx, builder.grid_dim
-        program = x + nx * (y + ny * z)
-        if program != self.running:
-            self.barrier()
-            self.running = program
+        program = self.running
         writers, readers = memory.writer[elements], memory.reader[elements]
-        self._no_race(kind, "stored", writers, program, builder, memory)
+        self._no_race(kind, "stored", self._unseen(writers, memory.stored[elements]), program, builder, memory)
         if kind == "store":
             self._no_race(kind, "loaded", readers, program, builder, memory)
             memory.writer[elements] = program
-            memory.fresh[elements] = True
+            self.clock += 1
+            memory.stored[elements] = self.clock
         else:
-            if memory.fresh[elements].any():
+            if ((writers == program) & (memory.stored[elements] > self.fenced)).any():
                 raise RuntimeError(
                     f"race: program {builder.grid_idx} of {self.kernel} loads from {memory.name} what it has stored "
                     "there without a tl.debug_barrier in between."
                 )
             memory.reader[elements] = np.where((readers == NOBODY) | (readers == program), program, SEVERAL)
 
+    def _let_run(self, builder: Any) -> None:
+        """Note which program runs. A new one sees nothing yet of what others have stored."""
+        (x, y, z), (nx, ny, _) = builder.grid_idx, builder.grid_dim
+        program = x + nx * (y + ny * z)
+        if program != self.running:
+            self.barrier()
+            self.running, self.seen = program, {}
+
     def barrier(self) -> None:
         """From here on the program's threads see what each of them has stored."""
-        for memory in self.memories:
-            memory.fresh[:] = False
+        self.fenced = self.clock
+
+    def _hand_over(self, addresses: np.ndarray) -> None:
+        """An acq_rel atomic: the program sees what those before it there saw, and what they stored before their last
+        barrier."""
+        for address in addresses.tolist():
+            released = self.released.setdefault(address, {})
+            self.seen |= released
+            released |= {**self.seen, self.running: self.fenced}
+
+    def _unseen(self, writers: np.ndarray, stored: np.ndarray) -> np.ndarray:
+        """`writers`, without those whose stores at these times the running program sees."""
+        unseen = writers.copy()
+        for program, time in self.seen.items():
+            unseen[(writers == program) & (stored <= time)] = NOBODY
+        return unseen
 
     def _no_race(self, kind: str, did: str, others: np.ndarray, program: int, builder: Any, memory: Memory) -> None:
         wrong = others[(others != NOBODY) & (others != program)]
@@ -165,6 +197,19 @@ class Launch:
 
 
 _launch: Launch | None = None
+_order: Callable[[int], Sequence[int]] | None = None
+ACQ_REL = interpreter._ir.MEM_SEMANTIC.ACQUIRE_RELEASE
+
+
+@contextmanager
+def arriving(order: Callable[[int], Sequence[int]]) -> Iterator[None]:
+    """In this block the programs of a launch run in the order of the permutation that `order` makes of their count."""
+    global _order
+    previous, _order = _order, order
+    try:
+        yield
+    finally:
+        _order = previous
 
 
 def named_tensors(names: Iterable[str], values: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
@@ -219,15 +264,22 @@ def _check_accesses() -> None:
 
     def create_atomic_rmw(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         assert _launch is not None
-        _launch.access("atomic", self, pointers, mask.data)
+        _launch.access("atomic", self, pointers, mask.data, rest[0] == ACQ_REL)
         return modify(self, operation, pointers, value, mask, *rest)
 
     def create_atomic_cas(self: Any, pointers: Any, *rest: Any) -> Any:
         assert _launch is not None
-        _launch.access("atomic", self, pointers, None)
+        _launch.access("atomic", self, pointers, None, rest[-2] == ACQ_REL)
         return exchange(self, pointers, *rest)
 
+    def set_grid_idx(self: Any, *index: int) -> None:
+        if _order is not None:
+            number = np.ravel_multi_index(index, self.grid_dim)
+            index = tuple(map(int, np.unravel_index(_order(int(np.prod(self.grid_dim)))[number], self.grid_dim)))
+        start_program(self, *index)
+
     executor._init_args_hst, executor.__call__ = _init_args_hst, __call__
+    start_program, builder.set_grid_idx = builder.set_grid_idx, set_grid_idx
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
     builder.create_barrier = create_barrier
     builder.create_atomic_rmw, builder.create_atomic_cas = create_atomic_rmw, create_atomic_cas

@@ -178,6 +178,36 @@ def test_atomics_are_no_race() -> None:
         atomic_kernel[(3,)](y[:15], BLOCK=16)
 
 
+@triton.jit
+def last_adds_kernel(parts, out, counter, BARRIER: tl.constexpr, ORDER: tl.constexpr, EARLY: tl.constexpr):
+    """out = the number of programs, each of which stores a 1, and the last adds them."""
+    programs = tl.num_programs(0)
+    tl.store(parts + tl.program_id(0), 1.0)
+    if BARRIER:
+        tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem=ORDER, scope="gpu") == programs - 1 - EARLY:
+        total = 0.0
+        for program in range(programs):
+            total += tl.load(parts + program)
+        tl.store(out, total)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_last_to_arrive_may_read_all(backwards: bool) -> None:
+    """What others stored before a barrier and an acq_rel atomic, if its own atomic came after theirs."""
+
+    def last_adds(barrier: bool = True, order: str = "acq_rel", early: int = 0) -> float:
+        out = torch.zeros(1)
+        with interpreter.arriving(lambda count: range(count)[:: -1 if backwards else 1]):
+            last_adds_kernel[(4,)](torch.zeros(4), out, torch.zeros(1, dtype=torch.int32), barrier, order, early)
+        return float(out)
+
+    assert last_adds() == 4
+    for wrong in (dict(barrier=False), dict(order="relaxed"), dict(early=1)):
+        with pytest.raises(InterpreterError, match=r"race: .*of last_adds_kernel"):
+            last_adds(**wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("allocate", [torch.empty_like, lambda x: x.new_empty(N), lambda x: torch.empty(N).to(x)])
 def test_unwritten_output(dtype: torch.dtype, allocate: Callable[[Tensor], Tensor]) -> None:

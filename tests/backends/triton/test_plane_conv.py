@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-from pvdm_fast.kernels import plane_conv, plane_conv_backward, plane_conv_product  # noqa: E402
+from backends.triton.interpreter import arriving  # noqa: E402
+
+from pvdm_fast.kernels import arrivals, plane_conv, plane_conv_backward, plane_conv_product  # noqa: E402
 from pvdm_fast.kernels.configs import ANY, ConfigTable, assume  # noqa: E402
 from pvdm_fast.kernels.launch import Config, watch  # noqa: E402
 
@@ -44,6 +46,24 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a large GPU: the few programs of small inputs share their inner axis."""
     monkeypatch.setitem(plane_conv_product.MULTIPROCESSORS, "interpreter", 64)
     monkeypatch.setattr(plane_conv_product, "LEAST_STEPS", 1)
+
+
+def add_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on AMD's GPUs: kernels of their own add parts and arrange weights."""
+    for module in (plane_conv_product, plane_conv_backward):
+        monkeypatch.setattr(module, "counters_for", lambda *arguments: None)
+
+
+def check_every_way(monkeypatch: pytest.MonkeyPatch, inputs: tuple[Tensor, ...], layout: PlaneLayout) -> None:
+    """The same bits again, whichever program comes last, and where kernels of their own add."""
+    first = check(*inputs, layout)
+    with arriving(lambda count: range(count)[::-1]):
+        second = check(*inputs, layout)
+    counters = arrivals.counters_for(inputs[0], 1, 1)
+    assert counters is not None and not counters.any()
+    add_apart(monkeypatch)
+    third = check(*inputs, layout)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
 
 
 def draw(layout: PlaneLayout, channels: int, written: int, dtype: torch.dtype, batch: int = 2) -> tuple[Tensor, ...]:
@@ -77,12 +97,10 @@ def test_values(dtype: torch.dtype, channels: int, written: int) -> None:
 @pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.slow
-def test_parts_are_added_in_order(dtype: torch.dtype) -> None:
-    """Several steps per part, fewer in the last one. Two runs give the same bits."""
+def test_parts_are_added_in_order(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Several steps per part, fewer in the last one."""
     assert plane_conv_product.parts_of(torch.device("cpu"), 3, 18) == 16
-    inputs = draw(ODD, 70, 20, dtype)
-    first, second = (check(*inputs, ODD) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    check_every_way(monkeypatch, draw(ODD, 70, 20, dtype), ODD)
 
 
 def check_residual(dtype: torch.dtype, form: Callable[[Tensor], Tensor], channels: int = 20) -> None:
@@ -104,7 +122,10 @@ def test_residual(dtype: torch.dtype, form: str) -> None:
 
 
 @pytest.mark.usefixtures("parts")
-def test_residual_is_added_to_the_sum_of_parts() -> None:
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_residual_is_added_to_the_sum_of_parts(monkeypatch: pytest.MonkeyPatch, one_launch: bool) -> None:
+    if not one_launch:
+        add_apart(monkeypatch)
     check_residual(torch.bfloat16, FORMS["channels first"])
 
 
@@ -122,7 +143,7 @@ def test_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch, plane_conv_backward.ARRANGE, Config({"BLOCK_C": 16}))
     monkeypatch.setitem(plane_conv_product.MULTIPROCESSORS, "interpreter", 48)
     layout = PlaneLayout(((5, 3), (2, 7)))
-    check(*draw(layout, 34, 40, torch.float32), layout)
+    check_every_way(monkeypatch, draw(layout, 34, 40, torch.float32), layout)
 
 
 @pytest.mark.parametrize("planes", [((1, 1), (1, 1), (1, 1)), ((1, 7),), ((2, 1), (1, 2), (4, 4)), ((1, 1), (9, 3))])
@@ -180,8 +201,7 @@ def test_vendor(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     x, weight, bias, grad = draw(ODD, 20, 12, dtype)
     check(x, weight.to(memory_format=torch.channels_last), bias, grad, ODD)
     check(*draw(ODD, 12, 20, dtype), ODD)
-    names = launches(ODD, 20, 12, "interpreter")
-    assert names == ["plane_conv_backward_dweight", "plane_conv_backward_arrange"]
+    assert launches(ODD, 20, 12, "interpreter") == ["plane_conv_backward_dweight"]
 
 
 def test_choice() -> None:
@@ -206,10 +226,14 @@ def launches(layout: PlaneLayout, channels: int, written: int, architecture: str
 
 
 def test_launches() -> None:
-    """Few tokens: parts, added by a second kernel. Many tokens: one launch for all planes."""
+    """One for all planes. Few tokens: parts, on AMD's GPUs added by a second kernel."""
     alone, shared = ["plane_conv_forward"], ["plane_conv_forward", "plane_conv_forward_add"]
     weight = ["plane_conv_backward_dweight", "plane_conv_backward_arrange"]
-    assert launches(TriplaneLayout(2, 4, 4), 64, 64, "sm90") == shared + shared + weight
+    few = TriplaneLayout(2, 4, 4)
+    for architecture in ("sm80", "sm90", "sm100", "sm120"):
+        assert launches(few, 512, 512, architecture) == alone + alone + weight[:1]
+    assert launches(few, 512, 512, "gfx942") == shared + shared + weight
+    assert launches(TriplaneLayout(4, 8, 8), 512, 512, "sm90") == alone + alone + weight[:1]
     assert launches(TriplaneLayout(16, 32, 32), 256, 256, "sm90", 8) == alone + alone + weight
 
 

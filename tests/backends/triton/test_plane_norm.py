@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-from pvdm_fast.kernels import plane_norm, plane_norm_backward, plane_norm_tiles  # noqa: E402
+from backends.triton.interpreter import arriving  # noqa: E402
+
+from pvdm_fast.kernels import arrivals, plane_norm, plane_norm_backward, plane_norm_tiles  # noqa: E402
 from pvdm_fast.kernels.configs import ANY, assume  # noqa: E402
 from pvdm_fast.kernels.launch import Config, watch  # noqa: E402
 
@@ -173,7 +175,28 @@ def test_groups_that_share_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     check(x, parameters, grad, ODD.sizes, 5)
 
 
-def launches(layout: PlaneLayout, channels: int, modulated: bool = True) -> list[str]:
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("groups", [5, 15])
+def test_the_last_program_adds_as_another_kernel_does(
+    monkeypatch: pytest.MonkeyPatch, groups: int, modulated: bool
+) -> None:
+    """The same bits, whichever program comes last; with one group a program, and with several."""
+    monkeypatch.setattr(plane_norm_tiles, "ENOUGH_PROGRAMS", 1)
+    x, parameters, grad = draw(ODD, 15, torch.float32, modulated=modulated)
+    inputs = x.repeat(3, 1, 1)[:5], parameters, grad.repeat(3, 1, 1)[:5]
+    if modulated:
+        inputs[1][2].resize_(5, 30).normal_()
+    first = check(*inputs, ODD.sizes, groups)
+    with arriving(lambda count: range(count)[::-1]):
+        second = check(*inputs, ODD.sizes, groups)
+    counters = arrivals.counters_for(x, 1, 1)
+    assert counters is not None and not counters.any()
+    monkeypatch.setattr(plane_norm_backward, "MOST_BATCHES", 4)
+    third = check(*inputs, ODD.sizes, groups)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, second, third, strict=True))
+
+
+def launches(layout: PlaneLayout, channels: int, modulated: bool = True, architecture: str = "sm90") -> list[str]:
     """Names of the kernels that forward and backward launch in bfloat16, in order."""
     tokens = layout.num_tokens
     x, weight = torch.empty(1, tokens, channels, dtype=torch.bfloat16, device="meta"), torch.empty(channels)
@@ -183,17 +206,19 @@ def launches(layout: PlaneLayout, channels: int, modulated: bool = True) -> list
         torch.empty(1, 2 * channels, device="meta") if modulated else None,
     )
     names: list[str] = []
-    with assume("sm90"), watch(lambda kernel, *_: names.append(kernel.__name__)):
+    with assume(architecture), watch(lambda kernel, *_: names.append(kernel.__name__)):
         _, mean, rstd = plane_norm.forward(x, *parameters, layout.sizes, 32, 1e-5, True, 0)
         plane_norm.backward(torch.empty_like(x), x, *parameters, mean, rstd, layout.sizes, 32, True, 0)
     return names
 
 
 def test_launches() -> None:
-    """One launch forward and two backward at every level of the base denoiser, except the widest blocks of the
-    first."""
-    few = ["plane_norm_forward_apply", "plane_norm_backward_dx", "plane_norm_backward_parameters"]
+    """One launch each way at every level of the base denoiser, except the widest blocks of the first. On AMD's GPUs
+    another one adds."""
+    few = ["plane_norm_forward_apply", "plane_norm_backward_dx"]
     for size, channels in ((32, 256), (32, 512), (16, 1024), (8, 2048), (4, 2048)):
         assert launches(TriplaneLayout(size // 2, size, size), channels) == few
-    chunks = ["plane_norm_forward_statistics", few[0], "plane_norm_backward_sums", *few[1:]]
+    more = [*few, "plane_norm_backward_parameters"]
+    assert launches(TriplaneLayout(16, 32, 32), 256, architecture="gfx942") == more
+    chunks = ["plane_norm_forward_statistics", few[0], "plane_norm_backward_sums", *more[1:]]
     assert launches(TriplaneLayout(16, 32, 32), 2048) == chunks
