@@ -28,6 +28,7 @@ from benchmarks.registry import (
 from pvdm_fast.analysis import cases
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 from pvdm_fast.nn.axial_transformer import space_rotation, time_rotation
+from pvdm_fast.nn.planes import as_kernels_read
 
 REGISTRY = Registry()
 GROUPS = 32  # of the release's norms
@@ -241,7 +242,7 @@ def plane_conv(setting: Setting) -> Prepared:
     layout, channels = setting.layout, setting.denoiser["model_channels"]
     case = cases.plane_conv(layout, channels, channels, setting.clips)
     parameters = _draw(setting, case)
-    tokens = parameters.pop("x")
+    tokens, parameters["weight"] = parameters.pop("x"), as_kernels_read(parameters["weight"])
 
     def per_plane(*arguments: Tensor) -> list[Tensor]:
         *planes, weight, bias = arguments

@@ -17,6 +17,7 @@ from benchmarks.eager import RELEASE, SDPA, Variant
 from benchmarks.measure import DIRECTIONS, Pack, Prepared, Runner, only
 from pvdm_fast.layout import TriplaneLayout
 from pvdm_fast.models.presets import AUTOENCODER, DENOISER
+from pvdm_fast.nn import PlaneConv
 
 # "tiny" is for tests: unequal sizes, two clips, and a bit of everything. "base" is the release's full size.
 _TINY_DENOISER = dict(
@@ -174,6 +175,9 @@ def assemble_modules(setting: Setting, shape: str, make: Mapping[str, Callable[[
     def runner(network: Network, weights: Mapping[str, Tensor], compiled: bool = False) -> Runner:
         module = network.module
         module.load_state_dict(weights, assign=True)
+        for layer in module.modules():
+            if isinstance(layer, PlaneConv):
+                layer.rearrange()
         module.train()
         parameters: dict[str, Tensor] = dict(sorted(module.named_parameters()))
         dtype = next(iter(parameters.values())).dtype

@@ -44,14 +44,14 @@ from pvdm_fast.analysis.recorder import Recorder, name_of, own_operation
 from pvdm_fast.backends import choice
 from pvdm_fast.errors import UserError
 from pvdm_fast.jobs.command import run_command
-from pvdm_fast.nn import copies, recomputed, residual
+from pvdm_fast.nn import copies, planes, recomputed, residual
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "results" / "gpu_traffic.md"
 MARKER = "traffic"
 # Bytes and bf16 FLOPs per second. H100: as measured elsewhere on one. A100: assumed, from its 2.0 TB/s and 312 TFLOP/s.
 GPUS = {"H100": (3.0e12, 790e12), "A100": (1.5e12, 260e12)}
 ARCHITECTURE = "sm90"  # its configurations decide how many programs, and so partial sums, there are
-ALLOCATIONS = ("empty", "new_empty", "lift_fresh", "_unsafe_view", "_local_scalar_dense")
+ALLOCATIONS = ("empty", "new_empty", "lift_fresh", "_unsafe_view", "_local_scalar_dense", "promote_types")
 RUNNERS = ("ours", "eager", "sdpa")
 WITH_VALUES = ("sampler step",)  # a scheduler reads numbers, so it can't run on shapes alone; it is two denoiser passes
 
@@ -109,6 +109,14 @@ def is_launch(function: Any) -> bool:
     return function.namespace == "aten" and not view and not name_of(function).startswith(ALLOCATIONS)
 
 
+def is_copy(function: Any, arguments: tuple[Any, ...], result: Any) -> bool:
+    """Whether an operation such as `contiguous`, which may give a view, has copied. Inside launchers, below other
+    modes, these arrive whole."""
+    if name_of(function) not in ("contiguous", "reshape", "to", "flatten"):
+        return False
+    return result.untyped_storage()._cdata != arguments[0].untyped_storage()._cdata
+
+
 def aten_item(function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> Item:
     """Reads its arguments and writes its results. What is overwritten unread (copy_, fill_, zero_) is only
     written."""
@@ -133,7 +141,7 @@ class Traffic(Recorder):
     def note(self, function: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
         if own := own_operation(function):
             self.items.append(launcher_item(*own, arguments))
-        elif is_launch(function):
+        elif is_launch(function) or is_copy(function, arguments, result):
             self.items.append(aten_item(function, arguments, options, result))
 
 
@@ -179,6 +187,7 @@ def shapes_alone() -> Iterator[None]:
         # Tensors here are the CPU's by name, but pieces are those of a GPU, and embeddings share a product as there.
         stack.enter_context(patch.object(recomputed, "PIECE_ON_CPU", recomputed.PIECE))
         stack.enter_context(patch.object(residual, "JOINED", frozenset({"cpu"})))
+        stack.enter_context(patch.object(planes, "CHANNELS_LAST", frozenset({"cpu"})))
         stack.enter_context(FakeTensorMode())
         yield
 

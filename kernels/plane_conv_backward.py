@@ -1,7 +1,7 @@
 """Gradients of `plane_conv`. That of x is the mirrored convolution, that of the weight a product along the tokens.
 
 The inner axis of the weight's gradient are the rows (B N). If there are few tiles, programs share this axis. Their
-parts are added in order, and the result is written in the weight's own order, with taps innermost. The last of the
+parts are added in order, and the result is written in the weight's own order of memory. The last of the
 programs of a tile, of all taps and parts, does so if it has little to read (`arrivals.py`), otherwise a second kernel.
 The gradient of the bias, a sum over the same rows, is made by both on their way.
 """
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pvdm_fast.backends.rows import order_of
 from pvdm_fast.kernels.arrivals import counters_for, is_last
 from pvdm_fast.kernels.configs import ANY, ConfigTable
 from pvdm_fast.kernels.launch import Config, launch
@@ -82,9 +83,11 @@ ARRANGE = ConfigTable(
 
 
 @triton.jit
-def _arrange(parts, out, output, channel, written, channels, count, AT_ONCE: tl.constexpr):
+def _arrange(
+    parts, out, output, channel, written, channels, count, channel_stride, tap_stride, AT_ONCE: tl.constexpr
+):  # fmt: skip
     """out (written, channels, 9)[output, channel] = the sum of parts (count, written, 9, channels), in float32, in
-    order."""
+    order. Of out, strides along channels and taps are given: (9, 1), or in channels_last (1, channels)."""
     output, channel, tap = output.to(tl.int64)[:, None, None], channel[None, :, None], tl.arange(0, 16)[None, None, :]
     mask = (output < written) & (channel < channels) & (tap < 9)
     at = parts + (output * 9 + tap) * channels + channel
@@ -94,7 +97,8 @@ def _arrange(parts, out, output, channel, written, channels, count, AT_ONCE: tl.
             source = at + tl.cast(first + part, tl.int64) * written * 9 * channels
             here = mask & (first + part < count)
             total += tl.load(source, mask=here, other=0.0, cache_modifier=".cg").to(tl.float32)
-    tl.store(out + (output * channels + channel) * 9 + tap, total.to(out.dtype.element_ty), mask=mask)
+    at = out + output * 9 * channels + channel * channel_stride + tap * tap_stride
+    tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -108,8 +112,8 @@ def _add_levels(levels, bias_out, output, written, count):
 
 @triton.jit
 def _arrange_tile(
-    parts, levels, out, bias_out, counters, written, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ARRANGED: tl.constexpr,
+    parts, levels, out, bias_out, counters, written, channels, out_channel, out_tap,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ARRANGED: tl.constexpr,
 ):  # fmt: skip
     """The last program of a tile arranges it, ARRANGED written channels at a time."""
     count = tl.num_programs(2)
@@ -118,7 +122,8 @@ def _arrange_tile(
         start = tl.program_id(0) // across * BLOCK_M
         channel = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
         for first in range(0, BLOCK_M, ARRANGED):
-            _arrange(parts, out, start + first + tl.arange(0, ARRANGED), channel, written, channels, count, 1)
+            output = start + first + tl.arange(0, ARRANGED)
+            _arrange(parts, out, output, channel, written, channels, count, out_channel, out_tap, 1)
         if tl.program_id(0) % across == 0:
             _add_levels(levels, bias_out, start + tl.arange(0, BLOCK_M), written, count)
 
@@ -126,15 +131,15 @@ def _arrange_tile(
 @triton.jit
 def plane_conv_backward_dweight(
     x, grad, parts, levels, out, bias_out, counters, batch_stride, stride, channel_stride, grad_batch_stride,
-    grad_stride, grad_channel_stride, rows, channels, written, steps, PLANES: tl.constexpr, TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_stride, grad_channel_stride, rows, channels, written, steps, out_channel, out_tap, PLANES: tl.constexpr,
+    TOKENS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ARRANGED: tl.constexpr,
 ):  # fmt: skip
     """One tile of parts (parts, written, 9, channels): one tap, and one part's `steps` steps of BLOCK_K rows.
 
     Programs of the middle tap, which lies inside for every row, and of the first channels also write the sums of grad:
     levels (parts, written). They read it again, so that the product's loop stays as it is. counters: of tiles; None:
-    another kernel makes out (written, channels, 9) and bias_out (written).
+    another kernel makes out (written, channels, 9) and bias_out (written). out_channel, out_tap: strides of out.
     """
     across = tl.cdiv(channels, BLOCK_N)
     output = (tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -167,23 +172,25 @@ def plane_conv_backward_dweight(
             level += tl.sum(tile.to(tl.float32), 0)
         tl.store(levels + part * written + output, level, mask=output < written)
     if counters is not None:
-        _arrange_tile(parts, levels, out, bias_out, counters, written, channels, BLOCK_M, BLOCK_N, ARRANGED)
+        _arrange_tile(
+            parts, levels, out, bias_out, counters, written, channels, out_channel, out_tap, BLOCK_M, BLOCK_N, ARRANGED
+        )  # fmt: skip
 
 
 @triton.jit
 def plane_conv_backward_arrange(
-    parts, levels, out, bias_out, written, channels, COUNT: tl.constexpr, BLOCK_C: tl.constexpr
+    parts, levels, out, bias_out, written, channels, out_channel, out_tap, COUNT: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """What `_arrange_tile` does, for one written channel and BLOCK_C channels."""
     output = tl.program_id(0) + tl.arange(0, 1)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    _arrange(parts, out, output, channel, written, channels, COUNT, COUNT)
+    _arrange(parts, out, output, channel, written, channels, COUNT, out_channel, out_tap, COUNT)
     if tl.program_id(1) == 0:
         _add_levels(levels, bias_out, output, written, COUNT)
 
 
 def parameter_gradients(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Of the weight, (C', C, 3, 3) contiguous, and of the bias, (C'), in the weight's dtype."""
+    """Of the weight, (C', C, 3, 3), and of the bias, (C'), in the weight's dtype and order of memory."""
     (batch, tokens, channels), written = x.shape, grad.shape[2]
     rows, x, grad = batch * tokens, readable(x), readable(grad)
     config = WEIGHT(x.device, shape_class(rows, channels, written, x.dtype), x.dtype)
@@ -194,13 +201,14 @@ def parameter_gradients(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequenc
     dtype = torch.float32 if count > 1 else weight.dtype
     parts = x.new_empty(count, written, TAPS, channels, dtype=dtype)
     levels = x.new_empty(count, written, dtype=torch.float32)
-    results = weight.new_empty(weight.shape), weight.new_empty(written)
+    results = torch.empty_like(weight, memory_format=order_of(weight)), weight.new_empty(written)
+    _, *strides = results[0].view(written, channels, TAPS).stride()
     counters = counters_for(x, tiles, count * TAPS * block_m * block_n * dtype.itemsize)
     launch(
         plane_conv_backward_dweight,
         (tiles, TAPS, count),
         *(x, grad, parts, levels, *((None, None) if counters is None else results), counters),
-        *(*x.stride(), *grad.stride(), rows, channels, written, triton.cdiv(steps, count)),
+        *(*x.stride(), *grad.stride(), rows, channels, written, triton.cdiv(steps, count), *strides),
         config=config,
         PLANES=tuple(planes),
         TOKENS=tokens,
@@ -212,7 +220,7 @@ def parameter_gradients(grad: Tensor, x: Tensor, weight: Tensor, planes: Sequenc
         launch(
             plane_conv_backward_arrange,
             (written, triton.cdiv(channels, config.blocks["BLOCK_C"])),
-            *(parts, levels, *results, written, channels),
+            *(parts, levels, *results, written, channels, *strides),
             config=config,
             COUNT=count,
         )

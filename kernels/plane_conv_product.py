@@ -4,9 +4,8 @@ Rows are the tokens of all planes and batch elements. The inner axis is 9 taps x
 exist in memory: each step of the loop reads the neighbours of its tokens at one tap. The gradient of x is the same
 product with mirrored taps.
 
-Weights are read with dense input channels, which is PyTorch's channels_last format. If you keep the model in it
-(`model.to(memory_format=torch.channels_last)`), you save a copy at every call. No copy is kept between calls, because
-it could become stale.
+Weights are read with dense input channels, which is PyTorch's channels_last format. A `PlaneConv` on a GPU keeps its
+weight so. If yours lies otherwise, each call copies it. No copy is kept between calls, because it could become stale.
 
 If there are too few programs for a GPU (lower levels of a U-Net: few tokens, large weights), programs share the inner
 axis. The last of those that share a tile adds their parts in order (`arrivals.py`), otherwise a second kernel does.

@@ -51,12 +51,14 @@ FUSED = ("attention_block", "feed_forward_block", "space_attention_heads", "time
 # Nor this one: it is used only where a kernel serves it, which CPUs and Triton have for both directions, CUDA C++ for
 # forward alone. Elsewhere its parts are used (pvdm_fast/ops/triplane_project.py).
 FUSED_PROJECTION = ("triplane_project",)
+# In OPERATIONS, but networks compute it in plain PyTorch where no kernel serves it. On a CPU that is as fast: it is a
+# copy, or a mean of four.
+PLAIN_ELSEWHERE = ("plane_resample",)
 # A program's threads hand each other values through memory, behind a barrier. On AMD's GPUs it doesn't wait for stores.
 THROUGH_MEMORY = ("feed_forward_block", "time_attention_block", *FUSED_PROJECTION)
 SERVED: dict[str, tuple[str, ...]] = {
     "reference": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
-    # On a CPU networks resample in plain PyTorch, which is as fast: it is a copy, or a mean of four.
-    "cpu": (*(op for op in OPERATIONS if op != "plane_resample"), *FUSED_PROJECTION),
+    "cpu": (*(op for op in OPERATIONS if op not in PLAIN_ELSEWHERE), *FUSED_PROJECTION),
     "triton": (*OPERATIONS, *FUSED, *FUSED_PROJECTION),
     "cuda": (
         "segment_attention",

@@ -26,6 +26,13 @@ def empty_as(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def order_of(weight: Tensor) -> torch.memory_format:
+    """In which order of memory the gradient of a convolution's weight (C', C, 3, 3) comes: channels_last if the weight
+    has it, else contiguous."""
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, which takes 0.7 µs where there is nothing to do."""
     return x if x.dtype is dtype else x.to(dtype)

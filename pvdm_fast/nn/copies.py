@@ -128,8 +128,8 @@ def _is_current(entry: _Kept | None, weight: Tensor) -> bool:
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Contiguous copies of all tensors, outside autograd, by one operation."""
-    copies = [tensor.new_empty(tensor.shape, dtype=dtype) for tensor in tensors]
+    """Copies of all tensors in their order of memory, outside autograd, by one operation."""
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     if copies:
         with torch.no_grad():
             torch._foreach_copy_(copies, list(tensors))

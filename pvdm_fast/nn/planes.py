@@ -21,6 +21,8 @@ from pvdm_fast.ops.derivatives import autocast_dtype
 from pvdm_fast.ops.plane_resample import STEPS
 
 NORM_GROUPS = 32
+# Where kernels read the weight of a 3x3 convolution with dense input channels, which is PyTorch's channels_last.
+CHANNELS_LAST = frozenset({"cuda"})
 
 
 @readable
@@ -56,6 +58,18 @@ class PlaneConv(nn.Conv2d):
             nn.init.zeros_(self.weight)
             nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneConv:
+        """Runs when the layer is moved or cast."""
+        super()._apply(fn, recurse)
+        self.rearrange()
+        return self
+
+    def rearrange(self) -> None:
+        """Bring the weight into the order of memory in which its device's kernels read it: otherwise each call would
+        copy it. What FSDP has cut stays as it is."""
+        if not hasattr(self.weight, "to_local"):  # a DTensor
+            self.weight.data = as_kernels_read(self.weight.data)
+
     def forward(self, x: Tensor, layout: PlaneLayout | None = None) -> Tensor:
         """x: (B, N, C) packed tokens of `layout` -> (B, N, C'). Without a layout, like nn.Conv2d."""
         if layout is None:
@@ -63,6 +77,12 @@ class PlaneConv(nn.Conv2d):
         if self.bias is None or shape_of(self) != THREE_BY_THREE:  # changed after it was built
             return by_pictures(super().forward, x, layout)
         return ops.plane_conv(x, layout, copies.of(self.weight), copies.of(self.bias))
+
+
+def as_kernels_read(weight: Tensor) -> Tensor:
+    """The weight of a 3x3 convolution in the order of memory in which its device's kernels read it."""
+    last = weight.device.type in CHANNELS_LAST
+    return weight.contiguous(memory_format=torch.channels_last) if last else weight
 
 
 def by_pictures(layer: Callable[[Tensor], Tensor], x: Tensor, layout: PlaneLayout) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pvdm_fast.backends import choice
+from pvdm_fast.backends.rows import order_of
 from pvdm_fast.layout import PlaneLayout
 from pvdm_fast.ops import costs
 from pvdm_fast.ops.registry import autocast, expect_dtype, expect_real, expect_shapes, register, tokens_of_planes
@@ -66,7 +67,7 @@ def _backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, planes: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape if needs[0] else (0,))
-    dweight = weight.new_empty(weight.shape if needs[1] else (0,))
+    dweight = torch.empty_like(weight, memory_format=order_of(weight)) if needs[1] else weight.new_empty(0)
     return dx, dweight, grad.new_empty(weight.shape[0])
 
 
@@ -102,7 +103,8 @@ def plane_conv(x: Tensor, layout: PlaneLayout, weight: Tensor, bias: Tensor, res
 
     Args:
         x: (B, N, C) packed tokens of `layout`. Differentiable, as are the next three.
-        weight: (C', C, 3, 3), bias: (C'), in the dtype of x (autocast casts all).
+        weight: (C', C, 3, 3), bias: (C'), in the dtype of x (autocast casts all). On a GPU weights in channels_last are
+            read as they are, others are copied at each call. The weight's gradient is in its order of memory.
         residual: (B, N, C'), added to the result, in the dtype of x. None: nothing is added.
 
     Returns:

@@ -174,7 +174,7 @@ def _backends(device: torch.device) -> str:
     """
     name = choice.requested()
     if name != "auto":
-        for operation in choice.OPERATIONS:
+        for operation in (op for op in choice.OPERATIONS if op not in choice.PLAIN_ELSEWHERE):
             if reason := choice.why_not(name, operation, torch.empty(0, device=device)):
                 raise BackendError(f"Backend {name!r} was asked for, but cannot serve {operation}: {reason}")
         return f"{name}, as asked for"

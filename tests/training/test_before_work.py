@@ -19,7 +19,7 @@ from pvdm_fast.models import Denoiser
 from pvdm_fast.training.adversarial import check_second_phase
 from pvdm_fast.training.building import empty_autoencoder, empty_denoiser
 from pvdm_fast.training.config import make_config
-from pvdm_fast.training.report import check_later_denoiser
+from pvdm_fast.training.report import _backends, check_later_denoiser
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,14 @@ def test_a_backend_of_the_environment_that_cannot_train(
 ) -> None:
     monkeypatch.setattr(choice, "_requested", "cuda")  # as PVDM_FAST_BACKEND does
     assert_refused([], "Backend 'cuda' was asked for, but cannot serve", tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_backend_of_the_environment_that_can(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := choice.unavailable(backend):
+        pytest.skip(reason)
+    monkeypatch.setattr(choice, "_requested", backend)
+    assert _backends(torch.device("cpu")) == f"{backend}, as asked for"
 
 
 def test_batch_statistics_of_several_processes_on_a_cpu() -> None:

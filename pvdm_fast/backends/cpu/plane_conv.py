@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvdm_fast.backends.extensions import extension
 from pvdm_fast.backends.gemm import compute_dtype, linear, weight_gradient
-from pvdm_fast.backends.rows import rows_dense
+from pvdm_fast.backends.rows import order_of, rows_dense
 
 TAPS = 9
 WORKSPACE = 24 << 20  # bytes of unfolded rows at a time; from 2 to 31 MiB the size changes times by at most 10 %
@@ -88,6 +88,8 @@ def backward(
         flat = rows.flatten(0, 1)
         dx = _input_gradient(flat, x, weight, list(planes)) if needs[0] else dx
         dweight = _weight_gradient(flat, x, weight, list(planes)) if needs[1] else dweight
+    if needs[1]:
+        dweight = dweight.contiguous(memory_format=order_of(weight))
     return dx, dweight, rows.sum((0, 1), dtype=torch.float32).to(grad.dtype)
 
 

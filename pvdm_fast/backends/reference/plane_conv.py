@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from pvdm_fast.backends.rows import order_of
 from pvdm_fast.layout import PlaneLayout
 
 
@@ -40,5 +41,5 @@ def backward(
         dx = _pack([conv2d_input(image.shape, weight, g, padding=1) for image, g in pairs])
     if needs[1]:
         parts = [conv2d_weight(image, weight.shape, g, padding=1) for image, g in pairs]
-        dweight = torch.stack(parts).sum(0)
+        dweight = torch.stack(parts).sum(0).contiguous(memory_format=order_of(weight))
     return dx, dweight, grad.sum((0, 1))

@@ -19,6 +19,7 @@ from pvdm_fast import ops
 from pvdm_fast.backends import extensions, gemm
 from pvdm_fast.backends.cpu import plane_conv
 from pvdm_fast.backends.reference import plane_conv as reference
+from pvdm_fast.backends.rows import order_of
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
 pytestmark = pytest.mark.skipif(extensions.availability("cpu") is not None, reason=str(extensions.availability("cpu")))
@@ -53,7 +54,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLa
     actual = plane_conv.backward(grad, x, weight, layout.sizes, [True, True])
     gradients = reference.backward(grad.double(), x.double(), weight.double(), layout.sizes, [True, True])
     for name, a, e in zip(("x", "weight", "bias"), actual, gradients, strict=True):
-        assert a.dtype == x.dtype and a.is_contiguous()
+        order = order_of(weight) if name == "weight" else torch.contiguous_format
+        assert a.dtype == x.dtype and a.is_contiguous(memory_format=order)
         assert_close(a, e, CONV_SUM[a.dtype], f"gradient of {name}")
     return out, *actual
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pvdm_fast import ops, use_backend
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.reference import plane_conv as reference
+from pvdm_fast.backends.rows import order_of
 from pvdm_fast.layout import PlaneLayout, TriplaneLayout
 
 pytestmark = pytest.mark.skipif(
@@ -82,7 +83,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, layout: PlaneLa
     actual = plane_conv.backward(grad, x, weight, layout.sizes, [True, True])
     gradients = reference.backward(grad.double(), x.double(), weight.double(), layout.sizes, [True, True])
     for name, a, e in zip(("x", "weight", "bias"), actual, gradients, strict=True):
-        assert a.dtype == x.dtype and a.is_contiguous()
+        order = order_of(weight) if name == "weight" else torch.contiguous_format
+        assert a.dtype == x.dtype and a.is_contiguous(memory_format=order)
         assert_close(a, e, CONV_SUM[a.dtype], f"gradient of {name}")
     return out, *actual
 
@@ -163,7 +165,7 @@ def test_strides(form: str, channels: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip((x, weight, grad), before, strict=True))
 
 
-def test_formats_of_the_weight() -> None:
+def test_formats_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """channels_last needs no copy. Slices and transposed views are read correctly. Nothing is cached."""
     x, weight, bias, grad = draw(ODD, 5, 6, torch.float32)
     dense = weight.to(memory_format=torch.channels_last)
@@ -174,6 +176,9 @@ def test_formats_of_the_weight() -> None:
     turned = weight.transpose(2, 3).contiguous().transpose(2, 3)
     for other in (dense, padded[::2, ::2, :, :3], turned):
         assert all(torch.equal(a, b) for a, b in zip(check(x, other, bias, grad, ODD), expected, strict=True))
+    assert check(x, dense, bias, grad, ODD)[2].stride() == dense.stride(), "no optimizer step has to copy it"
+    add_apart(monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(check(x, dense, bias, grad, ODD), expected, strict=True))
     for form in (weight, dense):
         form.data.mul_(2)  # doesn't change the version counter
         bias.data.mul_(2)
