@@ -55,9 +55,9 @@ WEIGHT = ConfigTable(
         (ANY, "exact", ANY): tile(64, 64, 16, 4, 3),
         (ANY, "few", ANY): tile(64, 64, 64, 8, 3),
         (ANY, "narrow in", ANY): tile(64, 16, 64, 4, 3),
-        (ANY, "narrow out", ANY): tile(16, 64, 64, 4, 3),
-        ("sm80", "narrow out", ANY): tile(16, 64, 64, 8, 3),  # 4 warps spill
+        (ANY, "narrow out", ANY): tile(16, 64, 64, 8, 3),  # 4 warps spill
         ("sm100", "exact", ANY): tile(64, 64, 16, 8, 3),  # 4 warps spill
+        ("sm100", "narrow out", ANY): tile(16, 64, 64, 4, 3),  # 8 warps spill
         ("sm100", "few", ANY): tile(64, 64, 64, 4, 3),  # 8 warps spill
         ("sm120", "exact", ANY): tile(64, 64, 16, 8, 3),  # in tf32 4 warps spill
         ("sm120", "wide", ANY): tile(128, 128, 64, 8, 2),
