@@ -233,6 +233,7 @@ def triplane_project(
     tensors |= dict(zip(CAST, autocast(*(tensors[name] for name in CAST)), strict=True))
     where = (plane, layout.time, layout.height, layout.width, heads, eps)
     asked = choice.requested()
-    if asked != "auto" and not torch.compiler.is_compiling() and records(x, *tensors.values()):
+    # Not in transforms: forward mode takes the reference whoever was asked for.
+    if not (asked == "auto" or torch.compiler.is_compiling() or transforming()) and records(x, *tensors.values()):
         _expect_gradient(asked, x)
     return _forwards(x, *(tensors[name] for name in NAMES), *where, asked)
