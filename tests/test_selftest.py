@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pvdm_fast import selftest
 from pvdm_fast.analysis import agreement, goldens
 from pvdm_fast.analysis.agreement import Job, Result
+from pvdm_fast.analysis.cases import Case
 from pvdm_fast.analysis.goldens import Agreement
+from pvdm_fast.analysis.projections import Projection
 from pvdm_fast.backends import choice
 from pvdm_fast.backends.choice import FUSED, FUSED_PROJECTION, KERNEL_DTYPES, OPERATIONS, SERVED
 from pvdm_fast.backends.float32 import tf32_allowed
 from pvdm_fast.backends.reference import geglu
 from pvdm_fast.diffusion import cuda_graph, guidance
+from pvdm_fast.errors import BackendError
 
 
 @pytest.mark.slow
@@ -117,6 +121,24 @@ def test_the_fused_block_is_compared() -> None:
         pytest.skip(reason)
     found = agreement.compare(Job("attention_block", "triton", "float32"), "cpu")
     assert found.problem == "" and 0 < found.error <= found.allowed
+
+
+@pytest.mark.parametrize("most", [0, 17, 33])
+def test_a_refusal_at_full_size_is_no_fault(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """As that of a GPU whose shared memory holds no tile. Unless nothing is left."""
+    monkeypatch.setattr(agreement, "FULL", [Projection((n - 1, 1, 1), "xy", 8, 1, 4).case for n in (17, 33)])
+    run = agreement.run
+
+    def limited(case: Case, inputs: dict[str, Tensor], *rest: Any) -> dict[str, Tensor]:
+        if inputs["x"].dtype == torch.float32 and len(inputs["positions"]) > most:
+            raise BackendError("no memory holds a tile of it: use another backend.")
+        return run(case, inputs, *rest)
+
+    monkeypatch.setattr(agreement, "run", limited)
+    found = agreement.compare(Job("triplane_project", "reference", "float32", "full"), "cpu")
+    assert found.beyond == sum(length > most for length in (17, 33))
+    assert found.problem == ("every case was refused" if found.beyond == 2 else "")
+    assert ("(1 refused) ok" in str(found)) == (most == 17)
 
 
 @pytest.mark.slow

@@ -68,7 +68,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a comparison: the worst relative error, what was allowed, and what went wrong ("" for nothing)."""
+    """What came of a comparison: the worst relative error, what was allowed, what went wrong ("" for nothing), and how
+    many full-size cases are beyond the backend's limits on this device."""
 
     what: str
     backend: str
@@ -76,9 +77,10 @@ class Result:
     error: float
     allowed: float
     problem: str = ""
+    beyond: int = 0
 
     def __str__(self) -> str:
-        numbers = f"{self.error:<9.1e}{self.allowed:<9.1e}"
+        numbers = f"{self.error:<9.1e}{self.allowed:<9.1e}" + (f"({self.beyond} refused) " if self.beyond else "")
         verdict = f"FAILED: {self.problem}" if self.problem else "ok"
         return f"{self.what:<27}{self.backend:<9}{self.precision:<10}{numbers}{verdict}"
 
@@ -147,15 +149,15 @@ def expected_of(
 
 def compare(job: Job, device: str) -> Result:
     """The worst error of an operation's cases, each run twice."""
-    dtype, worst, allowed = PRECISIONS[job.precision], 0.0, allowed_error(job.op, job.precision)
+    dtype, allowed = PRECISIONS[job.precision], allowed_error(job.op, job.precision)
+    worst, beyond = 0.0, 0
     what = job.op if job.sizes == "small" else f"{job.op}, {job.sizes}"
 
     def result(problem: str = "") -> Result:
-        return Result(what, job.backend, job.precision, worst, allowed, problem)
+        return Result(what, job.backend, job.precision, worst, allowed, problem, beyond)
 
-    for case in FULL if job.sizes == "full" else SMALL:
-        if case.op != job.op:
-            continue
+    chosen = [case for case in (FULL if job.sizes == "full" else SMALL) if case.op == job.op]
+    for case in chosen:
         inputs, shapes = case.inputs(dtype), list(case.shapes.values())
         try:
             with tf32(False):
@@ -165,6 +167,9 @@ def compare(job: Job, device: str) -> Result:
                 actual, again = (run(case, there, dtype, job.backend) for _ in range(2))
             found = max(error(actual[name], exact) for name, exact in expected.items())
         except Exception as problem:  # whatever a kernel or compiler raises is the finding
+            if isinstance(problem, BackendError) and job.sizes == "full":  # it may refuse what a GPU has no memory for
+                beyond += 1
+                continue
             worst = math.inf
             return result(f"{told(problem)} (shapes {shapes})")
         worst = max(worst, found)
@@ -172,7 +177,7 @@ def compare(job: Job, device: str) -> Result:
             return result(f"too far from the reference (shapes {shapes})")
         if not all(torch.equal(actual[name], again[name]) for name in actual):
             return result(f"a second run gave other bits (shapes {shapes})")
-    return result()
+    return result("every case was refused" if beyond and beyond == len(chosen) else "")
 
 
 def allowed_error(op: str, precision: str) -> float:

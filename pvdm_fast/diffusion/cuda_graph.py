@@ -95,7 +95,8 @@ class GraphedPrediction:
         if self.refused:
             return guided_prediction(denoiser, latent, timestep, condition, guidance, labels)
         kinds = (None if condition is None else condition.dtype, labels is None, autocast_dtype("cuda"))
-        key = (denoiser, tuple(latent.shape), latent.dtype, type(timestep), *kinds, guidance)
+        inference = torch.is_inference_mode_enabled()  # what is made inside can't be written to outside
+        key = (denoiser, tuple(latent.shape), latent.dtype, type(timestep), *kinds, guidance, inference)
         with torch.no_grad():
             if key in self._captured:
                 return self._captured[key](latent, timestep, condition, labels)

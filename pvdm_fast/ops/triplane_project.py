@@ -157,9 +157,10 @@ def _lacks_gradient(backend: str) -> bool:
     return not hasattr(choice.implementation(backend, OP), "backward")
 
 
-def _expect_gradient(backend: str) -> None:
-    """Raise BackendError, before anything is computed, if the backward pass would."""
-    if _lacks_gradient(backend):
+def _expect_gradient(backend: str, x: Tensor) -> None:
+    """Raise BackendError, before anything is computed, if the backward pass would. A backend that can't run here isn't
+    looked at: forward says why."""
+    if choice.why_not(backend, OP, x) is None and _lacks_gradient(backend):
         reason = choice.implementation(backend, OP).NO_GRADIENT
         raise BackendError(f"Backend {backend!r} was asked for, but cannot serve {OP}: {reason}")
 
@@ -232,6 +233,7 @@ def triplane_project(
     tensors |= dict(zip(CAST, autocast(*(tensors[name] for name in CAST)), strict=True))
     where = (plane, layout.time, layout.height, layout.width, heads, eps)
     asked = choice.requested()
-    if asked != "auto" and not torch.compiler.is_compiling() and records(x, *tensors.values()):
-        _expect_gradient(asked)
+    # Not in transforms: forward mode takes the reference whoever was asked for.
+    if not (asked == "auto" or torch.compiler.is_compiling() or transforming()) and records(x, *tensors.values()):
+        _expect_gradient(asked, x)
     return _forwards(x, *(tensors[name] for name in NAMES), *where, asked)

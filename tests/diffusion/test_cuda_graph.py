@@ -290,3 +290,15 @@ def test_cpu_is_refused_on_the_command_line(
     assert main(arguments) != 0
     assert "sample without --cuda-graph" in capsys.readouterr().err
     assert not (tmp_path / "samples.npy").exists()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_with_and_without_inference_mode(
+    taped: list[str], denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """One predictor serves both, in any order."""
+    monkeypatch.setattr(residual, "JOINED", frozenset({"cpu"}))
+    predict, expected = GraphedPrediction(), sample(denoiser, guided_prediction, None, 0.0)
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            assert torch.equal(sample(denoiser, predict, None, 0.0), expected)

@@ -118,6 +118,16 @@ def test_who_serves_it() -> None:
         assert not fuses(x, x)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_backend_that_is_not_here_says_so(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """With a gradient too, and without importing what it needs."""
+    monkeypatch.setattr(choice, "_requested", backend)  # as by the environment variable
+    monkeypatch.setattr(choice, "unavailable", lambda name: f"{name} is not here.")
+    monkeypatch.setattr(choice, "implementation", lambda *_: pytest.fail("it was looked at"))
+    with pytest.raises(BackendError, match=f"{backend} is not here"):
+        CASES["yt"].run(*leaves(CASES["yt"], torch.float32))
+
+
 @pytest.mark.skipif(choice.unavailable("cpu") is not None, reason="the CPU extension is not built")
 def test_where_the_layers_are_quicker() -> None:
     """Many channels in bfloat16 with a gradient, and only these."""

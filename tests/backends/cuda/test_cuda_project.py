@@ -224,6 +224,24 @@ def test_a_gradient_is_refused_by_name(device: ModuleType, calls: list[Any]) -> 
         assert_close(actual, expected, OPERATION[torch.float32])
 
 
+def test_tangents_need_no_gradient_of_the_kernel(device: ModuleType) -> None:
+    """Forward mode is the reference's, though parameters require a gradient. What asks for one is refused here too."""
+    case = CASES["one layer"]
+    tensors = [t.float().requires_grad_() for t in case.tensors().values()]
+    tangent = torch.randn_like(tensors[0])
+
+    def along(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x, *parameters = (t.to(dtype) for t in tensors)
+        return torch.func.jvp(lambda x: case.run(x, *parameters), (x,), (tangent.to(dtype),))
+
+    expected = along(torch.float64)
+    with emulated.registered(device), use_backend(emulated.BACKEND):
+        for actual, exactly in zip(along(torch.float32), expected, strict=True):
+            assert_close(actual, exactly, OPERATION[torch.float32])
+        with pytest.raises(BackendError, match="no gradient"):
+            torch.func.grad(lambda x: case.run(x, *tensors[1:]).sum())(tensors[0])
+
+
 # Multiprocessors, and KiB of shared memory that a block may have.
 GPUS = {"A100": (108, 163), "H100": (132, 227), "B200": (148, 227), "RTX 3090": (82, 99), "RTX 5090": (170, 99)}
 
