@@ -66,9 +66,10 @@ class PlaneConv(nn.Conv2d):
 
     def rearrange(self) -> None:
         """Bring the weight into the order of memory in which its device's kernels read it: otherwise each call would
-        copy it. What FSDP has cut stays as it is."""
-        if not hasattr(self.weight, "to_local"):  # a DTensor
-            self.weight.data = as_kernels_read(self.weight.data)
+        copy it. What FSDP has cut, and what a parametrization computes, stays as it is."""
+        weight = self._parameters.get("weight")
+        if weight is not None and not hasattr(weight, "to_local"):  # of a DTensor
+            weight.data = as_kernels_read(weight.data)
 
     def forward(self, x: Tensor, layout: PlaneLayout | None = None) -> Tensor:
         """x: (B, N, C) packed tokens of `layout` -> (B, N, C'). Without a layout, like nn.Conv2d."""

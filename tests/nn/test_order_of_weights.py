@@ -78,6 +78,15 @@ def test_moving_a_network_rearranges_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_computed_weight_is_left_alone() -> None:
+    """Asking for it would take a step of the power iteration."""
+    layer = nn.utils.parametrizations.spectral_norm(PlaneConv(8, 4))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.to("cpu")
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_copies_in_autocasts_dtype_lie_as_the_weights() -> None:
     layer = PlaneConv(8, 4).to("cpu")
     made = copies.make("cpu", torch.bfloat16, [layer.weight])
