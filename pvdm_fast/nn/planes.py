@@ -57,6 +57,7 @@ class PlaneConv(nn.Conv2d):
         if zero:
             nn.init.zeros_(self.weight)
             nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+        self.rearrange()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneConv:
         """Runs when the layer is moved or cast."""

@@ -64,11 +64,18 @@ def test_only_where_kernels_read_it_so() -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_moving_a_network_rearranges_it(tmp_path: Path) -> None:
+def test_a_layer_made_there() -> None:
+    """As in `with torch.device("cuda")`: nothing moves it afterwards."""
+    assert not PlaneConv(8, 4).weight.is_contiguous() and not PlaneConv(8, 4, zero=True).weight.is_contiguous()
+
+
+def test_moving_a_network_rearranges_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parameters stay the same objects, for whoever holds them. Files and copies of it equal those of before."""
     model = randomised(Denoiser(**UNET))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     held = weights(model)
+    assert all(weight.is_contiguous() for weight in held)
+    monkeypatch.setattr(planes, "CHANNELS_LAST", frozenset({"cpu"}))  # as `as_on_a_gpu`, from here on
     model.to("cpu")
     assert all(a is b and a.is_contiguous(memory_format=LAST) for a, b in zip(weights(model), held, strict=True))
     assert sum(not weight.is_contiguous() for weight in held) > 4, "of one input channel both orders are one"
